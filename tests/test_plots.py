@@ -1,0 +1,174 @@
+"""Figures are checked by what is in them: axes, labels and pixels, not by comparing files."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mole_diffusion.errors import ConfigError
+from mole_diffusion.plots import (
+    GridRow,
+    entropy_curve,
+    gate_heat_map,
+    mean_gate_weights,
+    picture_grid,
+    short_group_name,
+)
+
+NAMES = ["boot", "cat", "clock"]
+
+
+@dataclass(frozen=True)
+class Record:
+    part: str
+    group: str
+    step: int | None
+    weights: torch.Tensor
+
+
+def test_mean_gate_weights_averages_over_batch_and_steps_and_keeps_the_order() -> None:
+    records = [
+        Record("unet", "late", 0, torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])),
+        Record("unet", "early", 0, torch.tensor([[0.2, 0.3, 0.5]])),
+        Record("text_encoder", "layer", None, torch.tensor([[0.5, 0.5, 0.0]])),
+        Record("unet", "late", 1, torch.tensor([[0.0, 0.0, 1.0]])),
+    ]
+
+    means = mean_gate_weights(records)
+
+    assert list(means) == ["unet", "text_encoder"]
+    assert list(means["unet"]) == ["late", "early"]
+    np.testing.assert_allclose(means["unet"]["late"], [1 / 3, 1 / 3, 1 / 3])
+    np.testing.assert_allclose(means["unet"]["early"], [0.2, 0.3, 0.5], atol=1e-7)
+
+
+def test_mean_gate_weights_needs_no_graph() -> None:
+    weights = torch.full((1, 3), 1 / 3, requires_grad=True)
+    means = mean_gate_weights([Record("unet", "g", 0, weights)])
+    np.testing.assert_allclose(means["unet"]["g"].sum(), 1.0, atol=1e-6)
+
+
+def test_heat_map_has_one_panel_per_network_with_experts_as_rows() -> None:
+    column = np.array([0.1, 0.2, 0.7])
+    weights = {
+        "unet": {f"down_blocks.{i}.attentions.0.transformer_blocks.0": column for i in range(3)},
+        "text_encoder": {"encoder.layers.0": np.array([0.4, 0.4, 0.2])},
+    }
+
+    figure = gate_heat_map(weights, NAMES, title="after training")
+
+    unet, text, _colour_bar = figure.axes
+    assert unet.get_title(loc="left") == "unet: 3 gates"
+    assert text.get_title(loc="left") == "text_encoder: 1 gates"
+    assert [label.get_text() for label in unet.get_yticklabels()] == NAMES
+    assert unet.get_xticklabels()[0].get_text() == "down 0.0.0"
+    np.testing.assert_allclose(unet.images[0].get_array(), np.array([[0.1] * 3, [0.2] * 3, [0.7] * 3]))
+    assert unet.images[0].get_clim() == text.images[0].get_clim() == (0.0, 0.7)
+    assert "0.70" in {text.get_text() for text in unet.texts}
+
+
+def test_heat_map_with_many_gates_drops_names_and_values() -> None:
+    weights = {"unet": {f"mid_block.{i}": np.array([0.5, 0.25, 0.25]) for i in range(60)}}
+    axes = gate_heat_map(weights, NAMES).axes[0]
+    assert not axes.texts
+    assert axes.get_xlabel() == "gates in execution order"
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({}, "no gate weights"),
+        ({"unet": {}}, "no gate weights"),
+        ({"unet": {"g": np.array([0.5, 0.5])}}, r"weights\['unet'\]\['g'\]: shape \(2,\); need \(3,\)"),
+    ],
+)
+def test_heat_map_refuses(weights: dict[str, dict[str, np.ndarray]], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        gate_heat_map(weights, NAMES)
+
+
+def test_figures_can_be_written(tmp_path) -> None:
+    gate_heat_map({"unet": {"a": np.array([0.2, 0.3, 0.5])}}, NAMES).savefig(tmp_path / "map.png")
+    entropy_curve([0, 50], [1.09, 0.4], 3).savefig(tmp_path / "curve.png")
+    for name in ("map.png", "curve.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert min(picture.size) > 150
+            assert len(picture.convert("RGB").getcolors(1 << 24)) > 20
+
+
+def test_entropy_curve_shows_the_values_and_the_uniform_level() -> None:
+    axes = entropy_curve([1, 2, 3], [1.0, 0.9, 0.5], 3).axes[0]
+    level, curve = axes.lines
+    np.testing.assert_allclose(level.get_ydata(), math.log(3))
+    np.testing.assert_allclose(curve.get_xdata(), [1, 2, 3])
+    np.testing.assert_allclose(curve.get_ydata(), [1.0, 0.9, 0.5])
+    assert axes.get_ylim()[1] > math.log(3)
+
+
+@pytest.mark.parametrize(("iterations", "entropies"), [([], []), ([1, 2], [0.5])])
+def test_entropy_curve_refuses(iterations: list[int], entropies: list[float]) -> None:
+    with pytest.raises(ConfigError, match=f"{len(entropies)} values for {len(iterations)} iterations"):
+        entropy_curve(iterations, entropies, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("down_blocks.0.attentions.1.transformer_blocks.0", "down 0.1.0"),
+        ("mid_block.attentions.0.transformer_blocks.0.attn2", "mid 0.0 attn2"),
+        ("encoder.layers.3", "encoder 3"),
+        ("network", "network"),
+    ],
+)
+def test_short_group_name(name: str, short: str) -> None:
+    assert short_group_name(name) == short
+
+
+def _colours(picture: Image.Image) -> set[tuple[int, int, int]]:
+    return {colour for _, colour in picture.getcolors(1 << 24)}
+
+
+def test_picture_grid_shows_every_picture_at_its_place_and_labels_at_the_left() -> None:
+    red, blue, green = (Image.new("RGB", (16, 16), colour) for colour in ("red", "blue", "lime"))
+    rows = [GridRow("first row", [red, blue], note="what it means"), GridRow("second", [green])]
+
+    sheet = picture_grid(rows, columns=["seed 0", "seed 1"], title="two rows", cell=64)
+
+    left, gap = int(64 * 1.15), 4
+    first = sheet.crop((left, 0, left + 64, sheet.height))
+    second = sheet.crop((left + 64 + gap, 0, sheet.width, sheet.height))
+    assert {(255, 0, 0), (0, 255, 0)} <= _colours(first)
+    assert (0, 0, 255) in _colours(second)
+    assert (0, 255, 0) not in _colours(second)
+    assert sheet.width == left + 2 * (64 + gap) + gap
+    labels = sheet.crop((0, sheet.height // 4, left, sheet.height)).convert("L")
+    assert np.asarray(labels).min() < 100
+    assert not {(255, 0, 0), (0, 255, 0), (0, 0, 255)} & _colours(sheet.crop((0, 0, left, sheet.height)))
+
+
+def test_picture_grid_keeps_the_aspect_of_a_wide_picture() -> None:
+    wide = Image.new("RGB", (48, 24), "red")
+    sheet = np.asarray(picture_grid([GridRow("wide", [wide])], cell=64)).astype(int)
+    red = (sheet[..., 0] > 200) & (sheet[..., 1] < 50)
+    assert red.any(axis=0).sum() == 64
+    assert red.any(axis=1).sum() == 32
+
+
+def test_picture_grid_wraps_long_labels_instead_of_writing_over_pictures() -> None:
+    white = Image.new("RGB", (8, 8), "white")
+    label = "a label with far more words than fit in one line"
+    sheet = picture_grid([GridRow(label, [white])], cell=128)
+    pictures = np.asarray(sheet.crop((int(128 * 1.15), 0, *sheet.size)))
+    assert (pictures == 255).all()
+
+
+def test_picture_grid_refuses_nothing_and_wrong_column_names() -> None:
+    with pytest.raises(ConfigError, match="no pictures"):
+        picture_grid([GridRow("empty", [])])
+    with pytest.raises(ConfigError, match="1 names for 2 columns"):
+        picture_grid([GridRow("row", [Image.new("L", (8, 8))] * 2)], columns=["one"])
