@@ -1,7 +1,7 @@
-"""Figures: gate heat map (paper, Fig. 7), entropy while training (Fig. 5a), and grids of labelled pictures.
+"""Figures: gate heat map (paper, Fig. 7), entropy while training (Fig. 5a), grids of labelled pictures.
 
-Every function returns the figure or picture and writes nothing, so that the command line, the app and the nodes
-can each put it where they want. Only matplotlib's object interface is used: no global backend, safe in threads.
+Every function returns the figure or picture and writes nothing: the command line, the app and the nodes put it
+where they want. Only matplotlib's object interface is used: no global backend, safe in threads.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def gate_heat_map(
 
 
 def entropy_curve(iterations: Sequence[int], entropies: Sequence[float], n_experts: int) -> Figure:
-    """Mean entropy of the gates, in nats, over training (paper, Fig. 5a), and log N (all experts alike) as a line.
+    """Mean entropy of the gates, in nats, over training (paper, Fig. 5a), and log N (all alike) as a line.
 
     Raises:
         ConfigError: sequences that differ in length or are empty.
@@ -193,7 +193,7 @@ def _label_columns(axes: Axes, names: list[str]) -> None:
 
 
 def short_group_name(name: str) -> str:
-    """Abbreviate a module name for an axis: `down_blocks.0.attentions.1.transformer_blocks.0` -> `down 0.1.0`."""
+    """Abbreviate a module name: `down_blocks.0.attentions.1.transformer_blocks.0` -> `down 0.1.0`."""
     words = name.split(".")
     numbers = [word for word in words if word.isdigit()]
     head = words[0].removesuffix("_blocks").removesuffix("_block")
