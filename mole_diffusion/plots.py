@@ -1,7 +1,7 @@
-"""Figures: gate heat map (paper, Fig. 7), entropy while training (Fig. 5a), grids of labelled pictures.
+"""Figures: gate heat map (paper, Fig. 7), entropy in training (Fig. 5a), grids of labelled pictures.
 
-Every function returns the figure or picture and writes nothing: the command line, the app and the nodes put it
-where they want. Only matplotlib's object interface is used: no global backend, safe in threads.
+Every function returns the figure or picture and writes nothing: command line, app and nodes put it where they
+want. Only matplotlib's object interface is used: no global backend, safe in threads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from mole_diffusion.errors import ConfigError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
-    from torch import Tensor
 
 __all__ = ["GridRow", "entropy_curve", "gate_heat_map", "mean_gate_weights", "picture_grid"]
 
@@ -33,15 +32,17 @@ MAX_COLUMNS_WITH_VALUES = 20
 MAX_COLUMNS_WITH_NAMES = 48
 
 
-class WeightRecord(Protocol):
-    """What one recorded forward of one gate must offer (`mole_diffusion.context.GateRecord`)."""
+class WeightRow(Protocol):
+    """What one row of `pipe.gate_weights()` offers: the weight of one expert in one gate at one step."""
 
     @property
-    def part(self) -> str: ...
+    def network(self) -> str: ...
     @property
     def group(self) -> str: ...
     @property
-    def weights(self) -> Tensor: ...
+    def expert(self) -> str: ...
+    @property
+    def weight(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -53,19 +54,28 @@ class GridRow:
     note: str = ""
 
 
-def mean_gate_weights(records: Iterable[WeightRecord]) -> dict[str, dict[str, NDArray[np.float64]]]:
-    """Average recorded weights (batch, N) over batch entries and steps.
+def mean_gate_weights(
+    rows: Iterable[WeightRow], expert_names: Sequence[str]
+) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """Average gate weights over steps and batch entries.
 
     Returns:
-        network -> group -> array (N,), in the order in which the gates ran.
+        network -> group -> array (N,) in the order of `expert_names`; networks and groups in the order in
+        which they ran.
+
+    Raises:
+        ConfigError: a row of an expert that is not among the names.
     """
-    collected: dict[str, dict[str, list[NDArray[np.float64]]]] = {}
-    for record in records:
-        weights = record.weights.detach().to("cpu").double().numpy()
-        collected.setdefault(record.part, {}).setdefault(record.group, []).append(weights)
+    places = {name: index for index, name in enumerate(expert_names)}
+    sums: dict[str, dict[str, NDArray[np.float64]]] = {}
+    for row in rows:
+        if row.expert not in places:
+            raise ConfigError(f"expert {row.expert!r} has weights but is not among {list(expert_names)}")
+        gate = sums.setdefault(row.network, {}).setdefault(row.group, np.zeros((2, len(places))))
+        gate[:, places[row.expert]] += (row.weight, 1.0)
     return {
-        part: {group: np.concatenate(seen).mean(axis=0) for group, seen in groups.items()}
-        for part, groups in collected.items()
+        network: {group: total / np.maximum(count, 1.0) for group, (total, count) in groups.items()}
+        for network, groups in sums.items()
     }
 
 

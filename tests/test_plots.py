@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from mole_diffusion.errors import ConfigError
@@ -24,33 +23,35 @@ NAMES = ["boot", "cat", "clock"]
 
 
 @dataclass(frozen=True)
-class Record:
-    part: str
+class Row:
+    network: str
     group: str
-    step: int | None
-    weights: torch.Tensor
+    expert: str
+    weight: float
 
 
-def test_mean_gate_weights_averages_over_batch_and_steps_and_keeps_the_order() -> None:
-    records = [
-        Record("unet", "late", 0, torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])),
-        Record("unet", "early", 0, torch.tensor([[0.2, 0.3, 0.5]])),
-        Record("text_encoder", "layer", None, torch.tensor([[0.5, 0.5, 0.0]])),
-        Record("unet", "late", 1, torch.tensor([[0.0, 0.0, 1.0]])),
+def test_mean_gate_weights_averages_over_steps_and_keeps_the_order_of_gates_and_names() -> None:
+    rows = [
+        Row("text_encoder", "layer", "cat", 1.0),
+        *(Row("unet", "late", name, weight) for name, weight in zip(NAMES, [1.0, 0.0, 0.0], strict=True)),
+        *(Row("unet", "early", name, weight) for name, weight in zip(NAMES, [0.2, 0.3, 0.5], strict=True)),
+        *(Row("unet", "late", name, weight) for name, weight in zip(NAMES, [0.0, 0.5, 0.5], strict=True)),
     ]
 
-    means = mean_gate_weights(records)
+    means = mean_gate_weights(rows, ["clock", "boot", "cat"])
 
-    assert list(means) == ["unet", "text_encoder"]
+    assert list(means) == ["text_encoder", "unet"]
     assert list(means["unet"]) == ["late", "early"]
-    np.testing.assert_allclose(means["unet"]["late"], [1 / 3, 1 / 3, 1 / 3])
-    np.testing.assert_allclose(means["unet"]["early"], [0.2, 0.3, 0.5], atol=1e-7)
+    np.testing.assert_allclose(means["unet"]["late"], [0.25, 0.5, 0.25])
+    np.testing.assert_allclose(means["unet"]["early"], [0.5, 0.2, 0.3])
+    np.testing.assert_allclose(means["text_encoder"]["layer"], [0.0, 0.0, 1.0])
 
 
-def test_mean_gate_weights_needs_no_graph() -> None:
-    weights = torch.full((1, 3), 1 / 3, requires_grad=True)
-    means = mean_gate_weights([Record("unet", "g", 0, weights)])
-    np.testing.assert_allclose(means["unet"]["g"].sum(), 1.0, atol=1e-6)
+def test_mean_gate_weights_refuses_an_expert_without_a_place() -> None:
+    with pytest.raises(
+        ConfigError, match=r"expert 'dog' has weights but is not among \['boot', 'cat', 'clock'\]"
+    ):
+        mean_gate_weights([Row("unet", "g", "dog", 1.0)], NAMES)
 
 
 def test_heat_map_has_one_panel_per_network_with_experts_as_rows() -> None:
