@@ -1,0 +1,240 @@
+"""The experts of a diffusers pipeline: loading, taking away, and which of them count in the next forwards."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+from mole_diffusion._pipeline_sources import find_expert_file
+from mole_diffusion.baselines import fixed_mixture
+from mole_diffusion.config import MoLEConfig
+from mole_diffusion.errors import ExpertLoadError, NoExpertsError, UnknownExpertError
+from mole_diffusion.experts import Expert, load_expert
+from mole_diffusion.inject import Mixture, inject
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Composition:
+    """Which experts count, and how, in the forwards to come."""
+
+    active: Sequence[str] | None = None
+    scales: Mapping[str, float] | None = None
+    regions: Mapping[str, torch.Tensor] | None = None
+    latent_size: tuple[int, int] | None = None
+    weights: Mapping[str, float] | None = None
+    base_only: bool = False
+
+    def apply(self, mixtures: Mapping[str, Mixture]) -> None:
+        """Set every network's mixture to this. Text tokens have no place in the picture: no region there."""
+        for part, mixture in mixtures.items():
+            if self.base_only:
+                mixture.disable()
+                continue
+            in_picture = part == "unet"
+            mixture.enable()
+            mixture.activate(
+                self.active,
+                expert_scales=self.scales,
+                region_masks=self.regions if in_picture else None,
+                latent_size=self.latent_size if in_picture else None,
+                weights=self.weights,
+            )
+
+
+@dataclass
+class ExpertState:
+    """What a pipeline (and every pipeline made from it with `from_pipe`) knows about its experts."""
+
+    config: MoLEConfig = field(default_factory=MoLEConfig)
+    experts: dict[str, Expert] = field(default_factory=dict)
+    mixtures: dict[str, Mixture] = field(default_factory=dict)
+    composition: Composition = field(default_factory=Composition)
+
+
+class ExpertsMixin:
+    """Experts and their mixture for a diffusers pipeline; the pipeline class says which networks there are."""
+
+    _expert_state: ExpertState | None = None
+
+    def _networks(self) -> dict[str, nn.Module]:
+        """The networks that experts can change, by part."""
+        raise NotImplementedError
+
+    def _flatten_tokens(self) -> dict[str, int]:
+        """Tokens per network that `pooling="flatten"` is sized for."""
+        raise NotImplementedError
+
+    @property
+    def _state(self) -> ExpertState:
+        # Made on first use: diffusers builds pipelines from the signature of __init__, which therefore stays its own.
+        if self._expert_state is None:
+            self._expert_state = ExpertState()
+        return self._expert_state
+
+    @property
+    def experts(self) -> Mapping[str, Expert]:
+        """The loaded experts by name, in the order in which they were loaded."""
+        return MappingProxyType(self._state.experts)
+
+    @property
+    def mixtures(self) -> Mapping[str, Mixture]:
+        """The mixture of each network that has experts: "unet" and, where experts change it, "text_encoder"."""
+        return MappingProxyType(self._state.mixtures)
+
+    @property
+    def mole_config(self) -> MoLEConfig:
+        """How gates are built; change it with `configure`."""
+        return self._state.config
+
+    def load_expert(
+        self,
+        source: str | Path,
+        name: str | None = None,
+        scale: float = 1.0,
+        *,
+        weight_name: str | None = None,
+        **hub_options: Any,
+    ) -> Expert:
+        """Load a LoRA file as one more expert.
+
+        Gates belong to a set of experts. A new expert makes fresh gates for the whole set: **gates trained so far
+        are lost** (a warning says so). Load all experts first, then train or `load_gates`.
+
+        Args:
+            source: a safetensors file, a folder with one, or a hub id ("owner/name").
+            name: how prompts and arguments call the expert; None takes it from the file, folder or hub id.
+            scale: factor on everything this expert does.
+            weight_name: which file of a folder or hub repository.
+            hub_options: for `huggingface_hub.snapshot_download` (revision, cache_dir, token, local_files_only).
+
+        Raises:
+            ExpertLoadError: no such file, not a LoRA for these networks, or the name is taken. The pipeline is as
+                it was before.
+        """
+        path, own_name = find_expert_file(source, weight_name, **hub_options)
+        expert = load_expert(path, name=name or own_name, scale=scale)
+        return self.add_expert(expert)
+
+    def add_expert(self, expert: Expert) -> Expert:
+        """`load_expert` for an `Expert` that is in memory already."""
+        experts = self._state.experts
+        if expert.name in experts:
+            raise ExpertLoadError(
+                f"an expert named {expert.name!r} is loaded already (loaded: {list(experts)});"
+                " give the new one another name or unload the old one"
+            )
+        if not set(expert.factors) & set(self._networks()):
+            raise ExpertLoadError(
+                f"expert {expert.name!r} changes {sorted(expert.factors)}, the pipeline has {sorted(self._networks())}"
+            )
+        self._rebuild({**experts, expert.name: expert}, self._state.config)
+        return expert
+
+    def unload_expert(self, name: str) -> None:
+        """Take an expert away. The others get fresh gates: **gates trained so far are lost**.
+
+        To leave an expert out of a picture without losing the gates, use `active_experts` instead.
+
+        Raises:
+            UnknownExpertError: no expert has this name.
+        """
+        if name not in self._state.experts:
+            raise UnknownExpertError(name, list(self._state.experts))
+        self._rebuild({k: e for k, e in self._state.experts.items() if k != name}, self._state.config)
+
+    def configure(self, config: MoLEConfig) -> None:
+        """Give all experts fresh gates of another kind (granularity, pooling, ...). Trained gates are lost."""
+        self._rebuild(dict(self._state.experts), config)
+
+    def eject(self) -> None:
+        """Take everything away: the networks are bitwise what they were before the first expert."""
+        self._rebuild({}, self._state.config)
+
+    @contextmanager
+    def composing(
+        self,
+        *,
+        active_experts: Sequence[str] | None = None,
+        expert_scales: Mapping[str, float] | None = None,
+        region_masks: Mapping[str, torch.Tensor] | None = None,
+        latent_size: tuple[int, int] | None = None,
+        mixture: str | Mapping[str, float] = "gates",
+    ) -> Iterator[None]:
+        """Choose how experts count in every forward inside the `with` block, whoever runs it.
+
+        For pipelines built around the same networks (ControlNet, img2img); `__call__` of this pipeline uses it too.
+        Outside, all experts are active with their gates.
+
+        Args:
+            active_experts: the experts that count; None is all.
+            expert_scales: factors per expert for now.
+            region_masks: expert name -> (H, W) tensor in 0..1.
+            latent_size: (height, width) of the latents that the masks belong to.
+            mixture: "gates"; "la" (weight 1 each); "nla" (1/N each); "none" (the base model); or weights by name.
+
+        Raises:
+            NoExpertsError: something was asked of experts and none is loaded.
+            UnknownExpertError, AllExpertsMaskedError, RegionMaskError, ConfigError: see `Mixture.activate`.
+        """
+        state = self._state
+        active, weights = fixed_mixture(mixture, list(state.experts), active_experts)
+        asked = active is not None or expert_scales or region_masks or mixture in ("la", "nla")
+        if asked and not state.experts:
+            raise NoExpertsError("no experts are loaded: call load_expert() first")
+        before = state.composition
+        now = Composition(active, expert_scales, region_masks, latent_size, weights, base_only=mixture == "none")
+        if now.base_only:
+            # Names are checked all the same: a typo must not pass only because nothing is drawn with it.
+            replace(now, base_only=False).apply(state.mixtures)
+        try:
+            now.apply(state.mixtures)
+            state.composition = now
+            yield
+        finally:
+            state.composition = before
+            before.apply(state.mixtures)
+
+    def _rebuild(
+        self,
+        experts: dict[str, Expert],
+        config: MoLEConfig,
+        finish: Callable[[dict[str, Mixture]], object] | None = None,
+    ) -> None:
+        """Replace the mixtures by fresh ones for these experts; on any error everything is as before.
+
+        Args:
+            finish: called with the new mixtures (to load gates into them) before the old ones are given up.
+        """
+        state = self._state
+        old = state.mixtures
+        for mixture in old.values():
+            mixture.eject()
+        new: dict[str, Mixture] = {}
+        try:
+            self._inject_all(experts, config, new)
+            if finish is not None:
+                finish(new)
+        except BaseException:
+            for mixture in new.values():
+                mixture.eject()
+            self._restore(old)
+            raise
+        trained = [part for part, mixture in old.items() if is_trained(mixture)]
+        if trained and finish is None and experts:
+            logger.warning("the gates trained for %s are lost: the expert set or the configuration changed", trained)
+        state.experts, state.mixtures, state.config = experts, new, config
+        state.composition = Composition()
+
+    def _inject_all(self, experts: dict[str, Expert], config: MoLEConfig, into: dict[str, Mixture]) -> None:
+        chosen = list(experts.values())
+        for part, network in self._networks().items():
+            if any(expert.factors.get(part) for expert in chosen):
+                into[part] = inject(network, chosen, config, part=part, flatten_tokens=self._flatten_tokens()[part])

@@ -1,0 +1,96 @@
+"""The gates of a diffusers pipeline: to and from files, and their training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mole_diffusion._pipeline_experts import ExpertsMixin
+from mole_diffusion._pipeline_records import GateWeights
+from mole_diffusion.checkpoint import load_gates, read_gates_header, save_gates
+from mole_diffusion.config import MoLEConfig
+from mole_diffusion.errors import NoExpertsError
+
+if TYPE_CHECKING:
+    from mole_diffusion.training import Concept, TrainingConfig, TrainingResult
+
+
+class GatesMixin(ExpertsMixin):
+    """Gates for a pipeline that has experts."""
+
+    _gate_weights: GateWeights = GateWeights()
+
+    def gate_weights(self) -> GateWeights:
+        """The gate weights of the last call: network, group, step, branch, batch entry, expert, weight.
+
+        Empty before the first call and after one without experts (`mixture="none"`).
+        """
+        return self._gate_weights
+
+    def save_gates(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+        """Write the gates, with the names and hashes of the experts they belong to (safetensors).
+
+        Raises:
+            NoExpertsError: there are no gates.
+        """
+        self._need_experts("save_gates")
+        save_gates(path, self._state.mixtures, metadata={**self._base_facts(), **(metadata or {})})
+
+    def load_gates(self, path: str | Path, strict: bool = True) -> dict[str, str]:
+        """Read gates that were trained for the loaded experts.
+
+        The pipeline takes over the file's configuration (granularity, pooling, ...).
+
+        Args:
+            path: a file of `save_gates`.
+            strict: refuse gates that were trained for other experts; see `mole_diffusion.checkpoint.load_gates`.
+
+        Returns:
+            The file's metadata.
+
+        Raises:
+            NoExpertsError: no experts are loaded.
+            GateMismatchError: the gates do not fit; `differences` lists why. The pipeline is as it was before.
+        """
+        self._need_experts("load_gates")
+        config = read_gates_header(path).config
+        if config == self._state.config:
+            return load_gates(path, self._state.mixtures, strict=strict)
+        found: dict[str, str] = {}
+        self._rebuild(
+            dict(self._state.experts),
+            config,
+            finish=lambda mixtures: found.update(load_gates(path, mixtures, strict=strict)),
+        )
+        return found
+
+    def train_gates(
+        self,
+        prompts: str | Sequence[str],
+        concepts: Mapping[str, Concept | Mapping[str, Any] | str] | Sequence[Concept] | None = None,
+        config: TrainingConfig | None = None,
+        callback: Callable[..., Any] | None = None,
+        checkpoint_dir: str | Path | None = None,
+    ) -> TrainingResult:
+        """Train the gates for these prompts; networks and experts stay as they are.
+
+        Arguments and result: see `mole_diffusion.training.GateTrainer`.
+
+        Raises:
+            NoExpertsError: no experts are loaded.
+        """
+        self._need_experts("train_gates")
+        from mole_diffusion.training import GateTrainer
+
+        return GateTrainer(
+            self, prompts, concepts, config, callback=callback, checkpoint_dir=checkpoint_dir
+        ).train()
+
+    def _base_facts(self) -> dict[str, str]:
+        """What a gates file should say about the base model beyond its shapes."""
+        raise NotImplementedError
+
+    def _need_experts(self, what: str) -> None:
+        if not self._state.experts:
+            raise NoExpertsError(f"{what}: no experts are loaded, and gates belong to experts: call load_expert() first")

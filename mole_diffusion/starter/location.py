@@ -1,0 +1,76 @@
+"""Where the starter lies, and which experts come with it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class StarterExpert:
+    """One expert of the starter, as `experts/experts.json` describes it.
+
+    Attributes:
+        name: expert name, also the file's name.
+        kind: "concept" (a subject) or "style".
+        trigger: the words it was trained on, e.g. "zor boot".
+        class_name: the same without the made-up word, e.g. "boot".
+        text: trigger as a phrase, e.g. "a zor boot".
+        class_text: class as a phrase, e.g. "a boot".
+        path: the LoRA file.
+        references: pictures of the subject or style, in order.
+    """
+
+    name: str
+    kind: str
+    trigger: str
+    class_name: str
+    text: str
+    class_text: str
+    path: Path
+    references: tuple[Path, ...]
+
+
+def starter_dir() -> Path:
+    """The starter's folder: the copy inside an installed wheel, else `assets/starter` of the repository.
+
+    The folder need not exist yet: `mole_diffusion.starter.build` makes it.
+    """
+    packaged = _PACKAGE / "_starter"
+    return packaged if packaged.is_dir() else _PACKAGE.parent / "assets" / "starter"
+
+
+def starter_experts(folder: Path | None = None) -> dict[str, StarterExpert]:
+    """All experts of the starter by name, in the order of `experts/experts.json`.
+
+    Args:
+        folder: a starter folder; None is `starter_dir()`.
+
+    Raises:
+        FileNotFoundError: the folder has no `experts/experts.json`.
+    """
+    home = (folder or starter_dir()) / "experts"
+    catalogue = home / "experts.json"
+    if not catalogue.is_file():
+        raise FileNotFoundError(f"the starter has no experts: {catalogue} does not exist")
+    entries: dict[str, dict[str, str]] = json.loads(catalogue.read_text(encoding="utf-8"))
+    return {
+        name: StarterExpert(
+            name=name,
+            kind=entry["kind"],
+            trigger=entry["trigger"],
+            class_name=entry["class"],
+            text=entry["text"],
+            class_text=entry["class_text"],
+            path=home / f"{name}.safetensors",
+            references=tuple(sorted((home / name).glob("*.png"), key=lambda path: (len(path.stem), path.stem))),
+        )
+        for name, entry in entries.items()
+    }
+
+
+def default_experts(folder: Path | None = None) -> list[str]:
+    """The names `from_starter()` loads when none are asked for: the first three concepts of the catalogue."""
+    concepts = [name for name, expert in starter_experts(folder).items() if expert.kind == "concept"]
+    return concepts[:3]

@@ -1,0 +1,161 @@
+"""Loading and unloading experts, and what goes wrong."""
+
+import logging
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_oracle import train_a_little
+
+from mole_diffusion import MoLEConfig
+from mole_diffusion.errors import (
+    AllExpertsMaskedError,
+    ConfigError,
+    ExpertLoadError,
+    MoLEError,
+    NoExpertsError,
+    UnknownExpertError,
+)
+
+
+def test_experts_are_in_loading_order_and_read_only(loaded) -> None:
+    assert list(loaded.experts) == ["boot", "cat", "clock"]
+    assert set(loaded.mixtures) == {"unet", "text_encoder"}
+    assert loaded.experts["cat"].name == "cat"
+    with pytest.raises(TypeError):
+        loaded.experts["x"] = loaded.experts["cat"]
+
+
+def test_expert_without_text_encoder_part_leaves_the_text_encoder_alone(pipe, lora_files) -> None:
+    expert = pipe.load_expert(lora_files["clock"])
+    assert expert.name == "clock"
+    assert set(pipe.mixtures) == {"unet"}
+
+
+def test_unload_leaves_the_others(loaded, pipe, draw, lora_files) -> None:
+    loaded.unload_expert("cat")
+    assert list(loaded.experts) == ["boot", "clock"]
+    with_two = draw(loaded, mixture="la")
+    pipe.eject()
+    pipe.load_expert(lora_files["boot"])
+    pipe.load_expert(lora_files["clock"])
+    torch.testing.assert_close(draw(pipe, mixture="la"), with_two, rtol=0, atol=0)
+
+
+def test_unload_of_the_last_is_the_base(pipe, plain, draw, lora_files) -> None:
+    pipe.load_expert(lora_files["boot"])
+    pipe.unload_expert("boot")
+    torch.testing.assert_close(draw(pipe), draw(plain), rtol=0, atol=0)
+
+
+def test_new_expert_makes_gates_fresh_and_says_so(pipe, lora_files, caplog) -> None:
+    with caplog.at_level(logging.WARNING, logger="mole_diffusion"):
+        pipe.load_expert(lora_files["boot"])
+        pipe.load_expert(lora_files["cat"])
+        assert not caplog.records
+        train_a_little(pipe)
+        pipe.load_expert(lora_files["clock"])
+    assert "gates trained for" in caplog.text
+    fresh = [bool((p == 0).all()) for n, p in pipe.mixtures["unet"].gates.named_parameters() if "weight" in n]
+    assert fresh
+    assert all(fresh)
+
+
+def test_configure_rebuilds_with_the_same_experts(loaded) -> None:
+    blocks = len(loaded.mixtures["unet"].groups)
+    loaded.configure(MoLEConfig(granularity="matrix"))
+    assert len(loaded.mixtures["unet"].groups) > blocks
+    assert list(loaded.experts) == ["boot", "cat", "clock"]
+    assert loaded.mole_config.granularity == "matrix"
+
+
+def test_unknown_expert_lists_known_and_suggests(loaded, draw) -> None:
+    for call in (
+        lambda: draw(loaded, active_experts=["clok"]),
+        lambda: draw(loaded, expert_scales={"clok": 1.0}),
+        lambda: draw(loaded, mixture={"clok": 1.0}),
+        lambda: draw(loaded, region_masks={"clok": torch.ones(32, 32)}),
+        lambda: draw(loaded, active_experts=["clok"], mixture="none"),
+        lambda: loaded.unload_expert("clok"),
+    ):
+        with pytest.raises(UnknownExpertError) as caught:
+            call()
+        message = str(caught.value)
+        assert "'clok'" in message
+        assert "did you mean 'clock'" in message.lower()
+        assert all(name in message for name in ("boot", "cat", "clock"))
+
+
+def test_no_experts_loaded(pipe, draw, tmp_path) -> None:
+    for call in (
+        lambda: draw(pipe, active_experts=["boot"]),
+        lambda: draw(pipe, expert_scales={"boot": 1.0}),
+        lambda: draw(pipe, mixture="la"),
+        lambda: pipe.save_gates(tmp_path / "gates.safetensors"),
+        lambda: pipe.load_gates(tmp_path / "gates.safetensors"),
+        lambda: pipe.train_gates("a boot"),
+    ):
+        with pytest.raises(NoExpertsError, match="no experts are loaded"):
+            call()
+
+
+def test_all_experts_masked(loaded, draw) -> None:
+    for mixture in ("gates", "la", "nla"):
+        with pytest.raises(AllExpertsMaskedError):
+            draw(loaded, active_experts=[], mixture=mixture)
+
+
+def test_senseless_mixture(loaded, draw) -> None:
+    with pytest.raises(ConfigError, match=r"mixture is 'mean', expected one of \['gates', 'la', 'nla', 'none'\]"):
+        draw(loaded, mixture="mean")
+    with pytest.raises(ConfigError, match="expert 'cat' the weight nan, expected a finite number"):
+        draw(loaded, mixture={"cat": float("nan")})
+    with pytest.raises(ConfigError, match=r"no weight for the active experts \['boot'\]"):
+        draw(loaded, mixture={"cat": 1.0}, active_experts=["boot", "cat"])
+
+
+def test_an_error_leaves_the_pipeline_usable(loaded, draw) -> None:
+    before = draw(loaded)
+    with pytest.raises(MoLEError):
+        draw(loaded, active_experts=["dog"], mixture="none")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw(loaded, mixture="la", callback_on_step_end=stop)
+    torch.testing.assert_close(draw(loaded), before, rtol=0, atol=0)
+    assert not loaded.unet._forward_pre_hooks
+
+
+def test_same_name_twice(loaded, lora_files) -> None:
+    with pytest.raises(ExpertLoadError, match=r"an expert named 'boot' is loaded already.*boot.*cat.*clock"):
+        loaded.load_expert(lora_files["cat"], name="boot")
+
+
+def test_failed_load_leaves_everything_as_it_was(loaded, draw, lora_files, tmp_path) -> None:
+    train_a_little(loaded)
+    before = draw(loaded)
+    wide = {k: torch.cat([v, v], dim=1) if "lora_A" in k else v for k, v in load_file(lora_files["cat"]).items()}
+    save_file(wide, tmp_path / "wide.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"no safetensors")
+    with pytest.raises(MoLEError) as caught:
+        loaded.load_expert(tmp_path / "wide.safetensors")
+    assert "wide" in str(caught.value)
+    with pytest.raises(ExpertLoadError):
+        loaded.load_expert(tmp_path / "broken.safetensors")
+    assert list(loaded.experts) == ["boot", "cat", "clock"]
+    torch.testing.assert_close(draw(loaded), before, rtol=0, atol=0)
+    hooked = [m for m in loaded.unet.modules() if m._forward_hooks]
+    assert all(len(m._forward_hooks) == 1 for m in hooked)
+
+
+def test_expert_for_other_networks_is_refused(pipe, tmp_path) -> None:
+    state = {
+        "text_encoder_2.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 24),
+        "text_encoder_2.encoder.layers.0.self_attn.q_proj.lora_B.weight": torch.ones(24, 2),
+    }
+    save_file(state, tmp_path / "xl.safetensors")
+    with pytest.raises(MoLEError, match="xl"):
+        pipe.load_expert(tmp_path / "xl.safetensors")
+    assert not pipe.experts
