@@ -3,8 +3,8 @@
     python bench/step.py            # writes bench/results/step.json and step.md
     python bench/step.py --tiny     # seconds; shows that it works, times nothing of interest
 
-All variants share one set of random weights. A round runs every variant once, each round in another order, and a
-ratio compares two runs of the same round, so that a machine that slows down does so for all. Reported: medians.
+All variants share one set of random weights. A round runs every variant once, each round in another order; a
+ratio compares two runs of one round, so that a machine that slows down does so for all. Reported: medians.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def gated(unet: UNet2DConditionModel, experts: Sequence[Expert], config: MoLECon
 
 
 def mean_spread(mixture: Mixture, forward: Forward) -> float:
-    """Mean difference between the largest and the smallest gate weight; 0 would mean that the gates are uniform."""
+    """Mean difference between the largest and the smallest gate weight; 0 means uniform gates."""
     mixture.record(True)
     forward()
     spreads = [float((r.weights.amax(dim=-1) - r.weights.amin(dim=-1)).mean()) for r in mixture.records]

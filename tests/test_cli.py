@@ -1,0 +1,186 @@
+"""The command line, through typer's runner and, for the entry point, as a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel
+from typer.testing import CliRunner, Result
+
+from mole_diffusion.checkpoint import save_gates
+from mole_diffusion.cli import app
+from mole_diffusion.config import MoLEConfig
+from mole_diffusion.experts import load_expert
+from mole_diffusion.inject import inject
+
+WIDTH = 32
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(
+        app, [str(argument) for argument in arguments], env={"COLUMNS": "200", "NO_COLOR": "1"}
+    )
+
+
+def write_lora(path: Path, seed: int = 0, rank: int = 4) -> Path:
+    """A LoRA for two matrices of a one-layer text encoder, with one key that belongs to nothing."""
+    torch.manual_seed(seed)
+    tensors = {"text_encoder.something_else.weight": torch.zeros(1)}
+    for matrix in ("q_proj", "v_proj"):
+        key = f"text_encoder.text_model.encoder.layers.0.self_attn.{matrix}"
+        tensors[f"{key}.lora_A.weight"] = torch.randn(rank, WIDTH)
+        tensors[f"{key}.lora_B.weight"] = torch.randn(WIDTH, rank)
+    save_file(tensors, path, metadata={"mole.trigger": "zor boot"})
+    return path
+
+
+@pytest.fixture
+def lora(tmp_path: Path) -> Path:
+    return write_lora(tmp_path / "boot.safetensors")
+
+
+@pytest.fixture
+def gates(tmp_path: Path, lora: Path) -> Path:
+    experts = [load_expert(lora), load_expert(write_lora(tmp_path / "cat.safetensors", seed=1, rank=8))]
+    encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=64,
+            hidden_size=WIDTH,
+            intermediate_size=WIDTH,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=8,
+        )
+    )
+    mixture = inject(encoder, experts, MoLEConfig(pooling="mean"), part="text_encoder")
+    path = tmp_path / "boot+cat.safetensors"
+    save_gates(path, {"text_encoder": mixture}, metadata={"prediction_type": "v_prediction"})
+    return path
+
+
+def test_version() -> None:
+    result = run("--version")
+    assert result.exit_code == 0
+    assert result.output == f"mole {version('mole-diffusion')}\n"
+
+
+def test_help_lists_the_commands_and_each_command_has_an_example() -> None:
+    overview = run("--help")
+    assert overview.exit_code == 0
+    for command in ("demo", "inspect"):
+        assert command in overview.output
+        details = run(command, "--help")
+        assert details.exit_code == 0
+        assert f"Example: mole {command}" in details.output
+
+
+def test_no_command_shows_the_help_and_is_a_usage_error() -> None:
+    result = run()
+    assert result.exit_code == 2
+    assert "Usage: mole" in result.output
+
+
+def test_entry_point_starts_without_loading_torch() -> None:
+    code = "import sys; from mole_diffusion.cli import main; sys.argv = ['mole', '--version']\ntry: main()\n"
+    code += "finally: print([name for name in ('torch', 'diffusers') if name in sys.modules])"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [f"mole {version('mole-diffusion')}", "[]"]
+
+
+def test_inspect_a_lora(lora: Path) -> None:
+    result = run("inspect", lora)
+    assert result.exit_code == 0, result.output
+    assert "zor boot" in result.output
+    assert "text_encoder: 2 matrices, 2 of rank 4" in result.output
+    assert "text_encoder.something_else.weight" in result.output
+
+
+def test_inspect_a_lora_as_json(lora: Path) -> None:
+    result = run("inspect", lora, "--json")
+    assert result.exit_code == 0, result.output
+    description = json.loads(result.stdout)
+    assert description["kind"] == "expert"
+    assert description["name"] == "boot"
+    assert description["triggers"] == ["zor boot"]
+    assert description["networks"]["text_encoder"]["encoder.layers.0.self_attn.q_proj"] == {
+        "rank": 4,
+        "alpha": 4.0,
+    }
+    assert list(description["ignored"]) == ["text_encoder.something_else.weight"]
+    assert description["sha256"] == load_expert(lora).sha256
+
+
+def test_inspect_gates(gates: Path) -> None:
+    result = run("inspect", gates)
+    assert result.exit_code == 0, result.output
+    for text in ("gates", "boot", "cat", "v_prediction", "pooling"):
+        assert text in result.output
+
+
+def test_inspect_gates_as_json(gates: Path) -> None:
+    result = run("inspect", gates, "--json")
+    assert result.exit_code == 0, result.output
+    description = json.loads(result.stdout)
+    assert description["kind"] == "gates"
+    assert [expert["name"] for expert in description["experts"]] == ["boot", "cat"]
+    assert description["config"] == MoLEConfig(pooling="mean").to_dict()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.safetensors", None, "There is no file"),
+        ("text.safetensors", b"not a model", "cannot be read as safetensors"),
+    ],
+)
+def test_inspect_refuses_in_one_line(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    result = run("inspect", path)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_inspect_refuses_tensors_that_are_no_lora(tmp_path: Path) -> None:
+    path = tmp_path / "other.safetensors"
+    save_file({"weight": torch.zeros(2)}, path)
+    result = run("inspect", path)
+    assert result.exit_code == 1
+    assert "none of its 1 keys can be used" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--seeds", "one"), 2, "'one' is not a list of whole numbers"),
+        (("--experts", ","), 2, "names nothing"),
+        (("--iterations", "0"), 2, "0 is not in the range"),
+        (("--experts", "boot"), 1, "the demo mixes two or more"),
+        (("--experts", "boot,boot"), 1, "names one twice"),
+    ],
+)
+def test_demo_refuses(tmp_path: Path, arguments: tuple[str, ...], code: int, message: str) -> None:
+    result = run("demo", "--out", tmp_path / "demo", *arguments)
+    assert result.exit_code == code, result.output
+    assert message in " ".join(result.stderr.split())
+    assert not (tmp_path / "demo").exists()
+
+
+def test_demo_suggests_the_nearest_expert(tmp_path: Path) -> None:
+    result = run("demo", "--out", tmp_path / "demo", "--experts", "boott,clock")
+    assert result.exit_code == 1
+    assert "Unknown expert 'boott'" in result.stderr
+    assert "Did you mean 'boot'?" in result.stderr
+    assert not (tmp_path / "demo").exists()
