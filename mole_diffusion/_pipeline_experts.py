@@ -60,7 +60,7 @@ class ExpertState:
 
 
 class ExpertsMixin:
-    """Experts and their mixture for a diffusers pipeline; the pipeline class says which networks there are."""
+    """Experts and their mixture; the pipeline class that uses it says which networks there are."""
 
     _expert_state: ExpertState | None = None
 
@@ -68,13 +68,13 @@ class ExpertsMixin:
         """The networks that experts can change, by part."""
         raise NotImplementedError
 
-    def _flatten_tokens(self) -> dict[str, int]:
-        """Tokens per network that `pooling="flatten"` is sized for."""
+    def _flatten_tokens(self) -> dict[str, int | None]:
+        """Tokens per network that `pooling="flatten"` is sized for; None for the UNet's own size."""
         raise NotImplementedError
 
     @property
     def _state(self) -> ExpertState:
-        # Made on first use: diffusers builds pipelines from the signature of __init__, which therefore stays its own.
+        # Made on first use: diffusers builds pipelines from the signature of __init__, which stays its own.
         if self._expert_state is None:
             self._expert_state = ExpertState()
         return self._expert_state
@@ -86,7 +86,7 @@ class ExpertsMixin:
 
     @property
     def mixtures(self) -> Mapping[str, Mixture]:
-        """The mixture of each network that has experts: "unet" and, where experts change it, "text_encoder"."""
+        """The mixture of each network that experts change: "unet" and perhaps "text_encoder"."""
         return MappingProxyType(self._state.mixtures)
 
     @property
@@ -105,19 +105,21 @@ class ExpertsMixin:
     ) -> Expert:
         """Load a LoRA file as one more expert.
 
-        Gates belong to a set of experts. A new expert makes fresh gates for the whole set: **gates trained so far
-        are lost** (a warning says so). Load all experts first, then train or `load_gates`.
+        Gates belong to a set of experts. A new expert makes fresh gates for the whole set: **gates trained
+        so far are lost** (a warning says so). Load all experts first, then train or `load_gates`.
 
         Args:
             source: a safetensors file, a folder with one, or a hub id ("owner/name").
             name: how prompts and arguments call the expert; None takes it from the file, folder or hub id.
             scale: factor on everything this expert does.
             weight_name: which file of a folder or hub repository.
-            hub_options: for `huggingface_hub.snapshot_download` (revision, cache_dir, token, local_files_only).
+            hub_options: for `huggingface_hub.snapshot_download` (revision, cache_dir, local_files_only, ...).
 
         Raises:
-            ExpertLoadError: no such file, not a LoRA for these networks, or the name is taken. The pipeline is as
-                it was before.
+            ExpertLoadError: no such file, not a LoRA for these networks, or the name is taken.
+            InjectionError: the file's matrices do not fit these networks.
+
+        After an error the pipeline is as it was before.
         """
         path, own_name = find_expert_file(source, weight_name, **hub_options)
         expert = load_expert(path, name=name or own_name, scale=scale)
@@ -133,7 +135,8 @@ class ExpertsMixin:
             )
         if not set(expert.factors) & set(self._networks()):
             raise ExpertLoadError(
-                f"expert {expert.name!r} changes {sorted(expert.factors)}, the pipeline has {sorted(self._networks())}"
+                f"expert {expert.name!r} changes {sorted(expert.factors)};"
+                f" the networks of this pipeline are {sorted(self._networks())}"
             )
         self._rebuild({**experts, expert.name: expert}, self._state.config)
         return expert
@@ -151,7 +154,7 @@ class ExpertsMixin:
         self._rebuild({k: e for k, e in self._state.experts.items() if k != name}, self._state.config)
 
     def configure(self, config: MoLEConfig) -> None:
-        """Give all experts fresh gates of another kind (granularity, pooling, ...). Trained gates are lost."""
+        """Give all experts fresh gates of another kind (granularity, pooling, ...); trained ones are lost."""
         self._rebuild(dict(self._state.experts), config)
 
     def eject(self) -> None:
@@ -170,15 +173,16 @@ class ExpertsMixin:
     ) -> Iterator[None]:
         """Choose how experts count in every forward inside the `with` block, whoever runs it.
 
-        For pipelines built around the same networks (ControlNet, img2img); `__call__` of this pipeline uses it too.
-        Outside, all experts are active with their gates.
+        For pipelines built around the same networks (ControlNet, img2img); `__call__` of this pipeline uses
+        it too. Outside, all experts are active with their gates.
 
         Args:
             active_experts: the experts that count; None is all.
-            expert_scales: factors per expert for now.
+            expert_scales: factors in place of those given to `load_expert`.
             region_masks: expert name -> (H, W) tensor in 0..1.
             latent_size: (height, width) of the latents that the masks belong to.
-            mixture: "gates"; "la" (weight 1 each); "nla" (1/N each); "none" (the base model); or weights by name.
+            mixture: "gates"; "la" (weight 1 each); "nla" (1/N each); "none" (the base model); or a weight per
+                expert, which also names the active ones.
 
         Raises:
             NoExpertsError: something was asked of experts and none is loaded.
@@ -190,11 +194,12 @@ class ExpertsMixin:
         if asked and not state.experts:
             raise NoExpertsError("no experts are loaded: call load_expert() first")
         before = state.composition
-        now = Composition(active, expert_scales, region_masks, latent_size, weights, base_only=mixture == "none")
-        if now.base_only:
-            # Names are checked all the same: a typo must not pass only because nothing is drawn with it.
-            replace(now, base_only=False).apply(state.mixtures)
+        now = Composition(
+            active, expert_scales, region_masks, latent_size, weights, base_only=mixture == "none"
+        )
         try:
+            # Also for the base model: a misspelt name must not pass only because nothing is drawn with it.
+            replace(now, base_only=False).apply(state.mixtures)
             now.apply(state.mixtures)
             state.composition = now
             yield
@@ -225,11 +230,14 @@ class ExpertsMixin:
         except BaseException:
             for mixture in new.values():
                 mixture.eject()
-            self._restore(old)
+            for mixture in old.values():
+                mixture.attach()
             raise
-        trained = [part for part, mixture in old.items() if is_trained(mixture)]
+        trained = [part for part, mixture in old.items() if _is_trained(mixture)]
         if trained and finish is None and experts:
-            logger.warning("the gates trained for %s are lost: the expert set or the configuration changed", trained)
+            logger.warning(
+                "the gates trained for %s are lost: the expert set or the configuration changed", trained
+            )
         state.experts, state.mixtures, state.config = experts, new, config
         state.composition = Composition()
 
@@ -237,4 +245,11 @@ class ExpertsMixin:
         chosen = list(experts.values())
         for part, network in self._networks().items():
             if any(expert.factors.get(part) for expert in chosen):
-                into[part] = inject(network, chosen, config, part=part, flatten_tokens=self._flatten_tokens()[part])
+                into[part] = inject(
+                    network, chosen, config, part=part, flatten_tokens=self._flatten_tokens()[part]
+                )
+
+
+def _is_trained(mixture: Mixture) -> bool:
+    """Whether any gate has left the zero projection it starts with."""
+    return any(bool(group.gate.projection.any()) for group in mixture.groups)

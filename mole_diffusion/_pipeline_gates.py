@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mole_diffusion._pipeline_experts import ExpertsMixin
 from mole_diffusion._pipeline_records import GateWeights
 from mole_diffusion.checkpoint import load_gates, read_gates_header, save_gates
-from mole_diffusion.config import MoLEConfig
-from mole_diffusion.errors import NoExpertsError
+from mole_diffusion.errors import GateMismatchError, NoExpertsError
 
 if TYPE_CHECKING:
     from mole_diffusion.training import Concept, TrainingConfig, TrainingResult
@@ -24,7 +23,7 @@ class GatesMixin(ExpertsMixin):
     def gate_weights(self) -> GateWeights:
         """The gate weights of the last call: network, group, step, branch, batch entry, expert, weight.
 
-        Empty before the first call and after one without experts (`mixture="none"`).
+        Empty before the first call and after one in which no gate ran (fixed mixtures, the base model).
         """
         return self._gate_weights
 
@@ -44,17 +43,25 @@ class GatesMixin(ExpertsMixin):
 
         Args:
             path: a file of `save_gates`.
-            strict: refuse gates that were trained for other experts; see `mole_diffusion.checkpoint.load_gates`.
+            strict: refuse gates that were trained for other experts; see `checkpoint.load_gates`.
 
         Returns:
             The file's metadata.
 
         Raises:
             NoExpertsError: no experts are loaded.
-            GateMismatchError: the gates do not fit; `differences` lists why. The pipeline is as it was before.
+            GateMismatchError: the gates do not fit, `differences` lists why; the pipeline is as it was.
         """
         self._need_experts("load_gates")
-        config = read_gates_header(path).config
+        header = read_gates_header(path)
+        differences = [
+            f"base model: {fact} is {header.metadata[fact]!r} in the file, {value!r} here"
+            for fact, value in self._base_facts().items()
+            if header.metadata.get(fact, value) != value
+        ]
+        if differences and strict:
+            raise GateMismatchError(f"The gates in {str(path)!r} do not fit:", differences)
+        config = header.config(next(iter(header.parts)))
         if config == self._state.config:
             return load_gates(path, self._state.mixtures, strict=strict)
         found: dict[str, str] = {}
@@ -93,4 +100,6 @@ class GatesMixin(ExpertsMixin):
 
     def _need_experts(self, what: str) -> None:
         if not self._state.experts:
-            raise NoExpertsError(f"{what}: no experts are loaded, and gates belong to experts: call load_expert() first")
+            raise NoExpertsError(
+                f"{what}: no experts are loaded, and gates belong to experts: call load_expert() first"
+            )

@@ -1,10 +1,16 @@
 """The gate weights of one call as rows that say which network, step and picture they belong to."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, overload
 
 import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from mole_diffusion.context import GateRecord
+from mole_diffusion.inject import Mixture
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,9 @@ class GateWeights(Sequence[GateWeight]):
         """One plain dict per row, for JSON lines or a data frame."""
         return [asdict(row) for row in self._rows]
 
-    def to_array(self, network: str = "unet", branch: str = "prompt") -> tuple[torch.Tensor, dict[str, list[Any]]]:
+    def to_array(
+        self, network: str = "unet", branch: str = "prompt"
+    ) -> tuple[torch.Tensor, dict[str, list[Any]]]:
         """The weights of one network as a tensor.
 
         Returns:
@@ -70,7 +78,9 @@ class GateWeights(Sequence[GateWeight]):
         """
         rows = self.where(network=network, branch=branch)
         axes = ("group", "step", "entry", "expert")
-        labels: dict[str, list[Any]] = {axis: list(dict.fromkeys(getattr(r, axis) for r in rows)) for axis in axes}
+        labels: dict[str, list[Any]] = {
+            axis: list(dict.fromkeys(getattr(r, axis) for r in rows)) for axis in axes
+        }
         places = [{label: i for i, label in enumerate(labels[axis])} for axis in axes]
         weights = torch.zeros([len(labels[axis]) for axis in axes])
         for row in rows:
@@ -82,25 +92,29 @@ class GateWeights(Sequence[GateWeight]):
 class CallRecorder:
     """Counts the forwards of the networks during one pipeline call and names the rows afterwards.
 
-    The count goes into `Mixture.step` from a forward pre-hook on each network, so that the user's callbacks and
-    any scheduler (some run the UNet more often than they have steps) stay untouched.
+    The count goes into `Mixture.step` from a forward pre-hook on each network, so that the user's callbacks
+    and any scheduler (some run the UNet more often than they have steps) stay untouched.
     """
 
-    def __init__(self, mixtures: Mapping[str, Any]) -> None:
+    def __init__(self, mixtures: Mapping[str, Mixture], networks: Mapping[str, nn.Module]) -> None:
         self._mixtures = dict(mixtures)
+        self._networks = dict(networks)
+        self._handles: list[RemovableHandle] = []
         self._guided: dict[int, bool] = {}
 
-    def start(self, guided: Any) -> None:
+    def start(self, guided: Callable[[], bool]) -> None:
         """Begin to record. `guided()` says whether the UNet's batch has a negative half right now."""
-        self._handles = []
         for part, mixture in self._mixtures.items():
             mixture.record(True)
-            mixture.step = -1
-            self._handles.append(mixture.network.register_forward_pre_hook(self._counter(part, mixture, guided)))
+            self._handles.append(
+                self._networks[part].register_forward_pre_hook(self._counter(part, mixture, guided))
+            )
 
-    def _counter(self, part: str, mixture: Any, guided: Any) -> Any:
+    def _counter(self, part: str, mixture: Mixture, guided: Callable[[], bool]) -> Callable[..., None]:
+        calls = itertools.count()
+
         def count(*_: Any) -> None:
-            mixture.step += 1
+            mixture.step = next(calls)
             if part == "unet":
                 self._guided[mixture.step] = guided()
 
@@ -120,11 +134,18 @@ class CallRecorder:
             mixture.step = None
         return GateWeights(rows)
 
-    def _rows(self, record: Any, names: Sequence[str], text_branches: Sequence[str]) -> list[GateWeight]:
+    def _rows(
+        self, record: GateRecord, names: Sequence[str], text_branches: Sequence[str]
+    ) -> list[GateWeight]:
+        assert record.step is not None  # set by the counter before any gate ran
+        step: int | None
         if record.part == "unet":
             step, half = record.step, len(record.weights) // 2 if self._guided[record.step] else 0
         else:
-            step, half = None, len(record.weights) if text_branches[record.step : record.step + 1] == ["negative"] else 0
+            step, half = (
+                None,
+                len(record.weights) if text_branches[record.step : record.step + 1] == ["negative"] else 0,
+            )
         return [
             GateWeight(
                 network=record.part,

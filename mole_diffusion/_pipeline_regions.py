@@ -14,8 +14,8 @@ def region_tensors(masks: Mapping[str, Any], height: int, width: int) -> dict[st
     """Region masks at picture size as float32 tensors (height, width) in 0..1.
 
     Args:
-        masks: expert name -> PIL picture (read as grey), numpy array or tensor (H, W); bool, uint8 (0..255) or
-            float (0..1).
+        masks: expert name -> PIL picture (read as grey), numpy array or tensor (H, W); bool, uint8 (0..255)
+            or float (0..1).
         height, width: the picture's size in pixels.
 
     Raises:
@@ -27,7 +27,9 @@ def region_tensors(masks: Mapping[str, Any], height: int, width: int) -> dict[st
 def _region_tensor(name: str, mask: Any, height: int, width: int) -> torch.Tensor:
     tensor = _to_tensor(name, mask)
     if tensor.ndim != 2:
-        raise RegionMaskError(f"region mask of {name!r} has shape {tuple(tensor.shape)}, expected (height, width)")
+        raise RegionMaskError(
+            f"region mask of {name!r} has shape {tuple(tensor.shape)}, expected (height, width)"
+        )
     if tensor.shape != (height, width):
         raise RegionMaskError(
             f"region mask of {name!r} is {tensor.shape[1]} x {tensor.shape[0]} pixels (width x height),"

@@ -11,13 +11,15 @@ _USUAL_NAME = "pytorch_lora_weights.safetensors"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def find_expert_file(source: str | Path, weight_name: str | None = None, **hub_options: Any) -> tuple[Path, str]:
+def find_expert_file(
+    source: str | Path, weight_name: str | None = None, **hub_options: Any
+) -> tuple[Path, str]:
     """The safetensors file behind `source`, and a name for the expert in it.
 
     Args:
         source: a file, a folder with one LoRA file, or a hub id ("owner/name").
         weight_name: which file of the folder or hub repository.
-        hub_options: passed to `huggingface_hub.snapshot_download` (revision, cache_dir, token, local_files_only).
+        hub_options: for `huggingface_hub.snapshot_download` (revision, cache_dir, local_files_only, ...).
 
     Raises:
         ExpertLoadError: nothing there, several files to choose from, or the hub did not answer.
@@ -30,7 +32,7 @@ def find_expert_file(source: str | Path, weight_name: str | None = None, **hub_o
         return _named(_pick(path, weight_name, source), path.resolve().name)
     if not (isinstance(source, str) and _HUB_ID.fullmatch(source)) or path.suffix == ".safetensors":
         raise ExpertLoadError(
-            f"no expert at {str(source)!r}: it is not a file, not a folder, and not a hub id such as 'owner/name'"
+            f"no expert at {str(source)!r}: not a file, not a folder, and not a hub id such as 'owner/name'"
         )
     folder = _download(source, weight_name, **hub_options)
     return _named(_pick(folder, weight_name, source), source.split("/")[1])
@@ -53,7 +55,7 @@ def _pick(folder: Path, weight_name: str | None, source: str | Path) -> Path:
         return folder / _USUAL_NAME
     if len(files) != 1:
         raise ExpertLoadError(
-            f"{str(source)!r} has {len(files)} safetensors files, expected one (choose with weight_name=): {names}"
+            f"{str(source)!r} has {len(files)} safetensors files, choose one with weight_name=: {names}"
         )
     return files[0]
 

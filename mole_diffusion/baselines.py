@@ -1,7 +1,7 @@
 """Today's ways of combining LoRAs, as fixed weights behind the same interface as gates.
 
-A fixed mixture is one weight per expert, the same in every layer, for every token and at every step. It runs through
-the same hooks as trained gates (`Mixture.activate(weights=...)`), so that pictures differ by nothing but the weights.
+A fixed mixture is one weight per expert, the same in every layer, for every token and at every step. It
+runs through the same hooks as trained gates (`Mixture.activate(weights=...)`): only the weights differ.
 """
 
 import math
@@ -37,12 +37,14 @@ def fixed_mixture(
         The active experts and their weights; None where all are active, or where gates decide.
 
     Raises:
-        ConfigError: an unknown word, a weight that is not a finite number, or an active expert without a weight.
+        ConfigError: an unknown word, a weight that is not finite, or an active expert without a weight.
         UnknownExpertError: a weight for an expert that is not loaded.
     """
     if isinstance(mixture, str):
         if mixture not in MIXTURES:
-            raise ConfigError(f"mixture is {mixture!r}, expected one of {list(MIXTURES)} or a weight per expert")
+            raise ConfigError(
+                f"mixture is {mixture!r}, expected one of {list(MIXTURES)} or a weight per expert"
+            )
         names = list(known if active is None else active)
         fixed = {"la": linear_arithmetic, "nla": normalised_linear_arithmetic}.get(mixture)
         return active, fixed(names) if fixed and names else None
@@ -50,7 +52,9 @@ def fixed_mixture(
         if name not in known:
             raise UnknownExpertError(name, known)
         if not math.isfinite(weight):
-            raise ConfigError(f"mixture gives expert {name!r} the weight {weight!r}, expected a finite number")
+            raise ConfigError(
+                f"mixture gives expert {name!r} the weight {weight!r}, expected a finite number"
+            )
     chosen = list(mixture) if active is None else list(active)
     missing = [name for name in chosen if name not in mixture]
     if missing:

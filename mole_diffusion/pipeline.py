@@ -22,10 +22,10 @@ _PARENT_CALL = inspect.signature(StableDiffusionPipeline.__call__)
 class StableDiffusionMoLEPipeline(GatesMixin, StableDiffusionPipeline):
     """`StableDiffusionPipeline` whose UNet and text encoder mix LoRA experts by gates.
 
-    Everything of the diffusers pipeline works as before: schedulers, callbacks, offloading, textual inversion,
-    `load_lora_weights` for a LoRA outside the mixture, `from_pretrained`, `from_single_file`, `from_pipe`.
-    `save_pretrained` writes the base model only, readable by plain diffusers; experts are files of their own, and
-    gates are saved with `save_gates`.
+    Everything of the diffusers pipeline works as before: schedulers, callbacks, offloading, textual
+    inversion, `load_lora_weights` for a LoRA outside the mixture, `from_pretrained`, `from_single_file`,
+    `from_pipe`. `save_pretrained` writes the base model only, readable by plain diffusers; experts are files
+    of their own, and gates are saved with `save_gates`.
 
     Example:
         >>> pipe = StableDiffusionMoLEPipeline.from_pretrained("stabilityai/stable-diffusion-2-1")
@@ -46,8 +46,8 @@ class StableDiffusionMoLEPipeline(GatesMixin, StableDiffusionPipeline):
         """The small model that ships with the project, without network access.
 
         Args:
-            experts: names from `mole_diffusion.starter.starter_experts()`; "all"; `[]` for none; None for three
-                concepts, with the gates that were trained for them if the starter has those.
+            experts: names from `mole_diffusion.starter.starter_experts()`; "all"; `[]` for none; None for
+                three concepts, with the gates that were trained for them if the starter has those.
             torch_dtype: type of the weights.
             kwargs: for `from_pretrained`.
 
@@ -59,7 +59,9 @@ class StableDiffusionMoLEPipeline(GatesMixin, StableDiffusionPipeline):
         if not (folder / "model_index.json").is_file():
             raise FileNotFoundError(f"the starter is missing: no model_index.json in {folder}")
         known = starter_experts(folder)
-        names = default_experts(folder) if experts is None else list(known) if experts == "all" else list(experts)
+        names = (
+            default_experts(folder) if experts is None else list(known) if experts == "all" else list(experts)
+        )
         for name in names:
             if name not in known:
                 raise UnknownExpertError(name, list(known))
@@ -96,11 +98,11 @@ class StableDiffusionMoLEPipeline(GatesMixin, StableDiffusionPipeline):
             args, kwargs: everything of `StableDiffusionPipeline.__call__`: prompt, height, width,
                 num_inference_steps, guidance_scale, generator, callback_on_step_end, ...
             active_experts: the experts that count, the rest is renormalised; None is all. (Expert mask.)
-            expert_scales: factor per expert for this call, beside the one given to `load_expert`.
-            region_masks: where in the picture an expert counts: PIL picture, numpy array or tensor of the picture's
-                size (height, width), 0 to 1, or 0 to 255 as uint8. The same for every picture of the batch.
-            mixture: "gates"; "la" (every expert with weight 1); "nla" (1/N); "none" (the base model, bitwise); or a
-                weight per expert, which also names the active ones.
+            expert_scales: factor per expert for this call, in place of the one given to `load_expert`.
+            region_masks: where in the picture an expert counts: PIL picture, numpy array or tensor of the
+                picture's size (height, width), 0 to 1, or 0 to 255 as uint8. The same for the whole batch.
+            mixture: "gates"; "la" (every expert with weight 1); "nla" (1/N); "none" (the base model,
+                bitwise); or a weight per expert, which also names the active ones.
 
         Returns:
             `StableDiffusionPipelineOutput`, or a tuple with `return_dict=False`, as in diffusers.
@@ -122,7 +124,7 @@ class StableDiffusionMoLEPipeline(GatesMixin, StableDiffusionPipeline):
             latent_size=(height // factor, width // factor),
             mixture=mixture,
         ):
-            recorder = CallRecorder({} if mixture == "none" else self._state.mixtures)
+            recorder = CallRecorder({} if mixture == "none" else self._state.mixtures, self._networks())
             recorder.start(lambda: self.do_classifier_free_guidance)
             try:
                 return super().__call__(*args, **kwargs)
@@ -147,8 +149,8 @@ class StableDiffusionMoLEPipeline(GatesMixin, StableDiffusionPipeline):
         found = {"unet": self.unet, "text_encoder": self.text_encoder}
         return {part: network for part, network in found.items() if network is not None}
 
-    def _flatten_tokens(self) -> dict[str, Any]:
-        raise NotImplementedError
+    def _flatten_tokens(self) -> dict[str, int | None]:
+        return {"unet": None, "text_encoder": self.tokenizer.model_max_length}
 
     def _base_facts(self) -> dict[str, str]:
         return {"prediction_type": str(self.scheduler.config.get("prediction_type", "epsilon"))}
@@ -174,7 +176,7 @@ def _text_branches(given: Mapping[str, Any]) -> list[str]:
 
 @contextmanager
 def _old_text_model_name(text_encoder: nn.Module | None) -> Iterator[None]:
-    """Let diffusers' `clip_skip` find `text_encoder.text_model`, which transformers 5 merged into the model itself."""
+    """Let diffusers' `clip_skip` find `text_encoder.text_model`, in transformers 5 the model itself."""
     if text_encoder is None or hasattr(text_encoder, "text_model"):
         yield
         return

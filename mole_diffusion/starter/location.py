@@ -64,7 +64,9 @@ def starter_experts(folder: Path | None = None) -> dict[str, StarterExpert]:
             text=entry["text"],
             class_text=entry["class_text"],
             path=home / f"{name}.safetensors",
-            references=tuple(sorted((home / name).glob("*.png"), key=lambda path: (len(path.stem), path.stem))),
+            references=tuple(
+                sorted((home / name).glob("*.png"), key=lambda path: (len(path.stem), path.stem))
+            ),
         )
         for name, entry in entries.items()
     }

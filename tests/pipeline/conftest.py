@@ -1,4 +1,4 @@
-"""A Stable Diffusion of a few hundred thousand weights, built from the real classes, and LoRA files for it."""
+"""A Stable Diffusion of a few hundred thousand weights, of the real classes, and LoRA files for it."""
 
 import copy
 import json
@@ -34,7 +34,9 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
                 merges.append(merge)
                 tokens.append(pieces[-1])
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(dict.fromkeys(tokens))}))
+    (folder / "vocab.json").write_text(
+        json.dumps({token: i for i, token in enumerate(dict.fromkeys(tokens))})
+    )
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
     return CLIPTokenizer.from_pretrained(folder, model_max_length=12)
 
@@ -96,7 +98,7 @@ def write_lora(path: Path, components: dict[str, Any], seed: int, rank: int, tex
             if "lora_" in name:
                 torch.nn.init.normal_(parameter, std=0.2)
         states[part] = get_peft_model_state_dict(network, adapter_name="new")
-        # alpha is twice the rank: diffusers keeps it in the file's metadata, where load_lora_weights finds it.
+        # alpha is twice the rank: diffusers keeps it in the file's header, where load_lora_weights finds it.
         metadata[f"{part}_lora_adapter_metadata"] = network.peft_config["new"].to_dict()
     StableDiffusionPipeline.save_lora_weights(
         path.parent,

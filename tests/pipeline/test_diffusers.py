@@ -37,7 +37,7 @@ from mole_diffusion.pipeline import StableDiffusionMoLEPipeline
     ids=lambda cls: cls.__name__,
 )
 def test_schedulers(loaded, plain, draw, lora_files, scheduler) -> None:
-    with_adapters(plain, lora_files, dict.fromkeys(lora_files, 1.0))
+    with_adapters(plain, lora_files, {"cat": 1.0})
     for pipe in (loaded, plain):
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     steps: list[int] = []
@@ -47,9 +47,9 @@ def test_schedulers(loaded, plain, draw, lora_files, scheduler) -> None:
         return kwargs
 
     torch.testing.assert_close(
-        draw(loaded, mixture="la", callback_on_step_end=note), draw(plain), atol=1e-3, rtol=0
+        draw(loaded, active_experts=["cat"], callback_on_step_end=note), draw(plain), atol=1e-3, rtol=0
     )
-    assert [row for row in dict.fromkeys(r.step for r in loaded.gate_weights().where(network="unet"))] == steps
+    assert list(dict.fromkeys(r.step for r in loaded.gate_weights().where(network="unet"))) == steps
 
 
 def test_callback_sees_and_changes_latents(loaded, draw) -> None:
@@ -65,9 +65,9 @@ def test_callback_sees_and_changes_latents(loaded, draw) -> None:
 
 
 def test_callback_object_that_ends_guidance(loaded, plain, draw, lora_files) -> None:
-    with_adapters(plain, lora_files, dict.fromkeys(lora_files, 1.0))
+    with_adapters(plain, lora_files, {"cat": 1.0})
     cutoff = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
-    picture = draw(loaded, mixture="la", num_inference_steps=4, callback_on_step_end=cutoff)
+    picture = draw(loaded, active_experts=["cat"], num_inference_steps=4, callback_on_step_end=cutoff)
     expected = draw(plain, num_inference_steps=4, callback_on_step_end=cutoff)
     torch.testing.assert_close(picture, expected, **CLOSE)
     negative = loaded.gate_weights().where(network="unet", branch="negative")

@@ -106,7 +106,9 @@ def test_all_experts_masked(loaded, draw) -> None:
 
 
 def test_senseless_mixture(loaded, draw) -> None:
-    with pytest.raises(ConfigError, match=r"mixture is 'mean', expected one of \['gates', 'la', 'nla', 'none'\]"):
+    with pytest.raises(
+        ConfigError, match=r"mixture is 'mean', expected one of \['gates', 'la', 'nla', 'none'\]"
+    ):
         draw(loaded, mixture="mean")
     with pytest.raises(ConfigError, match="expert 'cat' the weight nan, expected a finite number"):
         draw(loaded, mixture={"cat": float("nan")})
@@ -136,7 +138,9 @@ def test_same_name_twice(loaded, lora_files) -> None:
 def test_failed_load_leaves_everything_as_it_was(loaded, draw, lora_files, tmp_path) -> None:
     train_a_little(loaded)
     before = draw(loaded)
-    wide = {k: torch.cat([v, v], dim=1) if "lora_A" in k else v for k, v in load_file(lora_files["cat"]).items()}
+    wide = {
+        k: torch.cat([v, v], dim=1) if "lora_A" in k else v for k, v in load_file(lora_files["cat"]).items()
+    }
     save_file(wide, tmp_path / "wide.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"no safetensors")
     with pytest.raises(MoLEError) as caught:

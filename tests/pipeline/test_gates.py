@@ -10,7 +10,12 @@ from mole_diffusion.errors import GateMismatchError
 
 @pytest.mark.parametrize(
     "config",
-    [MoLEConfig(), MoLEConfig.uniform(), MoLEConfig(granularity="layer", gate_input="hidden"), MoLEConfig.paper()],
+    [
+        MoLEConfig(),
+        MoLEConfig.uniform(),
+        MoLEConfig(granularity="layer", gate_input="hidden"),
+        MoLEConfig.paper(),
+    ],
     ids=["default", "uniform", "layer", "paper"],
 )
 def test_saved_and_loaded_gates_draw_the_same(pipe, components, draw, lora_files, tmp_path, config) -> None:

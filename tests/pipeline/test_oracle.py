@@ -1,4 +1,4 @@
-"""Through the whole pipeline: our mixtures against diffusers' and PEFT's adapters, on the same files and seeds."""
+"""Through the whole pipeline: our mixtures against diffusers' and PEFT's adapters on the same files."""
 
 from pathlib import Path
 
@@ -74,7 +74,9 @@ def test_fixed_mixture_is_set_adapters(loaded, plain, draw, lora_files, mixture,
 
 def test_nla_of_two_active_is_a_half_each(loaded, plain, draw, lora_files) -> None:
     expected = draw(with_adapters(plain, lora_files, {"cat": 0.5, "clock": 0.5}))
-    torch.testing.assert_close(draw(loaded, mixture="nla", active_experts=["cat", "clock"]), expected, **CLOSE)
+    torch.testing.assert_close(
+        draw(loaded, mixture="nla", active_experts=["cat", "clock"]), expected, **CLOSE
+    )
 
 
 def test_fresh_gates_of_strength_one_are_nla(loaded, plain, draw, lora_files) -> None:
@@ -109,7 +111,9 @@ def test_eject_restores_the_base_bitwise(loaded, plain, draw) -> None:
     loaded.eject()
     assert not loaded.experts
     assert not loaded.mixtures
-    hooks = [m for network in (loaded.unet, loaded.text_encoder) for m in network.modules() if m._forward_hooks]
+    hooks = [
+        m for network in (loaded.unet, loaded.text_encoder) for m in network.modules() if m._forward_hooks
+    ]
     assert hooks == []
     torch.testing.assert_close(draw(loaded), draw(plain), rtol=0, atol=0)
     plain_keys = list(plain.unet.state_dict())

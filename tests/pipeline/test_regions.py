@@ -34,9 +34,9 @@ def test_half_grey_is_half() -> None:
 
 
 def test_wrong_size_names_both() -> None:
-    with pytest.raises(RegionMaskError, match="'cat' is 64 x 32 pixels .*, the picture is 32 x 32"):
+    with pytest.raises(RegionMaskError, match=r"'cat' is 64 x 32 pixels .*, the picture is 32 x 32"):
         region_tensors({"cat": torch.ones(32, 64)}, 32, 32)
-    with pytest.raises(RegionMaskError, match="'cat' is 8 x 4 pixels .*, the picture is 48 x 32"):
+    with pytest.raises(RegionMaskError, match=r"'cat' is 8 x 4 pixels .*, the picture is 48 x 32"):
         region_tensors({"cat": Image.new("L", (8, 4))}, 32, 48)
 
 
@@ -52,9 +52,9 @@ def test_wrong_shape_kind_and_range() -> None:
 
 
 def test_size_is_checked_against_what_the_call_draws(loaded, draw) -> None:
-    with pytest.raises(RegionMaskError, match="32 x 32 pixels .* the picture is 64 x 32"):
+    with pytest.raises(RegionMaskError, match=r"32 x 32 pixels .* the picture is 64 x 32"):
         draw(loaded, region_masks={"cat": LEFT}, width=64, height=32)
-    with pytest.raises(RegionMaskError, match="32 x 32 pixels .* the picture is 32 x 64"):
+    with pytest.raises(RegionMaskError, match=r"32 x 32 pixels .* the picture is 32 x 64"):
         draw(loaded, region_masks={"cat": LEFT}, latents=torch.zeros(1, 4, 8, 4))
     wide = torch.ones(32, 64)
     assert draw(loaded, region_masks={"cat": wide}, width=64, height=32).shape[-2:] == (32, 64)
@@ -73,7 +73,6 @@ def test_masks_change_the_picture_and_order_of_regions_matters(loaded, draw) -> 
 
 
 def test_mask_of_zeros_takes_an_expert_out_of_the_picture(loaded, draw) -> None:
-    """Without text encoder experts a black mask is the same as an expert that is not active... for the UNet."""
     loaded.unload_expert("boot")
     loaded.unload_expert("cat")
     black = draw(loaded, region_masks={"clock": torch.zeros(32, 32)})

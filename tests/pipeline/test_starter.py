@@ -14,7 +14,8 @@ from mole_diffusion.errors import UnknownExpertError
 from mole_diffusion.pipeline import StableDiffusionMoLEPipeline
 
 real = pytest.mark.skipif(
-    not (starter.starter_dir() / "model_index.json").is_file(), reason="the starter is not built in assets/starter"
+    not (starter.starter_dir() / "model_index.json").is_file(),
+    reason="the starter is not built in assets/starter",
 )
 
 
@@ -75,7 +76,7 @@ def test_chosen_experts(folder) -> None:
     assert list(StableDiffusionMoLEPipeline.from_starter([]).experts) == []
     assert list(StableDiffusionMoLEPipeline.from_starter(["cat", "ink"]).experts) == ["cat", "ink"]
     assert list(StableDiffusionMoLEPipeline.from_starter("all").experts) == ["ink", "boot", "cat", "clock"]
-    with pytest.raises(UnknownExpertError, match="'bot'.*'boot'"):
+    with pytest.raises(UnknownExpertError, match=r"'bot'.*'boot'"):
         StableDiffusionMoLEPipeline.from_starter(["bot"])
 
 
