@@ -1,0 +1,129 @@
+"""Which parameters train, and training state on disk."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from mole_diffusion.errors import TrainingError
+from mole_diffusion.training.config import TrainingConfig
+
+if TYPE_CHECKING:
+    from mole_diffusion.inject import Mixture
+
+STATE_FILE = "state.pt"
+GATES_FILE = "gates.safetensors"
+HISTORY_FILE = "history.jsonl"
+FORMAT_VERSION = 1
+
+
+def parameter_groups(mixtures: Mapping[str, Mixture], config: TrainingConfig) -> list[dict[str, Any]]:
+    """Groups for the optimiser, each with its learning rate: projections and scalars (strength, temperature).
+
+    Raises:
+        TrainingError: if no gate has anything to train, or one is not float32.
+    """
+    groups: dict[float, list[nn.Parameter]] = {}
+    for part, mixture in mixtures.items():
+        for name, parameter in mixture.gates.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if parameter.dtype != torch.float32:
+                raise TrainingError(
+                    f"gate {part}.{name} is {parameter.dtype}; gates are trained in torch.float32"
+                )
+            projection_lr = config.flatten_lr if mixture.config.pooling == "flatten" else config.gate_lr
+            rate = config.scalar_lr if parameter.numel() == 1 else projection_lr
+            groups.setdefault(rate, []).append(parameter)
+    if not groups:
+        raise TrainingError(f"no gate of {list(mixtures)} has a parameter to train")
+    return [{"params": parameters, "lr": rate, "full_lr": rate} for rate, parameters in groups.items()]
+
+
+def learning_rate_factor(config: TrainingConfig, iteration: int) -> float:
+    """Share of the full learning rate in this iteration (from 0)."""
+    if config.schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * iteration / config.iterations))
+
+
+@contextmanager
+def only_gates_train(modules: Iterable[nn.Module], gates: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Freeze all modules but the gates and put them into evaluation mode; undone afterwards.
+
+    Raises:
+        TrainingError: if a gate is a parameter of a frozen module.
+    """
+    modules, gates = list(modules), list(gates)
+    flags = [(parameter, parameter.requires_grad) for module in modules for parameter in module.parameters()]
+    modes = [(module, module.training) for module in modules]
+    for module in modules:
+        module.requires_grad_(False).eval()
+    try:
+        trained = {id(gate) for gate in gates}
+        if not all(gate.requires_grad for gate in gates) or any(id(p) in trained for p, _ in flags):
+            raise TrainingError("a gate is part of a frozen network: gates must live outside the networks")
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for module, mode in modes:
+            module.train(mode)
+
+
+@contextmanager
+def gradient_checkpointing(modules: Iterable[Any], wanted: bool) -> Iterator[None]:
+    """Switch on the gradient checkpointing of diffusers models, and off again where it was off."""
+    changed = [module for module in modules if wanted and not module.is_gradient_checkpointing]
+    for module in changed:
+        module.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        for module in changed:
+            module.disable_gradient_checkpointing()
+
+
+def save_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write a training state; a reader sees the old one or the new one, never half of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{STATE_FILE}.{os.getpid()}.tmp"
+    try:
+        torch.save({"format_version": FORMAT_VERSION, **state}, temporary)
+        os.replace(temporary, folder / STATE_FILE)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_state(folder: Path) -> dict[str, Any] | None:
+    """The training state of a folder, or None. Loads tensors and plain values only, never code.
+
+    Raises:
+        TrainingError: if the state was written by a newer version.
+    """
+    path = folder / STATE_FILE
+    if not path.is_file():
+        return None
+    state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    if state.get("format_version") != FORMAT_VERSION:
+        raise TrainingError(
+            f"{path} has format version {state.get('format_version')!r}; this version reads {FORMAT_VERSION}"
+        )
+    return state
+
+
+def differences(facts: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+    """What a training and a saved one do not have in common, a line each."""
+    names = dict.fromkeys([*facts, *saved])
+    return [
+        f"{name}: {facts.get(name)!r} now, {saved.get(name)!r} in the checkpoint"
+        for name in names
+        if facts.get(name) != saved.get(name)
+    ]
