@@ -120,6 +120,7 @@ def demo(
         steps=steps,
         out=out,
         fresh=fresh,
+        progress=not as_json,
     )
     result = run_demo(options, say=lambda line: errors.print(line, highlight=False))
     if as_json:

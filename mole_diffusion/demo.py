@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,7 +40,8 @@ class DemoOptions:
         iterations: training iterations of the gates.
         steps: denoising steps per picture.
         out: folder for the results.
-        fresh: train anew even if `out` holds an unfinished or finished training with the same settings.
+        fresh: train anew even if `out` holds a training with the same settings, finished or not.
+        progress: show a progress bar while the gates train.
 
     Raises:
         ConfigError: fewer than two experts, an expert twice, or no seeds.
@@ -51,6 +54,7 @@ class DemoOptions:
     steps: int = 25
     out: Path = Path("demo")
     fresh: bool = False
+    progress: bool = True
 
     def __post_init__(self) -> None:
         if self.experts is not None and len(self.experts) < 2:
@@ -209,7 +213,13 @@ def _train(
     options: DemoOptions,
     say: Say,
 ) -> Sequence[Mapping[str, Any]]:
-    """Train the gates in place; returns the trainer's history."""
+    """Train the gates in place, or go on where a run stopped; returns the trainer's history."""
+    # One folder per setting: runs with other experts or another prompt into the same `out` do not meet.
+    setting = json.dumps([list(experts), prompt, options.iterations])
+    digest = hashlib.sha256(setting.encode()).hexdigest()[:8]
+    folder = options.out / "training" / f"{'+'.join(experts)}-{digest}"
+    if options.fresh and folder.exists():
+        shutil.rmtree(folder)
     concepts = {
         name: Concept(name, expert.text, expert.class_text, [_open(path) for path in expert.references])
         for name, expert in experts.items()
@@ -218,8 +228,8 @@ def _train(
         result = pipe.train_gates(
             prompt,
             concepts=concepts,
-            config=TrainingConfig(iterations=options.iterations),
-            checkpoint_dir=options.out / "training",
+            config=TrainingConfig(iterations=options.iterations, progress=options.progress),
+            checkpoint_dir=folder,
         )
     return result.history
 
@@ -237,7 +247,7 @@ def _next_steps(experts: Mapping[str, StarterExpert], prompt: str, gates: Path) 
     ]
     names = list(experts)
     return [
-        f"mole demo --experts {','.join((others + names)[:3])}    other experts of the starter",
+        f"mole demo --experts {','.join((others + names)[:3])} --out demo-2    other experts of the starter",
         f"mole inspect {gates}    what the gates file holds",
         "In Python:",
         "    from mole_diffusion import StableDiffusionMoLEPipeline",

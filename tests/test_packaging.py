@@ -133,7 +133,7 @@ def _run(code: str) -> str:
 
 
 def test_core_imports_with_torch_and_safetensors_alone() -> None:
-    """Blocked names raise as they do where they are not installed; numpy is left out, torch itself looks for it."""
+    """Blocked names raise as if they were not installed; numpy is not blocked, torch itself looks for it."""
     blocked = tuple(name for name in ABOVE_THE_CORE if name != "numpy")
     code = f"""
 import sys
