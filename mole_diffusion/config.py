@@ -1,0 +1,124 @@
+"""`MoLEConfig`: the form of the gates, validated when it is built."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from .errors import ConfigError
+
+GRANULARITIES = ("matrix", "layer", "block", "network")
+GATE_INPUTS = ("experts", "hidden")
+POOLINGS = ("mean", "token", "flatten")
+COMPOSITIONS = ("delta", "output")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoLEConfig:
+    """How gates are formed, and how experts are mixed.
+
+    Args:
+        granularity: the matrices that share one gate: "matrix", "layer" (attention or feed-forward), "block"
+            (transformer block) or "network" (paper, Table 9).
+        gate_input: "experts" (Eq. 9: the experts' own outputs, concatenated and normalised) or "hidden"
+            (the input of the group, as in the released code).
+        pooling: "mean" (one gate per batch entry, any resolution), "token" (each token mixes for itself) or
+            "flatten" (Eq. 10, literal: bound to one number of tokens).
+        composition: "delta" (mix the low-rank deltas of each matrix) or "output" (Eq. 5-13: run the block
+            once per expert and mix what the block returns; N + 1 passes).
+        temperature: initial tau of Eq. 11, above 0.
+        learn_temperature: whether tau is trained.
+        strength: initial factor of the mixed delta, above 0; the paper has 1.
+        learn_strength: whether the strength of each group is trained.
+
+    Raises:
+        ConfigError: a value is not allowed, or two settings contradict each other.
+    """
+
+    granularity: str = "block"
+    gate_input: str = "experts"
+    pooling: str = "token"
+    composition: str = "delta"
+    temperature: float = 1.0
+    learn_temperature: bool = True
+    strength: float = 1.5
+    learn_strength: bool = True
+
+    def __post_init__(self) -> None:
+        for field, allowed in (
+            ("granularity", GRANULARITIES),
+            ("gate_input", GATE_INPUTS),
+            ("pooling", POOLINGS),
+            ("composition", COMPOSITIONS),
+        ):
+            value = getattr(self, field)
+            if value not in allowed:
+                raise ConfigError(f"{field}={value!r} is not allowed; choose one of {', '.join(allowed)}.")
+        for field in ("temperature", "strength"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ConfigError(f"{field}={value!r} is not a number.")
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"{field}={value!r} is not allowed; it must be a finite number above 0.")
+        for field in ("learn_temperature", "learn_strength"):
+            if not isinstance(getattr(self, field), bool):
+                raise ConfigError(f"{field}={getattr(self, field)!r} is not allowed; choose True or False.")
+        if self.granularity == "network" and self.pooling == "token":
+            raise ConfigError(
+                "granularity='network' does not go with pooling='token': the blocks of a network have "
+                "different numbers of tokens; use pooling='mean' or a finer granularity."
+            )
+        if self.composition == "output" and self.granularity not in ("layer", "block"):
+            raise ConfigError(
+                f"composition='output' does not go with granularity={self.granularity!r}; it runs whole "
+                "layers or blocks once per expert, so granularity must be 'layer' or 'block'."
+            )
+
+    @classmethod
+    def paper(cls) -> MoLEConfig:
+        """The paper's literal form: outputs of whole blocks, flattened gates, weights that sum to 1."""
+        return cls(pooling="flatten", composition="output", strength=1.0, learn_strength=False)
+
+    @classmethod
+    def uniform(cls) -> MoLEConfig:
+        """Pooled gates of fixed strength 1: untrained, they are normalised linear arithmetic (1/N each)."""
+        return cls(pooling="mean", strength=1.0, learn_strength=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings by name."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MoLEConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ConfigError: a name is unknown, or a value is not allowed.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = [name for name in values if name not in known]
+        if unknown:
+            raise ConfigError(f"Unknown settings {', '.join(unknown)}; allowed: {', '.join(known)}.")
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """All settings as one JSON object."""
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> MoLEConfig:
+        """The inverse of `to_json`.
+
+        Raises:
+            ConfigError: the text is not a JSON object of allowed settings.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"The configuration is not JSON: {error}.") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"The configuration must be a JSON object, not {type(values).__name__}.")
+        return cls.from_dict(values)

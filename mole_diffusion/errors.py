@@ -1,0 +1,68 @@
+"""Exceptions of the package: everything it raises on purpose is a `MoLEError`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class MoLEError(Exception):
+    """Base class of all errors raised by mole_diffusion."""
+
+
+class ConfigError(MoLEError, ValueError):
+    """A setting, or a combination of settings, is not allowed."""
+
+
+class ExpertLoadError(MoLEError, ValueError):
+    """A file could not be read as a LoRA expert."""
+
+
+class UnknownExpertError(MoLEError, ValueError):
+    """An expert name was used that is not loaded.
+
+    Args:
+        name: the name that was asked for.
+        known: the names that exist.
+    """
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        self.name = name
+        self.known = tuple(known)
+        nearest = difflib.get_close_matches(name, self.known, n=1, cutoff=0.5)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        names = ", ".join(repr(k) for k in self.known) or "none"
+        super().__init__(f"Unknown expert {name!r}. Known experts: {names}.{hint}")
+
+
+class NoExpertsError(MoLEError, RuntimeError):
+    """Something needs at least one expert and there is none."""
+
+
+class AllExpertsMaskedError(MoLEError, ValueError):
+    """An expert mask leaves no expert active."""
+
+
+class GateMismatchError(MoLEError, ValueError):
+    """A gate file does not fit the mixture it is loaded into.
+
+    Args:
+        message: one sentence saying what was tried.
+        differences: one sentence per difference, each with the file's value and the mixture's value.
+    """
+
+    def __init__(self, message: str, differences: Sequence[str] = ()) -> None:
+        self.differences = list(differences)
+        super().__init__("\n  - ".join([message, *self.differences]))
+
+
+class RegionMaskError(MoLEError, ValueError):
+    """A region mask has the wrong shape, size or values."""
+
+
+class InjectionError(MoLEError, RuntimeError):
+    """Experts could not be attached to a network, or an attached network ran in an unexpected way."""
+
+
+class TrainingError(MoLEError, RuntimeError):
+    """Gate training cannot start or go on."""

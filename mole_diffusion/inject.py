@@ -1,0 +1,292 @@
+"""Attach experts and gates to a network: `inject(network, experts, config) -> Mixture`."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from . import functional
+from .architectures import TEXT_ENCODER, UNET, NetworkMap, map_network
+from .config import MoLEConfig
+from .context import Activation, ForwardContext, GateRecord, RegionMasks
+from .errors import (
+    AllExpertsMaskedError,
+    ConfigError,
+    InjectionError,
+    NoExpertsError,
+    RegionMaskError,
+    UnknownExpertError,
+)
+from .experts import Expert
+from .gates import build_groups
+from .hooks import BlockHook, MatrixHook, NetworkHook
+from .matrices import build_bundles, build_slots, fingerprint
+
+_injected: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+class Mixture:
+    """Experts and gates attached to one network. Made by `inject`.
+
+    Attributes:
+        part: "unet" or "text_encoder".
+        config: the form of the gates.
+        network: the network the hooks are on.
+        experts: the experts in the order of the gates' rows.
+        groups: groups in execution order, each with `.name` and `.matrices`.
+        gates: the trainable parameters, and nothing else.
+        unmatched: expert name -> its matrices of this part that the network does not have.
+        base: what the network is: its class, and a hash of its matrices' names and shapes.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        experts: Sequence[Expert],
+        config: MoLEConfig,
+        layout: NetworkMap,
+        flatten_tokens: tuple[int, int] | int | None,
+    ) -> None:
+        self.network = network
+        self.experts = tuple(experts)
+        self.config = config
+        self.part = layout.part
+        self.base = fingerprint(network, layout)
+        self._context = ForwardContext(self.part, len(self.experts))
+        self._handles: list[RemovableHandle] = []
+        slots, self.unmatched = build_slots(network, self.experts, layout)
+        self.groups = build_groups(network, slots, layout, len(self.experts), config, flatten_tokens)
+        self._bundles = build_bundles(slots, layout)
+        self.gates = nn.ModuleDict({_module_key(group.name): group.gate for group in self.groups})
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """Names in the order of the gates' rows."""
+        return tuple(expert.name for expert in self.experts)
+
+    @property
+    def records(self) -> list[GateRecord]:
+        """Gate weights recorded since recording was last turned on."""
+        return self._context.records
+
+    @property
+    def step(self) -> int | None:
+        """Number that recorded weights are marked with; set by whoever loops."""
+        return self._context.step
+
+    @step.setter
+    def step(self, value: int | None) -> None:
+        self._context.step = value
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the hooks do anything."""
+        return self._context.enabled
+
+    @property
+    def injected(self) -> bool:
+        """Whether the hooks are still attached."""
+        return bool(self._handles)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The gates' parameters."""
+        return list(self.gates.parameters())
+
+    def to(self, device: torch.device | str) -> Mixture:
+        """Move the gates. Factors follow the network's inputs by themselves; gates stay float32."""
+        self.gates.to(device)
+        return self
+
+    def enable(self) -> None:
+        """Let the hooks work again after `disable`."""
+        self._context.enabled = True
+
+    def disable(self) -> None:
+        """Keep the hooks but let them do nothing: the network is the base model."""
+        self._context.enabled = False
+
+    def eject(self) -> None:
+        """Remove all hooks; the network is as before. Calling it twice does no harm."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        _injected.discard(self.network)
+
+    def activate(
+        self,
+        active_experts: Sequence[str] | None = None,
+        *,
+        expert_scales: Mapping[str, float] | None = None,
+        region_masks: Mapping[str, Tensor] | None = None,
+        latent_size: tuple[int, int] | None = None,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        """Choose experts, scales, regions and weights for the following forwards, in place of earlier ones.
+
+        Args:
+            active_experts: names of the experts to use; None for all. The rest is renormalised in proportion.
+            expert_scales: factor per expert, in place of the scale the expert was loaded with.
+            region_masks: (H, W) in 0..1 per expert, of the picture's or the latent's proportions. Experts
+                without a mask are allowed everywhere; tokens under no mask get no expert.
+            latent_size: (height, width) of the latent; None to read it off the network's input.
+            weights: fixed weights that replace the gates (and their strength): 1 each is linear arithmetic,
+                1/N each the normalised form. Experts that are not named get 0. Under region masks a fixed
+                weight is multiplied by the mask and not renormalised.
+        Raises:
+            UnknownExpertError: a name is not among the experts.
+            AllExpertsMaskedError: `active_experts` is empty.
+            RegionMaskError: a mask has wrong axes, values or proportions, or this is a text encoder.
+        """
+        active = self._active(active_experts)
+        if active_experts is not None and not active:
+            raise AllExpertsMaskedError(
+                f"active_experts is empty; name at least one of {', '.join(self.expert_names)}, or disable()."
+            )
+        scales = [expert.scale for expert in self.experts]
+        for name, scale in (expert_scales or {}).items():
+            scales[self._index(name)] = float(scale)
+        fixed: list[float] | None = None
+        if weights is not None:
+            fixed = [0.0] * len(self.experts)
+            for name, weight in weights.items():
+                fixed[self._index(name)] = float(weight)
+            active = tuple(i for i in active if fixed[i] != 0.0)
+        regions = self._regions(region_masks, active, latent_size) if region_masks else None
+        self._context.given_size = latent_size
+        self._context.activation = Activation(
+            active, tuple(scales), None if fixed is None else tuple(fixed), regions
+        )
+
+    def record(self, on: bool = True) -> None:
+        """Start recording gate weights into `records` (emptied first), or stop."""
+        if on:
+            self._context.records = []
+        self._context.recording = on
+
+    def live_weights(self) -> dict[str, Tensor]:
+        """Gate weights of the last forward, with gradient: group -> (B, N), mean over tokens.
+
+        The gate of the text tokens of a UNet group is named "GROUP.context". Empty with fixed weights.
+        """
+        return dict(self._context.live)
+
+    def balance_loss(self, *, normalised: bool = True) -> Tensor:
+        """Balance loss (Eq. 14-15) of the last forward's gates over the active experts; 0 at uniform.
+
+        Args:
+            normalised: False for the paper's form, whose minimum is N log N.
+        """
+        return functional.balance_loss(self._live_active(), normalised=normalised)
+
+    def entropy(self) -> Tensor:
+        """Mean entropy in nats of the last forward's gates; log N at uniform."""
+        return functional.entropy(self._live_active())
+
+    def _live_active(self) -> Tensor:
+        """(M, B, n) weights of all gates."""
+        live = list(self._context.live.values())
+        if not live:
+            raise InjectionError("No gate has run yet: run the network first, without fixed weights.")
+        return torch.stack(live)[..., list(self._context.activation.active)]
+
+    def _index(self, name: str) -> int:
+        if name not in self.expert_names:
+            raise UnknownExpertError(name, self.expert_names)
+        return self.expert_names.index(name)
+
+    def _active(self, names: Sequence[str] | None) -> tuple[int, ...]:
+        if names is None:
+            return tuple(range(len(self.experts)))
+        return tuple(sorted({self._index(name) for name in ([names] if isinstance(names, str) else names)}))
+
+    def _regions(
+        self, masks: Mapping[str, Tensor], active: tuple[int, ...], latent_size: tuple[int, int] | None
+    ) -> RegionMasks:
+        if self.part == TEXT_ENCODER:
+            raise RegionMaskError("Region masks weight image tokens; a text encoder has none.")
+        checked = {}
+        for name, mask in masks.items():
+            index = self._index(name)
+            if mask.dim() != 2:
+                raise RegionMaskError(
+                    f"The region mask of {name!r} has shape {tuple(mask.shape)}; allowed: (height, width)."
+                )
+            mask = mask.detach().float().cpu()
+            low, high = float(mask.min()), float(mask.max())
+            if not (low >= 0.0 and high <= 1.0):
+                raise RegionMaskError(
+                    f"The region mask of {name!r} has values from {low:g} to {high:g}; allowed: 0 to 1."
+                )
+            checked[index] = mask
+        regions = RegionMasks(checked, len(self.experts), active)
+        if latent_size is not None:
+            regions.check_aspect(latent_size)
+        return regions
+
+    def attach(self) -> None:
+        """Put the hooks on the network, again after `eject`; gates and activation are as they were.
+
+        Raises:
+            InjectionError: the network carries a mixture.
+        """
+        if self.network in _injected:
+            raise InjectionError(
+                f"This {type(self.network).__name__} already carries a mixture; eject() that first."
+            )
+        by_matrix = {slot.name: bundle for bundle in self._bundles for slot in bundle.slots}
+        start = NetworkHook(self._context, self.groups, self._bundles, spatial=self.part == UNET)
+        self._handles.append(self.network.register_forward_pre_hook(start, with_kwargs=True))
+        for group in self.groups:
+            for slot in group.slots:
+                hook = MatrixHook(slot, group, by_matrix[slot.name], self._context)
+                self._handles.append(slot.module.register_forward_hook(hook))
+            if group.block is not None:
+                block = BlockHook(group, self._context)
+                self._handles.append(group.block.register_forward_pre_hook(block.before, with_kwargs=True))
+                self._handles.append(group.block.register_forward_hook(block.after, with_kwargs=True))
+        _injected.add(self.network)
+
+
+def inject(
+    network: nn.Module,
+    experts: Sequence[Expert],
+    config: MoLEConfig,
+    *,
+    part: str | None = None,
+    flatten_tokens: tuple[int, int] | int | None = None,
+) -> Mixture:
+    """Attach experts and fresh gates to a network by forward hooks.
+
+    Args:
+        network: diffusers UNet, LDM-named UNet or CLIP text encoder; its modules and state dict stay as is.
+        experts: at least one; their order is the order of the gates' rows.
+        config: the form of the gates.
+        part: "unet" or "text_encoder"; None to tell from the network's names.
+        flatten_tokens: for pooling "flatten": the latent's (height, width) for a UNet (None: its
+            `config.sample_size`), the number of tokens for a text encoder (None: 77).
+    Raises:
+        NoExpertsError: `experts` is empty.
+        ConfigError: two experts have one name, or flattened gates are asked for and no size is known.
+        InjectionError: the network carries a mixture, is of no known kind, or an expert does not fit it.
+    """
+    network = getattr(network, "_orig_mod", network)  # what torch.compile wrapped
+    if not experts:
+        raise NoExpertsError("There are no experts to inject; load at least one.")
+    names = [expert.name for expert in experts]
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise ConfigError(f"Expert names must differ; used more than once: {', '.join(doubled)}.")
+    with torch.inference_mode(False):
+        mixture = Mixture(network, experts, config, map_network(network, part), flatten_tokens)
+        mixture.activate()
+        mixture.attach()
+    return mixture
+
+
+def _module_key(name: str) -> str:
+    """A group's name as a ModuleDict key, which may not contain dots."""
+    return name.replace(".", "__")
