@@ -1,6 +1,6 @@
 """The command line `mole`. Each command is a thin function here; the work is done in the module it imports.
 
-Imports of torch and of the model libraries stay inside the commands, so that `mole --help` answers at once.
+Imports of the model libraries stay inside the commands, so that `mole --help` answers at once.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from mole_diffusion import __version__
 from mole_diffusion.errors import MoLEError
 
 if TYPE_CHECKING:
@@ -49,9 +50,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
-
-        typer.echo(f"mole {version('mole-diffusion')}")
+        typer.echo(f"mole {__version__}")
         raise typer.Exit
 
 
@@ -122,7 +121,11 @@ def demo(
         fresh=fresh,
         progress=not as_json,
     )
-    result = run_demo(options, say=lambda line: errors.print(line, highlight=False))
+    try:
+        result = run_demo(options, say=lambda line: errors.print(escape(line), highlight=False))
+    except KeyboardInterrupt:
+        errors.print("Stopped. The same command goes on with the training where it stopped.")
+        raise typer.Exit(1) from None
     if as_json:
         typer.echo(json.dumps({name: str(path) for name, path in result.files.items()}, indent=2))
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
@@ -214,10 +213,7 @@ def _train(
     say: Say,
 ) -> Sequence[Mapping[str, Any]]:
     """Train the gates in place, or go on where a run stopped; returns the trainer's history."""
-    # One folder per setting: runs with other experts or another prompt into the same `out` do not meet.
-    setting = json.dumps([list(experts), prompt, options.iterations])
-    digest = hashlib.sha256(setting.encode()).hexdigest()[:8]
-    folder = options.out / "training" / f"{'+'.join(experts)}-{digest}"
+    folder = options.out / "training"
     if options.fresh and folder.exists():
         shutil.rmtree(folder)
     concepts = {

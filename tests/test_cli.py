@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 from typer.testing import CliRunner, Result
 
+from mole_diffusion import __version__
 from mole_diffusion.checkpoint import save_gates
 from mole_diffusion.cli import app
 from mole_diffusion.config import MoLEConfig
@@ -68,7 +68,7 @@ def gates(tmp_path: Path, lora: Path) -> Path:
 def test_version() -> None:
     result = run("--version")
     assert result.exit_code == 0
-    assert result.output == f"mole {version('mole-diffusion')}\n"
+    assert result.output == f"mole {__version__}\n"
 
 
 def test_help_lists_the_commands_and_each_command_has_an_example() -> None:
@@ -87,14 +87,15 @@ def test_no_command_shows_the_help_and_is_a_usage_error() -> None:
     assert "Usage: mole" in result.output
 
 
-def test_entry_point_starts_without_loading_torch() -> None:
+def test_entry_point_starts_without_the_model_libraries() -> None:
+    heavy = ("diffusers", "transformers", "matplotlib")
     code = "import sys; from mole_diffusion.cli import main; sys.argv = ['mole', '--version']\ntry: main()\n"
-    code += "finally: print([name for name in ('torch', 'diffusers') if name in sys.modules])"
+    code += f"finally: print([name for name in {heavy} if name in sys.modules])"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines() == [f"mole {version('mole-diffusion')}", "[]"]
+    assert result.stdout.splitlines() == [f"mole {__version__}", "[]"]
 
 
 def test_inspect_a_lora(lora: Path) -> None:
@@ -133,7 +134,12 @@ def test_inspect_gates_as_json(gates: Path) -> None:
     description = json.loads(result.stdout)
     assert description["kind"] == "gates"
     assert [expert["name"] for expert in description["experts"]] == ["boot", "cat"]
-    assert description["config"] == MoLEConfig(pooling="mean").to_dict()
+    assert list(description["parts"]) == ["text_encoder"]
+    assert description["parts"]["text_encoder"]["config"] == MoLEConfig(pooling="mean").to_dict()
+    assert [expert["ranks"] for expert in description["experts"]] == [
+        {"text_encoder": [4]},
+        {"text_encoder": [8]},
+    ]
 
 
 @pytest.mark.parametrize(
@@ -166,7 +172,7 @@ def test_inspect_refuses_tensors_that_are_no_lora(tmp_path: Path) -> None:
     [
         (("--seeds", "one"), 2, "'one' is not a list of whole numbers"),
         (("--experts", ","), 2, "names nothing"),
-        (("--iterations", "0"), 2, "0 is not in the range"),
+        (("--iterations", "0"), 2, "'--iterations'"),
         (("--experts", "boot"), 1, "the demo mixes two or more"),
         (("--experts", "boot,boot"), 1, "names one twice"),
     ],

@@ -28,6 +28,7 @@ CORE = (
     "gates",
     "hooks",
     "inject",
+    "matrices",
     "naming",
 )
 # What a user of the core must not be made to install: hosts pin their own versions of these, or have none.
