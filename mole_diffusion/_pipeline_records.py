@@ -19,7 +19,8 @@ class GateWeight:
 
     Attributes:
         network: part of the pipeline, "unet" or "text_encoder".
-        group: the group of matrices that share the gate, e.g. a transformer block's name.
+        group: the group of matrices that share the gate, e.g. a transformer block's name; with the suffix
+            ".context" for a group's gate on text tokens.
         step: index of the denoising step, None for the text encoder, which runs once.
         branch: "prompt" or "negative" (the half of the batch that classifier-free guidance adds).
         entry: index of the picture in the batch (of the prompt, for the text encoder).

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_oracle import train_a_little
+from pipeline_helpers import train_a_little
 
 from mole_diffusion import MoLEConfig
 from mole_diffusion.errors import GateMismatchError
@@ -67,7 +67,8 @@ def test_rows_say_network_group_step_branch_entry_expert(loaded, draw) -> None:
     draw(loaded, ["a boot", "a cat"], num_inference_steps=3)
     weights = loaded.gate_weights()
     unet = weights.where(network="unet")
-    groups = [group.name for group in loaded.mixtures["unet"].groups]
+    names = [group.name for group in loaded.mixtures["unet"].groups]
+    groups = [*names, *(f"{name}.context" for name in names)]
     assert {row.group for row in unet} == set(groups)
     assert [{row.step for row in unet}, {row.entry for row in unet}] == [{0, 1, 2}, {0, 1}]
     assert {row.branch for row in unet} == {"prompt", "negative"}

@@ -4,8 +4,8 @@ import logging
 
 import pytest
 import torch
+from pipeline_helpers import train_a_little
 from safetensors.torch import load_file, save_file
-from test_oracle import train_a_little
 
 from mole_diffusion import MoLEConfig
 from mole_diffusion.errors import (
@@ -56,9 +56,7 @@ def test_new_expert_makes_gates_fresh_and_says_so(pipe, lora_files, caplog) -> N
         train_a_little(pipe)
         pipe.load_expert(lora_files["clock"])
     assert "gates trained for" in caplog.text
-    fresh = [bool((p == 0).all()) for n, p in pipe.mixtures["unet"].gates.named_parameters() if "weight" in n]
-    assert fresh
-    assert all(fresh)
+    assert not any(group.gate.projection.any() for group in pipe.mixtures["unet"].groups)
 
 
 def test_configure_rebuilds_with_the_same_experts(loaded) -> None:
@@ -118,6 +116,7 @@ def test_senseless_mixture(loaded, draw) -> None:
 
 def test_an_error_leaves_the_pipeline_usable(loaded, draw) -> None:
     before = draw(loaded)
+    hooks = len(loaded.unet._forward_pre_hooks)
     with pytest.raises(MoLEError):
         draw(loaded, active_experts=["dog"], mixture="none")
 
@@ -127,7 +126,7 @@ def test_an_error_leaves_the_pipeline_usable(loaded, draw) -> None:
     with pytest.raises(KeyboardInterrupt):
         draw(loaded, mixture="la", callback_on_step_end=stop)
     torch.testing.assert_close(draw(loaded), before, rtol=0, atol=0)
-    assert not loaded.unet._forward_pre_hooks
+    assert len(loaded.unet._forward_pre_hooks) == hooks
 
 
 def test_same_name_twice(loaded, lora_files) -> None:

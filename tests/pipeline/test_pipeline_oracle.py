@@ -1,32 +1,12 @@
 """Through the whole pipeline: our mixtures against diffusers' and PEFT's adapters on the same files."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from pipeline_helpers import CLOSE, train_a_little, with_adapters
 
 from mole_diffusion import MoLEConfig
-from mole_diffusion.pipeline import StableDiffusionMoLEPipeline
 
-CLOSE = {"atol": 2e-4, "rtol": 0.0}
 NAMES = ["boot", "cat", "clock"]
-
-
-def with_adapters(plain, lora_files: dict[str, Path], weights: dict[str, float]):
-    """The diffusers pipeline with the files as PEFT adapters of these weights."""
-    for name in weights:
-        plain.load_lora_weights(lora_files[name], adapter_name=name)
-    plain.set_adapters(list(weights), list(weights.values()))
-    return plain
-
-
-def train_a_little(pipe: StableDiffusionMoLEPipeline) -> None:
-    """Move every gate away from uniform."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for mixture in pipe.mixtures.values():
-            for parameter in mixture.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.5)
 
 
 def test_no_experts_is_the_plain_pipeline(pipe, plain, draw) -> None:
