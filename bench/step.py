@@ -186,6 +186,7 @@ def as_markdown(result: dict[str, Any]) -> str:
 @torch.no_grad()
 def run(shape: Shape, rounds: int) -> dict[str, Any]:
     """Build all variants, check them against each other, time them."""
+    diffusers.utils.logging.set_verbosity_error()  # it warns about every cast of a module tree
     torch.manual_seed(0)
     unet = UNet2DConditionModel(**shape.unet).to(shape.dtype).eval()
     latents = torch.randn(shape.latents).to(shape.dtype)
@@ -239,6 +240,8 @@ def main(
     typer.echo(markdown)
     gate = result["table"][f"{N_EXPERTS} experts, token gates"]
     met = gate["ratio_to_bare"] <= BAR and gate["ratio_to_peft_1"] < 1
+    typer.echo(f"one expert against PEFT, relative difference: {result['one_expert_against_peft']:.1e}")
+    typer.echo(f"mean spread of gate weights (0 = uniform): {result['gate_spread']}")
     typer.echo(f"bar (<= {BAR} x bare, faster than PEFT with one adapter): {'met' if met else 'missed'}")
     folder = out or (None if tiny else Path(__file__).parent / "results")
     if folder is not None:

@@ -137,9 +137,9 @@ class _Artist:
     """Draws the same prompt on the same seeds, with whatever mixture is asked for."""
 
     def __init__(
-        self, pipe: StableDiffusionMoLEPipeline, prompt: str, seeds: Sequence[int], say: Say
+        self, pipe: StableDiffusionMoLEPipeline, prompt: str, options: DemoOptions, say: Say
     ) -> None:
-        self.pipe, self.prompt, self.seeds, self.say = pipe, prompt, seeds, say
+        self.pipe, self.prompt, self.options, self.say = pipe, prompt, options, say
 
     def row(self, label: str, note: str = "", **settings: Any) -> GridRow:
         seeds = self.options.seeds
