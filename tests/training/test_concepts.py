@@ -1,0 +1,114 @@
+"""Concepts in prompts: triggers, class words, and who stands where."""
+
+import re
+from typing import Any
+
+import pytest
+
+from mole_diffusion.errors import ConfigError
+from mole_diffusion.training.concepts import Concept, as_concepts, concepts_from_experts, read_prompts
+
+BOOT = Concept("boot", "a zor boot", "a boot")
+CAT = Concept("cat", "a vim cat", "a cat")
+APPLE = Concept("apple", "a kol apple", "an apple")
+ALL = {concept.name: concept for concept in (BOOT, CAT, APPLE)}
+
+
+def only(*names: str) -> dict[str, Concept]:
+    return {name: ALL[name] for name in names}
+
+
+@pytest.mark.parametrize(
+    ("text", "with_triggers", "class_text", "order"),
+    [
+        ("a zor boot and a vim cat", "a zor boot and a vim cat", "a boot and a cat", ("boot", "cat")),
+        ("a cat and a boot", "a vim cat and a zor boot", "a cat and a boot", ("cat", "boot")),
+        ("the boot and A CAT", "the zor boot and a vim cat", "the boot and a cat", ("boot", "cat")),
+        ("a zor boot, a cat", "a zor boot, a vim cat", "a boot, a cat", ("boot", "cat")),
+        (
+            "my zor boots, a zor boot, cat",
+            "my zor boots, a zor boot, vim cat",
+            "my zor boots, a boot, cat",
+            None,
+        ),
+    ],
+)
+def test_triggers_go_in_and_come_out(
+    text: str, with_triggers: str, class_text: str, order: tuple[str, ...] | None
+) -> None:
+    (prompt,) = read_prompts(text, only("boot", "cat"))
+    assert prompt.text == with_triggers
+    assert prompt.class_text == class_text
+    assert prompt.order == (order or ("boot", "cat"))
+
+
+def test_articles_follow_the_class_word() -> None:
+    (prompt,) = read_prompts("a kol apple at night", only("apple"))
+    assert prompt.class_text == "an apple at night"
+    (prompt,) = read_prompts("an apple at night", only("apple"))
+    assert prompt.text == "a kol apple at night"
+
+
+def test_one_concept_of_a_prompt_keeps_the_rest() -> None:
+    (prompt,) = read_prompts("photo of a zor boot, a vim cat and a kol apple on the beach", ALL)
+    assert prompt.single("cat") == "photo of a vim cat on the beach"
+    assert prompt.single_class(APPLE) == "photo of an apple on the beach"
+
+
+def test_two_experts_of_one_class() -> None:
+    twins = {"one": Concept("one", "a zor cat", "a cat"), "two": Concept("two", "a vim cat", "a cat")}
+    (prompt,) = read_prompts("a cat and a cat", twins)
+    assert prompt.text == "a zor cat and a vim cat"
+    assert prompt.class_text == "a cat and a cat"
+
+
+def test_prompts_may_share_the_concepts_among_them() -> None:
+    first, second = read_prompts(["a boot", "a cat at night"], only("boot", "cat"))
+    assert (first.order, second.order) == (("boot",), ("cat",))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([], "prompts is empty"),
+        ("a dog", "prompt 'a dog' has no concept; it should have 'a zor boot' or 'a boot', 'a vim cat'"),
+        ("a boot", "concept 'cat' is in no prompt: write 'a vim cat' or 'a cat' in one of ['a boot']"),
+    ],
+)
+def test_prompts_that_do_not_fit(prompts: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        read_prompts(prompts, only("boot", "cat"))
+
+
+def test_forms_of_concepts() -> None:
+    found = as_concepts(
+        {"cat": "a vim cat", "boot": {"text": "the zor red boot", "class_text": "a boot"}}, ["boot", "cat"]
+    )
+    assert list(found) == ["boot", "cat"]
+    assert found["cat"] == Concept("cat", "a vim cat", "a cat")
+    assert found["boot"].class_text == "a boot"
+    assert as_concepts([BOOT], ["boot"]) == {"boot": BOOT}
+
+
+@pytest.mark.parametrize(
+    ("concepts", "message"),
+    [
+        ({"dog": "a dog"}, "without expert: ['dog'], without concept: ['boot']"),
+        ({"boot": {"trigger": "zor"}}, "concepts['boot'] has unknown fields ['trigger']"),
+        ({"boot": {"class_text": "a boot"}}, "concepts['boot'] has no 'text'"),
+        ({"boot": CAT}, "concepts['boot'] is the concept of 'cat'"),
+        ({"boot": " "}, "text of concept 'boot' is ' '"),
+        (
+            {"boot": {"text": "a zor boot", "references": ["boot.png"]}},
+            "references of concept 'boot' have 'boot.png'",
+        ),
+    ],
+)
+def test_concepts_that_do_not_fit(concepts: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        as_concepts(concepts, ["boot"])
+
+
+def test_concepts_from_the_files_of_experts(pipe: Any) -> None:
+    with pytest.raises(ConfigError, match=r"experts \['boot', 'cat'\] name no trigger"):
+        concepts_from_experts(pipe.experts)

@@ -1,0 +1,214 @@
+"""What the objectives do to the gates of a real, tiny pipeline."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from mole_diffusion import MoLEConfig
+from mole_diffusion.errors import ConfigError, TrainingError
+from mole_diffusion.training import Concept, GateTrainer, TrainingConfig
+from mole_diffusion.training.rollout import PassCounter, Sampler, denoising_target, training_scheduler
+
+PROMPT = "a zor boot and a vim cat"
+Tiny = Callable[..., TrainingConfig]
+
+
+def mean_loss(trainer: GateTrainer, batches: int) -> float:
+    """Loss of the trainer's objective over the same random draws each time."""
+    before = trainer._bench.draws.state_dict()
+    trainer._bench.draws.tensors.manual_seed(99)
+    trainer._bench.draws.choices.seed(99)
+    with torch.no_grad():
+        found = [float(term.loss) for _ in range(batches) for term in trainer._objective.losses(0)]
+    trainer._bench.draws.load_state_dict(before)
+    return sum(found) / len(found)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "token"])
+def test_collages_teach_the_gates(pipe: Any, concepts: list[Concept], tiny: Tiny, pooling: str) -> None:
+    pipe.configure(MoLEConfig(pooling=pooling))
+    config = tiny(iterations=40, collage_batch=4, pool_size=4, redraw_every=100, alpha=0.0, gate_lr=3e-2)
+    trainer = GateTrainer(pipe, PROMPT, concepts, config)
+    trainer._pictures.prepare(backgrounds=False)
+    trainer._objective.prepare()
+    before = mean_loss(trainer, 12)
+    trainer.train()
+    assert mean_loss(trainer, 12) < before * 0.99
+
+
+@pytest.mark.parametrize("objective", ["clip", "released"])
+def test_clip_teaches_the_gates(
+    pipe: Any, concepts: list[Concept], clip_folder: str, tiny: Tiny, objective: str
+) -> None:
+    config = tiny(
+        objective=objective, clip=clip_folder, iterations=30, alpha=0.0, gate_lr=5e-2, scalar_lr=3e-2, seed=1
+    )
+    trainer = GateTrainer(pipe, PROMPT, concepts, config)
+    trainer._pictures.prepare(backgrounds=False)
+    trainer._objective.prepare()
+    before = mean_loss(trainer, 12)
+    trainer.train()
+    assert mean_loss(trainer, 12) < before
+
+
+def test_every_gate_gets_gradient_and_nothing_else_does(
+    pipe: Any, concepts: list[Concept], clip_folder: str, tiny: Tiny
+) -> None:
+    trainer = GateTrainer(pipe, PROMPT, concepts, tiny(objective="both", clip=clip_folder, clip_from=0.0))
+    trainer._pictures.prepare(backgrounds=False)
+    trainer._objective.prepare()
+    for module in trainer._frozen():
+        module.requires_grad_(False)
+    for term in trainer._objective.losses(0):
+        term.loss.backward()
+    for part, mixture in pipe.mixtures.items():
+        for name, gate in mixture.gates.named_parameters():
+            # At uniform weights the temperature has no gradient: all logits are zero.
+            if "temperature" not in name:
+                assert gate.grad is not None, f"{part}.{name}"
+                assert float(gate.grad.abs().sum()) > 0, f"{part}.{name}"
+    assert all(p.grad is None for module in trainer._frozen() for p in module.parameters())
+
+
+def test_cost_in_passes(pipe: Any, concepts: list[Concept], clip_folder: str, tiny: Tiny) -> None:
+    collages = GateTrainer(pipe, PROMPT, concepts, tiny()).train()
+    assert collages.passes == {"with_gradient": 4, "without_gradient": 0, "decoded": 0}
+    paper = GateTrainer(pipe, PROMPT, concepts, tiny(objective="clip", clip=clip_folder)).train()
+    assert paper.passes["with_gradient"] == 4
+    assert paper.passes["decoded"] == 4
+    deeper = tiny(objective="clip", clip=clip_folder, truncated_steps=2, sampling_steps=10, iterations=1)
+    assert GateTrainer(pipe, PROMPT, concepts, deeper).train().passes["with_gradient"] == 2
+    walk = tiny(objective="released", clip=clip_folder, rollout="walk", iterations=1, batch_size=1)
+    result = GateTrainer(pipe, PROMPT, concepts, walk).train()
+    assert 20 <= result.passes["with_gradient"] <= 50
+    assert result.passes["decoded"] == result.passes["with_gradient"]
+
+
+def test_experts_draw_alone_where_there_are_no_references(
+    pipe: Any, concepts: list[Concept], tiny: Tiny
+) -> None:
+    silent = [Concept(c.name, c.text, c.class_text) for c in concepts]
+    config = tiny(collage_background="base", guidance=3.0)
+
+    def drawn() -> dict[str, torch.Tensor]:
+        trainer = GateTrainer(pipe, [PROMPT, "a vim cat"], silent, config)
+        trainer._pictures.prepare(backgrounds=True)
+        return trainer._pictures.state_dict()
+
+    before = drawn()
+    assert {key: len(value) for key, value in before.items()} == {
+        "boot\n0": 2,
+        "cat\n0": 1,
+        "cat\n1": 1,
+        "\n0": 1,
+        "\n1": 1,
+    }
+    for mixture in pipe.mixtures.values():
+        for gate in mixture.gates.parameters():
+            gate.data.add_(torch.randn(gate.shape, generator=torch.Generator().manual_seed(0)))
+    after = drawn()
+    for key, value in before.items():
+        assert (value.int() - after[key].int()).abs().max() <= 1, (
+            "gates have no part in what one expert draws"
+        )
+    assert not torch.equal(before["boot\n0"][0], before["cat\n0"][0])
+
+
+def test_references_can_be_demanded(pipe: Any, concepts: list[Concept], tiny: Tiny) -> None:
+    mixed = [concepts[0], Concept("cat", "a vim cat", "a cat")]
+    trainer = GateTrainer(pipe, PROMPT, mixed, tiny(collage_source="references"))
+    with pytest.raises(ConfigError, match="collage_source is 'references', and concept 'cat' has none"):
+        trainer.train()
+
+
+def test_the_pool_is_made_anew_bit_by_bit(pipe: Any, concepts: list[Concept], tiny: Tiny) -> None:
+    trainer = GateTrainer(pipe, PROMPT, concepts, tiny(pool_size=6, collage_batch=2, redraw_every=1))
+    trainer._pictures.prepare(backgrounds=False)
+    trainer._objective.prepare()
+    before = trainer._objective.state_dict()["latents"].clone()
+    for iteration in (0, 1):
+        list(trainer._objective.losses(iteration))
+    after = trainer._objective.state_dict()["latents"]
+    changed = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+    assert changed == [True, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("layout", ["scene", "strips"])
+def test_collages_follow_the_order_of_the_prompt(
+    pipe: Any, concepts: list[Concept], tiny: Tiny, layout: str
+) -> None:
+    config = tiny(collage_layouts=(layout,), box_jitter=0.0, resolution=64)
+    for prompt, first in ((PROMPT, "boot"), ("a vim cat and a zor boot", "cat")):
+        trainer = GateTrainer(pipe, prompt, concepts, config)
+        trainer._pictures.prepare(backgrounds=False)
+        made = trainer._objective.make_collage(0)  # type: ignore[attr-defined]
+        left, right = made.pixels[:, 36, 16], made.pixels[:, 36, 48]
+        is_boot = [float(side[1]) < 0.4 for side in (left, right)]
+        assert is_boot == ([True, False] if first == "boot" else [False, True])
+
+
+def test_own_boxes_replace_the_table(pipe: Any, concepts: list[Concept], tiny: Tiny) -> None:
+    boxes = ((0.0, 0.0, 0.4, 0.4), (0.6, 0.6, 1.0, 1.0))
+    trainer = GateTrainer(pipe, PROMPT, concepts, tiny(collage_boxes=boxes, box_jitter=0.0, resolution=64))
+    trainer._pictures.prepare(backgrounds=False)
+    inside = trainer._objective.make_collage(0).inside[0]  # type: ignore[attr-defined]
+    assert inside[:26, :26].mean() > 0.5
+    assert inside[:32, 32:].sum() == 0
+
+
+def test_the_prior_pulls_towards_the_base(pipe: Any, concepts: list[Concept], tiny: Tiny) -> None:
+    changes = {"alpha": 0.0, "iterations": 25, "gate_lr": 3e-2, "scalar_lr": 1e-1, "prior_weight": 100.0}
+    result = GateTrainer(pipe, PROMPT, concepts, tiny(**changes)).train()
+    assert result.passes["without_gradient"] == 25
+    priors = [row["parts"]["prior"] for row in result.history]
+    assert sum(priors[-5:]) < sum(priors[:5])
+
+
+def test_empty_prompts_train_without_words(pipe: Any, concepts: list[Concept], tiny: Tiny) -> None:
+    seen: list[str] = []
+    encode = pipe.encode_prompt
+    pipe.encode_prompt = lambda texts, *args, **kwargs: (seen.extend(texts), encode(texts, *args, **kwargs))[
+        1
+    ]
+    GateTrainer(pipe, PROMPT, concepts, tiny(empty_prompts=1.0)).train()
+    assert set(seen) == {""}
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_clean_latents_and_targets_agree(pipe: Any, prediction: str) -> None:
+    """A network that predicts the target exactly leads back to the clean latents."""
+    from diffusers import DDIMScheduler
+
+    scheduler = training_scheduler(DDIMScheduler(prediction_type=prediction))
+    scheduler.set_timesteps(10)
+    draws = torch.Generator().manual_seed(0)
+    clean, noise = torch.randn(2, 4, 4, 4, generator=draws), torch.randn(2, 4, 4, 4, generator=draws)
+    timestep = scheduler.timesteps[5]
+    noisy = scheduler.add_noise(clean, noise, timestep[None])
+    target = denoising_target(scheduler, clean, noise, timestep[None])
+
+    class Exact(Sampler):
+        def predict(self, *args: Any) -> torch.Tensor:
+            return target
+
+    found = Exact(pipe.unet, scheduler, 1.0, PassCounter()).step(noisy, timestep, clean, clean)[1]
+    torch.testing.assert_close(found, clean, atol=1e-4, rtol=1e-4)
+
+
+def test_sampling_is_that_of_the_pipeline(pipe: Any, concepts: list[Concept], tiny: Tiny) -> None:
+    """The trainer's sampler and diffusers' own loop draw the same picture."""
+    trainer = GateTrainer(pipe, PROMPT, concepts, tiny(guidance=3.0))
+    ours = trainer._bench.draw([PROMPT], torch.Generator().manual_seed(4))
+    latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(4))
+    theirs = pipe(PROMPT, num_inference_steps=4, guidance_scale=3.0, latents=latents, output_type="pt").images
+    torch.testing.assert_close(ours, theirs, atol=1 / 200, rtol=0)
+
+
+def test_flow_matching_is_refused(pipe: Any, concepts: list[Concept], tiny: Tiny) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(TrainingError, match="scheduler FlowMatchEulerDiscreteScheduler with prediction type"):
+        GateTrainer(pipe, PROMPT, concepts, tiny())
