@@ -189,10 +189,10 @@ class ExpertsMixin:
             UnknownExpertError, AllExpertsMaskedError, RegionMaskError, ConfigError: see `Mixture.activate`.
         """
         state = self._state
-        active, weights = fixed_mixture(mixture, list(state.experts), active_experts)
-        asked = active is not None or expert_scales or region_masks or mixture in ("la", "nla")
-        if asked and not state.experts:
+        plain = active_experts is None and not expert_scales and not region_masks
+        if not state.experts and not (plain and mixture in ("gates", "none")):
             raise NoExpertsError("no experts are loaded: call load_expert() first")
+        active, weights = fixed_mixture(mixture, list(state.experts), active_experts)
         before = state.composition
         now = Composition(
             active, expert_scales, region_masks, latent_size, weights, base_only=mixture == "none"

@@ -20,7 +20,9 @@ from diffusers import (
 from diffusers.callbacks import SDCFGCutoffCallback
 from PIL import Image
 from pipeline_helpers import CLOSE, train_a_little, with_adapters
+from safetensors.torch import save_file
 
+from mole_diffusion.errors import InjectionError
 from mole_diffusion.pipeline import StableDiffusionMoLEPipeline
 
 
@@ -227,3 +229,60 @@ def test_attention_slicing_and_vae_slicing(loaded, draw) -> None:
     loaded.enable_attention_slicing()
     loaded.vae.enable_slicing()
     torch.testing.assert_close(draw(loaded), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("offload", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_offload(loaded, draw, lora_files, offload) -> None:
+    """Weights leave the networks (sequential offload: to the meta device) and come back while they run."""
+    train_a_little(loaded)
+    expected = draw(loaded)
+    getattr(loaded, offload)(device="cpu")
+    if offload == "enable_sequential_cpu_offload":
+        assert {p.device.type for p in loaded.unet.parameters()} == {"meta"}
+    torch.testing.assert_close(draw(loaded), expected, rtol=0, atol=1e-6)
+    fresh = draw(loaded, active_experts=["cat"])
+    loaded.eject()
+    loaded.load_expert(lora_files["cat"])
+    torch.testing.assert_close(draw(loaded), fresh, rtol=0, atol=1e-6)
+
+
+def test_from_single_file(plain, draw, lora_files, tmp_path, pipe) -> None:
+    """A checkpoint in LDM format opens as our pipeline and takes experts."""
+    plain.save_pretrained(tmp_path)
+    save_file({"model.diffusion_model.out.2.bias": torch.zeros(4)}, tmp_path / "ldm.safetensors")
+    ours = StableDiffusionMoLEPipeline.from_single_file(
+        str(tmp_path / "ldm.safetensors"),
+        config=str(tmp_path),
+        unet=plain.unet,
+        vae=plain.vae,
+        text_encoder=plain.text_encoder,
+        local_files_only=True,
+        safety_checker=None,
+    )
+    ours.set_progress_bar_config(disable=True)
+    assert type(ours) is StableDiffusionMoLEPipeline
+    for one in (ours, pipe):
+        one.load_expert(lora_files["cat"])
+    torch.testing.assert_close(draw(ours), draw(pipe), rtol=0, atol=0)
+
+
+def test_from_pipe_with_another_text_encoder_does_not_share(loaded, plain, lora_files) -> None:
+    other = StableDiffusionMoLEPipeline.from_pipe(loaded, text_encoder=plain.text_encoder)
+    assert not other.experts
+    with pytest.raises(InjectionError, match="UNet2DConditionModel already carries a mixture"):
+        other.load_expert(lora_files["cat"])
+    assert list(loaded.experts) == ["boot", "cat", "clock"]
+
+
+def test_composing_holds_for_its_block_only(loaded, draw) -> None:
+    other = StableDiffusionPipeline(**loaded.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    gates = draw(loaded)
+    torch.testing.assert_close(draw(other), gates, rtol=0, atol=0)
+    with loaded.composing(active_experts=["cat"], expert_scales={"cat": 0.5}):
+        inside = draw(other)
+        torch.testing.assert_close(draw(loaded), gates, rtol=0, atol=0)
+        torch.testing.assert_close(draw(other), inside, rtol=0, atol=0)
+    torch.testing.assert_close(draw(other), gates, rtol=0, atol=0)
+    half = draw(loaded, active_experts=["cat"], expert_scales={"cat": 0.5})
+    torch.testing.assert_close(inside, half, rtol=0, atol=0)

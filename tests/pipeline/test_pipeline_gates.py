@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from pipeline_helpers import train_a_little
+from PIL import Image
+from pipeline_helpers import CLOSE, train_a_little
 
 from mole_diffusion import MoLEConfig
 from mole_diffusion.errors import GateMismatchError
+from mole_diffusion.training import Concept, TrainingConfig
 
 
 @pytest.mark.parametrize(
@@ -117,3 +119,52 @@ def test_last_call_only_and_nothing_for_the_base(loaded, draw) -> None:
     assert {row.step for row in loaded.gate_weights().where(network="unet")} == {0, 1}
     draw(loaded, mixture="none")
     assert len(loaded.gate_weights()) == 0
+
+
+def test_order_of_loading_does_not_matter_for_a_gates_file(pipe, draw, lora_files, tmp_path) -> None:
+    for name in ("boot", "cat", "clock"):
+        pipe.load_expert(lora_files[name])
+    train_a_little(pipe)
+    expected = draw(pipe)
+    pipe.save_gates(tmp_path / "gates.safetensors")
+    pipe.eject()
+    for name in ("clock", "boot", "cat"):
+        pipe.load_expert(lora_files[name])
+    pipe.load_gates(tmp_path / "gates.safetensors")
+    torch.testing.assert_close(draw(pipe), expected, **CLOSE)
+
+
+def test_gates_of_another_prediction_type_are_refused_unless_not_strict(loaded, tmp_path) -> None:
+    loaded.save_gates(tmp_path / "gates.safetensors")
+    config = {**loaded.scheduler.config, "prediction_type": "epsilon"}
+    loaded.scheduler = type(loaded.scheduler).from_config(config)
+    with pytest.raises(GateMismatchError) as caught:
+        loaded.load_gates(tmp_path / "gates.safetensors")
+    assert caught.value.differences == [
+        "base model: prediction_type is 'v_prediction' in the file, 'epsilon' here"
+    ]
+    loaded.load_gates(tmp_path / "gates.safetensors", strict=False)
+
+
+def test_training_through_the_pipeline_moves_the_gates(loaded, draw, tmp_path) -> None:
+    before = draw(loaded)
+    settings = TrainingConfig(iterations=2, objective="collage", progress=False)
+    references = [Image.new("RGB", (32, 32), color) for color in ("red", "blue")]
+    concepts = {
+        name: Concept(name, f"a {name}", f"a {name}", references) for name in ("boot", "cat", "clock")
+    }
+    events = []
+    result = loaded.train_gates(
+        "a boot and a cat and a clock",
+        concepts,
+        settings,
+        callback=lambda event: events.append(event),
+        checkpoint_dir=tmp_path,
+    )
+    assert len(result.history) == len(events) == 2
+    assert result.gates is not None
+    trained = draw(loaded)
+    assert (trained - before).abs().max() > 1e-5
+    loaded.configure(loaded.mole_config)
+    loaded.load_gates(result.gates)
+    torch.testing.assert_close(draw(loaded), trained, rtol=0, atol=1e-6)
