@@ -21,8 +21,8 @@ PARTS = (UNET, TEXT_ENCODER)
 TOKENS = "tokens"
 CONTEXT = "context"
 
-# Matrices of one Transformer2DModel / SpatialTransformer in execution order, the layer each belongs to, and the
-# tensor each reads: matrices with the same source read the very same tensor.
+# Matrices of one Transformer2DModel / SpatialTransformer in execution order, the layer each belongs to, and
+# the tensor each reads: matrices with the same source read the very same tensor.
 UNET_LEAVES: dict[str, tuple[str, str]] = {
     "proj_in": ("proj_in", "proj_in"),
     "attn1.to_q": ("attn1", "attn1"),

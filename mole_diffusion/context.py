@@ -182,9 +182,9 @@ class ForwardContext:
             if self._graphs > 1:
                 raise InjectionError(
                     f"Gradient checkpointing recomputes {matrix!r}, whose gate {label!r} was computed "
-                    f"outside the checkpoint, and {self._graphs} forwards with gradient have run since the last "
-                    "backward pass: the recomputation cannot tell them apart. Run one forward with gradient "
-                    "per backward pass (others under torch.no_grad()), or turn checkpointing off."
+                    f"outside the checkpoint, and {self._graphs} forwards with gradient have run since the "
+                    "last backward pass: the recomputation cannot tell them apart. Run one forward with "
+                    "gradient per backward pass (others under torch.no_grad()), or turn checkpointing off."
                 )
         return value
 

@@ -2,7 +2,7 @@
 
 Understood, for SD 1.x and 2.x shapes: diffusers (`unet.` / `text_encoder.` with `lora_A`/`lora_B`,
 `lora.down`/`lora.up`, `lora_linear_layer` or `processor.to_q_lora`), PEFT (`base_model.model.`, with or
-without an adapter name), kohya (`lora_unet_*`, `lora_te_*`, `.alpha`); each with diffusers or LDM block names.
+without an adapter name), kohya (`lora_unet_*`, `lora_te_*`, `.alpha`); each with diffusers or LDM blocks.
 """
 
 from __future__ import annotations
