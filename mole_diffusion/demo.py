@@ -93,24 +93,20 @@ def run_demo(options: DemoOptions, say: Say = print) -> DemoResult:
         pipe.set_progress_bar_config(disable=True)
     say(f'Prompt: "{prompt}"')
     artist = _Artist(pipe, prompt, options, say)
-    rows = [_reference_row(chosen, len(options.seeds)), *_rows_before(artist, len(chosen))]
+    rows = [_reference_row(chosen), *_rows_before(artist, len(chosen))]
     history = _train(pipe, prompt, chosen, options, say)
-    trained = artist.row("trained gates", f"{options.iterations} iterations; all experts active")
-    figure = gate_heat_map(
-        mean_gate_weights(pipe.gate_weights().where(branch="prompt"), list(chosen)),
-        list(chosen),
-        title="Mean gate weights after training",
-    )
-    rows += [trained, *_rows_after(artist, pipe, list(chosen))]
+    rows.append(artist.row("trained gates", f"{options.iterations} iterations; all experts active"))
+    weights = mean_gate_weights(pipe.gate_weights().where(branch="prompt"), list(chosen))
+    rows += _rows_after(artist, pipe, list(chosen))
     files = {
         "picture grid": out / "grid.png",
         "gate heat map": out / "gate-heat-map.png",
         "entropy curve": out / "entropy.png",
         "gates": out / "gates.safetensors",
     }
-    columns = [f"seed {seed}" for seed in options.seeds]
-    picture_grid(rows, columns=columns, title=prompt).save(files["picture grid"])
-    figure.savefig(files["gate heat map"], dpi=120)
+    picture_grid(rows, title=prompt).save(files["picture grid"])
+    heat_map = gate_heat_map(weights, list(chosen), title="Mean gate weights after training")
+    heat_map.savefig(files["gate heat map"], dpi=120)
     _entropy_figure(history, len(chosen)).savefig(files["entropy curve"], dpi=120)
     pipe.save_gates(files["gates"])
     return DemoResult(files, rows, _next_steps(chosen, prompt, files["gates"]))
@@ -141,7 +137,7 @@ class _Artist:
     ) -> None:
         self.pipe, self.prompt, self.options, self.say = pipe, prompt, options, say
 
-    def row(self, label: str, note: str = "", **settings: Any) -> GridRow:
+    def row(self, label: str, note: str, captions: Sequence[str] = (), **settings: Any) -> GridRow:
         seeds = self.options.seeds
         with _timed(self.say, f"Drawing {len(seeds)} pictures: {label}"):
             pictures = self.pipe(
@@ -151,7 +147,7 @@ class _Artist:
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 **settings,
             ).images
-        return GridRow(label, pictures, note)
+        return GridRow(label, pictures, note, captions)
 
 
 def _choose(names: tuple[str, ...] | None) -> dict[str, StarterExpert]:
@@ -163,11 +159,13 @@ def _choose(names: tuple[str, ...] | None) -> dict[str, StarterExpert]:
     return {name: known[name] for name in chosen}
 
 
-def _reference_row(experts: Mapping[str, StarterExpert], columns: int) -> GridRow:
-    paths = [expert.references[0] for expert in experts.values() if expert.references][:columns]
-    triggers = ", ".join(expert.trigger for expert in experts.values())
+def _reference_row(experts: Mapping[str, StarterExpert]) -> GridRow:
+    shown = [expert for expert in experts.values() if expert.references]
     return GridRow(
-        "what the experts know", [_open(path) for path in paths], f"one reference picture each: {triggers}"
+        "what the experts know",
+        [_open(expert.references[0]) for expert in shown],
+        "one reference picture each",
+        [expert.trigger for expert in shown],
     )
 
 
@@ -177,8 +175,9 @@ def _open(path: Path) -> Image.Image:
 
 
 def _rows_before(artist: _Artist, n_experts: int) -> list[GridRow]:
+    seeds = [f"seed {seed}" for seed in artist.options.seeds]
     return [
-        artist.row("no expert", "the base model", mixture="none"),
+        artist.row("no expert", "the base model", seeds, mixture="none"),
         artist.row("LA", "linear arithmetic: every expert in full", mixture="la"),
         artist.row("NLA", f"normalised: every expert at 1/{n_experts}", mixture="nla"),
         artist.row("fresh gates", "before training", mixture="gates"),
@@ -189,7 +188,7 @@ def _rows_after(artist: _Artist, pipe: StableDiffusionMoLEPipeline, names: list[
     rows = [
         artist.row(
             f"without {masked}",
-            "same gates, one expert masked",
+            "same gates, this expert masked",
             active_experts=[n for n in names if n != masked],
         )
         for masked in names

@@ -47,11 +47,19 @@ class WeightRow(Protocol):
 
 @dataclass(frozen=True)
 class GridRow:
-    """One row of `picture_grid`: what it shows, the pictures, and a second line of explanation in grey."""
+    """One row of `picture_grid`.
+
+    Attributes:
+        label: what the row shows, written at its left.
+        pictures: from left to right.
+        note: explanation below the label, in grey.
+        captions: nothing, or one text above each picture.
+    """
 
     label: str
     pictures: Sequence[Image.Image]
     note: str = ""
+    captions: Sequence[str] = ()
 
 
 def mean_gate_weights(
@@ -146,40 +154,43 @@ def entropy_curve(iterations: Sequence[int], entropies: Sequence[float], n_exper
     return figure
 
 
-def picture_grid(
-    rows: Sequence[GridRow], *, columns: Sequence[str] = (), title: str = "", cell: int = 256
-) -> Image.Image:
-    """Draw rows of pictures with their labels at the left and the column names on top.
+def picture_grid(rows: Sequence[GridRow], *, title: str = "", cell: int = 256) -> Image.Image:
+    """Draw rows of pictures with their labels at the left.
 
     Args:
         rows: may have different numbers of pictures; short rows leave cells empty.
-        columns: one name per column, or nothing.
+        title: a line on top.
         cell: side in pixels of the square in which every picture is fitted.
 
     Raises:
-        ConfigError: no pictures, or names for another number of columns.
+        ConfigError: no pictures, or a row with another number of captions than pictures.
     """
     n_columns = max((len(row.pictures) for row in rows), default=0)
     if n_columns == 0:
         raise ConfigError("rows: no pictures to draw")
-    if columns and len(columns) != n_columns:
-        raise ConfigError(f"columns: {len(columns)} names for {n_columns} columns of pictures")
+    for row in rows:
+        if row.captions and len(row.captions) != len(row.pictures):
+            raise ConfigError(
+                f"row {row.label!r}: {len(row.captions)} captions for {len(row.pictures)} pictures"
+            )
     gap = max(cell // 32, 4)
     text, small, big = (_font(cell * part / 256) for part in (21, 16, 25))
-    left = int(cell * 1.15)
-    top = gap * 2 + (int(cell * 0.19) if title else 0) + (int(cell * 0.12) if columns else 0)
-    size = (left + n_columns * (cell + gap) + gap, top + len(rows) * (cell + gap) + gap)
-    sheet = Image.new("RGB", size, PAPER)
+    left, caption_height = int(cell * 1.15), int(cell * 0.11)
+    top = 2 * gap + (int(cell * 0.16) if title else 0)
+    heights = [cell + gap + (caption_height if row.captions else 0) for row in rows]
+    sheet = Image.new("RGB", (left + n_columns * (cell + gap) + gap, top + sum(heights) + gap), PAPER)
     draw = ImageDraw.Draw(sheet)
-    if title:
-        draw.text((gap * 2, gap * 2), title, INK, font=big)
-    for index, name in enumerate(columns):
-        draw.text((left + index * (cell + gap), top - gap), name, MUTED, font=small, anchor="ls")
-    for number, row in enumerate(rows):
-        y = top + number * (cell + gap)
-        _write_label(draw, (gap * 2, y + gap), left - gap * 3, row, text, small)
+    draw.text((gap * 2, gap * 2), title, INK, font=big)
+    y = top
+    for row, height in zip(rows, heights, strict=True):
+        bottom = y + height - gap
+        _write_label(draw, (gap * 2, bottom - cell + gap), left - gap * 3, row, text, small)
         for index, picture in enumerate(row.pictures):
-            sheet.paste(_fit(picture, cell), (left + index * (cell + gap), y))
+            x = left + index * (cell + gap)
+            sheet.paste(_fit(picture, cell), (x, bottom - cell))
+            if row.captions:
+                draw.text((x, bottom - cell - gap // 2), row.captions[index], MUTED, font=small, anchor="ls")
+        y += height
     return sheet
 
 

@@ -72,7 +72,8 @@ def test_demo_writes_grid_figures_and_gates(starter: Path, tmp_path: Path) -> No
         "without clock",
         "region masks",
     ]
-    assert all(len(row.pictures) == 2 for row in result.rows)
+    assert [len(row.pictures) for row in result.rows] == [3, *([2] * 9)]
+    assert result.rows[0].captions == ["red boot", "red cat", "red clock"]
     pictures = {row.label: np.asarray(row.pictures[0], dtype=float) for row in result.rows[1:]}
     for label in ("no expert", "NLA", "fresh gates", "without boot", "region masks"):
         assert np.abs(pictures[label] - pictures["trained gates"]).max() > 0, label
