@@ -139,6 +139,9 @@ class ExpertsMixin:
                 f" the networks of this pipeline are {sorted(self._networks())}"
             )
         self._rebuild({**experts, expert.name: expert}, self._state.config)
+        unused = _unused(expert, self._state.mixtures)
+        if unused:
+            logger.warning("expert %r is used in part: %s", expert.name, "; ".join(unused))
         return expert
 
     def unload_expert(self, name: str) -> None:
@@ -248,6 +251,21 @@ class ExpertsMixin:
                 into[part] = inject(
                     network, chosen, config, part=part, flatten_tokens=self._flatten_tokens()[part]
                 )
+
+
+def _unused(expert: Expert, mixtures: Mapping[str, Mixture]) -> list[str]:
+    """What of an expert's file changes nothing here, as sentences; diffusers would not say."""
+    sentences = [expert.report.summary()] if expert.report.ignored else []
+    sentences += [
+        f"{part}: not part of this pipeline, {len(matrices)} matrices unused"
+        for part, matrices in expert.factors.items()
+        if part not in mixtures
+    ]
+    for part, mixture in mixtures.items():
+        absent = mixture.unmatched.get(expert.name)
+        if absent:
+            sentences.append(f"{part}: {len(absent)} matrices are not in the network, e.g. {absent[0]!r}")
+    return sentences
 
 
 def _is_trained(mixture: Mixture) -> bool:

@@ -150,7 +150,7 @@ class StableDiffusionMoLEPipeline(GatesMixin, StableDiffusionPipeline):
         return {part: network for part, network in found.items() if network is not None}
 
     def _flatten_tokens(self) -> dict[str, int | None]:
-        return {"unet": None, "text_encoder": self.tokenizer.model_max_length}
+        return {"unet": None, "text_encoder": self.tokenizer.model_max_length if self.tokenizer else None}
 
     def _base_facts(self) -> dict[str, str]:
         return {"prediction_type": str(self.scheduler.config.get("prediction_type", "epsilon"))}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict
+from pipeline_helpers import build
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from mole_diffusion import StableDiffusionMoLEPipeline
@@ -124,13 +125,6 @@ def lora_files(tmp_path_factory: pytest.TempPathFactory, components: dict[str, A
         name: write_lora(folder / f"{name}.safetensors", components, seed, rank, text=name != "clock")
         for seed, (name, rank) in enumerate([("boot", 2), ("cat", 4), ("clock", 3)], start=1)
     }
-
-
-def build(cls: type[StableDiffusionPipeline], components: dict[str, Any]) -> Any:
-    """A pipeline of `cls` on copies of the components, silent."""
-    pipe = cls(**copy.deepcopy(components), requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.fixture

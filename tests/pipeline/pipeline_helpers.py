@@ -1,15 +1,24 @@
 """What several test files of the pipeline share."""
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import StableDiffusionPipeline
 
 from mole_diffusion.pipeline import StableDiffusionMoLEPipeline
 
 # Largest difference of a pixel (0..1) between our path and diffusers' in float32.
 CLOSE = {"atol": 2e-4, "rtol": 0.0}
+
+
+def build(cls: type[StableDiffusionPipeline], components: dict[str, Any]) -> Any:
+    """A pipeline of `cls` on copies of the components, silent."""
+    pipe = cls(**copy.deepcopy(components), requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def with_adapters(plain: Any, lora_files: dict[str, Path], weights: dict[str, float]) -> Any:

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from pipeline_helpers import train_a_little
+from pipeline_helpers import build, train_a_little
 from safetensors.torch import load_file, save_file
 
 from mole_diffusion import MoLEConfig
@@ -16,6 +16,7 @@ from mole_diffusion.errors import (
     NoExpertsError,
     UnknownExpertError,
 )
+from mole_diffusion.pipeline import StableDiffusionMoLEPipeline
 
 
 def test_experts_are_in_loading_order_and_read_only(loaded) -> None:
@@ -151,6 +152,35 @@ def test_failed_load_leaves_everything_as_it_was(loaded, draw, lora_files, tmp_p
     torch.testing.assert_close(draw(loaded), before, rtol=0, atol=0)
     hooked = [m for m in loaded.unet.modules() if m._forward_hooks]
     assert all(len(m._forward_hooks) == 1 for m in hooked)
+
+
+def test_what_a_file_has_beyond_the_networks_is_told(pipe, lora_files, tmp_path, caplog) -> None:
+    state = load_file(lora_files["clock"])
+    matrix = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    for key in ("lora_A", "lora_B"):
+        tensor = state[f"unet.{matrix}.{key}.weight"]
+        state[f"unet.{matrix.replace('down_blocks.0', 'down_blocks.7')}.{key}.weight"] = tensor.clone()
+        state[f"text_encoder_2.encoder.layers.0.self_attn.q_proj.{key}.weight"] = tensor.clone()
+    state["strange"] = torch.ones(1)
+    save_file(state, tmp_path / "more.safetensors")
+    with caplog.at_level(logging.WARNING, logger="mole_diffusion"):
+        pipe.load_expert(lora_files["boot"])
+        assert not caplog.records
+        pipe.load_expert(tmp_path / "more.safetensors")
+    assert "expert 'more' is used in part" in caplog.text
+    assert "'down_blocks.7.attentions.0" in caplog.text
+    assert "a second text encoder" in caplog.text
+    assert "ignored" in caplog.text
+
+
+def test_pipeline_without_text_encoder(loaded, components, draw, lora_files, caplog) -> None:
+    prompt, negative = loaded.encode_prompt("a boot", "cpu", 1, True)
+    settings = {"prompt_embeds": prompt, "negative_prompt_embeds": negative}
+    headless = build(StableDiffusionMoLEPipeline, {**components, "text_encoder": None, "tokenizer": None})
+    for name, path in lora_files.items():
+        headless.load_expert(path, name=name)
+    assert "text_encoder: not part of this pipeline, 8 matrices unused" in caplog.text
+    torch.testing.assert_close(draw(headless, **settings), draw(loaded, **settings), rtol=0, atol=0)
 
 
 def test_expert_for_other_networks_is_refused(pipe, tmp_path) -> None:
