@@ -199,7 +199,7 @@ class GateTrainer:
             parts["balance"] = float(balance.detach())
             loss = loss + self.config.alpha * balance
         if not torch.isfinite(loss):
-            raise TrainingError(f"the loss is {float(loss)} in iteration {iteration + 1}: {parts}")
+            raise TrainingError(f"the loss is {float(loss.detach())} in iteration {iteration + 1}: {parts}")
         loss.backward()  # type: ignore[no-untyped-call]
         if terms.update:
             nn.utils.clip_grad_norm_(run.gates, self.config.gradient_clip)

@@ -25,6 +25,9 @@ COLOURS = {"boot": (220, 30, 40), "cat": (250, 200, 40)}
 def _tiny_pipeline() -> ModuleType:
     """The builders of the pipeline's tests: the same real classes, the same tiny sizes."""
     path = Path(__file__).parents[1] / "pipeline" / "conftest.py"
+    # pytest does the same when it loads that file itself: it imports its helpers from beside it.
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location("tiny_pipeline", path)
     assert spec is not None
     assert spec.loader is not None

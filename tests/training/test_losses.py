@@ -11,7 +11,7 @@ from mole_diffusion.training import losses
 
 
 def unit(*values: float) -> torch.Tensor:
-    return F.normalize(torch.tensor(values), dim=-1)
+    return F.normalize(torch.tensor(values, dtype=torch.float32), dim=-1)
 
 
 def test_gates_of_different_batches_count_once_each() -> None:
