@@ -41,5 +41,6 @@ $(STAMP): pyproject.toml
 	  echo "mole_diffusion needs Python 3.10 or newer as '$(PYTHON)'. Another one: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "'$(PYTHON) -m venv' failed. On Debian and Ubuntu: apt-get install python3-venv, then try again." >&2; exit 1; }
-	$(PY) -m pip install --disable-pip-version-check --quiet --editable ".[dev]"
+	@echo "Installing into $(VENV); PyTorch is large, the first time takes minutes ..."
+	@$(PY) -m pip install --disable-pip-version-check --quiet --editable ".[dev]"
 	@touch $@
