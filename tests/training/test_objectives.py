@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -219,3 +220,33 @@ def test_flow_matching_is_refused(pipe: Any, concepts: list[Concept], tiny: Tiny
     pipe.scheduler = FlowMatchEulerDiscreteScheduler()
     with pytest.raises(TrainingError, match="scheduler FlowMatchEulerDiscreteScheduler with prediction type"):
         GateTrainer(pipe, PROMPT, concepts, tiny())
+
+
+def test_a_small_decoder_can_stand_in_for_the_vae(
+    pipe: Any, concepts: list[Concept], clip_folder: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    blocks = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+    AutoencoderTiny(**blocks, num_encoder_blocks=(1,) * 4, num_decoder_blocks=(1,) * 4).save_pretrained(
+        tmp_path
+    )
+    decoded: list[torch.Size] = []
+    pipe.vae.decoder.register_forward_hook(lambda *_: decoded.append(torch.Size([])))
+    config = tiny(objective="clip", clip=clip_folder, decoder=str(tmp_path), iterations=2)
+    result = GateTrainer(pipe, PROMPT, concepts, config).train()
+    assert result.passes["decoded"] == 2
+    assert decoded == []
+
+
+@pytest.mark.parametrize("objective", ["collage", "clip"])
+def test_a_pipeline_in_half_precision_trains(
+    pipe: Any, concepts: list[Concept], clip_folder: str, tiny: Tiny, objective: str
+) -> None:
+    pipe.to(torch.bfloat16)
+    result = GateTrainer(
+        pipe, PROMPT, concepts, tiny(objective=objective, clip=clip_folder, iterations=2)
+    ).train()
+    assert len(result.history) == 2
+    assert {p.dtype for m in pipe.mixtures.values() for p in m.gates.parameters()} == {torch.float32}
