@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mole_diffusion._pipeline_experts import ExpertsMixin
-from mole_diffusion._pipeline_records import GateWeights
+from mole_diffusion._pipeline_records import CallRecorder, GateWeights
 from mole_diffusion.checkpoint import load_gates, read_gates_header, save_gates
 from mole_diffusion.errors import GateMismatchError, NoExpertsError
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 class GatesMixin(ExpertsMixin):
     """Gates for a pipeline that has experts."""
 
-    _gate_weights: GateWeights = GateWeights()
+    _recorder = CallRecorder()
 
     def gate_weights(self) -> GateWeights:
         """The gate weights of the last call: network, group, step, branch, batch entry, expert, weight.
 
         Empty before the first call and after one in which no gate ran (fixed mixtures, the base model).
         """
-        return self._gate_weights
+        return self._recorder.rows
 
     def save_gates(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
         """Write the gates, with the names and hashes of the experts they belong to (safetensors).

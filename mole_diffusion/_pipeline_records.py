@@ -2,14 +2,14 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, overload
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
-from mole_diffusion.context import GateRecord
 from mole_diffusion.inject import Mixture
 
 
@@ -90,73 +90,91 @@ class GateWeights(Sequence[GateWeight]):
         return weights, labels
 
 
-class CallRecorder:
-    """Counts the forwards of the networks during one pipeline call and names the rows afterwards.
+@dataclass(frozen=True)
+class _Run:
+    """One forward of one network: its gates' weights, label -> (B, N), and how many entries are negative."""
 
-    The count goes into `Mixture.step` from a forward pre-hook on each network, so that the user's callbacks
-    and any scheduler (some run the UNet more often than they have steps) stay untouched.
+    network: str
+    step: int | None
+    negative: int
+    experts: tuple[str, ...]
+    weights: Mapping[str, torch.Tensor]
+
+
+class CallRecorder:
+    """Keeps the gate weights of every forward of the networks during one pipeline call.
+
+    Forward hooks on the networks take them, so that the user's callbacks and any scheduler (some run the UNet
+    more often than they have steps) stay untouched, and compiled networks see no step number that changes.
+    Weights stay on their device until somebody asks.
     """
 
-    def __init__(self, mixtures: Mapping[str, Mixture], networks: Mapping[str, nn.Module]) -> None:
-        self._mixtures = dict(mixtures)
-        self._networks = dict(networks)
-        self._handles: list[RemovableHandle] = []
-        self._guided: dict[int, bool] = {}
+    def __init__(self) -> None:
+        self._runs: list[_Run] = []
 
-    def start(self, guided: Callable[[], bool]) -> None:
-        """Begin to record. `guided()` says whether the UNet's batch has a negative half right now."""
-        for part, mixture in self._mixtures.items():
-            mixture.record(True)
-            self._handles.append(
-                self._networks[part].register_forward_pre_hook(self._counter(part, mixture, guided))
-            )
+    @contextmanager
+    def recording(
+        self,
+        mixtures: Mapping[str, Mixture],
+        networks: Mapping[str, nn.Module],
+        guided: Callable[[], bool],
+        text_branches: Sequence[str],
+    ) -> Iterator[None]:
+        """Record the forwards inside the `with` block.
 
-    def _counter(self, part: str, mixture: Mixture, guided: Callable[[], bool]) -> Callable[..., None]:
-        calls = itertools.count()
-
-        def count(*_: Any) -> None:
-            mixture.step = next(calls)
-            if part == "unet":
-                self._guided[mixture.step] = guided()
-
-        return count
-
-    def stop(self, text_branches: Sequence[str]) -> GateWeights:
-        """End recording and give the rows. `text_branches`: what each run of the text encoder was for."""
-        for handle in self._handles:
-            handle.remove()
-        rows: list[GateWeight] = []
-        # The text encoder runs first.
-        for part in sorted(self._mixtures, key=lambda part: part == "unet"):
-            mixture = self._mixtures[part]
-            for record in mixture.records:
-                rows += self._rows(record, mixture.expert_names, text_branches)
-            mixture.record(False)
-            mixture.step = None
-        return GateWeights(rows)
-
-    def _rows(
-        self, record: GateRecord, names: Sequence[str], text_branches: Sequence[str]
-    ) -> list[GateWeight]:
-        assert record.step is not None  # set by the counter before any gate ran
-        step: int | None
-        if record.part == "unet":
-            step, half = record.step, len(record.weights) // 2 if self._guided[record.step] else 0
-        else:
-            step, half = (
-                None,
-                len(record.weights) if text_branches[record.step : record.step + 1] == ["negative"] else 0,
-            )
-        return [
-            GateWeight(
-                network=record.part,
-                group=record.group,
-                step=step,
-                branch="negative" if i < half else "prompt",
-                entry=i if i < half else i - half,
-                expert=name,
-                weight=weight,
-            )
-            for i, weights in enumerate(record.weights.tolist())
-            for name, weight in zip(names, weights, strict=True)
+        Args:
+            mixtures: by part.
+            networks: what the pipeline calls, by part; a compiled network is not the mixture's own.
+            guided: whether the UNet's batch has a negative half right now.
+            text_branches: what each forward of the text encoder is for, "prompt" or "negative".
+        """
+        handles = [
+            networks[part].register_forward_hook(self._taker(part, mixture, guided, text_branches))
+            for part, mixture in mixtures.items()
         ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _taker(
+        self, part: str, mixture: Mixture, guided: Callable[[], bool], text_branches: Sequence[str]
+    ) -> Callable[..., None]:
+        count = itertools.count()
+
+        def take(*_: Any) -> None:
+            index = next(count)
+            weights = {label: live.detach() for label, live in mixture.live_weights().items()}
+            entries = max((len(live) for live in weights.values()), default=0)
+            if part == "unet":
+                step, negative = index, entries // 2 if guided() else 0
+            else:
+                step, negative = (
+                    None,
+                    entries if list(text_branches[index : index + 1]) == ["negative"] else 0,
+                )
+            self._runs.append(_Run(part, step, negative, mixture.expert_names, weights))
+
+        return take
+
+    @cached_property
+    def rows(self) -> GateWeights:
+        """What was recorded, one row per network, step, group, entry and expert."""
+        return GateWeights([row for run in self._runs for row in _rows(run)])
+
+
+def _rows(run: _Run) -> Iterator[GateWeight]:
+    for group, weights in run.weights.items():
+        for i, entry in enumerate(weights.float().cpu().tolist()):
+            negative = i < run.negative
+            for expert, weight in zip(run.experts, entry, strict=True):
+                yield GateWeight(
+                    network=run.network,
+                    group=group,
+                    step=run.step,
+                    branch="negative" if negative else "prompt",
+                    entry=i if negative else i - run.negative,
+                    expert=expert,
+                    weight=weight,
+                )

@@ -124,12 +124,14 @@ class StableDiffusionMoLEPipeline(GatesMixin, StableDiffusionPipeline):
             latent_size=(height // factor, width // factor),
             mixture=mixture,
         ):
-            recorder = CallRecorder({} if mixture == "none" else self._state.mixtures, self._networks())
-            recorder.start(lambda: self.do_classifier_free_guidance)
-            try:
+            self._recorder = CallRecorder()
+            with self._recorder.recording(
+                self._state.mixtures,
+                self._networks(),
+                guided=lambda: self.do_classifier_free_guidance,
+                text_branches=_text_branches(given),
+            ):
                 return super().__call__(*args, **kwargs)
-            finally:
-                self._gate_weights = recorder.stop(_text_branches(given))
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
         """As in diffusers; the text encoder's experts count."""

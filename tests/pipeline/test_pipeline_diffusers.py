@@ -283,3 +283,16 @@ def test_composing_holds_for_its_block_only(loaded, draw) -> None:
     torch.testing.assert_close(draw(other), gates, rtol=0, atol=0)
     half = draw(loaded, active_experts=["cat"], expert_scales={"cat": 0.5})
     torch.testing.assert_close(inside, half, rtol=0, atol=0)
+
+
+def test_compiled_unet_is_compiled_once_and_recorded(loaded, draw) -> None:
+    """The steps of a call and further calls run what the first step compiled."""
+    train_a_little(loaded)
+    expected = draw(loaded)
+    rows = loaded.gate_weights().to_array()[0]
+    loaded.unet = torch.compile(loaded.unet, backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            torch.testing.assert_close(draw(loaded), expected, **CLOSE)
+    torch.testing.assert_close(loaded.gate_weights().to_array()[0], rows, atol=1e-5, rtol=0)
+    torch.compiler.reset()
