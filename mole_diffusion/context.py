@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -64,16 +65,17 @@ class RegionMasks:
         """(height * width, N) masks of a token grid."""
         key = (height, width, device)
         if key not in self._grids:
-            columns = []
-            for index in range(self._experts):
-                if index not in self._active:
-                    columns.append(torch.zeros(height * width))
-                elif index in self._masks:
-                    columns.append(functional.resize_mask(self._masks[index], (height, width)).flatten())
-                else:
-                    columns.append(torch.ones(height * width))
-            self._grids[key] = torch.stack(columns, dim=-1).to(device)
+            with torch.inference_mode(False):
+                columns = [self._column(index, height, width) for index in range(self._experts)]
+                self._grids[key] = torch.stack(columns, dim=-1).to(device)
         return self._grids[key]
+
+    def _column(self, index: int, height: int, width: int) -> Tensor:
+        if index not in self._active:
+            return torch.zeros(height * width)
+        if index not in self._masks:
+            return torch.ones(height * width)
+        return functional.resize_mask(self._masks[index], (height, width)).flatten()
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,17 @@ def in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
+class _Graph:
+    """Lives as long as the autograd graph of one forward that has a gradient hook of it."""
+
+    def __init__(self) -> None:
+        self.finished = False
+
+    def finish(self, gradient: Tensor) -> None:
+        """The backward pass has come to the gate."""
+        self.finished = True
+
+
 class ForwardContext:
     """Mutable state shared by all hooks of one mixture.
 
@@ -137,8 +150,8 @@ class ForwardContext:
         self.recording = False
         self.records: list[GateRecord] = []
         self.step: int | None = None
-        self._graphs = 0
-        self._backward_seen = False
+        self._graphs: weakref.WeakSet[_Graph] = weakref.WeakSet()
+        self._tracked = False
 
     def begin(self, latent_size: tuple[int, int] | None) -> None:
         """Start of a forward of the whole network."""
@@ -147,23 +160,26 @@ class ForwardContext:
             self.activation.regions.check_aspect(self.latent_size)
         self.values.clear()
         self.live.clear()
-        if _is_compiling():
-            return
-        if self._backward_seen:
-            self._graphs, self._backward_seen = 0, False
-        self._graphs += torch.is_grad_enabled()
+        self._tracked = False
 
     def store(self, label: str, value: GateValue, *, trained: bool) -> GateValue:
         """Keep a gate's value for the rest of the group; note it unless it is a recomputation."""
         self.values[label] = value
-        if value.in_backward:
-            self._backward_seen = True
-        elif trained:
+        if trained and not value.in_backward:
             self.live[label] = value.weights.mean(1)
             if self.recording:
                 weights = self.live[label].detach().float().cpu()
                 self.records.append(GateRecord(self.part, label, self.step, weights))
+            self._track(value.weights)
         return value
+
+    def _track(self, weights: Tensor) -> None:
+        """Notice a forward whose graph waits for a backward pass, once per forward."""
+        if weights.requires_grad and not self._tracked and not _is_compiling():
+            self._tracked = True
+            graph = _Graph()
+            weights.register_hook(graph.finish)
+            self._graphs.add(graph)
 
     def fetch(self, label: str, matrix: str) -> GateValue:
         """The gate value that the group's first matrix left behind.
@@ -178,12 +194,12 @@ class ForwardContext:
                 "matrices in the known order."
             )
         if in_backward() and not value.in_backward:
-            self._backward_seen = True
-            if self._graphs > 1:
+            waiting = sum(not graph.finished for graph in self._graphs)
+            if waiting > 1:
                 raise InjectionError(
                     f"Gradient checkpointing recomputes {matrix!r}, whose gate {label!r} was computed "
-                    f"outside the checkpoint, and {self._graphs} forwards with gradient have run since the "
-                    "last backward pass: the recomputation cannot tell them apart. Run one forward with "
+                    f"outside the checkpoint, and {waiting} forwards with gradient wait for a "
+                    "backward pass: the recomputation cannot tell them apart. Run one forward with "
                     "gradient per backward pass (others under torch.no_grad()), or turn checkpointing off."
                 )
         return value

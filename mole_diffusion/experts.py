@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import math
@@ -216,7 +217,10 @@ def _pair(
         if "alpha" in roles
         else alphas.find(network, matrix, rank=down.shape[0])
     )
-    return LoraFactors(down.detach(), up.detach(), alpha)
+    with torch.inference_mode(False):
+        # Tensors read under inference mode (ComfyUI) could not be trained through; their clones can.
+        down, up = (t.clone() if t.is_inference() else t.detach() for t in (down, up))
+    return LoraFactors(down, up, alpha)
 
 
 class _PeftAlphas:
@@ -257,5 +261,5 @@ def _hash_tensors(state_dict: Mapping[str, Tensor]) -> str:
     for key in sorted(state_dict):
         tensor = state_dict[key].detach().cpu().contiguous()
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(ctypes.string_at(tensor.data_ptr(), tensor.numel() * tensor.element_size()))
     return digest.hexdigest()

@@ -66,8 +66,8 @@ def lora_state(network: nn.Module, rank: int, seed: int, leaves: Sequence[str] =
     for name, module in network.named_modules():
         if name.endswith(targets):
             out, fan_in, *kernel = module.weight.shape
-            state[f"{name}.lora_A.weight"] = torch.randn(rank, fan_in, *kernel, generator=generator) * 0.3
-            state[f"{name}.lora_B.weight"] = torch.randn(out, rank, *kernel, generator=generator) * 0.3
+            state[f"{name}.lora_A.weight"] = torch.randn(rank, fan_in, *kernel, generator=generator) * 0.2
+            state[f"{name}.lora_B.weight"] = torch.randn(out, rank, *kernel, generator=generator) * 0.2
     return state
 
 

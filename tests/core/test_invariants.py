@@ -179,7 +179,7 @@ def test_masked_gates_on_expert_outputs_mix_only_the_active_deltas(unet: nn.Modu
     mixture.activate(["dog", "boot"])
     found = run(unet, batch=slice(0, 1))
     weights = mixture.live_weights()["unet"][0]
-    strength = 1 + (float(mixture.groups[0].gate.strength) - 1) / 2
+    strength = 1 + (mixture.groups[0].gate.strength.item() - 1) / 2
     oracle = with_peft(
         make_unet(),
         loras,
@@ -250,7 +250,7 @@ def test_eject_after_an_exception_inside_the_network(form: MoLEConfig, unet: nn.
 def test_fixed_weights_equal_single_deltas_and_merged_weights(kind: str, count: int) -> None:
     network = NETWORKS[kind]()
     loras = states(count, network)
-    weights = {name: 0.3 + 0.2 * i for i, name in enumerate(loras)}
+    weights = {name: (0.4 + 0.2 * i) / count for i, name in enumerate(loras)}
     together = run(with_peft(network, loras, weights))
     merged = copy.deepcopy(network)
     with torch.no_grad():

@@ -1,0 +1,226 @@
+"""Gate files: the same outputs after loading, and refusal of what does not fit."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mole_diffusion import (
+    Expert,
+    GateMismatchError,
+    Mixture,
+    MoLEConfig,
+    inject,
+    load_gates,
+    read_gates_header,
+    save_gates,
+)
+
+from .core_tools import CLIP_TEXT, lora_state, make_clip, make_experts, make_unet, randomise, run, to_experts
+from .test_invariants import FORMS, assert_close, differs, form_id
+
+DATA = Path(__file__).parents[1] / "data"
+
+
+def both(unet: nn.Module, clip: nn.Module, config: MoLEConfig, count: int = 3) -> dict[str, Mixture]:
+    return {
+        "unet": inject(unet, make_experts(count, unet), config),
+        "text_encoder": inject(clip, make_experts(count, clip), config, flatten_tokens=CLIP_TEXT),
+    }
+
+
+@pytest.mark.parametrize("form", FORMS, ids=form_id)
+def test_saved_and_loaded_gates_give_the_same_outputs(form: MoLEConfig, tmp_path: Path) -> None:
+    unet, clip = make_unet(), make_clip()
+    mixtures = both(unet, clip, form)
+    for mixture in mixtures.values():
+        randomise(mixture)
+    expected = run(unet), run(clip)
+    save_gates(tmp_path / "gates.safetensors", mixtures, metadata={"prompt": "a dog"})
+    other = make_unet(), make_clip()
+    fresh = both(*other, form)
+    assert differs(run(other[0]), expected[0])
+    assert load_gates(tmp_path / "gates.safetensors", fresh) == {"prompt": "a dog"}
+    assert torch.equal(run(other[0]), expected[0])
+    assert torch.equal(run(other[1]), expected[1])
+    assert list(tmp_path.iterdir()) == [tmp_path / "gates.safetensors"]
+
+
+@pytest.mark.parametrize("gate_input", ["experts", "hidden"])
+def test_experts_may_stand_in_another_order(gate_input: str, tmp_path: Path, unet: nn.Module) -> None:
+    experts = make_experts(3, unet)
+    config = MoLEConfig(gate_input=gate_input)
+    mixture = inject(unet, experts, config)
+    randomise(mixture)
+    expected = run(unet)
+    save_gates(tmp_path / "gates.safetensors", {"unet": mixture})
+    mixture.eject()
+    mixture = inject(unet, [experts[i] for i in (1, 2, 0)], config)
+    load_gates(tmp_path / "gates.safetensors", {"unet": mixture})
+    assert_close(run(unet), expected)
+
+
+def test_the_header_says_what_the_gates_are_for(tmp_path: Path, unet: nn.Module, clip: nn.Module) -> None:
+    mixtures = both(unet, clip, MoLEConfig())
+    save_gates(tmp_path / "deep" / "gates.safetensors", mixtures, metadata={"prediction_type": "epsilon"})
+    header = read_gates_header(tmp_path / "deep" / "gates.safetensors")
+    assert header.version == 1
+    assert header.config("unet") == MoLEConfig()
+    assert header.expert_names("text_encoder") == ("dog", "cat", "boot")
+    assert header.metadata == {"prediction_type": "epsilon"}
+    part = header.parts["unet"]
+    assert part["base"]["class"] == "UNet2DConditionModel"
+    assert part["groups"] == [group.name for group in mixtures["unet"].groups]
+    assert part["experts"][2]["ranks"] == [4]
+    assert part["experts"][0]["sha256"] == mixtures["unet"].experts[0].sha256
+    with pytest.raises(ValueError, match=r"metadata may not use \['format'\]"):
+        save_gates(tmp_path / "x.safetensors", mixtures, metadata={"format": "x"})
+    with pytest.raises(ValueError, match="no mixtures to save"):
+        save_gates(tmp_path / "x.safetensors", {})
+
+
+def refused(path: Path, mixtures: Mapping[str, Mixture], strict: bool = True) -> list[str]:
+    """The differences with which a file is refused; the gates must stay as they were."""
+    before = {part: copy.deepcopy(m.gates.state_dict()) for part, m in mixtures.items()}
+    with pytest.raises(GateMismatchError, match="do not fit") as caught:
+        load_gates(path, mixtures, strict)
+    for part, mixture in mixtures.items():
+        assert all(torch.equal(v, before[part][k]) for k, v in mixture.gates.state_dict().items())
+    return caught.value.differences
+
+
+def test_gates_that_do_not_fit(tmp_path: Path, unet: nn.Module, clip: nn.Module) -> None:
+    path = tmp_path / "gates.safetensors"
+    mixtures = both(unet, clip, MoLEConfig())
+    for mixture in mixtures.values():
+        randomise(mixture)
+    save_gates(path, mixtures)
+    assert refused(path, {"unet": mixtures["unet"]}) == ["part 'text_encoder' is in the file, not here"]
+    for mixture in mixtures.values():
+        mixture.eject()
+
+    form = both(unet, clip, MoLEConfig(granularity="layer", pooling="mean"))
+    found = refused(path, form)
+    assert "unet: granularity is 'block' in the file, 'layer' here" in found
+    assert "text_encoder: pooling is 'token' in the file, 'mean' here" in found
+    for mixture in form.values():
+        mixture.eject()
+
+    experts = make_experts(3, unet)
+    renamed = Expert(**{**vars(experts[1]), "name": "lion"})
+    one = inject(unet, [experts[0], renamed, experts[2]], MoLEConfig())
+    found = refused(path, {"unet": one, "text_encoder": mixtures["text_encoder"]})
+    assert found == [
+        "unet: expert 'cat' is in the file, not here",
+        "unet: expert 'lion' is here, not in the file",
+    ]
+    one.eject()
+
+    retrained = Expert(**{**vars(experts[1]), "sha256": "f" * 64})
+    one = inject(unet, [experts[0], retrained, experts[2]], MoLEConfig())
+    fitting = {"unet": one, "text_encoder": mixtures["text_encoder"]}
+    [sentence] = refused(path, fitting)
+    assert sentence.startswith("unet: expert 'cat' has sha256 ")
+    assert sentence.endswith(" in the file, ffffffffffff here")
+    load_gates(path, fitting, strict=False)
+    one.eject()
+
+    bigger = make_unet(layers=2)
+    two = inject(
+        bigger,
+        to_experts({n: lora_state(bigger, 2, 1) for n in ("dog", "cat", "boot")}, "unet"),
+        MoLEConfig(),
+    )
+    found = refused(path, {"unet": two, "text_encoder": mixtures["text_encoder"]}, strict=False)
+    assert any("the base network has other matrices" in sentence for sentence in found)
+    assert any(
+        "group 'down_blocks.0.attentions.1.transformer_blocks.0' is here" in sentence for sentence in found
+    )
+
+
+def test_flattened_gates_of_another_resolution(tmp_path: Path, unet: nn.Module) -> None:
+    config = MoLEConfig(pooling="flatten")
+    mixture = inject(unet, make_experts(2, unet), config)
+    save_gates(tmp_path / "gates.safetensors", {"unet": mixture})
+    mixture.eject()
+    mixture = inject(unet, make_experts(2, unet), config, flatten_tokens=(4, 4))
+    found = refused(tmp_path / "gates.safetensors", {"unet": mixture})
+    assert len(found) == len(mixture.groups)
+    assert "projection: shape (64, 2, 16, 2) in the file, (16, 2, 16, 2) here" in found[0]
+
+
+def test_files_that_are_no_gate_files(tmp_path: Path, unet: nn.Module) -> None:
+    mixtures = {"unet": inject(unet, make_experts(2, unet), MoLEConfig())}
+    path = tmp_path / "gates.safetensors"
+    with pytest.raises(GateMismatchError, match="cannot be read as a gate file"):
+        load_gates(path, mixtures)
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(GateMismatchError, match="is not a gate file: its header has no format='mole-gates'"):
+        read_gates_header(path)
+    save_gates(path, mixtures)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    save_file(tensors, path, metadata={**metadata, "format_version": "2"})
+    with pytest.raises(GateMismatchError, match="has format_version '2'; this mole_diffusion reads 1"):
+        load_gates(path, mixtures)
+    removed = sorted(tensors)[0]
+    save_file({k: v for k, v in tensors.items() if k != removed}, path, metadata=metadata)
+    assert refused(path, mixtures) == [f"{removed}: missing in the file"]
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path, unet: nn.Module, monkeypatch) -> None:
+    mixtures = {"unet": inject(unet, make_experts(2, unet), MoLEConfig())}
+    path = tmp_path / "gates.safetensors"
+    save_gates(path, mixtures)
+    before = path.read_bytes()
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save_gates(path, mixtures)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def tiny_mixtures() -> tuple[nn.Module, dict[str, Mixture]]:
+    """What the frozen file of format version 1 was made for (`python -m tests.core.test_checkpoint` made it)."""
+    unet = make_unet()
+    loras = {"dog": lora_state(unet, 2, 1, ("attn2.to_k",)), "cat": lora_state(unet, 2, 2, ("attn2.to_k",))}
+    return unet, {"unet": inject(unet, to_experts(loras, "unet"), MoLEConfig())}
+
+
+def test_the_frozen_file_of_format_version_1_still_loads() -> None:
+    unet, mixtures = tiny_mixtures()
+    fresh = run(unet)
+    assert load_gates(DATA / "gates_v1.safetensors", mixtures, strict=False) == {"prompt": "frozen"}
+    header = read_gates_header(DATA / "gates_v1.safetensors")
+    assert json.loads(json.dumps(header.parts["unet"]))["config"] == MoLEConfig().to_dict()
+    group = mixtures["unet"].groups[0]
+    assert float(group.gate.strength) == pytest.approx(1.75)
+    assert float(group.gate.log_temperature) == pytest.approx(-0.25)
+    assert float(group.gate.projection[1, 2, 0]) == pytest.approx((1 * 32 + 2 * 2) / 64)
+    assert differs(run(unet), fresh)
+
+
+def freeze() -> None:
+    """Write the frozen file; to be run once per format version."""
+    _, mixtures = tiny_mixtures()
+    with torch.no_grad():
+        for group in mixtures["unet"].groups:
+            group.gate.strength.fill_(1.75)
+            group.gate.log_temperature.fill_(-0.25)
+            shape = group.gate.projection.shape
+            values = torch.arange(group.gate.projection.numel()).view(shape) / 64
+            group.gate.projection.copy_(values)
+    save_gates(DATA / "gates_v1.safetensors", mixtures, metadata={"prompt": "frozen"})
+
+
+if __name__ == "__main__":
+    freeze()

@@ -1,0 +1,275 @@
+"""Gates: parameters, learning, recording, injection errors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from mole_diffusion import (
+    AllExpertsMaskedError,
+    ConfigError,
+    InjectionError,
+    MoLEConfig,
+    NoExpertsError,
+    UnknownExpertError,
+    inject,
+)
+
+from .core_tools import LDMUNet, lora_state, make_clip, make_experts, make_unet, randomise, run, to_experts
+from .test_invariants import FORMS, differs, form_id
+
+
+@pytest.mark.parametrize(
+    ("granularity", "groups", "matrices"),
+    [("matrix", 48, 1), ("layer", 20, 4), ("block", 4, 12), ("network", 1, 48)],
+)
+def test_granularity_decides_the_groups(
+    granularity: str, groups: int, matrices: int, unet: nn.Module
+) -> None:
+    config = MoLEConfig(granularity=granularity, pooling="mean")
+    mixture = inject(unet, make_experts(2, unet), config)
+    assert len(mixture.groups) == groups
+    assert max(len(group.matrices) for group in mixture.groups) == matrices
+    assert sum(len(group.matrices) for group in mixture.groups) == 48
+    assert [g.gate for g in mixture.groups] == list(mixture.gates.values())
+
+
+@pytest.mark.parametrize("make", [make_unet, make_clip, lambda: make_unet(linear=False, layers=2)])
+@pytest.mark.parametrize("ldm", [False, True])
+def test_the_order_of_matrices_is_the_order_of_execution(make, ldm: bool) -> None:
+    network = make()
+    experts = make_experts(1, network)
+    if ldm and not isinstance(network, type(make_clip())):
+        network = LDMUNet(network)
+    mixture = inject(network, experts, MoLEConfig())
+    ran: list[str] = []
+    for group in mixture.groups:
+        for slot in group.slots:
+            slot.module.register_forward_hook(lambda *_, name=slot.name: ran.append(name))
+    run(network)
+    assert ran == [name for group in mixture.groups for name in group.matrices]
+
+
+def test_gates_hold_the_only_parameters(unet: nn.Module) -> None:
+    mixture = inject(unet, make_experts(3, unet), MoLEConfig())
+    names = {name.split(".")[-1] for name, _ in mixture.gates.named_parameters()}
+    assert names == {"projection", "context_projection", "log_temperature", "strength"}
+    fixed = MoLEConfig(learn_temperature=False, learn_strength=False, temperature=0.5, strength=1.2)
+    mixture.eject()
+    mixture = inject(unet, make_experts(3, unet), fixed)
+    names = {name.split(".")[-1] for name, _ in mixture.gates.named_parameters()}
+    assert names == {"projection", "context_projection"}
+    assert float(mixture.groups[0].gate.temperature) == pytest.approx(0.5)
+    assert float(mixture.groups[0].gate.strength) == pytest.approx(1.2)
+    assert all(p.dtype == torch.float32 for p in mixture.parameters())
+
+
+@pytest.mark.parametrize("form", FORMS, ids=form_id)
+@pytest.mark.parametrize("kind", ["unet", "clip"])
+def test_a_few_steps_learn_to_prefer_one_expert(form: MoLEConfig, kind: str) -> None:
+    """Gates alone move the network's output towards that of one expert; experts and base stay as they were."""
+    network = make_unet() if kind == "unet" else make_clip()
+    frozen = {k: v.clone() for k, v in network.state_dict().items()}
+    network.requires_grad_(False)
+    mixture = inject(network, make_experts(3, network), form, flatten_tokens=None if kind == "unet" else 12)
+    mixture.activate(["cat"])
+    target = run(network)
+    mixture.activate()
+    optimiser = torch.optim.Adam(mixture.parameters(), lr=0.05)
+    losses = []
+    for _ in range(6):
+        loss = (run(network, grad=True) - target).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None for p in mixture.parameters())
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(torch.equal(v, frozen[k]) for k, v in network.state_dict().items())
+
+
+def test_temperature_and_strength_get_gradients(unet: nn.Module) -> None:
+    mixture = inject(unet, make_experts(3, unet), MoLEConfig())
+    randomise(mixture)
+    run(unet, grad=True).square().mean().backward()
+    for group in mixture.groups:
+        for name, parameter in group.gate.named_parameters():
+            assert parameter.grad.abs().max() > 0, f"{group.name} {name}"
+
+
+def test_balance_loss_of_a_mixture(unet: nn.Module) -> None:
+    mixture = inject(unet, make_experts(3, unet), MoLEConfig())
+    with pytest.raises(InjectionError, match="No gate has run yet"):
+        mixture.balance_loss()
+    run(unet, grad=True)
+    assert float(mixture.balance_loss().detach()) == pytest.approx(0, abs=1e-4)
+    assert float(mixture.balance_loss(normalised=False).detach()) == pytest.approx(3 * math.log(3), abs=1e-4)
+    assert float(mixture.entropy().detach()) == pytest.approx(math.log(3), abs=1e-4)
+    randomise(mixture)
+    run(unet, grad=True)
+    loss = mixture.balance_loss()
+    loss.backward()
+    assert float(loss.detach()) > 1e-4
+    assert mixture.groups[0].gate.projection.grad.abs().max() > 0
+    mixture.activate(["dog", "cat"])
+    run(unet)
+    assert float(mixture.entropy()) < math.log(2)
+    mixture.activate(weights={"dog": 1.0})
+    run(unet)
+    assert mixture.live_weights() == {}
+
+
+def test_records_and_live_weights(unet: nn.Module) -> None:
+    mixture = inject(unet, make_experts(3, unet), MoLEConfig())
+    randomise(mixture)
+    run(unet)
+    assert mixture.records == []
+    mixture.record()
+    for step in range(2):
+        mixture.step = step
+        run(unet)
+    live = mixture.live_weights()
+    block = "mid_block.attentions.0.transformer_blocks.0"
+    assert set(live) == {g.name + end for g in mixture.groups for end in ("", ".context")}
+    assert len(mixture.records) == 2 * len(live)
+    record = next(r for r in mixture.records if r.step == 1 and r.group == block)
+    assert record.part == "unet"
+    assert record.weights.shape == (2, 3)
+    torch.testing.assert_close(record.weights, live[block])
+    torch.testing.assert_close(record.weights.sum(-1), torch.ones(2))
+    mixture.record(False)
+    run(unet)
+    assert len(mixture.records) == 2 * len(live)
+    mixture.record()
+    assert mixture.records == []
+
+
+def test_scales(unet: nn.Module) -> None:
+    state = {f"unet.{k}": v for k, v in lora_state(unet, 2, 1).items()}
+    [expert] = to_experts({"dog": lora_state(unet, 2, 1)}, "unet")
+    assert state
+    mixture = inject(unet, [expert], MoLEConfig())
+    base, full = run(make_unet()), run(unet)
+    mixture.activate(expert_scales={"dog": 0.0})
+    assert torch.allclose(run(unet), base, atol=1e-6)
+    mixture.activate(expert_scales={"dog": 1.0})
+    assert torch.equal(run(unet), full)
+    mixture.activate(weights={"dog": 0.5}, expert_scales={"dog": 2.0})
+    assert torch.allclose(run(unet), full, atol=1e-5)
+
+
+def test_fixed_weights_are_used_as_given(unet: nn.Module) -> None:
+    mixture = inject(unet, make_experts(3, unet), MoLEConfig())
+    randomise(mixture)
+    base = run(make_unet())
+    mixture.activate(weights={})
+    assert torch.equal(run(unet), base)
+    mixture.activate(["dog"], weights={"dog": 1.0, "cat": 1.0})
+    alone = run(unet)
+    mixture.activate(["dog"])
+    assert torch.allclose(run(unet), alone, atol=1e-5)
+
+
+def test_activation_errors(unet: nn.Module) -> None:
+    mixture = inject(unet, make_experts(3, unet), MoLEConfig())
+    before = run(unet)
+    for call in ({"active_experts": ["dgo"]}, {"expert_scales": {"dgo": 1.0}}, {"weights": {"dgo": 1.0}}):
+        with pytest.raises(UnknownExpertError, match="Unknown expert 'dgo'.*Did you mean 'dog'"):
+            mixture.activate(**call)
+    with pytest.raises(
+        AllExpertsMaskedError, match="active_experts is empty; name at least one of dog, cat, boot"
+    ):
+        mixture.activate([])
+    assert torch.equal(run(unet), before)
+
+
+def test_injection_errors(unet: nn.Module, clip: nn.Module) -> None:
+    experts = make_experts(2, unet)
+    with pytest.raises(NoExpertsError, match="no experts to inject"):
+        inject(unet, [], MoLEConfig())
+    with pytest.raises(ConfigError, match="used more than once: dog"):
+        inject(unet, [experts[0], experts[0]], MoLEConfig())
+    with pytest.raises(InjectionError, match="Linear has no matrices of a known unet or text_encoder"):
+        inject(nn.Linear(2, 2), experts, MoLEConfig())
+    with pytest.raises(InjectionError, match="part='vae' is not allowed; choose one of unet, text_encoder"):
+        inject(unet, experts, MoLEConfig(), part="vae")
+    with pytest.raises(
+        InjectionError, match="None of the experts 'dog', 'cat' has matrices for the text_encoder"
+    ):
+        inject(clip, experts, MoLEConfig())
+    mixture = inject(unet, experts, MoLEConfig())
+    with pytest.raises(InjectionError, match="UNet2DConditionModel already carries a mixture"):
+        inject(unet, experts, MoLEConfig())
+    mixture.eject()
+    assert not mixture.injected
+    mixture.attach()
+    assert mixture.injected
+
+
+def test_experts_of_another_base_model(unet: nn.Module) -> None:
+    state = lora_state(unet, 2, 1, ("attn2.to_k",))
+    wrong = {k: torch.zeros(2, 99) if "lora_A" in k else v for k, v in state.items()}
+    with pytest.raises(
+        InjectionError, match=r"'dog' does not fit .*attn2.to_k': its delta is 16 x 99, the matrix 16"
+    ):
+        inject(unet, to_experts({"dog": wrong}, "unet"), MoLEConfig())
+    deep = {k.replace("up_blocks.1", "up_blocks.3"): v for k, v in state.items()}
+    mixture = inject(unet, to_experts({"dog": deep}, "unet"), MoLEConfig())
+    assert all(name.startswith("up_blocks.3") for name in mixture.unmatched["dog"])
+    assert len(mixture.unmatched["dog"]) == 2
+    nowhere = {k.replace("blocks.0", "blocks.9"): v for k, v in state.items() if k.startswith("down")}
+    with pytest.raises(InjectionError, match="Expert 'cat' matches nothing in this UNet2DConditionModel"):
+        inject(make_unet(), to_experts({"cat": nowhere}, "unet"), MoLEConfig())
+
+
+def test_flattened_gates_are_bound_to_one_resolution(unet: nn.Module, clip: nn.Module) -> None:
+    config = MoLEConfig(pooling="flatten")
+    inject(unet, make_experts(2, unet), config)
+    run(unet)
+    with pytest.raises(InjectionError, match="made for 64 tokens .*and received 256"):
+        run(unet, size=16)
+    mixture = inject(clip, make_experts(2, clip), config)
+    assert mixture.groups[0].gate.tokens == 77
+    with pytest.raises(InjectionError, match="made for 77 tokens .*and received 12"):
+        run(clip)
+    ldm = LDMUNet(make_unet())
+    with pytest.raises(ConfigError, match="needs the latent's size; pass flatten_tokens"):
+        inject(ldm, make_experts(2, make_unet()), config)
+    with pytest.raises(ConfigError, match=r"flatten_tokens=\(8, 8\) is not allowed for a text encoder"):
+        inject(make_clip(), make_experts(2, clip), config, flatten_tokens=(8, 8))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "token"])
+def test_other_gates_work_at_any_resolution(pooling: str, unet: nn.Module) -> None:
+    mixture = inject(unet, make_experts(2, unet), MoLEConfig(pooling=pooling))
+    randomise(mixture)
+    for size in (4, 8, 12):
+        assert differs(run(unet, size=size), run(make_unet(), size=size))
+
+
+def test_an_unknown_order_of_execution_is_an_error(unet: nn.Module) -> None:
+    mixture = inject(unet, make_experts(2, unet), MoLEConfig())
+    run(unet)
+    late = mixture.groups[0].slots[1]
+    mixture._context.begin(None)
+    with pytest.raises(
+        InjectionError, match=r"attn1.to_q' ran before the gate 'down_blocks.0.* was computed"
+    ):
+        late.module(torch.zeros(1, 4, 16))
+
+
+def test_the_text_encoder_prefix_of_older_libraries(clip: nn.Module) -> None:
+    experts = make_experts(2, clip)
+    wrapped = nn.Module()
+    wrapped.text_model = make_clip()
+    first, second = inject(clip, experts, MoLEConfig()), inject(wrapped, experts, MoLEConfig())
+    assert (
+        [g.name for g in first.groups]
+        == [g.name for g in second.groups]
+        == ["encoder.layers.0", "encoder.layers.1"]
+    )
+    assert torch.equal(run(clip), run(wrapped.text_model))
+    assert differs(run(clip), run(make_clip()))

@@ -1,0 +1,277 @@
+"""Invariant 10: checkpointing, compilation, data types, offload, a second LoRA and other hosts' habits change nothing."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from peft import PeftModel
+from torch import nn
+
+from mole_diffusion import InjectionError, MoLEConfig, inject
+
+from .core_tools import (
+    LDMUNet,
+    lora_state,
+    make_clip,
+    make_experts,
+    make_unet,
+    randomise,
+    run,
+    states,
+    to_experts,
+    with_peft,
+)
+from .test_invariants import FORMS, TOLERANCE, assert_close, differs, form_id
+
+forms = pytest.mark.parametrize("form", FORMS, ids=form_id)
+
+
+def gradients(network: nn.Module, mixture) -> list[torch.Tensor]:
+    mixture.gates.zero_grad()
+    (run(network, grad=True).square().mean() + mixture.balance_loss()).backward()
+    return [p.grad.clone() for p in mixture.parameters()]
+
+
+@forms
+@pytest.mark.parametrize("linear", [True, False])
+def test_gradient_checkpointing_sees_the_same_gates(form: MoLEConfig, linear: bool) -> None:
+    unet = make_unet(linear=linear).train()
+    unet.requires_grad_(False)
+    mixture = inject(unet, make_experts(3, unet), form)
+    randomise(mixture)
+    expected = gradients(unet, mixture)
+    unet.enable_gradient_checkpointing()
+    mixture.record()
+    found = gradients(unet, mixture)
+    assert len(mixture.records) == len(mixture.live_weights())
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+    assert any(g.abs().max() > 0 for g in expected)
+
+
+def test_gradient_checkpointing_in_the_text_encoder(clip: nn.Module) -> None:
+    clip.requires_grad_(False)
+    mixture = inject(clip.train(), make_experts(3, clip), MoLEConfig())
+    randomise(mixture)
+    expected = gradients(clip, mixture)
+    clip.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for one, other in zip(gradients(clip, mixture), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+
+
+def test_checkpointing_two_forwards_where_it_cannot_work_says_so(unet: nn.Module) -> None:
+    """A gate inside the checkpoint is recomputed from its own input; one outside cannot tell two forwards apart."""
+    unet.train().requires_grad_(False)
+    experts = make_experts(2, unet)
+    unet.enable_gradient_checkpointing()
+    mixture = inject(unet, experts, MoLEConfig(granularity="network", pooling="mean"))
+    randomise(mixture)
+    losses = [run(unet, grad=True).square().mean() for _ in range(2)]
+    with pytest.raises(
+        InjectionError, match="2 forwards with gradient have run since the last backward pass"
+    ):
+        sum(losses).backward()
+    run(unet, grad=True).square().mean().backward()
+    mixture.eject()
+
+    inner = {
+        "dog": lora_state(unet, 2, 1, ("to_q", "ff.net.2")),
+        "cat": lora_state(unet, 2, 2, ("to_q", "ff.net.2")),
+    }
+    mixture = inject(unet, to_experts(inner, "unet"), MoLEConfig())
+    randomise(mixture)
+    once = gradients(unet, mixture)
+    mixture.gates.zero_grad()
+    sum(run(unet, grad=True).square().mean() + mixture.balance_loss() for _ in range(2)).backward()
+    for parameter, gradient in zip(mixture.parameters(), once, strict=True):
+        torch.testing.assert_close(parameter.grad, 2 * gradient, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", [FORMS[2], FORMS[6], FORMS[7]], ids=form_id)
+@pytest.mark.parametrize("kind", ["unet", "clip"])
+def test_compiled_networks_give_the_same_output(form: MoLEConfig, kind: str) -> None:
+    network = make_unet() if kind == "unet" else make_clip()
+    mixture = inject(network, make_experts(2, network), form)
+    randomise(mixture)
+    expected = run(network)
+    torch._dynamo.reset()
+    compiled = torch.compile(network, backend="aot_eager")
+    with torch.no_grad():
+        for _ in range(2):
+            if kind == "unet":
+                generator = torch.Generator().manual_seed(3)
+                x, text = (torch.randn(s, generator=generator) for s in ((2, 4, 8, 8), (2, 77, 16)))
+                found = compiled(x, torch.tensor(500), text).sample
+            else:
+                ids = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(3))
+                found = compiled(ids).last_hidden_state
+            assert_close(found, expected)
+    mixture.activate(["cat"])
+    expected = run(network)
+    with torch.no_grad():
+        found = (
+            compiled(x, torch.tensor(500), text).sample if kind == "unet" else compiled(ids).last_hidden_state
+        )
+    assert_close(found, expected)
+    torch._dynamo.reset()
+
+
+@forms
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(form: MoLEConfig, dtype: torch.dtype, unet: nn.Module) -> None:
+    mixture = inject(unet, make_experts(3, unet), form)
+    randomise(mixture)
+    expected = run(unet)
+    found = run(unet.to(dtype))
+    assert found.dtype == dtype
+    assert_close(found, expected, torch.bfloat16)
+    assert all(p.dtype == torch.float32 for p in mixture.parameters())
+
+
+def test_autocast(unet: nn.Module) -> None:
+    mixture = inject(unet, make_experts(3, unet), MoLEConfig())
+    randomise(mixture)
+    expected = run(unet)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run(unet)
+        run(unet, grad=True).square().mean().backward()
+    assert_close(found, expected, torch.bfloat16)
+    assert all(w.dtype == torch.float32 for w in mixture.live_weights().values())
+    assert all(torch.isfinite(p.grad).all() for p in mixture.parameters())
+
+
+@pytest.mark.parametrize("form", FORMS[-2:], ids=form_id)
+def test_offloaded_weights(form: MoLEConfig) -> None:
+    for before in (True, False):
+        unet = make_unet()
+        experts = make_experts(3, unet)
+        expected_mixture = inject(unet, experts, form)
+        randomise(expected_mixture)
+        expected = run(unet)
+        expected_mixture.eject()
+        if before:
+            cpu_offload(unet, torch.device("cpu"))
+        mixture = inject(unet, experts, form)
+        randomise(mixture)
+        if not before:
+            cpu_offload(unet, torch.device("cpu"))
+        assert next(unet.parameters()).device.type == "meta"
+        found = run_offloaded(unet)
+        assert_close(found, expected)
+
+
+def run_offloaded(unet: nn.Module) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    x, text = (torch.randn(s, generator=generator) for s in ((2, 4, 8, 8), (2, 77, 16)))
+    with torch.no_grad():
+        return unet(x, torch.tensor(500), text).sample
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_second_lora_through_peft(before: bool, unet: nn.Module) -> None:
+    """diffusers loads one LoRA, we mix three others: the same as PEFT with all four; unloading either is clean."""
+    loras = states(3, unet)
+    style = lora_state(unet, 2, 99)
+    base = run(unet)
+    expected = run(with_peft(unet, {**loras, "style": style}, {**dict.fromkeys(loras, 1 / 3), "style": 1.0}))
+    with_style = run(with_peft(unet, {"style": style}, {"style": 1.0}))
+
+    def load() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            unet.load_lora_adapter(dict(style), adapter_name="style", prefix=None)
+
+    if before:
+        load()
+    mixture = inject(unet, to_experts(loras, "unet"), MoLEConfig(strength=1.0))
+    if not before:
+        load()
+    assert_close(run(unet), expected)
+    mixture.disable()
+    assert_close(run(unet), with_style)
+    mixture.enable()
+    unet.disable_lora()
+    nla = run(with_peft(make_unet(), loras, dict.fromkeys(loras, 1 / 3)))
+    assert_close(run(unet), nla)
+    unet.enable_lora()
+    unet.unload_lora()
+    assert_close(run(unet), nla)
+    mixture.eject()
+    assert torch.equal(run(unet), base)
+
+
+def test_a_text_encoder_wrapped_by_peft(clip: nn.Module) -> None:
+    loras = states(2, clip)
+    expected = run(with_peft(clip, loras, dict.fromkeys(loras, 0.5)))
+    wrapped = with_peft(clip, {"other": lora_state(clip, 2, 5)}, {"other": 0.0})
+    assert not isinstance(wrapped, PeftModel)
+    inject(wrapped, to_experts(loras, "text_encoder"), MoLEConfig(strength=1.0))
+    assert_close(run(wrapped), expected)
+
+
+@forms
+def test_inference_mode_first_and_training_afterwards(form: MoLEConfig, unet: nn.Module) -> None:
+    """ComfyUI's executor runs everything under inference mode; what is kept there must stay trainable."""
+    with torch.inference_mode():
+        mixture = inject(unet, make_experts(2, unet), form)
+        run_offloaded(unet)
+    unet.requires_grad_(False)
+    randomise(mixture)
+    assert all(g is not None for g in gradients(unet, mixture))
+
+
+@pytest.mark.parametrize("composition", ["delta", "output"])
+def test_blocks_that_change_their_input_in_place(composition: str) -> None:
+    """Forge's blocks do."""
+    config = MoLEConfig(composition=composition)
+    expected = None
+    for in_place in (False, True):
+        ldm = LDMUNet(make_unet())
+        mixture = inject(ldm, make_experts(3, make_unet()), config)
+        randomise(mixture)
+        if in_place:
+            for module in ldm.modules():
+                if type(module).__name__ == "BasicTransformerBlock":
+                    spoil(module)
+        found = run(ldm)
+        if expected is not None:
+            assert_close(found, expected)
+        expected = found
+
+
+def spoil(block: nn.Module) -> None:
+    original = block.forward
+
+    def forward(hidden_states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        output = original(hidden_states, *args, **kwargs)
+        hidden_states.zero_()
+        return output
+
+    block.forward = forward
+
+
+def test_nothing_is_kept_alive_after_eject() -> None:
+    unet = make_unet()
+    mixture = inject(unet, make_experts(2, unet), MoLEConfig(composition="output"))
+    run(unet)
+    mixture.eject()
+    watched = weakref.ref(unet), weakref.ref(mixture)
+    del unet, mixture
+    gc.collect()
+    assert [ref() for ref in watched] == [None, None]
+
+
+def test_tolerances_can_fail(unet: nn.Module) -> None:
+    """The comparison used in all these tests tells different mixtures apart in every data type."""
+    mixture = inject(unet, make_experts(3, unet), MoLEConfig())
+    nla = run(unet)
+    mixture.activate(["dog"])
+    assert differs(run(unet), nla)
+    for dtype in TOLERANCE:
+        with pytest.raises(AssertionError):
+            assert_close(run(unet), nla, dtype)
