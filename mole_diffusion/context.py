@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +13,11 @@ from torch import Tensor
 from . import functional
 from .errors import InjectionError, RegionMaskError
 
+# The oldest supported torch can ask no device and knows these.
+_is_autocast_available: Callable[[str], bool] = getattr(
+    torch.amp, "is_autocast_available", lambda device: device in ("cpu", "cuda", "xpu")
+)
+_AUTOCAST_DEVICES = tuple(name for name in ("cpu", "cuda", "xpu", "mps") if _is_autocast_available(name))
 # A UNet halves its latent at most this often.
 _MAX_DEPTH = 8
 # Newer than torch 2.1.
@@ -112,6 +118,13 @@ class GateValue:
     expanded: dict[tuple[tuple[int, ...], torch.dtype, int], Tensor] = field(default_factory=dict)
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Gates are float32 and factors have the output's data type, also inside somebody's autocast."""
+    if device.type in _AUTOCAST_DEVICES:
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
 def in_backward() -> bool:
     """Whether autograd is running, that is, whether a forward now is a recomputation."""
     if _is_compiling():
@@ -158,6 +171,10 @@ class ForwardContext:
         self.latent_size = self.given_size or latent_size
         if self.activation.regions is not None and self.latent_size is not None:
             self.activation.regions.check_aspect(self.latent_size)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what earlier gates said."""
         self.values.clear()
         self.live.clear()
         self._tracked = False
@@ -178,7 +195,7 @@ class ForwardContext:
         if weights.requires_grad and not self._tracked and not _is_compiling():
             self._tracked = True
             graph = _Graph()
-            weights.register_hook(graph.finish)
+            weights.register_hook(graph.finish)  # type: ignore[no-untyped-call]
             self._graphs.add(graph)
 
     def fetch(self, label: str, matrix: str) -> GateValue:

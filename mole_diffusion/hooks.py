@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .architectures import TOKENS
-from .context import ForwardContext, GateValue, in_backward
+from .context import ForwardContext, GateValue, in_backward, without_autocast
 from .errors import InjectionError
 from .gates import BASE, Group
 from .matrices import Bundle, MatrixSlot
@@ -62,7 +62,7 @@ class MatrixHook:
         activation = self.context.activation
         experts = self.slot.mixed(activation.active)
         projected = self.slot.projected(activation)
-        with torch.autocast(output.device.type, enabled=False):
+        with without_autocast(output.device):
             z = self.bundle.project(self.slot, x, output, activation) if projected else None
             value = self._gate(x, z)
             if not experts or z is None:
@@ -99,22 +99,19 @@ class MatrixHook:
         self, value: GateValue, experts: tuple[int, ...], output: Tensor, tokens: int
     ) -> Tensor:
         """(B, 1 or L, R) weight of each rank, shared by all matrices of the group with the same layout."""
+        context, stream = self.context, self.slot.stream
         layout = self.slot.layout(experts)
-        stream = self.slot.stream
         per_token = value.weights.shape[1] > 1
         if per_token and value.weights.shape[1] != tokens:
             raise InjectionError(
                 f"{self.slot.name!r} has {tokens} tokens and its gate {value.weights.shape[1]}: a gate per "
                 "token needs the same tokens in the whole group; use pooling='mean' where tokens are merged."
             )
-        regions = self.context.activation.regions is not None and stream == TOKENS
+        regions = context.activation.regions is not None and stream == TOKENS
         key = (layout, output.dtype, tokens if regions else 0)
         if key not in value.expanded:
-            weights = mixing_weights(value, self.context, stream, tokens).to(output.dtype)
-            owner = self.slot.cache.get(
-                ("owner", experts, output.device), lambda: torch.tensor(layout, device=output.device)
-            )
-            value.expanded[key] = weights.index_select(-1, owner)
+            weights = mixing_weights(value, context, stream, tokens).to(output.dtype)
+            value.expanded[key] = weights @ self.slot.owners(experts, context.experts, output)
         return value.expanded[key]
 
     def _solo(self, x: Tensor, output: Tensor) -> Tensor | None:
@@ -167,7 +164,7 @@ class BlockHook:
             inputs, self._inputs = self._inputs, ((), {})
             self.group.solo = None
         hidden = inputs[0][0] if inputs[0] else inputs[1]["hidden_states"]
-        with torch.autocast(base.device.type, enabled=False):
+        with without_autocast(base.device):
             value = self.group.evaluate(self._logits(deltas, hidden), base, self.context, TOKENS)
             # The experts' scales are inside the block outputs already.
             weights = mixing_weights(value, self.context, TOKENS, base.shape[1], scaled=False)

@@ -156,6 +156,7 @@ class Mixture:
                 fixed[self._index(name)] = float(weight)
             active = tuple(i for i in active if fixed[i] != 0.0)
         regions = self._regions(region_masks, active, latent_size) if region_masks else None
+        self._context.forget()
         self._context.given_size = latent_size
         self._context.activation = Activation(
             active, tuple(scales), None if fixed is None else tuple(fixed), regions

@@ -16,8 +16,9 @@ from .context import Activation
 from .errors import InjectionError
 from .experts import Expert, LoraFactors
 
-# Kinds of factors (device, data type, active experts) kept ready before old ones are dropped.
-_KEPT = 8
+# Tensors (per device, data type and active experts) that a matrix keeps ready before it drops all of them; more
+# than one forward needs, also with many experts that run one by one.
+_KEPT = 64
 
 T = TypeVar("T")
 
@@ -79,6 +80,15 @@ class MatrixSlot:
     def layout(self, experts: tuple[int, ...]) -> tuple[int, ...]:
         """Owner of each rank."""
         return tuple(i for i in experts for _ in range(self.factors[i].rank))
+
+    def owners(self, experts: tuple[int, ...], total: int, like: Tensor) -> Tensor:
+        """(N, R) one-hot owner of each rank: a product with it is exact and faster than a gather."""
+
+        def build() -> Tensor:
+            owner = torch.tensor(self.layout(experts), device=like.device)
+            return nn.functional.one_hot(owner, total).T.to(like.dtype).contiguous()
+
+        return self.cache.get(("owners", experts, like.device, like.dtype), build)
 
     def up(self, experts: tuple[int, ...], like: Tensor) -> Tensor:
         """(R, d_out) concatenated up factors with scaling, on the device and in the data type of `like`."""

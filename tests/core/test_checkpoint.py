@@ -134,11 +134,8 @@ def test_gates_that_do_not_fit(tmp_path: Path, unet: nn.Module, clip: nn.Module)
     one.eject()
 
     bigger = make_unet(layers=2)
-    two = inject(
-        bigger,
-        to_experts({n: lora_state(bigger, 2, 1) for n in ("dog", "cat", "boot")}, "unet"),
-        MoLEConfig(),
-    )
+    loras = {name: lora_state(bigger, 2, 1) for name in ("dog", "cat", "boot")}
+    two = inject(bigger, to_experts(loras, "unet"), MoLEConfig())
     found = refused(path, {"unet": two, "text_encoder": mixtures["text_encoder"]}, strict=False)
     assert any("the base network has other matrices" in sentence for sentence in found)
     assert any(
@@ -190,7 +187,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, unet: nn.Module, monk
 
 
 def tiny_mixtures() -> tuple[nn.Module, dict[str, Mixture]]:
-    """What the frozen file of format version 1 was made for (`python -m tests.core.test_checkpoint` made it)."""
+    """What the frozen file of format version 1 was made for, by `python -m tests.core.test_checkpoint`."""
     unet = make_unet()
     loras = {"dog": lora_state(unet, 2, 1, ("attn2.to_k",)), "cat": lora_state(unet, 2, 2, ("attn2.to_k",))}
     return unet, {"unet": inject(unet, to_experts(loras, "unet"), MoLEConfig())}
@@ -203,10 +200,10 @@ def test_the_frozen_file_of_format_version_1_still_loads() -> None:
     header = read_gates_header(DATA / "gates_v1.safetensors")
     assert json.loads(json.dumps(header.parts["unet"]))["config"] == MoLEConfig().to_dict()
     group = mixtures["unet"].groups[0]
-    assert float(group.gate.strength) == pytest.approx(1.75)
-    assert float(group.gate.log_temperature) == pytest.approx(-0.25)
-    assert float(group.gate.projection[1, 2, 0]) == pytest.approx((1 * 32 + 2 * 2) / 64)
-    assert differs(run(unet), fresh)
+    assert group.gate.strength.item() == pytest.approx(1.75)
+    assert group.gate.log_temperature.item() == pytest.approx(-0.25)
+    assert group.gate.projection[1, 2, 0].item() == pytest.approx((1 * 32 + 2 * 2) / 64)
+    assert not torch.equal(run(unet), fresh)
 
 
 def freeze() -> None:

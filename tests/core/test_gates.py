@@ -70,7 +70,7 @@ def test_gates_hold_the_only_parameters(unet: nn.Module) -> None:
 @pytest.mark.parametrize("form", FORMS, ids=form_id)
 @pytest.mark.parametrize("kind", ["unet", "clip"])
 def test_a_few_steps_learn_to_prefer_one_expert(form: MoLEConfig, kind: str) -> None:
-    """Gates alone move the network's output towards that of one expert; experts and base stay as they were."""
+    """Gates alone move the output towards that of one expert; experts and base stay as they were."""
     network = make_unet() if kind == "unet" else make_clip()
     frozen = {k: v.clone() for k, v in network.state_dict().items()}
     network.requires_grad_(False)
@@ -148,9 +148,7 @@ def test_records_and_live_weights(unet: nn.Module) -> None:
 
 
 def test_scales(unet: nn.Module) -> None:
-    state = {f"unet.{k}": v for k, v in lora_state(unet, 2, 1).items()}
     [expert] = to_experts({"dog": lora_state(unet, 2, 1)}, "unet")
-    assert state
     mixture = inject(unet, [expert], MoLEConfig())
     base, full = run(make_unet()), run(unet)
     mixture.activate(expert_scales={"dog": 0.0})
@@ -173,11 +171,21 @@ def test_fixed_weights_are_used_as_given(unet: nn.Module) -> None:
     assert torch.allclose(run(unet), alone, atol=1e-5)
 
 
+def test_a_new_choice_forgets_the_old_gates_at_once(unet: nn.Module) -> None:
+    """Also where a host calls a block and never the network itself."""
+    mixture = inject(unet, make_experts(2, unet), MoLEConfig())
+    block, x = unet.mid_block.attentions[0].transformer_blocks[0].ff, torch.randn(1, 4, 32)
+    mixture.activate(weights={"dog": 1.0})
+    first = block(x)
+    mixture.activate(weights={"cat": 1.0})
+    assert differs(block(x), first)
+
+
 def test_activation_errors(unet: nn.Module) -> None:
     mixture = inject(unet, make_experts(3, unet), MoLEConfig())
     before = run(unet)
     for call in ({"active_experts": ["dgo"]}, {"expert_scales": {"dgo": 1.0}}, {"weights": {"dgo": 1.0}}):
-        with pytest.raises(UnknownExpertError, match="Unknown expert 'dgo'.*Did you mean 'dog'"):
+        with pytest.raises(UnknownExpertError, match=r"Unknown expert 'dgo'.*Did you mean 'dog'"):
             mixture.activate(**call)
     with pytest.raises(
         AllExpertsMaskedError, match="active_experts is empty; name at least one of dog, cat, boot"
@@ -229,14 +237,14 @@ def test_flattened_gates_are_bound_to_one_resolution(unet: nn.Module, clip: nn.M
     config = MoLEConfig(pooling="flatten")
     inject(unet, make_experts(2, unet), config)
     run(unet)
-    with pytest.raises(InjectionError, match="made for 64 tokens .*and received 256"):
+    with pytest.raises(InjectionError, match=r"made for 64 tokens .*and received 256"):
         run(unet, size=16)
     mixture = inject(clip, make_experts(2, clip), config)
     assert mixture.groups[0].gate.tokens == 77
-    with pytest.raises(InjectionError, match="made for 77 tokens .*and received 12"):
+    with pytest.raises(InjectionError, match=r"made for 77 tokens .*and received 12"):
         run(clip)
     ldm = LDMUNet(make_unet())
-    with pytest.raises(ConfigError, match="needs the latent's size; pass flatten_tokens"):
+    with pytest.raises(ConfigError, match="needs the latent's size: pass flatten_tokens"):
         inject(ldm, make_experts(2, make_unet()), config)
     with pytest.raises(ConfigError, match=r"flatten_tokens=\(8, 8\) is not allowed for a text encoder"):
         inject(make_clip(), make_experts(2, clip), config, flatten_tokens=(8, 8))

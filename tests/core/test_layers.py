@@ -17,17 +17,7 @@ CORE = """
 errors config functional context gates hooks matrices architectures naming experts inject checkpoint
 """.split()
 HOSTS = "comfy comfy_api comfy_extras nodes modules modules_forge comfy_nodes webui_extension".split()
-BLOCKED = (
-    "diffusers",
-    "transformers",
-    "peft",
-    "accelerate",
-    "open_clip",
-    "gradio",
-    "timm",
-    "matplotlib",
-    "numpy",
-)
+BLOCKED = "diffusers transformers peft accelerate open_clip gradio timm matplotlib".split()
 # What hosts lay on top; nothing below may import it.
 TOP = {"cli", "app", "__main__"}
 

@@ -12,7 +12,6 @@ from mole_diffusion.context import RegionMasks
 from .core_tools import LDMUNet, lora_state, make_experts, make_unet, randomise, run, to_experts, with_peft
 from .test_invariants import assert_close, differs
 
-# Experts on matrices that mix no tokens, so that what they add stays where it is put (convolutions spread it a little).
 LOCAL = ("ff.net.0.proj",)
 
 
@@ -34,7 +33,7 @@ def test_full_masks_change_nothing_and_empty_masks_remove(pooling: str, linear: 
         full = {name: torch.ones(64, 64) for name in mixture.expert_names}
         mixture.activate(region_masks=full)
         assert_close(run(host), free)
-        # An expert masked away everywhere still speaks to the text tokens; an expert mask silences it there too.
+        # Masked away everywhere, the expert still speaks to the text tokens; the others share its image part.
         mixture.activate(region_masks={"cat": torch.zeros(64, 64)})
         assert differs(run(host), free)
 
@@ -119,9 +118,7 @@ def test_masks_that_are_refused(mask: torch.Tensor, message: str, unet: nn.Modul
 def test_masks_of_wrong_proportions(unet: nn.Module, clip: nn.Module) -> None:
     mixture = inject(unet, make_experts(2, unet), MoLEConfig())
     wrong = {"dog": torch.ones(64, 48)}
-    with pytest.raises(
-        RegionMaskError, match=r"64 x 48 \(height x width\) does not have the proportions of the latent"
-    ):
+    with pytest.raises(RegionMaskError, match=r"64 x 48 \(height x width\) does not have the proportions"):
         mixture.activate(region_masks=wrong, latent_size=(8, 8))
     mixture.activate(region_masks=wrong)
     with pytest.raises(RegionMaskError, match="the latent, 8 x 8; draw it at the picture's size"):
