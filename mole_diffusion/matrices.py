@@ -16,7 +16,7 @@ from .context import Activation
 from .errors import InjectionError
 from .experts import Expert, LoraFactors
 
-# Tensors (per device, data type and active experts) that a matrix keeps ready before it drops all of them; more
+# Tensors (per device, data type and active experts) that a matrix keeps ready before it drops them all; more
 # than one forward needs, also with many experts that run one by one.
 _KEPT = 64
 

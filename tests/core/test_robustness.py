@@ -72,7 +72,7 @@ def test_gradient_checkpointing_in_the_text_encoder(clip: nn.Module) -> None:
 
 
 def test_checkpointing_two_forwards_where_it_cannot_work_says_so(unet: nn.Module) -> None:
-    """A gate inside the checkpoint is recomputed from its own input; one outside cannot tell forwards apart."""
+    """A gate inside the checkpoint is recomputed from its own input; one outside cannot be."""
     unet.train().requires_grad_(False)
     experts = make_experts(2, unet)
     unet.enable_gradient_checkpointing()
@@ -168,7 +168,7 @@ def test_offloaded_weights(form: MoLEConfig) -> None:
 
 @pytest.mark.parametrize("before", [True, False])
 def test_a_second_lora_through_peft(before: bool, unet: nn.Module) -> None:
-    """diffusers loads one LoRA, we mix three others: the same as PEFT with four; unloading either is clean."""
+    """diffusers loads one LoRA, we mix three others: the same as PEFT with four; unloading is clean."""
     loras = states(3, unet)
     style = lora_state(unet, 2, 99)
     base = run(unet)
