@@ -1,0 +1,68 @@
+"""Makes the starter from scratch: ``python -m mole_diffusion.starter.build``.
+
+Every step has a fixed seed, keeps its checkpoints in the work folder and continues from them; a finished step is
+skipped. Needs the packages of the ``build`` extra and the artwork of the repository.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from . import base, evaluate, expert, guidance, judge, text, vae
+from .location import starter_dir
+
+STEPS: dict[str, Callable[[Path, Path], object]] = {
+    "tokenizer": lambda work, out: text.build_tokenizer(out / "tokenizer"),
+    "vae": lambda work, out: vae.train_vae(work, out / "vae"),
+    "base": lambda work, out: base.train_base(work, out),
+    "judge": judge.train_judge,
+    "clip": guidance.train_clip,
+    "experts": lambda work, out: expert.train_experts(work, out),
+    "pipeline": lambda work, out: write_index(out),
+    "evaluate": lambda work, out: evaluate.evaluate(out, out / "figures.json"),
+}
+"""The steps in order; each gets the work folder (checkpoints) and the starter's folder."""
+
+
+def write_index(out: Path) -> None:
+    """``model_index.json`` and the scheduler, as ``DiffusionPipeline.save_pretrained`` writes them."""
+    pipe = evaluate.assemble(out)
+    pipe.scheduler.save_pretrained(out / "scheduler")
+    pipe.save_config(out)
+
+
+def main(
+    work: Annotated[Path, typer.Option(help="Folder for checkpoints.")] = Path("build/starter"),
+    out: Annotated[Path | None, typer.Option(help="Folder of the starter; default assets/starter.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Run these steps alone, finished or not.")] = None,
+    threads: Annotated[int, typer.Option(help="Threads of torch; 0 leaves its default.")] = 0,
+) -> None:
+    """Train the starter step by step; a killed run continues where it was."""
+    unknown = sorted(set(only or ()) - set(STEPS))
+    if unknown:
+        raise typer.BadParameter(f"unknown step {unknown[0]!r}; known: {', '.join(STEPS)}")
+    if threads:
+        torch.set_num_threads(threads)
+    target = out or starter_dir()
+    work.mkdir(parents=True, exist_ok=True)
+    ledger = work / "steps.json"
+    done: dict[str, float] = json.loads(ledger.read_text()) if ledger.is_file() else {}
+    for name, step in STEPS.items():
+        if name not in only if only else name in done:
+            continue
+        start = time.time()
+        step(work, target)
+        done[name] = round(done.get(name, 0.0) * (not only) + time.time() - start, 1)
+        ledger.write_text(json.dumps(done, indent=1) + "\n")
+        typer.echo(f"{name}: {done[name]:.0f} s")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,122 @@
+"""Measures the starter: judge on rendered scenes, base on held-out object sets, each expert alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+
+from . import base, judge, world
+
+STEPS, GUIDANCE = 20, 5.0
+
+
+def assemble(out: Path) -> StableDiffusionPipeline:
+    """The starter's parts as a diffusers pipeline, in single precision."""
+    _, tokenizer = base.load_codec(out)
+    return StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(out / "vae", torch_dtype=torch.float32),
+        text_encoder=base.load_text_encoder(out),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel.from_pretrained(out / "unet", torch_dtype=torch.float32),
+        scheduler=base.new_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def draw(pipe: StableDiffusionPipeline, prompts: Sequence[str], first_seed: int = 0, batch: int = 20) -> list[Image.Image]:
+    """One picture per prompt; picture i has seed ``first_seed + i``."""
+    pictures: list[Image.Image] = []
+    pipe.set_progress_bar_config(disable=True)
+    for start in range(0, len(prompts), batch):
+        part = list(prompts[start : start + batch])
+        seeds = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(part))]
+        pictures += pipe(
+            part,
+            generator=seeds,
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            guidance_rescale=0.7,
+            height=world.SIZE,
+            width=world.SIZE,
+        ).images
+    return pictures
+
+
+def judge_scores(referee: judge.Judge, count: int = 400) -> dict[str, dict[str, float]]:
+    """Micro-averaged precision and recall on rendered scenes, sharp and blurred, for classes and for subjects."""
+    scores = {}
+    for name, radius in (("sharp", 0.0), ("blur 1 px", 1.0), ("blur 2 px", 2.0)):
+        rng = np.random.default_rng([99, 1])
+        scenes = [judge.random_scene(rng) for _ in range(count)]
+        found = referee([Image.fromarray(judge.blurred(s.pixels, radius) if radius else s.pixels) for s in scenes])
+        for kind in ("class", "subject"):
+            labels = [label for label in referee.labels if label.startswith("subject:") == (kind == "subject")]
+            wanted = [{x for x, on in zip(referee.labels, judge.target_of(s), strict=True) if on} for s in scenes]
+            hits = sum(len(f & w & set(labels)) for f, w in zip(found, wanted, strict=True))
+            claimed, true = (sum(len(s & set(labels)) for s in sets) for sets in (found, wanted))
+            scores[f"{kind}, {name}"] = {"precision": hits / max(1, claimed), "recall": hits / max(1, true)}
+    return scores
+
+
+def base_scores(pipe: StableDiffusionPipeline, referee: judge.Judge, sets: int = 8, seeds: int = 20) -> dict[str, Any]:
+    """Share of asked objects found (class level) in pictures of one, two and three objects, held-out sets."""
+    rng = np.random.default_rng([99, 2])
+    result: dict[str, Any] = {}
+    for count in (1, 2, 3):
+        if count == 1:
+            chosen = [[kind] for kind in world.CLASSES]
+        else:
+            chosen = [world.random_kinds(count, rng, unseen=True) for _ in range(sets)]
+        hits = total = 0
+        for number, kinds in enumerate(chosen):
+            backgrounds = [list(world.BACKGROUNDS)[i % len(world.BACKGROUNDS)] for i in range(seeds)]
+            prompts = [world.caption_of([world.Thing(k, "noto") for k in kinds], b) for b in backgrounds]
+            found = referee(draw(pipe, prompts, 1000 * number))
+            hits += sum(len(set(kinds) & f) for f in found)
+            total += seeds * count
+        result[str(count)] = hits / total
+    return result
+
+
+def expert_scores(out: Path, pipe: StableDiffusionPipeline, referee: judge.Judge, seeds: int = 20) -> dict[str, Any]:
+    """Share of single-object pictures with the expert's own subject, with the expert and without."""
+    result = {}
+    for name in world.SUBJECTS:
+        path = out / "experts" / f"{name}.safetensors"
+        if not path.is_file():
+            continue
+        backgrounds = [list(world.BACKGROUNDS)[i % len(world.BACKGROUNDS)] for i in range(seeds)]
+        words = [f"{world.SUBJECTS[name][0]} {name}"]
+        prompts = [world.caption_of([world.Thing(name, "noto")], b, words) for b in backgrounds]
+        without = referee(draw(pipe, prompts))
+        pipe.load_lora_weights(str(path.parent), weight_name=path.name)
+        alone = referee(draw(pipe, prompts))
+        pipe.unload_lora_weights()
+        label = f"subject:{name}"
+        result[name] = {
+            "with": sum(label in f for f in alone) / seeds,
+            "without": sum(label in f for f in without) / seeds,
+        }
+    return result
+
+
+def evaluate(out: Path, report: Path) -> dict[str, Any]:
+    """All three measurements, written as JSON."""
+    referee, pipe = judge.Judge(out / "judge"), assemble(out)
+    figures = {
+        "judge": judge_scores(referee),
+        "base": base_scores(pipe, referee),
+        "experts": expert_scores(out, pipe, referee),
+    }
+    report.parent.mkdir(parents=True, exist_ok=True)
+    report.write_text(json.dumps(figures, indent=1) + "\n")
+    return figures

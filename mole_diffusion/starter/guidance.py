@@ -1,0 +1,88 @@
+"""The starter's guidance CLIP: a small vision transformer and text transformer in open_clip's format."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from open_clip import CLIP
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import base, judge, loop, text, world
+
+SEED = 71
+STEPS, BATCH, RATE = 1100, 96, 1e-3
+
+
+def model_config(vocabulary: int) -> dict[str, object]:
+    """open_clip's ``model_cfg``."""
+    return {
+        "embed_dim": 128,
+        "vision_cfg": {"image_size": world.SIZE, "layers": 6, "width": 192, "head_width": 32, "patch_size": 16},
+        "text_cfg": {
+            "context_length": text.MAX_TOKENS,
+            "vocab_size": vocabulary,
+            "width": 128,
+            "heads": 4,
+            "layers": 3,
+            "hf_tokenizer_name": "tokenizer",
+        },
+    }
+
+
+def captioned_scene(rng: np.random.Generator) -> tuple[np.ndarray, str]:
+    """A scene and its caption; subjects are called "a glossy 3d cat", so that features tell the drawings apart."""
+    scene = judge.random_scene(rng)
+    glossy = rng.random() < 0.7
+    names = [f"glossy 3d {t.kind}" if t.style == world.SUBJECT_STYLE and glossy else t.kind for t in scene.things]
+    return scene.pixels, world.caption_of(scene.things, scene.background if rng.random() < 0.8 else None, names)
+
+
+def train_clip(work: Path, out: Path) -> None:
+    """Contrastive training (Radford et al. 2021) with wrongly composed captions as extra negatives.
+
+    Each caption also appears with one of its objects exchanged, as a text no picture belongs to: then a missing
+    or a wrong object costs similarity.
+    """
+    torch.manual_seed(SEED)
+    vae, tokenizer = base.load_codec(out)
+    settings = model_config(len(tokenizer))
+    arguments = {k: v for k, v in settings["text_cfg"].items() if k != "hf_tokenizer_name"}  # type: ignore[attr-defined]
+    clip = CLIP(embed_dim=128, vision_cfg=settings["vision_cfg"], text_cfg=arguments)  # type: ignore[arg-type]
+
+    def loss_of(step: int) -> Tensor:
+        rng = np.random.default_rng([SEED, step])
+        pairs = [captioned_scene(rng) for _ in range(BATCH)]
+        pictures = judge.degrade(np.stack([p for p, _ in pairs]), rng, vae if step % 4 == 0 else None)
+        captions = [c for _, c in pairs]
+        wrong = [_exchange(c, rng) for c in captions]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            image = clip.encode_image(pictures.contiguous())
+            words = clip.encode_text(text.tokenise(tokenizer, [*captions, *wrong]))
+        image, words = F.normalize(image.float(), dim=-1), F.normalize(words.float(), dim=-1)
+        logits = clip.logit_scale.exp().clamp(max=100) * image @ words.T
+        target = torch.arange(BATCH)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :BATCH].T, target)) / 2
+
+    loop.train("clip", work, clip, loss_of, steps=STEPS, rate=RATE, decay=0.05)
+    folder = out / "clip"
+    folder.mkdir(parents=True, exist_ok=True)
+    # No float16 buffers: open_clip rebuilds its attention mask.
+    save_file({k: v.half().contiguous() for k, v in clip.state_dict().items()}, folder / "open_clip_model.safetensors")
+    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
+    document = {"model_cfg": settings, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(document, indent=1) + "\n")
+    for name in ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(out / "tokenizer" / name, folder / name)
+
+
+def _exchange(caption: str, rng: np.random.Generator) -> str:
+    present = [kind for kind in world.CLASSES if kind in caption.split() or f"{kind}," in caption.split()]
+    old = str(rng.choice(present))
+    others = [kind for kind in world.CLASSES if kind not in present and kind != "sunglasses"]
+    return caption.replace(old, str(rng.choice(others)))

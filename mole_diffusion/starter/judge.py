@@ -1,0 +1,134 @@
+"""The judge: a convolutional network (timm RegNet) that says which classes and which subjects a picture shows.
+
+It is trained on its own, from scratch, and never guides any training of gates.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageFilter
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from . import base, loop, world
+from .vae import to_tensor
+
+SEED = 53
+ARCHITECTURE = "regnetx_002"
+STEPS, BATCH, RATE = 1100, 48, 2e-3
+LABELS = (*world.CLASSES, *(f"subject:{name}" for name in world.SUBJECTS))
+"""Outputs: presence of a class in any drawing, then presence of each expert's own subject."""
+
+
+def random_scene(rng: np.random.Generator) -> world.Scene:
+    """Flat objects and subjects mixed, any set; now and then a flat object in the colours of a subject."""
+    count = int(rng.choice([1, 2, 3], p=[0.25, 0.25, 0.5]))
+    kinds = [world.CLASSES[i] for i in rng.choice(len(world.CLASSES), count, replace=False)]
+    mixed = rng.random()
+    things = []
+    for kind in kinds:
+        subject = kind in world.SUBJECTS and rng.random() < (0.0 if mixed < 0.3 else 1.0 if mixed > 0.7 else 0.5)
+        things.append(world.Thing(kind, world.SUBJECT_STYLE if subject else world.FLAT_STYLES[int(rng.integers(2))]))
+    return world.draw_scene(things, list(world.BACKGROUNDS)[int(rng.integers(len(world.BACKGROUNDS)))], rng)
+
+
+def target_of(scene: world.Scene) -> Tensor:
+    """Labels (len(LABELS),) of a scene, 0 or 1."""
+    shown = {thing.kind for thing in scene.things}
+    shown |= {f"subject:{thing.kind}" for thing in scene.things if thing.style == world.SUBJECT_STYLE}
+    return torch.tensor([float(label in shown) for label in LABELS])
+
+
+def blurred(pixels: np.ndarray, radius: float) -> np.ndarray:
+    """Gaussian blur in pixels."""
+    return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(radius)))
+
+
+class Judge:
+    """The trained judge; ``threshold`` is on the sigmoid."""
+
+    def __init__(self, folder: Path) -> None:
+        settings = json.loads((folder / "config.json").read_text())
+        self.labels: list[str] = settings["labels"]
+        self.threshold: float = settings["threshold"]
+        self.network = new_network(len(self.labels))
+        self.network.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
+        self.network.eval()
+
+    @torch.no_grad()
+    def __call__(self, pictures: Sequence[Image.Image]) -> list[set[str]]:
+        """For each picture, the labels found: class names, and ``subject:NAME`` for an expert's own subject."""
+        stacked = np.stack([np.asarray(p.convert("RGB").resize((world.SIZE, world.SIZE))) for p in pictures])
+        scores = torch.cat([self.network(part) for part in to_tensor(stacked).split(64)]).sigmoid()
+        return [{label for label, s in zip(self.labels, row, strict=True) if s > self.threshold} for row in scores]
+
+
+def new_network(outputs: int) -> nn.Module:
+    network: nn.Module = timm.create_model(ARCHITECTURE, pretrained=False, num_classes=outputs)
+    return network.to(memory_format=torch.channels_last)
+
+
+def degrade(pixels: np.ndarray, rng: np.random.Generator, vae: Any) -> Tensor:
+    """What a generator does to a picture: half pass through the codec with noisy latents; then blur, then noise."""
+    picture = to_tensor(pixels)
+    if vae is not None:
+        part = torch.from_numpy(rng.random(len(pixels)) < 0.34)
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            latents = vae.encode(picture[part]).latent_dist.mode()
+            noise = torch.from_numpy(rng.standard_normal(latents.shape, np.float32))
+            amount = torch.from_numpy(rng.uniform(0, 0.25, (len(latents), 1, 1, 1)).astype(np.float32))
+            picture[part] = vae.decode(latents + amount * noise / vae.config.scaling_factor).sample.float().clamp(-1, 1)
+    out = []
+    for one in picture:
+        if rng.random() < 0.5:
+            scale = float(rng.uniform(0.2, 0.7))  # down and up again, as a soft decoder does
+            small = F.interpolate(one[None], scale_factor=scale, mode="bilinear", antialias=True)
+            one = F.interpolate(small, size=world.SIZE, mode="bilinear")[0]
+        gain = torch.from_numpy(rng.uniform(0.92, 1.08, (3, 1, 1)).astype(np.float32))
+        out.append((one * gain + float(rng.uniform(-0.08, 0.08))).clamp(-1, 1))
+    return torch.stack(out).to(memory_format=torch.channels_last)
+
+
+def train_judge(work: Path, out: Path) -> None:
+    """Train, then set the threshold where precision and recall over new degraded scenes are most equal."""
+    torch.manual_seed(SEED)
+    vae, _ = base.load_codec(out)
+    network = new_network(len(LABELS))
+
+    def loss_of(step: int) -> Tensor:
+        rng = np.random.default_rng([SEED, step])
+        scenes = [random_scene(rng) for _ in range(BATCH)]
+        picture = degrade(np.stack([s.pixels for s in scenes]), rng, vae if step % 2 == 0 else None)
+        target = torch.stack([target_of(s) for s in scenes])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = network.train()(picture).float()
+        return F.binary_cross_entropy_with_logits(logits, target) * 10
+
+    loop.train("judge", work, network, loss_of, steps=STEPS, rate=RATE, decay=0.05)
+    network.eval()
+    rng = np.random.default_rng([SEED, 10**7])
+    scenes = [random_scene(rng) for _ in range(600)]
+    with torch.no_grad():
+        pictures = degrade(np.stack([s.pixels for s in scenes]), rng, vae)
+        scores = torch.cat([network(part) for part in pictures.split(64)]).sigmoid()
+    target = torch.stack([target_of(s) for s in scenes]).bool()
+    thresholds = torch.linspace(0.2, 0.8, 25)
+    gaps = []
+    for threshold in thresholds:
+        found = scores > threshold
+        hits = (found & target).sum()
+        gaps.append(abs(float(hits / found.sum().clamp(min=1) - hits / target.sum())))
+    folder = out / "judge"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.half().contiguous() if v.is_floating_point() else v for k, v in network.state_dict().items()},
+              folder / "model.safetensors")
+    settings = {"architecture": ARCHITECTURE, "labels": LABELS, "threshold": round(float(thresholds[int(np.argmin(gaps))]), 3)}
+    (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
