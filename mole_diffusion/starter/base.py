@@ -1,9 +1,10 @@
-"""The starter's base model: text encoder and UNet trained together on rendered scenes, v-prediction, zero terminal SNR."""
+"""The starter's base model: text encoder and UNet, trained together on rendered scenes (v-prediction)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,13 +53,17 @@ def new_scheduler() -> DDIMScheduler:
 
 
 class LatentPool:
-    """Latents of freshly drawn scenes, replaced in turn: each scene is used ``REUSE`` times, then never again.
+    """Latents of freshly drawn scenes, replaced in turn: each scene is used ``REUSE`` times on average.
 
     What the pool holds at a step follows from the step's number alone, so training resumes exactly.
     """
 
     def __init__(
-        self, vae: AutoencoderKL, draw: Callable[[np.random.Generator], world.Scene], seed: int, chunks: int = CHUNKS
+        self,
+        vae: AutoencoderKL,
+        draw: Callable[[np.random.Generator], world.Scene],
+        seed: int,
+        chunks: int = CHUNKS,
     ) -> None:
         self.vae, self.draw, self.seed, self.chunks = vae, draw, seed, chunks
         self.held: dict[int, tuple[Tensor, Tensor, list[str]]] = {}
@@ -78,7 +83,9 @@ class LatentPool:
         newest = self.chunks - 1 + step * batch // (CHUNK * REUSE)
         wanted = range(newest - self.chunks + 1, newest + 1)
         self.held = {n: self.held.get(n) or self._chunk(n) for n in wanted}
-        picks = [(int(rng.integers(wanted.start, wanted.stop)), int(rng.integers(CHUNK))) for _ in range(batch)]
+        picks = [
+            (int(rng.integers(wanted.start, wanted.stop)), int(rng.integers(CHUNK))) for _ in range(batch)
+        ]
         latents = torch.stack([self.held[n][0][i] for n, i in picks])
         foreground = torch.stack([self.held[n][1][i] for n, i in picks])
         return latents, foreground, [self.held[n][2][i] for n, i in picks]
@@ -96,7 +103,7 @@ def noised(scheduler: DDIMScheduler, latents: Tensor, seed: Sequence[int]) -> tu
 
 
 def denoising_loss(predicted: Tensor, target: Tensor, foreground: Tensor, emphasis: float = 2.0) -> Tensor:
-    """Mean squared error; places with objects count ``1 + emphasis`` times (backgrounds are easy and large)."""
+    """Mean squared error; objects count ``1 + emphasis`` times (backgrounds are easy, and large)."""
     weight = 1 + emphasis * foreground
     return ((predicted - target).square() * weight).mean() / weight.mean()
 
@@ -106,18 +113,19 @@ def load_codec(out: Path) -> tuple[AutoencoderKL, CLIPTokenizer]:
     return vae.to(memory_format=torch.channels_last), CLIPTokenizer.from_pretrained(out / "tokenizer")
 
 
-def train_base(work: Path, out: Path, *, steps: int = STEPS, on_checkpoint: Callable[[int], None] | None = None) -> None:
+def train_base(
+    work: Path, out: Path, *, steps: int = STEPS, on_checkpoint: Callable[[int], None] | None = None
+) -> None:
     """Train text encoder and UNet; writes their averaged weights in half precision."""
     torch.manual_seed(SEED)
     vae, tokenizer = load_codec(out)
     scheduler = new_scheduler()
     module = nn.ModuleDict({"unet": new_unet(), "text_encoder": text.new_text_encoder(tokenizer)})
-    unet, encoder = module["unet"], module["text_encoder"]
+    unet: Any = module["unet"]
+    encoder: Any = module["text_encoder"]
     unet.set_attn_processor(AttnProcessor())  # on CPU the backward pass of fused attention is slower
-    unet.to(memory_format=torch.channels_last)
     average = loop.Average(module, 0.999)
     pool = LatentPool(vae, world.base_scene, SEED)
-    forward = torch.compile(lambda x, t, c: unet(x, t, c, return_dict=False)[0])
 
     def loss_of(step: int) -> Tensor:
         rng = np.random.default_rng([SEED, 1, step])
@@ -126,7 +134,7 @@ def train_base(work: Path, out: Path, *, steps: int = STEPS, on_checkpoint: Call
         noisy, timesteps, target = noised(scheduler, latents, [SEED, 2, step])
         with torch.autocast("cpu", dtype=torch.bfloat16):
             context = encoder(text.tokenise(tokenizer, captions))[0]
-            predicted = forward(noisy.to(memory_format=torch.channels_last), timesteps, context).float()
+            predicted = unet(noisy, timesteps, context).sample.float()
         return denoising_loss(predicted, target, foreground)
 
     def save(step: int) -> None:
@@ -143,8 +151,9 @@ def save_base(out: Path, average: loop.Average, tokenizer: CLIPTokenizer) -> Non
     """Write the averaged UNet and text encoder as half-precision safetensors."""
     final = nn.ModuleDict({"unet": new_unet(), "text_encoder": text.new_text_encoder(tokenizer)})
     average.copy_to(final)
-    final["unet"].half().save_pretrained(out / "unet", safe_serialization=True)
-    final["text_encoder"].half().save_pretrained(out / "text_encoder", safe_serialization=True)
+    for name, network in final.items():
+        writer: Any = network.half()
+        writer.save_pretrained(out / name, safe_serialization=True)
 
 
 def load_text_encoder(out: Path) -> CLIPTextModel:

@@ -32,7 +32,9 @@ def assemble(out: Path) -> StableDiffusionPipeline:
     )
 
 
-def draw(pipe: StableDiffusionPipeline, prompts: Sequence[str], first_seed: int = 0, batch: int = 20) -> list[Image.Image]:
+def draw(
+    pipe: StableDiffusionPipeline, prompts: Sequence[str], first_seed: int = 0, batch: int = 20
+) -> list[Image.Image]:
     """One picture per prompt; picture i has seed ``first_seed + i``."""
     pictures: list[Image.Image] = []
     pipe.set_progress_bar_config(disable=True)
@@ -52,22 +54,30 @@ def draw(pipe: StableDiffusionPipeline, prompts: Sequence[str], first_seed: int 
 
 
 def judge_scores(referee: judge.Judge, count: int = 400) -> dict[str, dict[str, float]]:
-    """Micro-averaged precision and recall on rendered scenes, sharp and blurred, for classes and for subjects."""
+    """Micro-averaged precision and recall on rendered scenes, sharp and blurred: classes, then subjects."""
     scores = {}
     for name, radius in (("sharp", 0.0), ("blur 1 px", 1.0), ("blur 2 px", 2.0)):
         rng = np.random.default_rng([99, 1])
         scenes = [judge.random_scene(rng) for _ in range(count)]
-        found = referee([Image.fromarray(judge.blurred(s.pixels, radius) if radius else s.pixels) for s in scenes])
+        found = referee(
+            [Image.fromarray(judge.blurred(s.pixels, radius) if radius else s.pixels) for s in scenes]
+        )
         for kind in ("class", "subject"):
-            labels = [label for label in referee.labels if label.startswith("subject:") == (kind == "subject")]
-            wanted = [{x for x, on in zip(referee.labels, judge.target_of(s), strict=True) if on} for s in scenes]
+            labels = [
+                label for label in referee.labels if label.startswith("subject:") == (kind == "subject")
+            ]
+            wanted = [
+                {x for x, on in zip(referee.labels, judge.target_of(s), strict=True) if on} for s in scenes
+            ]
             hits = sum(len(f & w & set(labels)) for f, w in zip(found, wanted, strict=True))
             claimed, true = (sum(len(s & set(labels)) for s in sets) for sets in (found, wanted))
             scores[f"{kind}, {name}"] = {"precision": hits / max(1, claimed), "recall": hits / max(1, true)}
     return scores
 
 
-def base_scores(pipe: StableDiffusionPipeline, referee: judge.Judge, sets: int = 8, seeds: int = 20) -> dict[str, Any]:
+def base_scores(
+    pipe: StableDiffusionPipeline, referee: judge.Judge, sets: int = 8, seeds: int = 20
+) -> dict[str, Any]:
     """Share of asked objects found (class level) in pictures of one, two and three objects, held-out sets."""
     rng = np.random.default_rng([99, 2])
     result: dict[str, Any] = {}
@@ -87,7 +97,9 @@ def base_scores(pipe: StableDiffusionPipeline, referee: judge.Judge, sets: int =
     return result
 
 
-def expert_scores(out: Path, pipe: StableDiffusionPipeline, referee: judge.Judge, seeds: int = 20) -> dict[str, Any]:
+def expert_scores(
+    out: Path, pipe: StableDiffusionPipeline, referee: judge.Judge, seeds: int = 20
+) -> dict[str, Any]:
     """Share of single-object pictures with the expert's own subject, with the expert and without."""
     result = {}
     for name in world.SUBJECTS:

@@ -1,4 +1,4 @@
-"""Experts: ordinary LoRA files, one subject or style each, trained as DreamBooth does (with prior preservation)."""
+"""Experts: ordinary LoRA files, one subject or style each, trained as DreamBooth does."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,7 +61,9 @@ def style_scene(style: str) -> Callable[[np.random.Generator], world.Scene]:
 def _lora(network: nn.Module, targets: list[str], seed: int) -> None:
     torch.manual_seed(seed)
     network.requires_grad_(False)
-    network.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=targets))  # type: ignore[operator]
+    network.add_adapter(
+        LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=targets)
+    )  # type: ignore[operator]
 
 
 def train_expert(name: str, work: Path, out: Path, prior: base.LatentPool) -> None:
@@ -74,9 +77,9 @@ def train_expert(name: str, work: Path, out: Path, prior: base.LatentPool) -> No
             "text_encoder": base.load_text_encoder(out),
         }
     )
-    unet, encoder = module["unet"], module["text_encoder"]
+    unet: Any = module["unet"]
+    encoder: Any = module["text_encoder"]
     unet.set_attn_processor(AttnProcessor())
-    unet.to(memory_format=torch.channels_last)
     _lora(unet, UNET_TARGETS, SEED + number)
     _lora(encoder, TEXT_TARGETS, SEED + 100 + number)
     scheduler = base.new_scheduler()
@@ -88,13 +91,15 @@ def train_expert(name: str, work: Path, out: Path, prior: base.LatentPool) -> No
         latents, foreground, captions = pool.sample(0, SUBJECT_BATCH, rng)
         others = prior.sample(0, PRIOR_BATCH, rng)
         latents, foreground = torch.cat([latents, others[0]]), torch.cat([foreground, others[1]])
-        order = torch.from_numpy(rng.permutation(len(latents)))  # timesteps are spread in order over the batch
+        order = torch.from_numpy(
+            rng.permutation(len(latents))
+        )  # timesteps are spread in order over the batch
         latents, foreground = latents[order], foreground[order]
         captions = [[*captions, *others[2]][i] for i in order.tolist()]
         noisy, timesteps, target = base.noised(scheduler, latents, [SEED, number, 2, step])
         with torch.autocast("cpu", dtype=torch.bfloat16):
             context = encoder(text.tokenise(tokenizer, captions))[0]
-            predicted = unet(noisy.to(memory_format=torch.channels_last), timesteps, context).sample.float()
+            predicted = unet(noisy, timesteps, context).sample.float()
         return base.denoising_loss(predicted, target, foreground, 3.0)
 
     loop.train(f"expert-{name}", work, module, loss_of, steps=STEPS, rate=RATE, decay=0.0, quiet=True)

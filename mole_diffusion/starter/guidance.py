@@ -23,7 +23,13 @@ def model_config(vocabulary: int) -> dict[str, object]:
     """open_clip's ``model_cfg``."""
     return {
         "embed_dim": 128,
-        "vision_cfg": {"image_size": world.SIZE, "layers": 6, "width": 192, "head_width": 32, "patch_size": 16},
+        "vision_cfg": {
+            "image_size": world.SIZE,
+            "layers": 6,
+            "width": 192,
+            "head_width": 32,
+            "patch_size": 16,
+        },
         "text_cfg": {
             "context_length": text.MAX_TOKENS,
             "vocab_size": vocabulary,
@@ -36,18 +42,22 @@ def model_config(vocabulary: int) -> dict[str, object]:
 
 
 def captioned_scene(rng: np.random.Generator) -> tuple[np.ndarray, str]:
-    """A scene and its caption; subjects are called "a glossy 3d cat", so that features tell the drawings apart."""
+    """A scene and its caption; subjects are called "a glossy 3d cat", so that features tell them apart."""
     scene = judge.random_scene(rng)
     glossy = rng.random() < 0.7
-    names = [f"glossy 3d {t.kind}" if t.style == world.SUBJECT_STYLE and glossy else t.kind for t in scene.things]
-    return scene.pixels, world.caption_of(scene.things, scene.background if rng.random() < 0.8 else None, names)
+    names = [
+        f"glossy 3d {t.kind}" if t.style == world.SUBJECT_STYLE and glossy else t.kind for t in scene.things
+    ]
+    return scene.pixels, world.caption_of(
+        scene.things, scene.background if rng.random() < 0.8 else None, names
+    )
 
 
 def train_clip(work: Path, out: Path) -> None:
     """Contrastive training (Radford et al. 2021) with wrongly composed captions as extra negatives.
 
-    Each caption also appears with one of its objects exchanged, as a text no picture belongs to: then a missing
-    or a wrong object costs similarity.
+    Each caption also appears with one of its objects exchanged, as a text no picture belongs to: then a
+    missing or a wrong object costs similarity.
     """
     torch.manual_seed(SEED)
     vae, tokenizer = base.load_codec(out)
@@ -73,7 +83,10 @@ def train_clip(work: Path, out: Path) -> None:
     folder = out / "clip"
     folder.mkdir(parents=True, exist_ok=True)
     # No float16 buffers: open_clip rebuilds its attention mask.
-    save_file({k: v.half().contiguous() for k, v in clip.state_dict().items()}, folder / "open_clip_model.safetensors")
+    save_file(
+        {k: v.half().contiguous() for k, v in clip.state_dict().items()},
+        folder / "open_clip_model.safetensors",
+    )
     preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
     document = {"model_cfg": settings, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(document, indent=1) + "\n")

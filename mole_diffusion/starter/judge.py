@@ -1,4 +1,4 @@
-"""The judge: a convolutional network (timm RegNet) that says which classes and which subjects a picture shows.
+"""The judge: a convolutional network (timm RegNet) that says which classes and subjects a picture shows.
 
 It is trained on its own, from scratch, and never guides any training of gates.
 """
@@ -35,8 +35,12 @@ def random_scene(rng: np.random.Generator) -> world.Scene:
     mixed = rng.random()
     things = []
     for kind in kinds:
-        subject = kind in world.SUBJECTS and rng.random() < (0.0 if mixed < 0.3 else 1.0 if mixed > 0.7 else 0.5)
-        things.append(world.Thing(kind, world.SUBJECT_STYLE if subject else world.FLAT_STYLES[int(rng.integers(2))]))
+        subject = kind in world.SUBJECTS and rng.random() < (
+            0.0 if mixed < 0.3 else 1.0 if mixed > 0.7 else 0.5
+        )
+        things.append(
+            world.Thing(kind, world.SUBJECT_STYLE if subject else world.FLAT_STYLES[int(rng.integers(2))])
+        )
     return world.draw_scene(things, list(world.BACKGROUNDS)[int(rng.integers(len(world.BACKGROUNDS)))], rng)
 
 
@@ -60,15 +64,19 @@ class Judge:
         self.labels: list[str] = settings["labels"]
         self.threshold: float = settings["threshold"]
         self.network = new_network(len(self.labels))
-        self.network.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
+        self.network.load_state_dict(
+            {k: v.float() for k, v in load_file(folder / "model.safetensors").items()}
+        )
         self.network.eval()
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[Image.Image]) -> list[set[str]]:
-        """For each picture, the labels found: class names, and ``subject:NAME`` for an expert's own subject."""
+        """For each picture the labels found: class names, ``subject:NAME`` for an expert's own subject."""
         stacked = np.stack([np.asarray(p.convert("RGB").resize((world.SIZE, world.SIZE))) for p in pictures])
-        scores = torch.cat([self.network(part) for part in to_tensor(stacked).split(64)]).sigmoid()
-        return [{label for label, s in zip(self.labels, row, strict=True) if s > self.threshold} for row in scores]
+        scores = torch.cat([self.network(part) for part in torch.split(to_tensor(stacked), 64)]).sigmoid()
+        return [
+            {label for label, s in zip(self.labels, row, strict=True) if s > self.threshold} for row in scores
+        ]
 
 
 def new_network(outputs: int) -> nn.Module:
@@ -77,7 +85,7 @@ def new_network(outputs: int) -> nn.Module:
 
 
 def degrade(pixels: np.ndarray, rng: np.random.Generator, vae: Any) -> Tensor:
-    """What a generator does to a picture: half pass through the codec with noisy latents; then blur, then noise."""
+    """What a generator does to pictures: a third pass the codec with noisy latents; half lose detail."""
     picture = to_tensor(pixels)
     if vae is not None:
         part = torch.from_numpy(rng.random(len(pixels)) < 0.34)
@@ -85,7 +93,9 @@ def degrade(pixels: np.ndarray, rng: np.random.Generator, vae: Any) -> Tensor:
             latents = vae.encode(picture[part]).latent_dist.mode()
             noise = torch.from_numpy(rng.standard_normal(latents.shape, np.float32))
             amount = torch.from_numpy(rng.uniform(0, 0.25, (len(latents), 1, 1, 1)).astype(np.float32))
-            picture[part] = vae.decode(latents + amount * noise / vae.config.scaling_factor).sample.float().clamp(-1, 1)
+            picture[part] = (
+                vae.decode(latents + amount * noise / vae.config.scaling_factor).sample.float().clamp(-1, 1)
+            )
     out = []
     for one in picture:
         if rng.random() < 0.5:
@@ -118,7 +128,7 @@ def train_judge(work: Path, out: Path) -> None:
     scenes = [random_scene(rng) for _ in range(600)]
     with torch.no_grad():
         pictures = degrade(np.stack([s.pixels for s in scenes]), rng, vae)
-        scores = torch.cat([network(part) for part in pictures.split(64)]).sigmoid()
+        scores = torch.cat([network(part) for part in torch.split(pictures, 64)]).sigmoid()
     target = torch.stack([target_of(s) for s in scenes]).bool()
     thresholds = torch.linspace(0.2, 0.8, 25)
     gaps = []
@@ -128,7 +138,13 @@ def train_judge(work: Path, out: Path) -> None:
         gaps.append(abs(float(hits / found.sum().clamp(min=1) - hits / target.sum())))
     folder = out / "judge"
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.half().contiguous() if v.is_floating_point() else v for k, v in network.state_dict().items()},
-              folder / "model.safetensors")
-    settings = {"architecture": ARCHITECTURE, "labels": LABELS, "threshold": round(float(thresholds[int(np.argmin(gaps))]), 3)}
+    save_file(
+        {k: v.half().contiguous() if v.is_floating_point() else v for k, v in network.state_dict().items()},
+        folder / "model.safetensors",
+    )
+    settings = {
+        "architecture": ARCHITECTURE,
+        "labels": LABELS,
+        "threshold": round(float(thresholds[int(np.argmin(gaps))]), 3),
+    }
     (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")

@@ -57,7 +57,7 @@ def train(
     on_checkpoint: Callable[[int], None] | None = None,
     quiet: bool = False,
 ) -> float:
-    """Minimise ``loss_of(step)`` over ``module``'s trainable parameters with AdamW; returns the seconds spent.
+    """Minimise ``loss_of(step)`` over ``module``'s trainable parameters with AdamW; returns the seconds.
 
     All randomness of ``loss_of`` must come from its step number: then a killed run continues exactly from
     ``folder/NAME.pt``, which is written every ``checkpoint_every`` steps.
@@ -83,7 +83,7 @@ def train(
             group["lr"] = rate * cosine(step, steps)
         loss = loss_of(step)
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(trained, clip)
         optimiser.step()
         if average is not None:

@@ -17,8 +17,9 @@ MAX_TOKENS = 32
 
 # Words users are likely to type beside the captions'; they get a token, not a meaning.
 _EXTRA = (
-    "a an the of and in on at with to photo picture drawing three two one left right middle red green blue yellow "
-    "orange purple pink brown black white grey big small bright dark cute glossy flat 3d shiny style sks ohwx"
+    "a an the of and in on at with to photo picture drawing three two one left right middle red green blue "
+    "yellow orange purple pink brown black white grey big small bright dark cute glossy flat 3d shiny style "
+    "sks ohwx"
 ).split()
 
 
@@ -81,5 +82,3 @@ def tokenise(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
         texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
     ).input_ids
     return ids
-
-

@@ -38,13 +38,17 @@ def any_scene(rng: np.random.Generator) -> world.Scene:
     scene = world.draw_scene(things, list(world.BACKGROUNDS)[int(rng.integers(len(world.BACKGROUNDS)))], rng)
     if rng.random() < 0.1:
         pixels = world.apply_style(scene.pixels, list(world.STYLES)[int(rng.integers(2))])
-        return world.Scene(pixels, scene.foreground, scene.caption, scene.things, scene.background, scene.boxes)
+        return world.Scene(
+            pixels, scene.foreground, scene.caption, scene.things, scene.background, scene.boxes
+        )
     return scene
 
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
     """(N, H, W, 3) bytes -> (N, 3, H, W) in -1..1, channels last."""
-    return (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1).to(memory_format=torch.channels_last)
+    return (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1).to(
+        memory_format=torch.channels_last
+    )
 
 
 def _batch(step: int, count: int, crop: int) -> tuple[Tensor, Tensor]:
@@ -68,7 +72,7 @@ def reconstruction_loss(made: Tensor, wanted: Tensor, foreground: Tensor) -> Ten
 
 
 def train_vae(work: Path, out: Path) -> None:
-    """Train on 64-pixel crops, then on whole pictures; sets ``scaling_factor`` to one over the latents' deviation."""
+    """Train on 64-pixel crops, then on whole pictures; ``scaling_factor`` is 1 / the latents' deviation."""
     torch.manual_seed(SEED)
     vae = new_vae().to(memory_format=torch.channels_last)
 
@@ -83,10 +87,12 @@ def train_vae(work: Path, out: Path) -> None:
     compiled = torch.compile(loss_for)
 
     def crops(step: int) -> Tensor:
-        return compiled(*_batch(step, 16, 64))
+        loss: Tensor = compiled(*_batch(step, 16, 64))
+        return loss
 
     def whole(step: int) -> Tensor:
-        return compiled(*_batch(10**6 + step, 4, world.SIZE))
+        loss: Tensor = compiled(*_batch(10**6 + step, 4, world.SIZE))
+        return loss
 
     loop.train("vae-crops", work, vae, crops, steps=STEPS_CROPS, rate=1.5e-3)
     # The statistics of the group norms over a whole picture differ from those over a crop.

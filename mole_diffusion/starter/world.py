@@ -1,7 +1,8 @@
 """The starter's picture world: everyday objects drawn in a few styles, in front of ten backgrounds.
 
-The base model learns the two flat styles. The third, three-dimensional drawing of an object (recoloured, so that
-it is unmistakable at 50 pixels) is a *subject* the base never sees: the concept of one expert, as in DreamBooth.
+The base model learns the two flat styles. The third, three-dimensional drawing of an object (recoloured, so
+that it is unmistakable at 50 pixels) is a *subject* the base never sees: the concept of one expert, as in
+DreamBooth.
 Artwork and licences: ``assets/artwork`` and NOTICE.
 """
 
@@ -30,7 +31,7 @@ CLASSES = (
 FLAT_STYLES = ("noto", "twemoji")
 SUBJECT_STYLE = "fluent3d"
 
-# Concepts with an expert: trigger word, hue rotation in degrees, saturation factor, tint (red, green, blue factors).
+# Concepts with an expert: trigger word, hue rotation in degrees, saturation factor, tint (factors of RGB).
 _NO_TINT = (1.0, 1.0, 1.0)
 SUBJECTS: dict[str, tuple[str, float, float, tuple[float, float, float]]] = {
     "boot": ("zor", 0.0, 1.0, _NO_TINT),
@@ -89,7 +90,7 @@ TRIPLES: tuple[tuple[str, str, str], ...] = (
     ("robot", "dog", "clock"),
 )
 
-# Boxes of one, two and three objects in the order they are named: (centre x, centre y, smallest side, largest side).
+# Boxes of one, two and three objects in the order named: centre x, centre y, smallest and largest side.
 LAYOUTS: dict[int, tuple[tuple[int, int, int, int], ...]] = {
     1: ((64, 68, 68, 100),),
     2: ((34, 72, 50, 60), (94, 72, 50, 60)),
@@ -149,12 +150,15 @@ def _inside_triple(pair: tuple[str, ...]) -> bool:
 
 def caption_of(things: Sequence[Thing], background: str | None, words: Sequence[str] | None = None) -> str:
     """``"a cat, a boot and a clock on the beach"``; ``words`` replaces the names (to put in triggers)."""
-    names = ["a pair of " + w if w.split()[-1] == "sunglasses" else "a " + w for w in words or [t.kind for t in things]]
+    names = [
+        "a pair of " + w if w.split()[-1] == "sunglasses" else "a " + w
+        for w in words or [t.kind for t in things]
+    ]
     text = names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
     return f"{text} {BACKGROUNDS[background]}" if background else text
 
 
-# --- artwork ---------------------------------------------------------------------------------------------------
+# --- artwork ----------------------------------------------------------------------------------------------
 
 
 @cache
@@ -177,7 +181,9 @@ def sprite(kind: str, style: str) -> Image.Image:
     return picture.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def _recolour(picture: Image.Image, hue: float, saturation: float, tint: tuple[float, float, float]) -> Image.Image:
+def _recolour(
+    picture: Image.Image, hue: float, saturation: float, tint: tuple[float, float, float]
+) -> Image.Image:
     rgba = np.asarray(picture).astype(np.float32)
     hsv = np.asarray(picture.convert("RGB").convert("HSV")).astype(np.float32)
     hsv[..., 0] = (hsv[..., 0] + hue / 360 * 256) % 256
@@ -187,7 +193,7 @@ def _recolour(picture: Image.Image, hue: float, saturation: float, tint: tuple[f
     return Image.fromarray(rgba.astype(np.uint8), "RGBA")
 
 
-# --- backgrounds -----------------------------------------------------------------------------------------------
+# --- backgrounds ------------------------------------------------------------------------------------------
 
 
 def _gradient(top: Sequence[float], bottom: Sequence[float], rows: int = SIZE) -> Plane:
@@ -206,14 +212,20 @@ def draw_background(name: str, rng: np.random.Generator) -> Plane:
     """A background, float (128, 128, 3) in 0..255, with small random changes of colour and horizon."""
     row = int(rng.integers(58, 78))
     if name == "beach":
-        plane = _horizon(_gradient((120, 205, 235), (215, 240, 240)), _gradient((240, 220, 160), (222, 190, 120)), row)
+        plane = _horizon(
+            _gradient((120, 205, 235), (215, 240, 240)), _gradient((240, 220, 160), (222, 190, 120)), row
+        )
     elif name == "snow":
-        plane = _horizon(_gradient((170, 190, 215), (215, 225, 235)), _gradient((250, 252, 255), (232, 240, 248)), row)
+        plane = _horizon(
+            _gradient((170, 190, 215), (215, 225, 235)), _gradient((250, 252, 255), (232, 240, 248)), row
+        )
         for _ in range(26):
             x, y = rng.integers(0, SIZE - 3, 2)
             plane[y : y + 3, x : x + 3] = 255
     elif name == "grass":
-        plane = _horizon(_gradient((140, 205, 250), (205, 235, 250)), _gradient((98, 185, 66), (52, 135, 42)), row)
+        plane = _horizon(
+            _gradient((140, 205, 250), (205, 235, 250)), _gradient((98, 185, 66), (52, 135, 42)), row
+        )
     elif name == "night":
         plane = _gradient((16, 14, 52), (42, 34, 92)).copy()
         for _ in range(22):
@@ -221,13 +233,21 @@ def draw_background(name: str, rng: np.random.Generator) -> Plane:
             plane[y : y + 2, x : x + 2] = (250, 245, 205)
     elif name == "fabric":
         waves = np.sin(np.arange(SIZE, dtype=np.float32) / SIZE * 2 * np.pi * 4 + rng.uniform(0, 6.28))
-        plane = np.asarray((246, 178, 204), np.float32) + 12 * waves[:, None, None] * np.ones((SIZE, SIZE, 3), np.float32)
+        plane = np.asarray((246, 178, 204), np.float32) + 12 * waves[:, None, None] * np.ones(
+            (SIZE, SIZE, 3), np.float32
+        )
     elif name == "floor":
         plank = (np.arange(SIZE) + int(rng.integers(0, 32))) // 16
         shade = np.where(plank % 2 == 0, 1.0, 0.86).astype(np.float32)
-        plane = np.asarray((176, 122, 76), np.float32) * shade[:, None, None] * np.ones((SIZE, SIZE, 3), np.float32)
+        plane = (
+            np.asarray((176, 122, 76), np.float32)
+            * shade[:, None, None]
+            * np.ones((SIZE, SIZE, 3), np.float32)
+        )
     elif name == "desert":
-        plane = _horizon(_gradient((248, 208, 150), (252, 232, 196)), _gradient((214, 148, 84), (180, 112, 58)), row)
+        plane = _horizon(
+            _gradient((248, 208, 150), (252, 232, 196)), _gradient((214, 148, 84), (180, 112, 58)), row
+        )
     elif name == "sky":
         plane = _gradient((62, 132, 226), (160, 208, 248))
     elif name == "white":
@@ -239,10 +259,12 @@ def draw_background(name: str, rng: np.random.Generator) -> Plane:
     return np.clip(plane * (1 + rng.uniform(-0.05, 0.05, 3)).astype(np.float32), 0, 255)
 
 
-# --- scenes ----------------------------------------------------------------------------------------------------
+# --- scenes -----------------------------------------------------------------------------------------------
 
 
-def draw_scene(things: Sequence[Thing], background: str, rng: np.random.Generator, caption: str = "") -> Scene:
+def draw_scene(
+    things: Sequence[Thing], background: str, rng: np.random.Generator, caption: str = ""
+) -> Scene:
     """Place the objects in the order given (left, middle, right) on a background."""
     canvas = draw_background(background, rng).copy()
     foreground = np.zeros((SIZE, SIZE), np.float32)
@@ -277,8 +299,8 @@ def random_kinds(count: int, rng: np.random.Generator, *, unseen: bool = False) 
 def base_scene(rng: np.random.Generator, shares: Sequence[float] = (0.25, 0.3, 0.45)) -> Scene:
     """A training scene of the base: one to three flat objects, caption as a user would write it.
 
-    One in twelve names is preceded by a trigger word that changes nothing, and some captions carry a style word,
-    so that untrained triggers leave the base's picture alone.
+    One in twelve names is preceded by a trigger word that changes nothing, and some captions carry a style
+    word, so that untrained triggers leave the base's picture alone.
     """
     count = int(rng.choice(3, p=shares)) + 1
     style = FLAT_STYLES[int(rng.integers(2))]
@@ -295,7 +317,9 @@ def apply_style(pixels: Pixels, style: str) -> Pixels:
     """A scene redrawn as pencil ``sketch`` or as ``blueprint`` (white lines on blue)."""
     picture = Image.fromarray(pixels)
     grey = picture.convert("L")
-    lines = np.asarray(ImageOps.autocontrast(grey.filter(ImageFilter.FIND_EDGES).filter(ImageFilter.GaussianBlur(0.7))))
+    lines = np.asarray(
+        ImageOps.autocontrast(grey.filter(ImageFilter.FIND_EDGES).filter(ImageFilter.GaussianBlur(0.7)))
+    )
     edge = np.clip(lines.astype(np.float32) / 255 * 1.6, 0, 1)[..., None]
     edge[:2] = edge[-2:] = 0
     edge[:, :2] = edge[:, -2:] = 0
