@@ -68,7 +68,14 @@ def test_metadata_gives_the_script_and_what_the_demo_needs(wheel: zipfile.ZipFil
     ):
         assert any(entry.startswith(name) for entry in requirements), name
     assert not any("==" in entry or "<" in entry for entry in requirements)
-    assert set(metadata.get_all("Provides-Extra", [])) == {"diffusers", "train", "app", "xformers", "dev"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {
+        "diffusers",
+        "train",
+        "build",
+        "app",
+        "xformers",
+        "dev",
+    }
     assert metadata["Requires-Python"] == ">=3.10"
     assert "mole = mole_diffusion.cli:main" in wheel.read(f"{home}/entry_points.txt").decode()
 

@@ -114,15 +114,31 @@ def load_codec(out: Path) -> tuple[AutoencoderKL, CLIPTokenizer]:
 
 
 def train_base(
-    work: Path, out: Path, *, steps: int = STEPS, on_checkpoint: Callable[[int], None] | None = None
+    work: Path,
+    out: Path,
+    *,
+    steps: int = STEPS,
+    start_from: Path | None = None,
+    on_checkpoint: Callable[[int], None] | None = None,
 ) -> None:
-    """Train text encoder and UNet; writes their averaged weights in half precision."""
+    """Train text encoder and UNet; writes their averaged weights in half precision.
+
+    Args:
+        work: folder for checkpoints.
+        out: the starter's folder, with the finished codec.
+        steps: training steps.
+        start_from: a starter's folder whose UNet and text encoder to go on from; None is random weights.
+        on_checkpoint: called with the step after each checkpoint.
+    """
     torch.manual_seed(SEED)
     vae, tokenizer = load_codec(out)
     scheduler = new_scheduler()
     module = nn.ModuleDict({"unet": new_unet(), "text_encoder": text.new_text_encoder(tokenizer)})
     unet: Any = module["unet"]
     encoder: Any = module["text_encoder"]
+    if start_from is not None:
+        unet.load_state_dict(load_unet(start_from).state_dict())
+        encoder.load_state_dict(load_text_encoder(start_from).state_dict())
     unet.set_attn_processor(AttnProcessor())  # on CPU the backward pass of fused attention is slower
     average = loop.Average(module, 0.999)
     pool = LatentPool(vae, world.base_scene, SEED)
@@ -154,6 +170,10 @@ def save_base(out: Path, average: loop.Average, tokenizer: CLIPTokenizer) -> Non
     for name, network in final.items():
         writer: Any = network.half()
         writer.save_pretrained(out / name, safe_serialization=True)
+
+
+def load_unet(out: Path) -> UNet2DConditionModel:
+    return UNet2DConditionModel.from_pretrained(out / "unet", torch_dtype=torch.float32)
 
 
 def load_text_encoder(out: Path) -> CLIPTextModel:

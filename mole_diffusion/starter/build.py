@@ -18,17 +18,22 @@ import typer
 from . import base, evaluate, expert, guidance, judge, text, vae
 from .location import starter_dir
 
-STEPS: dict[str, Callable[[Path, Path], object]] = {
-    "tokenizer": lambda work, out: text.build_tokenizer(out / "tokenizer"),
-    "vae": lambda work, out: vae.train_vae(work, out / "vae"),
-    "base": lambda work, out: base.train_base(work, out),
-    "judge": judge.train_judge,
-    "clip": guidance.train_clip,
-    "experts": lambda work, out: expert.train_experts(work, out),
-    "pipeline": lambda work, out: write_index(out),
-    "evaluate": lambda work, out: evaluate.evaluate(out, out / "figures.json"),
-}
-"""The steps in order; each gets the work folder (checkpoints) and the starter's folder."""
+Step = Callable[[Path, Path], object]
+
+
+def steps_of(start_from: Path | None = None, seeds: int = 20) -> dict[str, Step]:
+    """The steps in order; each gets the work folder (checkpoints) and the starter's folder."""
+    return {
+        "tokenizer": lambda work, out: text.build_tokenizer(out / "tokenizer"),
+        "vae": lambda work, out: vae.train_vae(work, out / "vae"),
+        "decoder": vae.refine_decoder,
+        "base": lambda work, out: base.train_base(work, out, start_from=start_from),
+        "judge": judge.train_judge,
+        "clip": guidance.train_clip,
+        "experts": lambda work, out: expert.train_experts(work, out),
+        "pipeline": lambda work, out: write_index(out),
+        "evaluate": lambda work, out: evaluate.evaluate(out, out / "figures.json", seeds),
+    }
 
 
 def write_index(out: Path) -> None:
@@ -42,19 +47,24 @@ def main(
     work: Annotated[Path, typer.Option(help="Folder for checkpoints.")] = Path("build/starter"),
     out: Annotated[Path | None, typer.Option(help="Folder of the starter; default assets/starter.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Run these steps alone, finished or not.")] = None,
+    start_from: Annotated[
+        Path | None, typer.Option(help="Starter whose base model to train further.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Pictures per prompt set in the evaluation.")] = 20,
     threads: Annotated[int, typer.Option(help="Threads of torch; 0 leaves its default.")] = 0,
 ) -> None:
     """Train the starter step by step; a killed run continues where it was."""
-    unknown = sorted(set(only or ()) - set(STEPS))
+    steps = steps_of(start_from, seeds)
+    unknown = sorted(set(only or ()) - set(steps))
     if unknown:
-        raise typer.BadParameter(f"unknown step {unknown[0]!r}; known: {', '.join(STEPS)}")
+        raise typer.BadParameter(f"unknown step {unknown[0]!r}; known: {', '.join(steps)}")
     if threads:
         torch.set_num_threads(threads)
     target = out or starter_dir()
     work.mkdir(parents=True, exist_ok=True)
     ledger = work / "steps.json"
     done: dict[str, float] = json.loads(ledger.read_text()) if ledger.is_file() else {}
-    for name, step in STEPS.items():
+    for name, step in steps.items():
         if name not in only if only else name in done:
             continue
         start = time.time()

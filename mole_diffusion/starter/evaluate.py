@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 
 from . import base, judge, world
@@ -24,7 +24,7 @@ def assemble(out: Path) -> StableDiffusionPipeline:
         vae=AutoencoderKL.from_pretrained(out / "vae", torch_dtype=torch.float32),
         text_encoder=base.load_text_encoder(out),
         tokenizer=tokenizer,
-        unet=UNet2DConditionModel.from_pretrained(out / "unet", torch_dtype=torch.float32),
+        unet=base.load_unet(out),
         scheduler=base.new_scheduler(),
         safety_checker=None,
         feature_extractor=None,
@@ -121,13 +121,13 @@ def expert_scores(
     return result
 
 
-def evaluate(out: Path, report: Path) -> dict[str, Any]:
+def evaluate(out: Path, report: Path, seeds: int = 20) -> dict[str, Any]:
     """All three measurements, written as JSON."""
     referee, pipe = judge.Judge(out / "judge"), assemble(out)
     figures = {
         "judge": judge_scores(referee),
-        "base": base_scores(pipe, referee),
-        "experts": expert_scores(out, pipe, referee),
+        "base": base_scores(pipe, referee, seeds=seeds),
+        "experts": expert_scores(out, pipe, referee, seeds),
     }
     report.parent.mkdir(parents=True, exist_ok=True)
     report.write_text(json.dumps(figures, indent=1) + "\n")

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
@@ -20,8 +19,8 @@ from torch import Tensor, nn
 from . import base, loop, text, world
 
 SEED = 37
-RANK, STEPS, RATE = 8, 320, 2e-3
-SUBJECT_BATCH, PRIOR_BATCH = 10, 10
+RANK, STEPS, RATE = 8, 260, 2e-3
+SUBJECT_BATCH, PRIOR_BATCH = 8, 6
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 
@@ -73,7 +72,7 @@ def train_expert(name: str, work: Path, out: Path, prior: base.LatentPool) -> No
     is_style = name in world.STYLES
     module = nn.ModuleDict(
         {
-            "unet": UNet2DConditionModel.from_pretrained(out / "unet", torch_dtype=torch.float32),
+            "unet": base.load_unet(out),
             "text_encoder": base.load_text_encoder(out),
         }
     )

@@ -92,8 +92,8 @@ def train(
         smooth = value if smooth is None else 0.98 * smooth + 0.02 * value
         bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
         if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
-            trainable = {k for k, p in module.named_parameters() if p.requires_grad}
-            kept = {k: v for k, v in module.state_dict().items() if k in trainable or not quiet}
+            frozen = {k for k, p in module.named_parameters() if not p.requires_grad}
+            kept = {k: v for k, v in module.state_dict().items() if k not in frozen}
             state = {
                 "module": kept,
                 "optimiser": optimiser.state_dict(),

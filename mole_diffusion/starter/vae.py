@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import loop, world
 
-STEPS_CROPS, STEPS_WHOLE = 1900, 500
+STEPS_CROPS, STEPS_WHOLE, STEPS_DECODER = 1900, 500, 3000
 SEED = 11
 
 
@@ -102,3 +102,30 @@ def train_vae(work: Path, out: Path) -> None:
         latents = vae.encode(_batch(10**7, 256, world.SIZE)[0]).latent_dist.mode()
     vae.register_to_config(scaling_factor=float(1 / latents.std()))
     vae.to(torch.float16).save_pretrained(out, safe_serialization=True)
+
+
+def refine_decoder(work: Path, out: Path) -> None:
+    """Train the decoder further on latents of the finished encoder, slightly noisy as a generator's are.
+
+    The encoder stays as it is, so the base model needs no retraining and may be trained before.
+    """
+    torch.manual_seed(SEED + 1)
+    vae = AutoencoderKL.from_pretrained(out / "vae", torch_dtype=torch.float32)
+    vae.to(memory_format=torch.channels_last).requires_grad_(False)
+    vae.decoder.requires_grad_(True)
+    vae.post_quant_conv.requires_grad_(True)
+    spread = 1 / vae.config.scaling_factor
+
+    def loss_of(step: int) -> Tensor:
+        rng = np.random.default_rng([SEED, 3, step])
+        picture, foreground = _batch(2 * 10**6 + step, 6, world.SIZE)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.no_grad():
+                latents = vae.encode(picture).latent_dist.mode().float()
+            noise = torch.from_numpy(rng.standard_normal(latents.shape, np.float32))
+            amount = torch.from_numpy(rng.uniform(0, 0.06, (len(latents), 1, 1, 1)).astype(np.float32))
+            made = vae.decode(latents + spread * amount * noise).sample.float()
+        return reconstruction_loss(made, picture, foreground)
+
+    loop.train("decoder", work, vae, loss_of, steps=STEPS_DECODER, rate=6e-4)
+    vae.to(torch.float16).save_pretrained(out / "vae", safe_serialization=True)
