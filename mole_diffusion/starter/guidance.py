@@ -63,7 +63,7 @@ def train_clip(work: Path, out: Path) -> None:
     vae, tokenizer = base.load_codec(out)
     settings = model_config(len(tokenizer))
     arguments = {k: v for k, v in settings["text_cfg"].items() if k != "hf_tokenizer_name"}  # type: ignore[attr-defined]
-    clip = CLIP(embed_dim=128, vision_cfg=settings["vision_cfg"], text_cfg=arguments)  # type: ignore[arg-type]
+    clip = CLIP(embed_dim=128, vision_cfg=settings["vision_cfg"], text_cfg=arguments)
 
     def loss_of(step: int) -> Tensor:
         rng = np.random.default_rng([SEED, step])

@@ -68,7 +68,8 @@ def reconstruction_loss(made: Tensor, wanted: Tensor, foreground: Tensor) -> Ten
     pixel = (weight * (made - wanted).abs()).mean()
     edges = sum((torch.diff(made, dim=d) - torch.diff(wanted, dim=d)).abs().mean() for d in (2, 3))
     coarse = F.l1_loss(F.avg_pool2d(made, 4), F.avg_pool2d(wanted, 4))
-    return pixel + edges + 0.5 * coarse
+    total: Tensor = pixel + edges + 0.5 * coarse
+    return total
 
 
 def train_vae(work: Path, out: Path) -> None:
@@ -82,7 +83,8 @@ def train_vae(work: Path, out: Path) -> None:
             made = vae.decode(posterior.sample()).sample.float()
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        return reconstruction_loss(made, picture, foreground) + 1e-3 * divergence
+        loss: Tensor = reconstruction_loss(made, picture, foreground) + 1e-3 * divergence
+        return loss
 
     compiled = torch.compile(loss_for)
 
