@@ -20,20 +20,15 @@ import torch
 import typer
 from PIL import Image
 
+from mole_diffusion.demo import GUIDANCE, RESCALE, concepts_of, default_prompt
 from mole_diffusion.pipeline import StableDiffusionMoLEPipeline
 from mole_diffusion.starter.judge import Judge
-from mole_diffusion.starter.location import StarterExpert, starter_dir, starter_experts
+from mole_diffusion.starter.location import starter_dir, starter_experts
 from mole_diffusion.starter.world import TRIPLES
-from mole_diffusion.training import Concept, TrainingConfig
+from mole_diffusion.training import TrainingConfig
 
 METHODS = {"no expert": "none", "LA": "la", "NLA": "nla", "trained gates": "gates"}
-STEPS, GUIDANCE, RESCALE = 25, 5.0, 0.7  # as in the demo
-
-
-def prompt_of(experts: list[StarterExpert]) -> str:
-    """The demo's prompt for these experts."""
-    texts = [expert.text for expert in experts]
-    return f"{', '.join(texts[:-1])} and {texts[-1]} on the beach"
+STEPS = 25
 
 
 def draw(pipe: Any, prompt: str, seeds: range, mixture: str) -> list[Image.Image]:
@@ -53,18 +48,14 @@ def measure(
     triple: tuple[str, ...], seeds: range, iterations: int, judge: Judge, pictures: Path | None
 ) -> Iterator[dict[str, Any]]:
     """One row per method: mean presence of the subjects, and the share of pictures that show all of them."""
-    experts = [starter_experts()[name] for name in triple]
+    experts = {name: starter_experts()[name] for name in triple}
     pipe = StableDiffusionMoLEPipeline.from_starter(experts=list(triple))
     pipe.set_progress_bar_config(disable=True)
-    prompt = prompt_of(experts)
-    concepts = {
-        e.name: Concept(e.name, e.text, e.class_text, [Image.open(p).convert("RGB") for p in e.references])
-        for e in experts
-    }
+    prompt = default_prompt(experts)
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         config = TrainingConfig(iterations=iterations)
-        pipe.train_gates(prompt, concepts=concepts, config=config, checkpoint_dir=folder)
+        pipe.train_gates(prompt, concepts=concepts_of(experts), config=config, checkpoint_dir=folder)
     seconds = time.monotonic() - start
     for method, mixture in METHODS.items():
         drawn = draw(pipe, prompt, seeds, mixture)

@@ -120,6 +120,14 @@ def default_prompt(experts: Mapping[str, StarterExpert]) -> str:
     return f"{', '.join(texts[:-1])} and {texts[-1]} on the beach"
 
 
+def concepts_of(experts: Mapping[str, StarterExpert]) -> dict[str, Concept]:
+    """What the trainer needs to know of the starter's experts, with their reference pictures."""
+    return {
+        name: Concept(name, expert.text, expert.class_text, [_open(path) for path in expert.references])
+        for name, expert in experts.items()
+    }
+
+
 def region_strips(names: Sequence[str], height: int, width: int) -> dict[str, Image.Image]:
     """Region masks that cut the picture into upright strips of one width, left to right, one per name."""
     edges = [round(width * i / len(names)) for i in range(len(names) + 1)]
@@ -218,14 +226,10 @@ def _train(
     folder = options.out / "training"
     if options.fresh and folder.exists():
         shutil.rmtree(folder)
-    concepts = {
-        name: Concept(name, expert.text, expert.class_text, [_open(path) for path in expert.references])
-        for name, expert in experts.items()
-    }
     with _timed(say, f"Training gates, {options.iterations} iterations"):
         result = pipe.train_gates(
             prompt,
-            concepts=concepts,
+            concepts=concepts_of(experts),
             config=TrainingConfig(iterations=options.iterations, progress=options.progress),
             checkpoint_dir=folder,
         )

@@ -119,7 +119,6 @@ def train_base(
     *,
     steps: int = STEPS,
     start_from: Path | None = None,
-    on_checkpoint: Callable[[int], None] | None = None,
 ) -> None:
     """Train text encoder and UNet; writes their averaged weights in half precision.
 
@@ -128,7 +127,6 @@ def train_base(
         out: the starter's folder, with the finished codec.
         steps: training steps.
         start_from: a starter's folder whose UNet and text encoder to go on from; None is random weights.
-        on_checkpoint: called with the step after each checkpoint.
     """
     torch.manual_seed(SEED)
     vae, tokenizer = load_codec(out)
@@ -155,8 +153,6 @@ def train_base(
 
     def save(step: int) -> None:
         save_base(work / "base-now", average, tokenizer)
-        if on_checkpoint is not None:
-            on_checkpoint(step)
 
     loop.train("base", work, module, loss_of, steps=steps, rate=RATE, average=average, on_checkpoint=save)
     save_base(out, average, tokenizer)

@@ -82,7 +82,6 @@ def train_clip(work: Path, out: Path) -> None:
     loop.train("clip", work, clip, loss_of, steps=STEPS, rate=RATE, decay=0.05)
     folder = out / "clip"
     folder.mkdir(parents=True, exist_ok=True)
-    # No float16 buffers: open_clip rebuilds its attention mask.
     save_file(
         {k: v.half().contiguous() for k, v in clip.state_dict().items()},
         folder / "open_clip_model.safetensors",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,11 +52,10 @@ def train(
     decay: float = 0.01,
     average: Average | None = None,
     checkpoint_every: int = 250,
-    clip: float = 1.0,
     on_checkpoint: Callable[[int], None] | None = None,
     quiet: bool = False,
-) -> float:
-    """Minimise ``loss_of(step)`` over ``module``'s trainable parameters with AdamW; returns the seconds.
+) -> None:
+    """Minimise ``loss_of(step)`` over ``module``'s trainable parameters with AdamW.
 
     All randomness of ``loss_of`` must come from its step number: then a killed run continues exactly from
     ``folder/NAME.pt``, which is written every ``checkpoint_every`` steps.
@@ -68,15 +66,8 @@ def train(
     matrices, rest = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": decay}, {"params": rest, "weight_decay": 0.0}]
     optimiser = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99))
-    first, seconds = 0, 0.0
-    if path.is_file():
-        state = torch.load(path, weights_only=True)
-        module.load_state_dict(state["module"], strict=False)
-        optimiser.load_state_dict(state["optimiser"])
-        first, seconds = int(state["step"]), float(state["seconds"])
-        if average is not None:
-            average.values, average.count = state["average"], int(state["count"])
-    start, smooth = time.time() - seconds, None
+    first = _restore(path, module, optimiser, average) if path.is_file() else 0
+    smooth = None
     bar = tqdm(range(first, steps), desc=name, initial=first, total=steps, disable=quiet, mininterval=10)
     for step in bar:
         for group in optimiser.param_groups:
@@ -84,7 +75,7 @@ def train(
         loss = loss_of(step)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(trained, clip)
+        nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step()
         if average is not None:
             average.update()
@@ -92,18 +83,31 @@ def train(
         smooth = value if smooth is None else 0.98 * smooth + 0.02 * value
         bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
         if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
-            frozen = {k for k, p in module.named_parameters() if not p.requires_grad}
-            kept = {k: v for k, v in module.state_dict().items() if k not in frozen}
-            state = {
-                "module": kept,
-                "optimiser": optimiser.state_dict(),
-                "step": step + 1,
-                "seconds": time.time() - start,
-                "average": average.values if average else {},
-                "count": average.count if average else 0,
-            }
-            torch.save(state, path.with_suffix(".tmp"))
-            os.replace(path.with_suffix(".tmp"), path)
+            _save(path, module, optimiser, average, step + 1)
             if on_checkpoint is not None:
                 on_checkpoint(step + 1)
-    return time.time() - start
+
+
+def _save(
+    path: Path, module: nn.Module, optimiser: torch.optim.Optimizer, average: Average | None, step: int
+) -> None:
+    frozen = {k for k, p in module.named_parameters() if not p.requires_grad}
+    state = {
+        "module": {k: v for k, v in module.state_dict().items() if k not in frozen},
+        "optimiser": optimiser.state_dict(),
+        "step": step,
+        "average": average.values if average else {},
+        "count": average.count if average else 0,
+    }
+    torch.save(state, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def _restore(path: Path, module: nn.Module, optimiser: torch.optim.Optimizer, average: Average | None) -> int:
+    """The number of steps done."""
+    state = torch.load(path, weights_only=True)
+    module.load_state_dict(state["module"], strict=False)  # frozen parameters are not in the file
+    optimiser.load_state_dict(state["optimiser"])
+    if average is not None:
+        average.values, average.count = state["average"], int(state["count"])
+    return int(state["step"])
