@@ -18,7 +18,9 @@ from . import loop, text, world
 from .vae import to_tensor
 
 SEED = 23
-STEPS, BATCH, RATE = 4500, 64, 1.2e-3
+BATCH = 64
+PHASES = (("base-first", 23, 1900, 1.2e-3), ("base-further", 29, 1150, 9e-4))
+"""Name, seed, steps and peak learning rate; each phase starts from the averaged weights of the one before."""
 CHUNK, REUSE, CHUNKS = 64, 8, 64
 
 
@@ -113,57 +115,51 @@ def load_codec(out: Path) -> tuple[AutoencoderKL, CLIPTokenizer]:
     return vae.to(memory_format=torch.channels_last), CLIPTokenizer.from_pretrained(out / "tokenizer")
 
 
-def train_base(
-    work: Path,
-    out: Path,
-    *,
-    steps: int = STEPS,
-    start_from: Path | None = None,
-) -> None:
+def train_base(work: Path, out: Path) -> None:
     """Train text encoder and UNet; writes their averaged weights in half precision.
 
     Args:
         work: folder for checkpoints.
         out: the starter's folder, with the finished codec.
-        steps: training steps.
-        start_from: a starter's folder whose UNet and text encoder to go on from; None is random weights.
     """
-    torch.manual_seed(SEED)
     vae, tokenizer = load_codec(out)
-    scheduler = new_scheduler()
+    torch.manual_seed(SEED)
     module = nn.ModuleDict({"unet": new_unet(), "text_encoder": text.new_text_encoder(tokenizer)})
     unet: Any = module["unet"]
-    encoder: Any = module["text_encoder"]
-    if start_from is not None:
-        unet.load_state_dict(load_unet(start_from).state_dict())
-        encoder.load_state_dict(load_text_encoder(start_from).state_dict())
     unet.set_attn_processor(AttnProcessor())  # on CPU the backward pass of fused attention is slower
-    average = loop.Average(module, 0.999)
-    pool = LatentPool(vae, world.base_scene, SEED)
+    for name, seed, steps, rate in PHASES:
+        average = loop.Average(module, 0.999)
+        loss_of = base_loss(module, vae, tokenizer, seed)
+        loop.train(name, work, module, loss_of, steps=steps, rate=rate, average=average)
+        average.copy_to(module)
+    save_base(out, module)
+    new_scheduler().save_pretrained(out / "scheduler")
+
+
+def base_loss(
+    module: nn.ModuleDict, vae: AutoencoderKL, tokenizer: CLIPTokenizer, seed: int
+) -> Callable[[int], Tensor]:
+    """Denoising loss of one step on freshly drawn scenes; a tenth of the captions is empty."""
+    unet, encoder = module["unet"], module["text_encoder"]
+    scheduler = new_scheduler()
+    pool = LatentPool(vae, world.base_scene, seed)
 
     def loss_of(step: int) -> Tensor:
-        rng = np.random.default_rng([SEED, 1, step])
+        rng = np.random.default_rng([seed, 1, step])
         latents, foreground, captions = pool.sample(step, BATCH, rng)
         captions = ["" if rng.random() < 0.1 else caption for caption in captions]
-        noisy, timesteps, target = noised(scheduler, latents, [SEED, 2, step])
+        noisy, timesteps, target = noised(scheduler, latents, [seed, 2, step])
         with torch.autocast("cpu", dtype=torch.bfloat16):
             context = encoder(text.tokenise(tokenizer, captions))[0]
             predicted = unet(noisy, timesteps, context).sample.float()
         return denoising_loss(predicted, target, foreground)
 
-    def save(step: int) -> None:
-        save_base(work / "base-now", average, tokenizer)
-
-    loop.train("base", work, module, loss_of, steps=steps, rate=RATE, average=average, on_checkpoint=save)
-    save_base(out, average, tokenizer)
-    scheduler.save_pretrained(out / "scheduler")
+    return loss_of
 
 
-def save_base(out: Path, average: loop.Average, tokenizer: CLIPTokenizer) -> None:
-    """Write the averaged UNet and text encoder as half-precision safetensors."""
-    final = nn.ModuleDict({"unet": new_unet(), "text_encoder": text.new_text_encoder(tokenizer)})
-    average.copy_to(final)
-    for name, network in final.items():
+def save_base(out: Path, module: nn.ModuleDict) -> None:
+    """Write UNet and text encoder as half-precision safetensors."""
+    for name, network in module.items():
         writer: Any = network.half()
         writer.save_pretrained(out / name, safe_serialization=True)
 

@@ -21,13 +21,13 @@ from .location import starter_dir
 Step = Callable[[Path, Path], object]
 
 
-def steps_of(start_from: Path | None = None, seeds: int = 20) -> dict[str, Step]:
+def steps_of(seeds: int = 20) -> dict[str, Step]:
     """The steps in order; each gets the work folder (checkpoints) and the starter's folder."""
     return {
         "tokenizer": lambda work, out: text.build_tokenizer(out / "tokenizer"),
         "vae": lambda work, out: vae.train_vae(work, out / "vae"),
         "decoder": vae.refine_decoder,
-        "base": lambda work, out: base.train_base(work, out, start_from=start_from),
+        "base": base.train_base,
         "judge": judge.train_judge,
         "clip": guidance.train_clip,
         "experts": lambda work, out: expert.train_experts(work, out),
@@ -47,14 +47,11 @@ def main(
     work: Annotated[Path, typer.Option(help="Folder for checkpoints.")] = Path("build/starter"),
     out: Annotated[Path | None, typer.Option(help="Folder of the starter; default assets/starter.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Run these steps alone, finished or not.")] = None,
-    start_from: Annotated[
-        Path | None, typer.Option(help="Starter whose base model to train further.")
-    ] = None,
     seeds: Annotated[int, typer.Option(help="Pictures per prompt set in the evaluation.")] = 20,
     threads: Annotated[int, typer.Option(help="Threads of torch; 0 leaves its default.")] = 0,
 ) -> None:
     """Train the starter step by step; a killed run continues where it was."""
-    steps = steps_of(start_from, seeds)
+    steps = steps_of(seeds)
     unknown = sorted(set(only or ()) - set(steps))
     if unknown:
         raise typer.BadParameter(f"unknown step {unknown[0]!r}; known: {', '.join(steps)}")

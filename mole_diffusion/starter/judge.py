@@ -1,6 +1,8 @@
 """The judge: a convolutional network (timm RegNet) that says which classes and subjects a picture shows.
 
-It is trained on its own, from scratch, and never guides any training of gates.
+It is trained on its own, from scratch, and never guides any training of gates. It classifies every cell of an
+8 x 8 grid (nothing, a class in a flat drawing, an expert's own subject), learnt from the boxes the renderer
+knows; a picture shows what its surest cell shows.
 """
 
 from __future__ import annotations
@@ -23,13 +25,14 @@ from .vae import to_tensor
 
 SEED = 53
 ARCHITECTURE = "regnetx_002"
-STEPS, BATCH, RATE = 1100, 48, 2e-3
+STEPS, BATCH, RATE = 600, 48, 2e-3
+CELLS, STRIDE = 8, 16
 LABELS = (*world.CLASSES, *(f"subject:{name}" for name in world.SUBJECTS))
-"""Outputs: presence of a class in any drawing, then presence of each expert's own subject."""
+"""What a cell can be (beside nothing): a class in a flat drawing, or an expert's own subject."""
 
 
 def random_scene(rng: np.random.Generator) -> world.Scene:
-    """Flat objects and subjects mixed, any set; now and then a flat object in the colours of a subject."""
+    """One to three objects of any classes: all flat, all subjects, or mixed."""
     count = int(rng.choice([1, 2, 3], p=[0.25, 0.25, 0.5]))
     kinds = [world.CLASSES[i] for i in rng.choice(len(world.CLASSES), count, replace=False)]
     mixed = rng.random()
@@ -51,13 +54,40 @@ def target_of(scene: world.Scene) -> Tensor:
     return torch.tensor([float(label in shown) for label in LABELS])
 
 
+def cells_of(scene: world.Scene) -> Tensor:
+    """What each cell shows, (CELLS, CELLS): 0 nothing, 1 + index into LABELS, -1 at the rim of an object."""
+    centre = (np.arange(CELLS) + 0.5) * STRIDE
+    cells = np.zeros((CELLS, CELLS), np.int64)
+    for thing, (x, y, width, height) in zip(scene.things, scene.boxes, strict=True):
+        name = f"subject:{thing.kind}" if thing.style == world.SUBJECT_STYLE else thing.kind
+        off_x = np.abs(centre - (x + width / 2)) / (width / 2)
+        off_y = np.abs(centre - (y + height / 2)) / (height / 2)
+        off = np.maximum(off_y[:, None], off_x[None])
+        cells[off < 1.2] = -1
+        # At least the cell nearest to the middle, however thin the object.
+        cells[off <= max(0.6, off.min())] = 1 + LABELS.index(name)
+    return torch.from_numpy(cells)
+
+
+def presence(cells: Tensor) -> Tensor:
+    """Probability that each label is in the picture, (N, len(LABELS)), from cell logits (N, 1 + labels, 8, 8).
+
+    A class counts in any drawing: its flat drawing and its subject together.
+    """
+    likely = cells.float().softmax(1)[:, 1:]
+    classes = likely[:, : len(world.CLASSES)].clone()
+    for index, label in enumerate(LABELS[len(world.CLASSES) :], start=len(world.CLASSES)):
+        classes[:, world.CLASSES.index(label.removeprefix("subject:"))] += likely[:, index]
+    return torch.cat([classes, likely[:, len(world.CLASSES) :]], 1).amax((2, 3))
+
+
 def blurred(pixels: np.ndarray, radius: float) -> np.ndarray:
     """Gaussian blur in pixels."""
     return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(radius)))
 
 
 class Judge:
-    """The trained judge; ``threshold`` is on the sigmoid."""
+    """The trained judge; ``threshold`` is on the probability of the surest cell."""
 
     def __init__(self, folder: Path) -> None:
         settings = json.loads((folder / "config.json").read_text())
@@ -73,14 +103,18 @@ class Judge:
     def __call__(self, pictures: Sequence[Image.Image]) -> list[set[str]]:
         """For each picture the labels found: class names, ``subject:NAME`` for an expert's own subject."""
         stacked = np.stack([np.asarray(p.convert("RGB").resize((world.SIZE, world.SIZE))) for p in pictures])
-        scores = torch.cat([self.network(part) for part in torch.split(to_tensor(stacked), 64)]).sigmoid()
+        scores = torch.cat([presence(self.network(part)) for part in torch.split(to_tensor(stacked), 64)])
         return [
             {label for label, s in zip(self.labels, row, strict=True) if s > self.threshold} for row in scores
         ]
 
 
 def new_network(outputs: int) -> nn.Module:
-    network: nn.Module = timm.create_model(ARCHITECTURE, pretrained=False, num_classes=outputs)
+    """Logits (N, 1 + outputs, 8, 8) from pictures (N, 3, 128, 128)."""
+    features: Any = timm.create_model(
+        ARCHITECTURE, pretrained=False, num_classes=0, global_pool="", output_stride=STRIDE
+    )
+    network = nn.Sequential(features, nn.Conv2d(features.num_features, 1 + outputs, 1))
     return network.to(memory_format=torch.channels_last)
 
 
@@ -100,7 +134,7 @@ def degrade(pixels: np.ndarray, rng: np.random.Generator, vae: Any) -> Tensor:
     for one in picture:
         if rng.random() < 0.5:
             scale = float(rng.uniform(0.2, 0.7))  # down and up again, as a soft decoder does
-            small = F.interpolate(one[None], scale_factor=scale, mode="bilinear", antialias=True)
+            small = F.interpolate(one[None], scale_factor=scale, mode="area")
             one = F.interpolate(small, size=world.SIZE, mode="bilinear")[0]
         gain = torch.from_numpy(rng.uniform(0.92, 1.08, (3, 1, 1)).astype(np.float32))
         out.append((one * gain + float(rng.uniform(-0.08, 0.08))).clamp(-1, 1))
@@ -117,10 +151,10 @@ def train_judge(work: Path, out: Path) -> None:
         rng = np.random.default_rng([SEED, step])
         scenes = [random_scene(rng) for _ in range(BATCH)]
         picture = degrade(np.stack([s.pixels for s in scenes]), rng, vae if step % 2 == 0 else None)
-        target = torch.stack([target_of(s) for s in scenes])
+        target = torch.stack([cells_of(s) for s in scenes])
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits = network.train()(picture).float()
-        return F.binary_cross_entropy_with_logits(logits, target) * 10
+        return F.cross_entropy(logits, target, ignore_index=-1)
 
     loop.train("judge", work, network, loss_of, steps=STEPS, rate=RATE, decay=0.05)
     network.eval()
@@ -128,9 +162,9 @@ def train_judge(work: Path, out: Path) -> None:
     scenes = [random_scene(rng) for _ in range(600)]
     with torch.no_grad():
         pictures = degrade(np.stack([s.pixels for s in scenes]), rng, vae)
-        scores = torch.cat([network(part) for part in torch.split(pictures, 64)]).sigmoid()
+        scores = torch.cat([presence(network(part)) for part in torch.split(pictures, 64)])
     target = torch.stack([target_of(s) for s in scenes]).bool()
-    thresholds = torch.linspace(0.2, 0.8, 25)
+    thresholds = torch.linspace(0.2, 0.98, 40)
     gaps = []
     for threshold in thresholds:
         found = scores > threshold

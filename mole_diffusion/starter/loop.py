@@ -52,7 +52,6 @@ def train(
     decay: float = 0.01,
     average: Average | None = None,
     checkpoint_every: int = 250,
-    on_checkpoint: Callable[[int], None] | None = None,
     quiet: bool = False,
 ) -> None:
     """Minimise ``loss_of(step)`` over ``module``'s trainable parameters with AdamW.
@@ -84,8 +83,6 @@ def train(
         bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
         if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
             _save(path, module, optimiser, average, step + 1)
-            if on_checkpoint is not None:
-                on_checkpoint(step + 1)
 
 
 def _save(

@@ -296,7 +296,7 @@ def random_kinds(count: int, rng: np.random.Generator, *, unseen: bool = False) 
             return kinds
 
 
-def base_scene(rng: np.random.Generator, shares: Sequence[float] = (0.25, 0.3, 0.45)) -> Scene:
+def base_scene(rng: np.random.Generator, shares: Sequence[float] = (0.33, 0.27, 0.4)) -> Scene:
     """A training scene of the base: one to three flat objects, caption as a user would write it.
 
     One in twelve names is preceded by a trigger word that changes nothing, and some captions carry a style

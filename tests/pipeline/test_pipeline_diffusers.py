@@ -19,8 +19,8 @@ from diffusers import (
 )
 from diffusers.callbacks import SDCFGCutoffCallback
 from PIL import Image
+from ldm_checkpoint import same_weights, write_ldm_checkpoint
 from pipeline_helpers import CLOSE, train_a_little, with_adapters
-from safetensors.torch import save_file
 
 from mole_diffusion.errors import InjectionError
 from mole_diffusion.pipeline import StableDiffusionMoLEPipeline
@@ -244,20 +244,16 @@ def test_model_offload(loaded, draw, lora_files) -> None:
 
 
 def test_from_single_file(plain, draw, lora_files, tmp_path, pipe) -> None:
-    """A checkpoint in LDM format opens as our pipeline and takes experts."""
+    """A whole checkpoint in LDM format opens as our pipeline and takes experts."""
     plain.save_pretrained(tmp_path)
-    save_file({"model.diffusion_model.out.2.bias": torch.zeros(4)}, tmp_path / "ldm.safetensors")
+    file = write_ldm_checkpoint(tmp_path / "ldm.safetensors", plain)
     ours = StableDiffusionMoLEPipeline.from_single_file(
-        str(tmp_path / "ldm.safetensors"),
-        config=str(tmp_path),
-        unet=plain.unet,
-        vae=plain.vae,
-        text_encoder=plain.text_encoder,
-        local_files_only=True,
-        safety_checker=None,
+        str(file), config=str(tmp_path), local_files_only=True, safety_checker=None
     )
     ours.set_progress_bar_config(disable=True)
     assert type(ours) is StableDiffusionMoLEPipeline
+    for part in ("unet", "vae", "text_encoder"):
+        assert same_weights(getattr(ours, part), getattr(plain, part)), part
     for one in (ours, pipe):
         one.load_expert(lora_files["cat"])
     torch.testing.assert_close(draw(ours), draw(pipe), rtol=0, atol=0)

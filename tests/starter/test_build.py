@@ -126,3 +126,26 @@ def test_targets_of_the_judge_tell_subjects_from_classes() -> None:
     target = judge.target_of(world.draw_scene(things, "snow", np.random.default_rng(0)))
     named = {label for label, on in zip(judge.LABELS, target.tolist(), strict=True) if on}
     assert named == {"cat", "boot", "subject:cat"}
+
+
+def test_cells_of_the_judge_name_what_stands_there() -> None:
+    things = [
+        world.Thing("cat", world.SUBJECT_STYLE),
+        world.Thing("boot", "noto"),
+        world.Thing("sunglasses", "noto"),
+    ]
+    scene = world.draw_scene(things, "snow", np.random.default_rng(0))
+    cells = judge.cells_of(scene)
+    for name, (x, y, width, height) in zip(("subject:cat", "boot", "sunglasses"), scene.boxes, strict=True):
+        column, row = int((x + width / 2) // judge.STRIDE), int((y + height / 2) // judge.STRIDE)
+        assert cells[row, column] == 1 + judge.LABELS.index(name)
+    assert cells[0, 0] == 0  # no object reaches the corner
+
+
+def test_a_subject_counts_as_its_class_too() -> None:
+    logits = torch.zeros(1, 1 + len(judge.LABELS), judge.CELLS, judge.CELLS)
+    logits[:, 0] = 20.0
+    logits[0, 1 + judge.LABELS.index("subject:cat"), 3, 4] = 40.0
+    logits[0, 1 + judge.LABELS.index("boot"), 6, 6] = 40.0
+    found = {label for label, p in zip(judge.LABELS, judge.presence(logits)[0], strict=True) if p > 0.5}
+    assert found == {"cat", "subject:cat", "boot"}
