@@ -53,47 +53,47 @@ def draw(
     return pictures
 
 
-def judge_scores(referee: judge.Judge, count: int = 400) -> dict[str, dict[str, float]]:
-    """Micro-averaged precision and recall on rendered scenes, sharp and blurred: classes, then subjects."""
+def judge_score(referee: judge.Judge, radius: float, count: int = 400) -> dict[str, dict[str, float]]:
+    """Micro-averaged precision and recall by kind of label on scenes blurred by ``radius`` pixels."""
+    rng = np.random.default_rng([99, 1])
+    scenes = [judge.random_scene(rng) for _ in range(count)]
+    found = referee(
+        [Image.fromarray(judge.blurred(s.pixels, radius) if radius else s.pixels) for s in scenes]
+    )
+    wanted = [{x for x, on in zip(referee.labels, judge.target_of(s), strict=True) if on} for s in scenes]
     scores = {}
-    for name, radius in (("sharp", 0.0), ("blur 1 px", 1.0), ("blur 2 px", 2.0)):
-        rng = np.random.default_rng([99, 1])
-        scenes = [judge.random_scene(rng) for _ in range(count)]
-        found = referee(
-            [Image.fromarray(judge.blurred(s.pixels, radius) if radius else s.pixels) for s in scenes]
-        )
-        for kind in ("class", "subject"):
-            labels = [
-                label for label in referee.labels if label.startswith("subject:") == (kind == "subject")
-            ]
-            wanted = [
-                {x for x, on in zip(referee.labels, judge.target_of(s), strict=True) if on} for s in scenes
-            ]
-            hits = sum(len(f & w & set(labels)) for f, w in zip(found, wanted, strict=True))
-            claimed, true = (sum(len(s & set(labels)) for s in sets) for sets in (found, wanted))
-            scores[f"{kind}, {name}"] = {"precision": hits / max(1, claimed), "recall": hits / max(1, true)}
+    for kind in ("class", "subject"):
+        labels = {x for x in referee.labels if x.startswith("subject:") == (kind == "subject")}
+        hits = sum(len(f & w & labels) for f, w in zip(found, wanted, strict=True))
+        claimed, true = (sum(len(s & labels) for s in sets) for sets in (found, wanted))
+        scores[kind] = {"precision": hits / max(1, claimed), "recall": hits / max(1, true)}
     return scores
 
 
 def base_scores(
     pipe: StableDiffusionPipeline, referee: judge.Judge, sets: int = 8, seeds: int = 20
 ) -> dict[str, Any]:
-    """Share of asked objects found (class level) in pictures of one, two and three objects, held-out sets."""
+    """Class level, held-out sets of one, two and three objects: share of asked objects found.
+
+    Beside it (``extra``) the number of classes per picture that the judge sees and nobody asked for.
+    """
     rng = np.random.default_rng([99, 2])
-    result: dict[str, Any] = {}
+    result: dict[str, Any] = {"extra": {}}
     for count in (1, 2, 3):
         if count == 1:
             chosen = [[kind] for kind in world.CLASSES]
         else:
             chosen = [world.random_kinds(count, rng, unseen=True) for _ in range(sets)]
-        hits = total = 0
+        hits = extra = 0
         for number, kinds in enumerate(chosen):
             backgrounds = [list(world.BACKGROUNDS)[i % len(world.BACKGROUNDS)] for i in range(seeds)]
             prompts = [world.caption_of([world.Thing(k, "noto") for k in kinds], b) for b in backgrounds]
-            found = referee(draw(pipe, prompts, 1000 * number))
-            hits += sum(len(set(kinds) & f) for f in found)
-            total += seeds * count
-        result[str(count)] = hits / total
+            for labels in referee(draw(pipe, prompts, 1000 * number)):
+                classes = labels & set(world.CLASSES)
+                hits += len(classes & set(kinds))
+                extra += len(classes - set(kinds))
+        result[str(count)] = hits / (len(chosen) * seeds * count)
+        result["extra"][str(count)] = extra / (len(chosen) * seeds)
     return result
 
 
@@ -122,13 +122,41 @@ def expert_scores(
 
 
 def evaluate(out: Path, report: Path, seeds: int = 20) -> dict[str, Any]:
-    """All three measurements, written as JSON."""
+    """All three measurements, written as JSON and as a Markdown table beside it."""
     referee, pipe = judge.Judge(out / "judge"), assemble(out)
     figures = {
-        "judge": judge_scores(referee),
+        "seeds": seeds,
+        "judge": {f"blur {radius} px": judge_score(referee, radius) for radius in (0, 1, 2)},
         "base": base_scores(pipe, referee, seeds=seeds),
         "experts": expert_scores(out, pipe, referee, seeds),
     }
     report.parent.mkdir(parents=True, exist_ok=True)
     report.write_text(json.dumps(figures, indent=1) + "\n")
+    report.with_suffix(".md").write_text(table(figures))
     return figures
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    rows = []
+    for blur, kinds in figures["judge"].items():
+        for kind, score in kinds.items():
+            rows.append(
+                (
+                    f"judge on rendered scenes, {kind}, {blur}: precision / recall",
+                    f"{score['precision']:.2f} / {score['recall']:.2f}",
+                )
+            )
+    base_figures = figures["base"]
+    for count, word in (("1", "one object"), ("2", "two objects"), ("3", "three objects")):
+        text = f"{base_figures[count]:.2f} ({base_figures['extra'][count]:.2f})"
+        rows.append((f"base, {word}: asked classes found (others seen per picture)", text))
+    for name, score in figures["experts"].items():
+        rows.append(
+            (
+                f"expert {name} alone: own subject found (without the expert)",
+                f"{score['with']:.2f} ({score['without']:.2f})",
+            )
+        )
+    lines = ["| measure | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+    return f"{figures['seeds']} seeds per set of objects.\n\n" + "\n".join(lines) + "\n"

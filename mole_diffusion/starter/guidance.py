@@ -70,7 +70,7 @@ def train_clip(work: Path, out: Path) -> None:
         pairs = [captioned_scene(rng) for _ in range(BATCH)]
         pictures = judge.degrade(np.stack([p for p, _ in pairs]), rng, vae if step % 4 == 0 else None)
         captions = [c for _, c in pairs]
-        wrong = [_exchange(c, rng) for c in captions]
+        wrong = [exchange(c, rng) for c in captions]
         with torch.autocast("cpu", dtype=torch.bfloat16):
             image = clip.encode_image(pictures.contiguous())
             words = clip.encode_text(text.tokenise(tokenizer, [*captions, *wrong]))
@@ -93,7 +93,8 @@ def train_clip(work: Path, out: Path) -> None:
         shutil.copy(out / "tokenizer" / name, folder / name)
 
 
-def _exchange(caption: str, rng: np.random.Generator) -> str:
+def exchange(caption: str, rng: np.random.Generator) -> str:
+    """The caption with one of its objects replaced by one that is not in it."""
     present = [kind for kind in world.CLASSES if kind in caption.split() or f"{kind}," in caption.split()]
     old = str(rng.choice(present))
     others = [kind for kind in world.CLASSES if kind not in present and kind != "sunglasses"]

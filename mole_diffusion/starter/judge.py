@@ -70,7 +70,7 @@ def cells_of(scene: world.Scene) -> Tensor:
 
 
 def presence(cells: Tensor) -> Tensor:
-    """Probability that each label is in the picture, (N, len(LABELS)), from cell logits (N, 1 + labels, 8, 8).
+    """Probability that each label is in a picture, (N, labels), from cell logits (N, 1 + labels, 8, 8).
 
     A class counts in any drawing: its flat drawing and its subject together.
     """

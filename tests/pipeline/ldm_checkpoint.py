@@ -1,4 +1,4 @@
-"""A pipeline's weights in one file, as the original Stable Diffusion 1.x release (LDM) names and shapes them."""
+"""A pipeline's weights in one file, named and shaped as in the original Stable Diffusion 1.x (LDM)."""
 
 import re
 from pathlib import Path

@@ -18,8 +18,8 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from diffusers.callbacks import SDCFGCutoffCallback
-from PIL import Image
 from ldm_checkpoint import same_weights, write_ldm_checkpoint
+from PIL import Image
 from pipeline_helpers import CLOSE, train_a_little, with_adapters
 
 from mole_diffusion.errors import InjectionError

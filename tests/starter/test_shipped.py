@@ -1,0 +1,70 @@
+"""The starter in the repository: what it holds, what it weighs, and that its judge and CLIP can see."""
+
+import json
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from mole_diffusion import MoLEConfig, StableDiffusionMoLEPipeline
+from mole_diffusion.starter import evaluate, guidance, judge, starter_dir, starter_experts, world
+from mole_diffusion.training import TrainingConfig
+
+
+def test_everything_is_there_and_light() -> None:
+    files = [path for path in starter_dir().rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 80e6
+    assert not [path for path in files if path.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
+    kinds = [expert.kind for expert in starter_experts().values()]
+    assert kinds.count("concept") >= 16
+    assert kinds.count("style") >= 2
+    for expert in starter_experts().values():
+        assert len(expert.references) == 5
+        with safe_open(expert.path, "pt") as file:
+            assert file.metadata()["mole.trigger"] == expert.trigger
+
+
+@pytest.mark.parametrize("blur", [0.0, 2.0])
+def test_the_judge_is_right_nine_times_in_ten(blur: float) -> None:
+    scores = evaluate.judge_score(judge.Judge(starter_dir() / "judge"), blur, count=80)
+    assert set(scores) == {"class", "subject"}
+    for kind, score in scores.items():
+        assert min(score.values()) >= 0.9, (kind, score)
+
+
+def test_the_figures_on_record_meet_what_the_model_card_promises() -> None:
+    figures = json.loads((starter_dir() / "figures.json").read_text())
+    assert figures["seeds"] >= 20
+    for count, least in (("1", 0.90), ("2", 0.80), ("3", 0.65)):
+        assert figures["base"][count] >= least
+    assert set(figures["experts"]) == set(world.SUBJECTS)
+
+
+def test_the_guidance_clip_tells_a_caption_from_one_with_a_wrong_object() -> None:
+    model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{starter_dir() / 'clip'}")
+    tokenise = open_clip.get_tokenizer(f"local-dir:{starter_dir() / 'clip'}")
+    rng = np.random.default_rng(5)
+    pairs = [guidance.captioned_scene(rng) for _ in range(48)]
+    wrong = [guidance.exchange(caption, rng) for _, caption in pairs]
+    with torch.no_grad():
+        image = model.encode_image(
+            torch.stack([preprocess(Image.fromarray(p)) for p, _ in pairs]), normalize=True
+        )
+        right = model.encode_text(tokenise([caption for _, caption in pairs]), normalize=True)
+        other = model.encode_text(tokenise(wrong), normalize=True)
+    better = (image * right).sum(-1) > (image * other).sum(-1)
+    assert better.float().mean() > 0.8
+
+
+def test_the_papers_settings_train_on_it() -> None:
+    pipe = StableDiffusionMoLEPipeline.from_starter(["boot", "clock"])
+    pipe.configure(MoLEConfig.paper())
+    before = {k: v.clone() for k, v in pipe.mixtures["unet"].gates.state_dict().items()}
+    config = TrainingConfig.paper(iterations=2, progress=False, preview_every=0)
+    result = pipe.train_gates("a zor boot and a kip clock on the beach", config=config)
+    assert len(result.history) == 2
+    after = pipe.mixtures["unet"].gates.state_dict()
+    assert any(not torch.equal(before[k], after[k]) for k in before)
