@@ -16,7 +16,7 @@ from torch import Tensor
 from . import base, judge, loop, text, world
 
 SEED = 71
-STEPS, BATCH, RATE = 1100, 96, 1e-3
+STEPS, BATCH, RATE = 480, 96, 1e-3
 
 
 def model_config(vocabulary: int) -> dict[str, object]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import loop, world
 
-STEPS_CROPS, STEPS_WHOLE, STEPS_DECODER = 1900, 500, 3000
+STEPS_CROPS, STEPS_WHOLE, STEPS_DECODER = 1900, 500, 1000
 SEED = 11
 
 
