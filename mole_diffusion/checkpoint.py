@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import tempfile
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,16 +73,25 @@ def save_gates(
     }
     parts = {part: _describe(mixture) for part, mixture in mixtures.items()}
     header = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "parts": json.dumps(parts)}
+    write_safetensors(path, tensors, {**metadata, **header})
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file that appears whole or not at all; missing folders are made.
+
+    Args:
+        path: file to write or replace.
+        tensors: contiguous tensors by key.
+        metadata: the file's header.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
+    # Not mkstemp: its files can be read by their owner alone, and these are to be shared.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        save_file(tensors, temporary, metadata={**metadata, **header})
-        Path(temporary).replace(path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            Path(temporary).unlink()
-        raise
+        save_file(dict(tensors), temporary, metadata=dict(metadata))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_gates_header(path: str | Path) -> GatesHeader:

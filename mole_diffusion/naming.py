@@ -45,6 +45,12 @@ _UNET_PREFIXES = ("lora_unet_", "unet.", "model.diffusion_model.", "diffusion_mo
 _TEXT_PREFIXES = ("lora_te_", "lora_te1_", "text_encoder.", "te.")
 _SECOND_TEXT_PREFIXES = ("lora_te2_", "text_encoder_2.")
 
+# Dialects that can be written.
+DIALECTS = ("diffusers", "kohya")
+# Loaders of every age know the text encoder's matrices with this prefix, some without it too.
+_WRITTEN_PREFIXES = {UNET: "", TEXT_ENCODER: "text_model."}
+_KOHYA_PREFIXES = {UNET: "lora_unet_", TEXT_ENCODER: "lora_te_"}
+
 
 @dataclass(frozen=True)
 class ParsedKey:
@@ -74,6 +80,26 @@ def parse_key(key: str) -> ParsedKey:
         return ParsedKey(key, None, None, None, "not a LoRA key of a known dialect")
     network, matrix, reason = _locate(module)
     return ParsedKey(module, role, network, matrix, reason)
+
+
+def factor_keys(network: str, matrix: str, dialect: str) -> dict[str, str]:
+    """Keys under which a file holds one matrix; the reverse of `parse_key`.
+
+    Args:
+        network: "unet" or "text_encoder".
+        matrix: canonical matrix name.
+        dialect: one of `DIALECTS`.
+    Returns:
+        role ("down", "up", and "alpha" where the dialect has it) -> key.
+    """
+    name = f"{_WRITTEN_PREFIXES[network]}{matrix}"
+    if dialect == "kohya":
+        module = f"{_KOHYA_PREFIXES[network]}{name.replace('.', '_')}"
+        roles = {"down": "lora_down.weight", "up": "lora_up.weight", "alpha": "alpha"}
+    else:
+        module = f"{network}.{name}"
+        roles = {"down": "lora_A.weight", "up": "lora_B.weight"}
+    return {role: f"{module}.{suffix}" for role, suffix in roles.items()}
 
 
 def _split_role(key: str) -> tuple[str, str | None, str | None]:

@@ -10,6 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import nn
 
+from mole_diffusion._pipeline_export import ExportMixin
 from mole_diffusion._pipeline_gates import GatesMixin
 from mole_diffusion._pipeline_records import CallRecorder
 from mole_diffusion._pipeline_regions import region_tensors
@@ -19,7 +20,7 @@ from mole_diffusion.starter import default_experts, starter_dir, starter_experts
 _PARENT_CALL = inspect.signature(StableDiffusionPipeline.__call__)
 
 
-class StableDiffusionMoLEPipeline(GatesMixin, StableDiffusionPipeline):
+class StableDiffusionMoLEPipeline(ExportMixin, StableDiffusionPipeline):
     """`StableDiffusionPipeline` whose UNet and text encoder mix LoRA experts by gates.
 
     Everything of the diffusers pipeline works as before: schedulers, callbacks, offloading, textual
