@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from mole_diffusion import __version__
 from mole_diffusion.checkpoint import save_gates
 from mole_diffusion.cli import app
 from mole_diffusion.config import MoLEConfig
+from mole_diffusion.diagnosis import OPTIONAL, REQUIRED
 from mole_diffusion.experts import load_expert
 from mole_diffusion.inject import inject
 
@@ -74,7 +76,7 @@ def test_version() -> None:
 def test_help_lists_the_commands_and_each_command_has_an_example() -> None:
     overview = run("--help")
     assert overview.exit_code == 0
-    for command in ("demo", "inspect"):
+    for command in ("demo", "generate", "train-gates", "export", "inspect", "doctor"):
         assert command in overview.output
         details = run(command, "--help")
         assert details.exit_code == 0
@@ -190,3 +192,35 @@ def test_demo_suggests_the_nearest_expert(tmp_path: Path) -> None:
     assert "Unknown expert 'boott'" in result.stderr
     assert "Did you mean 'boot'?" in result.stderr
     assert not (tmp_path / "demo").exists()
+
+
+def test_doctor_says_what_is_there_and_how_to_get_the_rest() -> None:
+    result = run("doctor", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["system"]["mole_diffusion"] == __version__
+    assert found["devices"][0].startswith("cpu: ")
+    packages = {package["name"]: package for package in found["packages"]}
+    assert packages["torch"]["version"].split("+")[0] == torch.__version__.split("+")[0]
+    assert packages["gradio"]["install"] == 'pip install "gradio>=4.40"'
+    assert "boot" in found["starter"]["experts"]
+    assert found["problems"] == []
+    spoken = run("doctor")
+    assert spoken.exit_code == 0
+    for package in packages.values():
+        assert (package["version"] or package["install"]) in spoken.output
+
+
+def test_doctor_fails_without_the_starter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mole_diffusion.diagnosis.starter_dir", lambda: tmp_path)
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert f"the starter in {tmp_path} lacks model_index.json" in result.stderr
+
+
+def test_doctor_knows_the_requirements_of_the_project() -> None:
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    plain = re.search(r"^dependencies = \[(.*?)^\]", text, re.MULTILINE | re.DOTALL)
+    assert plain is not None
+    assert re.findall(r'"([^"]+)"', plain[1]) == list(REQUIRED)
+    assert all(f'"{requirement}"' in text for requirement in OPTIONAL)

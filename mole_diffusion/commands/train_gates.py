@@ -1,0 +1,216 @@
+"""`mole train-gates`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mole_diffusion.commands.common import (
+    STARTER,
+    DeviceOption,
+    ExpertOption,
+    JsonOption,
+    ModelOption,
+    open_pipeline,
+    parse_experts,
+    say,
+    shares,
+    show,
+)
+from mole_diffusion.errors import ConfigError, TrainingError, UnknownExpertError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from mole_diffusion.training import Concept, TrainingConfig, TrainingEvent
+
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+class ObjectiveChoice(str, Enum):
+    """What gates are trained on."""
+
+    collage = "collage"
+    clip = "clip"
+    both = "both"
+
+
+def train_gates(
+    prompts: Annotated[list[str], typer.Argument(help="Prompts that name every expert's subject.")],
+    model: ModelOption = STARTER,
+    experts: ExpertOption = None,
+    concepts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--concept",
+            metavar="NAME=TEXT[|CLASS]",
+            help='What an expert knows: "dog=a sks dog|a dog". Default: the trigger in its file.',
+        ),
+    ] = None,
+    references: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, file_okay=False, help="Folder with a folder of pictures per expert, by its name."
+        ),
+    ] = None,
+    objective: Annotated[
+        ObjectiveChoice,
+        typer.Option(help="Collages of the experts' pictures, CLIP guidance (paper), or both."),
+    ] = ObjectiveChoice.collage,
+    iterations: Annotated[int, typer.Option(min=1, help="Iterations in total.")] = 400,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Pictures per iteration; default: 8 collages, 2 with CLIP.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")] = 0,
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for gates, history and state.")] = Path(
+        "outputs/gates"
+    ),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew, whatever the folder holds.")] = False,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Train gates for prompts that name several experts.
+
+    After Ctrl-C the same command goes on where it stopped.
+
+    Example: [bold]mole train-gates "a zor boot and a kip clock" -e boot -e clock --out outputs/boot+clock[/]
+    """
+    from mole_diffusion.training import TrainingConfig
+
+    choices, texts = parse_experts(experts), _parse_concepts(concepts)
+    settings: dict[str, Any] = {"collage_batch": batch, "batch_size": batch, "pool_size": max(96, batch or 0)}
+    config = TrainingConfig(
+        objective=objective.value,
+        iterations=iterations,
+        seed=seed,
+        progress=not as_json,
+        **({} if batch is None else settings),
+    )
+    say(f"Loading {model} ...")
+    pipe = open_pipeline(model, choices, None, device, training=True)
+    known = _concepts(pipe.experts, texts, references, model)
+    result = _train(pipe, prompts, known, config, out, fresh=fresh)
+    last = result.history[-1]
+    if as_json:
+        facts = {name: last[name] for name in ("iteration", "loss", "weights", "seconds")}
+        typer.echo(json.dumps({"gates": str(result.gates), **facts}, indent=2))
+        return
+    show({"gates": str(result.gates), "loss": f"{last['loss']:.4f}", "mean weights": shares(last["weights"])})
+    again = "".join(f" -e {text}" for text in experts or ())
+    say(f'Draw with them: mole generate "{prompts[0]}" --gates {result.gates}{_model_flag(model)}{again}')
+
+
+def _train(
+    pipe: Any,
+    prompts: Sequence[str],
+    concepts: Mapping[str, Concept],
+    config: TrainingConfig,
+    out: Path,
+    *,
+    fresh: bool,
+) -> Any:
+    """Train or go on; says what Ctrl-C leaves behind."""
+    from mole_diffusion.training import GateTrainer
+    from mole_diffusion.training.state import STATE_FILE
+
+    done = 0
+
+    def count(event: TrainingEvent) -> None:
+        nonlocal done
+        done = event.iteration
+
+    trainer = GateTrainer(pipe, prompts, concepts, config, callback=count, checkpoint_dir=out)
+    going_on = not fresh and (out / STATE_FILE).is_file()
+    try:
+        # Not None, which begins anew over another training's results.
+        return trainer.train(resume=going_on)
+    except TrainingError as error:
+        if going_on and not done:
+            raise TrainingError(f"{error}\nGive another --out, or --fresh to begin anew there.") from error
+        raise
+    except KeyboardInterrupt:
+        if (done or going_on) and (out / STATE_FILE).is_file():
+            command = "The same command without --fresh" if fresh else "The same command"
+            say(f"Stopped; what is done is in {out}. {command} goes on from there.")
+        else:
+            say("Stopped before the first iteration; the same command begins again.")
+        raise typer.Exit(1) from None
+
+
+def _concepts(
+    experts: Mapping[str, Any], texts: Mapping[str, str], references: Path | None, model: str
+) -> dict[str, Concept]:
+    """What each expert knows: as given, else the starter's catalogue, else the trigger in its file.
+
+    Raises:
+        UnknownExpertError: a text for an expert that is not loaded.
+        ConfigError: nothing says what an expert knows, or no pictures are where they should be.
+    """
+    from mole_diffusion.demo import concepts_of
+    from mole_diffusion.starter.location import starter_experts
+    from mole_diffusion.training.concepts import as_concepts, concepts_from_experts
+
+    for name in texts:
+        if name not in experts:
+            raise UnknownExpertError(name, list(experts))
+    catalogue = starter_experts() if model == STARTER else {}
+    found: dict[str, Any] = {}
+    for name, expert in experts.items():
+        if name in texts:
+            text, _, class_text = (part.strip() for part in texts[name].partition("|"))
+            found[name] = {"text": text, **({"class_text": class_text} if class_text else {})}
+        elif name in catalogue and catalogue[name].trigger in expert.triggers:
+            found[name] = concepts_of({name: catalogue[name]})[name]
+        else:
+            found[name] = concepts_from_experts({name: expert})[name]
+    known = as_concepts(found, list(experts))
+    return known if references is None else _with_references(known, references)
+
+
+def _with_references(concepts: Mapping[str, Concept], folder: Path) -> dict[str, Concept]:
+    """Concepts with the pictures in the folders of their names; those without a folder stay as they are."""
+    pictures = {name: _pictures(folder / name) for name in concepts}
+    if not any(pictures.values()):
+        wanted = ", ".join(repr(f"{name}/") for name in concepts)
+        raise ConfigError(f"--references {str(folder)!r} has no pictures in any of the folders {wanted}")
+    return {
+        name: replace(concept, references=pictures[name]) if pictures[name] else concept
+        for name, concept in concepts.items()
+    }
+
+
+def _pictures(folder: Path) -> list[Image]:
+    """The pictures in a folder by name; none if there is no such folder."""
+    from PIL import Image, UnidentifiedImageError
+
+    found = []
+    for path in sorted(folder.glob("*")):
+        if path.suffix.lower() not in _PICTURES:
+            continue
+        try:
+            with Image.open(path) as picture:
+                found.append(picture.convert("RGB"))
+        except (UnidentifiedImageError, OSError) as error:
+            raise ConfigError(f"{str(path)!r} cannot be read as a picture: {error}") from error
+    return found
+
+
+def _parse_concepts(texts: Sequence[str] | None) -> dict[str, str]:
+    """`["dog=a sks dog|a dog"]` -> `{"dog": "a sks dog|a dog"}`."""
+    parsed = {}
+    for entry in texts or ():
+        name, _, text = (part.strip() for part in entry.partition("="))
+        if not name or not text:
+            raise typer.BadParameter(f"{entry!r}; write NAME=TEXT or NAME=TEXT|CLASS", param_hint="--concept")
+        parsed[name] = text
+    return parsed
+
+
+def _model_flag(model: str) -> str:
+    return "" if model == STARTER else f" --model {model}"

@@ -1,0 +1,206 @@
+"""Commands that draw, train and export, on tiny networks in a folder of their own."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from pipeline_helpers import build, train_a_little
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from mole_diffusion import StableDiffusionMoLEPipeline
+from mole_diffusion.cli import app
+
+
+def run(*arguments):
+    environment = {"COLUMNS": "200", "NO_COLOR": "1"}
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env=environment)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory, components):
+    """The tiny networks as diffusers saves them."""
+    folder = tmp_path_factory.mktemp("model")
+    build(StableDiffusionPipeline, components).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def options(model, lora_files):
+    """`--model` and two experts, one with a scale."""
+    return ["--model", model, "-e", lora_files["boot"], "-e", f"{lora_files['cat']}=0.5"]
+
+
+@pytest.fixture
+def ours(pipe, lora_files):
+    """The pipeline that `options` describe."""
+    pipe.load_expert(lora_files["boot"])
+    pipe.load_expert(lora_files["cat"], scale=0.5)
+    return pipe
+
+
+def test_generate_draws_what_the_library_draws(ours, options, tmp_path):
+    train_a_little(ours)
+    ours.save_gates(tmp_path / "gates.safetensors")
+    out = tmp_path / "new" / "picture.png"
+    result = run(
+        *("generate", "a boot and a cat", *options, "--gates", tmp_path / "gates.safetensors"),
+        *("--steps", 2, "--guidance", 3, "--seed", 5, "--size", "40x24", "--out", out, "--json"),
+    )
+    assert result.exit_code == 0, result.output
+    expected = ours(
+        "a boot and a cat",
+        *(24, 40, 2),
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(5),
+    ).images[0]
+    with Image.open(out) as picture:
+        np.testing.assert_allclose(np.asarray(picture).astype(int), np.asarray(expected), atol=1)
+    said = json.loads(result.stdout)
+    assert said["picture"] == str(out)
+    assert said["experts"] == ["boot", "cat"]
+    rows = [row.weight for row in ours.gate_weights() if row.expert == "cat"]
+    assert said["weights"]["cat"] == pytest.approx(sum(rows) / len(rows), abs=1e-5)
+    result = run("generate", "a cat", *options, "--active", "cat", "--steps", 1, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "boot 0.00, cat 1.00" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--size", "30"), 2, "multiples of 8"),
+        (("--out", "picture.txt"), 2, "ends in none of"),
+        (("--mixture", "mean"), 2, "'mean' is not one of"),
+        (("-e", "cat=much"), 2, "'much' in 'cat=much' is no number"),
+        (("-e", "boott"), 1, "Did you mean 'boot'?"),
+        (("-e", "there/is/none.safetensors"), 1, "no expert at"),
+        (("--gates", "none.safetensors"), 1, "cannot be read as a gate file"),
+        (("--device", "toaster"), 1, "device 'toaster' cannot be used"),
+    ],
+)
+def test_generate_refuses_in_one_line(arguments, code, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run("generate", "a boot", "--steps", 1, *arguments)
+    assert result.exit_code == code, result.output
+    assert message in " ".join(result.stderr.split())
+    assert not list(tmp_path.iterdir())
+    if code == 1:
+        assert result.stderr.count("error:") == 1
+        assert isinstance(result.exception, SystemExit)
+
+
+def test_a_model_that_is_none_is_refused_in_one_line(tmp_path):
+    result = run("generate", "a boot", "--model", tmp_path, "--steps", 1)
+    assert result.exit_code == 1
+    assert f"the model {str(tmp_path)!r} cannot be opened" in result.stderr
+    assert isinstance(result.exception, SystemExit)
+
+
+def test_export_writes_a_lora_and_says_what_it_lost(ours, plain, options, tmp_path):
+    train_a_little(ours)
+    ours.save_gates(tmp_path / "gates.safetensors")
+    out = tmp_path / "static.safetensors"
+    command = ["export", out, "a boot", "a cat", *options, "--gates", tmp_path / "gates.safetensors"]
+    result = run(*command, "--steps", 2, "--rank", 3, "--format", "kohya", "--half", "--json")
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    report = ours.export_lora(
+        tmp_path / "b.safetensors", "kohya", prompts=["a boot", "a cat"], steps=2, rank=3, dtype=torch.float16
+    )
+    for name in ("compression_error", "noise_difference", "effect_difference"):
+        assert said[name] == pytest.approx(getattr(report, name), rel=1e-3)
+    theirs, expected = load_file(out), load_file(report.path)
+    assert theirs.keys() == expected.keys()
+    plain.load_lora_weights(out)
+    result = run(*command, "--steps", 1)
+    assert result.exit_code == 0, result.output
+    assert "noise predictions differ by" in result.stdout
+    assert run(*command, "--rank", 0).exit_code == 2
+    refused = run("export", tmp_path / "static.bin", "a boot", *options, "--steps", 1)
+    assert refused.exit_code == 1
+    assert "ends in .safetensors" in refused.stderr
+
+
+@pytest.fixture
+def training(options, tmp_path):
+    """A training of 30 iterations with pictures of both concepts, without its `--out`."""
+    references = tmp_path / "references"
+    for name, colour in (("boot", "red"), ("cat", "yellow")):
+        (references / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32), colour).save(references / name / "1.png")
+    texts = ["--concept", "boot=a red boot|a boot", "--concept", "cat=a dull cat"]
+    settings = ["--references", references, "--batch", 2, "--json"]
+    return ["train-gates", "a red boot and a dull cat", *options, *texts, *settings]
+
+
+def test_ctrl_c_leaves_a_training_that_the_same_command_ends(training, model, lora_files, tmp_path):
+    out = tmp_path / "run"
+    command = [str(part) for part in [*training, "--iterations", 30, "--out", out]]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mole_diffusion.cli", *command], stderr=subprocess.PIPE, text=True
+    )
+    history = out / "history.jsonl"
+    deadline = time.monotonic() + 240
+    while not (history.is_file() and len(history.read_text().splitlines()) >= 2):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, "no iteration was made"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1, stderr
+    assert "The same command goes on from there." in stderr
+    assert "Traceback" not in stderr
+    first = history.read_text().splitlines()
+    assert 2 <= len(first) < 30
+    result = run(*command)
+    assert result.exit_code == 0, result.output
+    rows = history.read_text().splitlines()
+    assert len(rows) == 30
+    assert rows[: len(first)] == first
+    said = json.loads(result.stdout)
+    assert said["iteration"] == 30
+    assert set(said["weights"]) == {"boot", "cat"}
+    gated = StableDiffusionMoLEPipeline.from_pretrained(model)
+    gated.load_expert(lora_files["boot"])
+    gated.load_expert(lora_files["cat"], scale=0.5)
+    assert gated.load_gates(said["gates"])["iterations"] == "30"
+
+
+def test_another_training_is_not_overwritten_unless_asked(training, tmp_path):
+    out = tmp_path / "run"
+    result = run(*training, "--iterations", 1, "--out", out)
+    assert result.exit_code == 0, result.output
+    gates = (out / "gates.safetensors").read_bytes()
+    refused = run(*training, "--iterations", 2, "--out", out)
+    assert refused.exit_code == 1
+    assert "iterations: 2 now, 1 in the checkpoint" in refused.stderr
+    assert "Give another --out, or --fresh to begin anew there." in refused.stderr
+    assert (out / "gates.safetensors").read_bytes() == gates
+    result = run(*training, "--iterations", 2, "--out", out, "--fresh")
+    assert result.exit_code == 0, result.output
+    assert len((out / "history.jsonl").read_text().splitlines()) == 2
+
+
+def test_train_gates_refuses(options, tmp_path):
+    out = ["--out", tmp_path / "run", "--iterations", 1]
+    result = run("train-gates", "a boot and a cat", *options, *out)
+    assert result.exit_code == 1
+    assert "name no trigger" in result.stderr
+    result = run("train-gates", "a boot", *options, *out, "--concept", "boat=a boat")
+    assert result.exit_code == 1
+    assert "Did you mean 'boot'?" in result.stderr
+    assert run("train-gates", "a boot", *options, *out, "--concept", "boot").exit_code == 2
+    texts = ["--concept", "boot=a boot", "--concept", "cat=a cat"]
+    (tmp_path / "empty").mkdir()
+    result = run("train-gates", "a boot", *options, *out, *texts, "--references", tmp_path / "empty")
+    assert result.exit_code == 1
+    assert "has no pictures in any of the folders 'boot/', 'cat/'" in result.stderr
+    assert not (tmp_path / "run").exists()
