@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from mole_diffusion import MoLEConfig, StableDiffusionMoLEPipeline
+from mole_diffusion.demo import concepts_of
 from mole_diffusion.starter import evaluate, guidance, judge, starter_dir, starter_experts, world
 from mole_diffusion.training import TrainingConfig
 
@@ -63,8 +64,12 @@ def test_the_papers_settings_train_on_it() -> None:
     pipe = StableDiffusionMoLEPipeline.from_starter(["boot", "clock"])
     pipe.configure(MoLEConfig.paper())
     before = {k: v.clone() for k, v in pipe.mixtures["unet"].gates.state_dict().items()}
-    config = TrainingConfig.paper(iterations=2, progress=False, preview_every=0)
-    result = pipe.train_gates("a zor boot and a kip clock on the beach", config=config)
-    assert len(result.history) == 2
+    config = TrainingConfig.paper(
+        iterations=1, batch_size=1, sampling_steps=4, progress=False, preview_every=0
+    )
+    concepts = concepts_of({name: starter_experts()[name] for name in ("boot", "clock")})
+    prompt = "a zor boot and a kip clock on the beach"
+    result = pipe.train_gates(prompt, concepts=concepts, config=config)
+    assert len(result.history) == 1
     after = pipe.mixtures["unet"].gates.state_dict()
     assert any(not torch.equal(before[k], after[k]) for k in before)
