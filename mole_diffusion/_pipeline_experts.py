@@ -13,6 +13,7 @@ from torch import nn
 
 from mole_diffusion._pipeline_sources import find_expert_file
 from mole_diffusion.baselines import fixed_mixture
+from mole_diffusion.bases import check_prediction
 from mole_diffusion.config import MoLEConfig
 from mole_diffusion.errors import ExpertLoadError, NoExpertsError, UnknownExpertError
 from mole_diffusion.experts import Expert, load_expert
@@ -101,6 +102,7 @@ class ExpertsMixin:
         scale: float = 1.0,
         *,
         weight_name: str | None = None,
+        rank: int | None = None,
         **hub_options: Any,
     ) -> Expert:
         """Load a LoRA file as one more expert.
@@ -113,6 +115,7 @@ class ExpertsMixin:
             name: how prompts and arguments call the expert; None takes it from the file, folder or hub id.
             scale: factor on everything this expert does.
             weight_name: which file of a folder or hub repository.
+            rank: compress deltas of higher rank to this one; None keeps them exact (`Expert.report.errors`).
             hub_options: for `huggingface_hub.snapshot_download` (revision, cache_dir, local_files_only, ...).
 
         Raises:
@@ -122,7 +125,7 @@ class ExpertsMixin:
         After an error the pipeline is as it was before.
         """
         path, own_name = find_expert_file(source, weight_name, **hub_options)
-        expert = load_expert(path, name=name or own_name, scale=scale)
+        expert = load_expert(path, name=name or own_name, scale=scale, rank=rank)
         return self.add_expert(expert)
 
     def add_expert(self, expert: Expert) -> Expert:
@@ -138,6 +141,9 @@ class ExpertsMixin:
                 f"expert {expert.name!r} changes {sorted(expert.factors)};"
                 f" the networks of this pipeline are {sorted(self._networks())}"
             )
+        scheduler = getattr(self, "scheduler", None)
+        if scheduler is not None and scheduler.config.get("prediction_type"):
+            check_prediction(expert, scheduler.config["prediction_type"])
         self._rebuild({**experts, expert.name: expert}, self._state.config)
         unused = _unused(expert, self._state.mixtures)
         if unused:

@@ -117,6 +117,10 @@ class GateValue:
     in_backward: bool
     expanded: dict[tuple[tuple[int, ...], torch.dtype, int], Tensor] = field(default_factory=dict)
 
+    def pooled(self) -> GateValue:
+        """The same with the mean weights over the tokens."""
+        return GateValue(self.weights.mean(1, keepdim=True), self.strength, self.in_backward)
+
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Gates are float32 and factors have the output's data type, also inside somebody's autocast."""

@@ -6,48 +6,23 @@ import ctypes
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .bundled import split_embeddings
 from .errors import ConfigError, ExpertLoadError
-from .naming import ParsedKey, parse_key
+from .factors import LoraFactors, compress
+from .lycoris import absent_roles, build_factors
+from .naming import NOT_LORA, ParsedKey, parse_key
 
-
-@dataclass(frozen=True)
-class LoraFactors:
-    """Factors of one matrix: its delta is `alpha / r * up @ down`.
-
-    Attributes:
-        down: (r, in) or (r, in, 1, 1).
-        up: (out, r) or (out, r, 1, 1).
-        alpha: LoRA alpha; equal to r where a file has none.
-    """
-
-    down: Tensor
-    up: Tensor
-    alpha: float
-
-    @property
-    def rank(self) -> int:
-        """r."""
-        return self.down.shape[0]
-
-    @property
-    def scaling(self) -> float:
-        """alpha / r."""
-        return self.alpha / self.rank
-
-    @property
-    def matrices(self) -> tuple[Tensor, Tensor]:
-        """(down (r, in), up (out, r)) without the trailing axes of 1x1 convolutions."""
-        return self.down.flatten(1), self.up.flatten(1)
+__all__ = ["Expert", "ExpertReport", "LoraFactors", "load_expert"]
 
 
 @dataclass(frozen=True)
@@ -58,17 +33,25 @@ class ExpertReport:
         loaded: keys that are used.
         ignored: key -> reason.
         missing: keys that should be there and are not (the other factor of a pair).
+        dialects: how the loaded keys are named, the most frequent first.
+        errors: "NETWORK.MATRIX" -> relative error (Frobenius) of a delta that was compressed.
     """
 
     loaded: tuple[str, ...]
     ignored: Mapping[str, str]
     missing: tuple[str, ...]
+    dialects: tuple[str, ...] = ()
+    errors: Mapping[str, float] = field(default_factory=dict)
 
     def summary(self) -> str:
         """One line for people."""
         reasons = sorted(set(self.ignored.values()))
         text = f"{len(self.loaded)} keys loaded, {len(self.ignored)} ignored, {len(self.missing)} missing"
-        return f"{text} ({'; '.join(reasons)})" if reasons else text
+        text = f"{text} ({'; '.join(reasons)})" if reasons else text
+        if self.errors:
+            worst = max(self.errors, key=lambda name: self.errors[name])
+            text += f"; {len(self.errors)} deltas compressed, error up to {self.errors[worst]:.2%} ({worst})"
+        return text
 
 
 @dataclass(frozen=True)
@@ -80,8 +63,11 @@ class Expert:
         scale: the user's factor for it.
         sha256: hash of the file (of the factors, if it did not come from a file).
         metadata: header of the file.
-        factors: network ("unet", "text_encoder") -> canonical matrix name -> factors.
+        factors: network ("unet", "text_encoder", "text_encoder_2") -> canonical matrix name -> factors.
         report: account of every key.
+        embeddings: trigger word -> text encoder ("text_encoder", "text_encoder_2") -> its vectors (n, d),
+            where the file bundles them.
+        ldm_blocks: matrices of the UNet that the file names by LDM block -> (row, number) of that block.
     """
 
     name: str
@@ -90,14 +76,19 @@ class Expert:
     metadata: Mapping[str, str]
     factors: Mapping[str, Mapping[str, LoraFactors]]
     report: ExpertReport = field(repr=False)
+    embeddings: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict, repr=False)
+    ldm_blocks: Mapping[str, tuple[str, int]] = field(default_factory=dict, repr=False)
 
     @property
     def triggers(self) -> tuple[str, ...]:
-        """Trigger texts named in the header (`mole.trigger`, separated by "|", or kohya's most used tag)."""
-        named = self.metadata.get("mole.trigger", "")
-        if named:
-            return tuple(text.strip() for text in named.split("|") if text.strip())
-        return _kohya_triggers(self.metadata.get("ss_tag_frequency", ""))
+        """Trigger texts: bundled embeddings, and what the header names.
+
+        In the header: `mole.trigger` (separated by "|"), `modelspec.trigger_phrase`, else kohya's top tag.
+        """
+        named = self.metadata.get("mole.trigger", "") or self.metadata.get("modelspec.trigger_phrase", "")
+        texts = tuple(text.strip() for text in named.split("|") if text.strip())
+        texts = texts or _kohya_triggers(self.metadata.get("ss_tag_frequency", ""))
+        return tuple(dict.fromkeys((*self.embeddings, *texts)))
 
     @classmethod
     def from_state_dict(
@@ -108,35 +99,60 @@ class Expert:
         scale: float = 1.0,
         metadata: Mapping[str, str] | None = None,
         sha256: str | None = None,
+        rank: int | None = None,
     ) -> Expert:
         """Build an expert from tensors in any known dialect.
 
+        Args:
+            state_dict, name, scale, metadata: content of the file, and how to use it.
+            sha256: hash of the file; of the tensors if None.
+            rank: compress deltas of higher rank to this one; `report.errors` has what that costs. None keeps
+                every delta exact.
         Raises:
-            ExpertLoadError: no key is usable, or a pair of factors does not fit together.
-            ConfigError: the name is empty or the scale is not a finite number.
+            ExpertLoadError: no key is usable, factors do not fit together, or DoRA is to be compressed.
+            ConfigError: the name is empty, the scale is not a finite number, or the rank is below 1.
         """
         if not name:
             raise ConfigError("An expert needs a name that is not empty.")
         if not math.isfinite(scale):
             raise ConfigError(f"scale={scale!r} of expert {name!r} is not a finite number.")
+        if rank is not None and rank < 1:
+            raise ConfigError(
+                f"rank={rank!r} of expert {name!r} is not allowed; give a whole number above 0."
+            )
         metadata = dict(metadata or {})
-        factors, report = _collect(state_dict, _PeftAlphas(metadata))
+        collector = _Collector(state_dict, _PeftAlphas(metadata))
+        if rank is not None:
+            collector.compress(rank)
+        report = collector.report()
         if not report.loaded:
             reasons = {reason: key for key, reason in reversed(list(report.ignored.items()))}
             listed = "; ".join(f"{reason} (e.g. {key!r})" for reason, key in reasons.items())
             raise ExpertLoadError(
                 f"Expert {name!r}: none of its {len(state_dict)} keys can be used: {listed or 'no keys'}."
             )
-        return cls(name, float(scale), sha256 or _hash_tensors(state_dict), metadata, factors, report)
+        return cls(
+            name,
+            float(scale),
+            sha256 or _hash_tensors(state_dict),
+            metadata,
+            collector.factors,
+            report,
+            collector.embeddings,
+            collector.ldm_blocks,
+        )
 
 
-def load_expert(path: str | Path, name: str | None = None, scale: float = 1.0) -> Expert:
+def load_expert(
+    path: str | Path, name: str | None = None, scale: float = 1.0, *, rank: int | None = None
+) -> Expert:
     """Read a LoRA from a safetensors file.
 
     Args:
         path: a .safetensors file in any dialect of `naming`. Pickled files are refused: they can run code.
         name: the expert's name; the file's stem if None.
         scale: the user's factor for this expert.
+        rank: compress deltas of higher rank to this one; see `Expert.from_state_dict`.
     Raises:
         ExpertLoadError: the file is missing, is not safetensors, or holds no usable LoRA.
     """
@@ -153,74 +169,91 @@ def load_expert(path: str | Path, name: str | None = None, scale: float = 1.0) -
         raise ExpertLoadError(f"{str(path)!r} cannot be read as safetensors: {error}.") from error
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return Expert.from_state_dict(
-        tensors, name=name if name is not None else path.stem, scale=scale, metadata=metadata, sha256=digest
+        tensors,
+        name=name if name is not None else path.stem,
+        scale=scale,
+        metadata=metadata,
+        sha256=digest,
+        rank=rank,
     )
 
 
-def _collect(
-    state_dict: Mapping[str, Tensor], alphas: _PeftAlphas
-) -> tuple[dict[str, dict[str, LoraFactors]], ExpertReport]:
-    """Pair the factors of each matrix; every key ends up loaded or ignored."""
-    ignored: dict[str, str] = {}
-    modules: dict[str, dict[str, tuple[str, ParsedKey]]] = {}
-    refused: dict[str, str] = {}
-    for key in state_dict:
-        parsed = parse_key(key)
-        if parsed.role is None or parsed.reason is not None:
-            ignored[key] = parsed.reason or "not a LoRA key of a known dialect"
-            if parsed.role is None and parsed.matrix is not None:
-                refused[parsed.module] = ignored[key]
-        else:
-            modules.setdefault(parsed.module, {})[parsed.role] = (key, parsed)
-    factors: dict[str, dict[str, LoraFactors]] = {}
-    loaded: list[str] = []
-    missing: list[str] = []
-    for module, roles in modules.items():
+class _Collector:
+    """Puts together the tensors of each matrix; every key ends up loaded or ignored.
+
+    Args:
+        state_dict: content of a file.
+        alphas: what the file's header says of alphas.
+    """
+
+    def __init__(self, state_dict: Mapping[str, Tensor], alphas: _PeftAlphas) -> None:
+        self.tensors = state_dict
+        self.alphas = alphas
+        self.factors: dict[str, dict[str, LoraFactors]] = {}
+        self.ldm_blocks: dict[str, tuple[str, int]] = {}
+        self.errors: dict[str, float] = {}
+        self._missing: list[str] = []
+        self._dialects: Counter[str] = Counter()
+        self.embeddings, used, self._ignored = split_embeddings(state_dict)
+        self._loaded = sorted(used)
+        modules: dict[str, dict[str, tuple[str, ParsedKey]]] = {}
+        refused: dict[str, str] = {}
+        for key in state_dict:
+            if key in used or key in self._ignored:
+                continue
+            parsed = parse_key(key)
+            if parsed.role is None or parsed.reason is not None:
+                self._ignored[key] = parsed.reason or NOT_LORA
+                refused[parsed.module] = self._ignored[key]
+            else:
+                modules.setdefault(parsed.module, {})[parsed.role] = (key, parsed)
+        for module, roles in modules.items():
+            self._add(module, roles, refused.get(module))
+
+    def _add(self, module: str, roles: dict[str, tuple[str, ParsedKey]], refused: str | None) -> None:
         keys = [key for key, _ in roles.values()]
-        absent = [f"{module} ({role} factor)" for role in ("down", "up") if role not in roles]
-        reason = refused.get(module) or ("the other factor is missing" if absent else None)
-        if reason is not None:
-            ignored.update(dict.fromkeys(keys, reason))
-            missing.extend(absent)
-            continue
-        parsed = roles["down"][1]
+        absent = [f"{module} ({role})" for role in absent_roles(roles)]
+        if refused or absent:
+            self._ignored.update(dict.fromkeys(keys, refused or "the other factor is missing"))
+            self._missing.extend(() if refused else absent)
+            return
+        parsed = next(iter(roles.values()))[1]
         network, matrix = str(parsed.network), str(parsed.matrix)
-        if matrix in factors.setdefault(network, {}):
+        if matrix in self.factors.get(network, {}):
             raise ExpertLoadError(f"{module!r} is the second entry for matrix {matrix!r} of the {network}.")
-        factors[network][matrix] = _pair(module, matrix, network, state_dict, roles, alphas)
-        loaded.extend(keys)
-    return {k: v for k, v in factors.items() if v}, ExpertReport(tuple(loaded), ignored, tuple(missing))
+        tensors = {role: self.tensors[key] for role, (key, _) in roles.items() if role != "alpha"}
+        if "alpha" in roles:
+            alpha: float | None = float(self.tensors[roles["alpha"][0]].float().item())
+        else:
+            rank = tensors["down"].shape[0] if "down" in tensors else None
+            alpha = None if rank is None else self.alphas.find(network, matrix, rank=rank)
+        self.factors.setdefault(network, {})[matrix] = build_factors(module, tensors, alpha)
+        if parsed.ldm is not None:
+            self.ldm_blocks[matrix] = parsed.ldm
+        self._loaded.extend(keys)
+        self._dialects.update(other.dialect for _, other in roles.values())
 
+    def compress(self, rank: int) -> None:
+        """Bring all deltas to `rank` at most.
 
-def _pair(
-    module: str,
-    matrix: str,
-    network: str,
-    state_dict: Mapping[str, Tensor],
-    roles: Mapping[str, tuple[str, ParsedKey]],
-    alphas: _PeftAlphas,
-) -> LoraFactors:
-    down, up = state_dict[roles["down"][0]], state_dict[roles["up"][0]]
-    for tensor, role in ((down, "down"), (up, "up")):
-        if tensor.dim() not in (2, 4) or (tensor.dim() == 4 and tensor.shape[2:] != (1, 1)):
-            raise ExpertLoadError(
-                f"{module!r}: {role} factor of shape {tuple(tensor.shape)}; allowed: two axes, or 1x1."
-            )
-    if down.shape[0] != up.shape[1]:
-        raise ExpertLoadError(
-            f"{module!r}: rank {down.shape[0]} of the down factor and {up.shape[1]} of the up factor differ."
-        )
-    if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
-        raise ExpertLoadError(f"{module!r}: a factor holds values that are not finite.")
-    alpha = (
-        float(state_dict[roles["alpha"][0]].float().item())
-        if "alpha" in roles
-        else alphas.find(network, matrix, rank=down.shape[0])
-    )
-    with torch.inference_mode(False):
-        # Tensors read under inference mode (ComfyUI) could not be trained through; their clones can.
-        down, up = (t.clone() if t.is_inference() else t.detach() for t in (down, up))
-    return LoraFactors(down, up, alpha)
+        Raises:
+            ExpertLoadError: a delta is DoRA's: it is known only together with a base.
+        """
+        for network, matrices in self.factors.items():
+            for matrix, factors in matrices.items():
+                if factors.magnitude is not None:
+                    raise ExpertLoadError(
+                        f"rank={rank} cannot compress DoRA ({network}, {matrix!r}): what it adds depends on "
+                        "the base's weights and has full rank. Load it without rank."
+                    )
+                matrices[matrix], error = compress(factors, rank)
+                if matrices[matrix] is not factors:
+                    self.errors[f"{network}.{matrix}"] = error
+
+    def report(self) -> ExpertReport:
+        """What became of every key."""
+        dialects = tuple(name for name, _ in self._dialects.most_common())
+        return ExpertReport(tuple(self._loaded), self._ignored, tuple(self._missing), dialects, self.errors)
 
 
 class _PeftAlphas:

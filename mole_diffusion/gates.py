@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .architectures import CONTEXT, TEXT_ENCODER, TOKENS, MatrixSite, NetworkMap
+from .architectures import CONTEXT, EMBEDDING, TOKENS, UNET, MatrixSite, NetworkMap
 from .config import MoLEConfig
 from .context import ForwardContext, GateValue, in_backward
 from .errors import ConfigError, InjectionError
@@ -250,7 +250,9 @@ def _count_tokens(
     site: MatrixSite, network: nn.Module, part: str, given: tuple[int, int] | int | None
 ) -> int:
     """Tokens that a flattened gate on `site` reads."""
-    if part == TEXT_ENCODER:
+    if site.stream == EMBEDDING:
+        return 1
+    if part != UNET:
         if given is not None and not isinstance(given, int):
             raise ConfigError(f"flatten_tokens={given!r} is not allowed for a text encoder; give one number.")
         return given or CLIP_TOKENS

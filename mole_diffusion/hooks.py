@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .architectures import TOKENS
+from .architectures import EMBEDDING, TOKENS
 from .context import ForwardContext, GateValue, in_backward, without_autocast
 from .errors import InjectionError
 from .gates import BASE, Group
-from .matrices import Bundle, MatrixSlot
+from .matrices import Bundle, MatrixSlot, output_tokens, rank_activations
 
 
 def mixing_weights(
@@ -90,7 +90,7 @@ class MatrixHook:
         logits = None
         if len(context.activation.active) > 1:
             if group.gate.config.gate_input == "hidden" or z is None:
-                logits = group.gate.feature_logits(functional.tokens_of(x).float(), slot.stream)
+                logits = group.gate.feature_logits(output_tokens(slot.module, x).float(), slot.stream)
             else:
                 logits = group.gate.rank_logits(z.float(), *slot.gate_factors(z.device), slot.stream)
         return group.evaluate(logits, x, context, slot.stream)
@@ -101,6 +101,9 @@ class MatrixHook:
         """(B, 1 or L, R) weight of each rank, shared by all matrices of the group with the same layout."""
         context, stream = self.context, self.slot.stream
         layout = self.slot.layout(experts)
+        if stream == EMBEDDING and value.weights.shape[1] > 1:
+            # One row for the whole picture, in a group whose gate speaks for every token.
+            value = value.pooled()
         per_token = value.weights.shape[1] > 1
         if per_token and value.weights.shape[1] != tokens:
             raise InjectionError(
@@ -120,11 +123,11 @@ class MatrixHook:
         if solo is None or solo == BASE or solo not in self.slot.factors:
             return None
         experts = (solo,)
-        down = self.slot.cache.get(
+        down, offset = self.slot.cache.get(
             ("down", experts, output.device, output.dtype),
-            lambda: self.slot.down_rows(experts)[0].to(output.device, output.dtype),
+            lambda: tuple(t.to(output.device, output.dtype) for t in self.slot.down(experts)),
         )
-        z = nn.functional.linear(functional.tokens_of(x).to(output.dtype), down)
+        z = rank_activations(self.slot.module, x, down, offset)
         scale = torch.full((1, 1, 1), self.context.activation.scales[solo], device=z.device, dtype=z.dtype)
         return self._add(output, z, scale, experts)
 

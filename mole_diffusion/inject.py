@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from . import functional
-from .architectures import TEXT_ENCODER, UNET, NetworkMap, map_network
+from .architectures import UNET, NetworkMap, map_network
 from .config import MoLEConfig
 from .context import Activation, ForwardContext, GateRecord, RegionMasks
 from .errors import (
@@ -33,7 +33,7 @@ class Mixture:
     """Experts and gates attached to one network. Made by `inject`.
 
     Attributes:
-        part: "unet" or "text_encoder".
+        part: "unet", "text_encoder" or "text_encoder_2".
         config: the form of the gates.
         network: the network the hooks are on.
         experts: the experts in the order of the gates' rows.
@@ -207,7 +207,7 @@ class Mixture:
     def _regions(
         self, masks: Mapping[str, Tensor], active: tuple[int, ...], latent_size: tuple[int, int] | None
     ) -> RegionMasks:
-        if self.part == TEXT_ENCODER:
+        if self.part != UNET:
             raise RegionMaskError("Region masks weight image tokens; a text encoder has none.")
         checked = {}
         for name, mask in masks.items():
@@ -266,13 +266,14 @@ def inject(
         network: diffusers UNet, LDM-named UNet or CLIP text encoder; its modules and state dict stay as is.
         experts: at least one; their order is the order of the gates' rows.
         config: the form of the gates.
-        part: "unet" or "text_encoder"; None to tell from the network's names.
+        part: "unet", "text_encoder" or "text_encoder_2"; None to tell from the names (the second text encoder
+            looks like the first).
         flatten_tokens: for pooling "flatten": the latent's (height, width) for a UNet (None: its
             `config.sample_size`), the number of tokens for a text encoder (None: 77).
     Raises:
         NoExpertsError: `experts` is empty.
         ConfigError: two experts have one name, or flattened gates are asked for and no size is known.
-        InjectionError: the network carries a mixture, is of no known kind, or an expert does not fit it.
+        InjectionError: the network carries a mixture, is of no known kind, or an expert was made for another.
     """
     network = getattr(network, "_orig_mod", network)  # what torch.compile wrapped
     if not experts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,15 +11,24 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from mole_diffusion.bases import base_of_expert, prediction_type
 from mole_diffusion.checkpoint import FORMAT as GATES_FORMAT
 from mole_diffusion.checkpoint import GatesHeader, read_gates_header
 from mole_diffusion.errors import ExpertLoadError
 from mole_diffusion.experts import Expert, load_expert
+from mole_diffusion.factors import LoraFactors
 
 __all__ = ["FileDescription", "describe_expert", "describe_file", "describe_gates"]
 
 # Reasons and examples are for reading; a file for another base model has thousands of ignored keys.
 EXAMPLES_PER_REASON = 3
+# kohya writes whole tag lists into the header; `--json` has them in full.
+HEADER_CHARACTERS = 120
+# The numbered blocks that a matrix lies in.
+_PLACE = re.compile(
+    r"^(?:(?:down|up)_blocks\.\d+\.|mid_block\.|encoder\.)?"
+    r"(?:(?:attentions|resnets|downsamplers|upsamplers|layers)\.\d+\.)?(?:transformer_blocks\.\d+\.)?"
+)
 
 
 @dataclass(frozen=True)
@@ -61,25 +71,30 @@ def describe_file(path: str | Path) -> FileDescription:
 
 
 def describe_expert(expert: Expert) -> FileDescription:
-    """Networks, ranks, triggers, and every ignored or missing key of a LoRA."""
-    networks = {
-        network: dict(sorted(Counter(factor.rank for factor in matrices.values()).items()))
-        for network, matrices in expert.factors.items()
-    }
+    """Dialect, base, networks, ranks, triggers, header, and every ignored or missing key of a LoRA."""
     report = expert.report
+    base = base_of_expert(expert)
+    prediction = prediction_type(expert.metadata)
     facts = {
         "kind": "LoRA expert",
+        "dialect": "; ".join(report.dialects),
+        "base": str(base),
+        "prediction": prediction or "not named in the file",
         "sha256": expert.sha256,
         "triggers": ", ".join(expert.triggers) or "none named in the file",
         "keys": report.summary(),
     }
-    sections = {
-        "networks": [
-            f"{network}: {len(expert.factors[network])} matrices, "
-            + ", ".join(f"{count} of rank {rank}" for rank, count in ranks.items())
-            for network, ranks in networks.items()
+    sections = {"networks": [_network_line(network, found) for network, found in expert.factors.items()]}
+    for network, matrices in expert.factors.items():
+        sections[f"matrices of the {network}"] = _by_leaf(matrices)
+    if expert.embeddings:
+        sections["embeddings"] = [
+            f"{word}: "
+            + ", ".join(f"{len(vectors)} x {vectors.shape[1]} ({part})" for part, vectors in parts.items())
+            for word, parts in expert.embeddings.items()
         ]
-    }
+    if expert.metadata:
+        sections["header"] = [f"{key}: {_shortened(value)}" for key, value in sorted(expert.metadata.items())]
     if report.ignored:
         sections["ignored keys"] = _by_reason(report.ignored)
     if report.missing:
@@ -87,19 +102,50 @@ def describe_expert(expert: Expert) -> FileDescription:
     data = {
         "name": expert.name,
         "sha256": expert.sha256,
+        "dialects": list(report.dialects),
+        "base": {"family": base.family, "text_width": base.width, "prediction_type": prediction},
         "triggers": list(expert.triggers),
+        "embeddings": {
+            word: {part: list(vectors.shape) for part, vectors in parts.items()}
+            for word, parts in expert.embeddings.items()
+        },
         "networks": {
-            network: {
-                name: {"rank": factor.rank, "alpha": factor.alpha}
-                for name, factor in expert.factors[network].items()
-            }
-            for network in networks
+            network: {name: _matrix_data(factors) for name, factors in matrices.items()}
+            for network, matrices in expert.factors.items()
         },
         "ignored": dict(report.ignored),
         "missing": list(report.missing),
         "metadata": dict(expert.metadata),
     }
     return FileDescription("expert", expert.name, facts, sections, data)
+
+
+def _network_line(network: str, matrices: Mapping[str, LoraFactors]) -> str:
+    kinds = Counter(factors.kind for factors in matrices.values())
+    ranks = sorted(Counter(factors.rank for factors in matrices.values()).items())
+    line = f"{network}: {len(matrices)} matrices, " + ", ".join(
+        f"{count} of rank {rank}" for rank, count in ranks
+    )
+    if set(kinds) == {"LoRA"}:
+        return line
+    return f"{line}; " + ", ".join(f"{count} as {kind}" for kind, count in sorted(kinds.items()))
+
+
+def _matrix_data(factors: LoraFactors) -> dict[str, Any]:
+    kind = {} if factors.kind == "LoRA" else {"kind": factors.kind}
+    return {"rank": factors.rank, "alpha": factors.alpha, **kind}
+
+
+def _by_leaf(matrices: Mapping[str, LoraFactors]) -> list[str]:
+    """Lines such as "16 x attn1.to_q": names without the numbered blocks that they lie in."""
+    leaves = Counter(_PLACE.sub("", name) for name in matrices)
+    return [f"{count} x {leaf}" for leaf, count in sorted(leaves.items())]
+
+
+def _shortened(text: str) -> str:
+    return (
+        text if len(text) <= HEADER_CHARACTERS else f"{text[:HEADER_CHARACTERS]}... ({len(text)} characters)"
+    )
 
 
 def describe_gates(header: GatesHeader, name: str) -> FileDescription:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .architectures import NetworkMap
+from .architectures import ATTENTION, UNET, NetworkMap
+from .bases import check_fit
 from .context import Activation
 from .errors import InjectionError
 from .experts import Expert, LoraFactors
+from .naming import relocate
 
 # Tensors (per device, data type and active experts) that a matrix keeps ready before it drops them all; more
 # than one forward needs, also with many experts that run one by one.
@@ -69,17 +72,18 @@ class MatrixSlot:
             return tuple(self.factors)
         return self.mixed(activation.active)
 
-    def down_rows(self, experts: tuple[int, ...]) -> list[Tensor]:
-        """Down factors (r_i, in)."""
-        return [self.factors[i].matrices[0] for i in experts]
+    def down(self, experts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """(R, in) concatenated down factors and (R,) what is added to their products, float32."""
+        chosen = [self.factors[i] for i in experts]
+        return torch.cat([f.rows() for f in chosen]), torch.cat([f.offset() for f in chosen])
 
     def rank(self, experts: tuple[int, ...]) -> int:
         """Sum of the ranks of `experts`."""
-        return sum(self.factors[i].rank for i in experts)
+        return sum(self.factors[i].width for i in experts)
 
     def layout(self, experts: tuple[int, ...]) -> tuple[int, ...]:
         """Owner of each rank."""
-        return tuple(i for i in experts for _ in range(self.factors[i].rank))
+        return tuple(i for i in experts for _ in range(self.factors[i].width))
 
     def owners(self, experts: tuple[int, ...], total: int, like: Tensor) -> Tensor:
         """(N, R) one-hot owner of each rank: a product with it is exact and faster than a gather."""
@@ -94,7 +98,7 @@ class MatrixSlot:
         """(R, d_out) concatenated up factors with scaling, on the device and in the data type of `like`."""
 
         def build() -> Tensor:
-            scaled = [self.factors[i].matrices[1].float() * self.factors[i].scaling for i in experts]
+            scaled = [self.factors[i].weighted_up() for i in experts]
             return torch.cat(scaled, dim=1).T.to(like.device, like.dtype).contiguous()
 
         return self.cache.get(("up", experts, like.device, like.dtype), build)
@@ -112,7 +116,7 @@ class MatrixSlot:
         """Per expert s_i B_i, and their block-diagonal Gram matrix; float32."""
 
         def build() -> tuple[list[tuple[int, Tensor]], Tensor]:
-            ups = [(i, (f.matrices[1].float() * f.scaling).to(device)) for i, f in self.factors.items()]
+            ups = [(i, f.weighted_up().to(device)) for i, f in self.factors.items()]
             gram: Tensor = torch.block_diag(*(up.T @ up for _, up in ups))  # type: ignore[no-untyped-call]
             return ups, gram
 
@@ -136,8 +140,7 @@ class Bundle:
         """Rank activations (B, L, R) of `slot` for its input x (B, L, d), in the data type of `like`."""
         if self._input is not x or slot.name not in self._parts:
             rows = {s.name: experts for s in self.slots if (experts := s.projected(activation))}
-            down = self._down(rows, like)
-            z = nn.functional.linear(functional.tokens_of(x).to(like.dtype), down)
+            z = rank_activations(slot.module, x, *self._down(rows, like))
             sizes = [s.rank(rows[s.name]) for s in self.slots if s.name in rows]
             self._parts = dict(zip(rows, torch.split(z, sizes, dim=-1), strict=True))
             self._input = x
@@ -151,13 +154,47 @@ class Bundle:
         self._input = None
         self._parts = {}
 
-    def _down(self, rows: dict[str, tuple[int, ...]], like: Tensor) -> Tensor:
-        def build() -> Tensor:
-            used = [s for s in self.slots if s.name in rows]
-            tensors = [row.float() for s in used for row in s.down_rows(rows[s.name])]
-            return torch.cat(tensors).to(like.device, like.dtype).contiguous()
+    def _down(self, rows: dict[str, tuple[int, ...]], like: Tensor) -> tuple[Tensor, Tensor | None]:
+        def build() -> tuple[Tensor, Tensor | None]:
+            parts = [s.down(rows[s.name]) for s in self.slots if s.name in rows]
+            down, offset = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+            down = down.to(like.device, like.dtype).contiguous()
+            return down, offset.to(like.device, like.dtype) if offset.any() else None
 
         return self._cache.get((tuple(rows.items()), like.device, like.dtype), build)
+
+
+def rank_activations(module: nn.Module, x: Tensor, down: Tensor, offset: Tensor | None) -> Tensor:
+    """(B, L, R) products of a matrix's input with down factors (R, in), in the factors' data type.
+
+    Those of a convolution are computed by a convolution of the same kernel, stride and padding, so that L are
+    the positions of its output.
+    """
+    kernel = kernel_size(module)
+    if kernel is None:
+        return nn.functional.linear(functional.tokens_of(x).to(down.dtype), down, offset)
+    weight = down.view(down.shape[0], -1, *kernel)
+    # PyTorch's own method also knows the module's padding mode (tiling pictures use "circular").
+    z = nn.Conv2d._conv_forward(module, x.to(down.dtype), weight, offset)  # type: ignore[arg-type]
+    return functional.tokens_of(z)
+
+
+def output_tokens(module: nn.Module, x: Tensor) -> Tensor:
+    """(B, L, in) view of a matrix's input at the positions of its output (a stride skips some)."""
+    conv: Any = module
+    if kernel_size(module) is not None and x.dim() == 4:
+        size = [
+            (x.shape[axis - 2] + 2 * conv.padding[axis] - conv.kernel_size[axis]) // conv.stride[axis] + 1
+            for axis in (0, 1)
+        ]
+        x = x[..., :: conv.stride[0], :: conv.stride[1]][..., : size[0], : size[1]]
+    return functional.tokens_of(x)
+
+
+def kernel_size(module: nn.Module) -> tuple[int, int] | None:
+    """(height, width) of a convolution's kernel; None for 1x1 and for Linears, which are plain products."""
+    kernel: Any = getattr(module, "kernel_size", None)
+    return None if kernel is None or tuple(kernel) == (1, 1) else tuple(kernel)
 
 
 def base_layer(module: nn.Module) -> nn.Module:
@@ -168,7 +205,7 @@ def base_layer(module: nn.Module) -> nn.Module:
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int]:
-    """(out, in) of a Linear or 1x1 convolution, also quantised or offloaded."""
+    """(out, in) of a Linear or convolution, also quantised or offloaded; a kernel does not count."""
     for names in (("out_features", "in_features"), ("out_channels", "in_channels")):
         if all(hasattr(module, name) for name in names):
             return int(getattr(module, names[0])), int(getattr(module, names[1]))
@@ -178,7 +215,9 @@ def matrix_shape(module: nn.Module) -> tuple[int, int]:
 
 def fingerprint(network: nn.Module, layout: NetworkMap) -> dict[str, str]:
     digest = hashlib.sha256()
-    for site in sorted(layout.sites, key=lambda site: site.name):
+    # The matrices that format 1 of gate files was made with: those of transformers.
+    sites = [site for site in layout.sites if site.kind == ATTENTION]
+    for site in sorted(sites, key=lambda site: site.name):
         digest.update(f"{site.name} {matrix_shape(base_layer(network.get_submodule(site.path)))};".encode())
     return {"class": type(network).__name__, "shapes": digest.hexdigest()}
 
@@ -186,26 +225,27 @@ def fingerprint(network: nn.Module, layout: NetworkMap) -> dict[str, str]:
 def build_slots(
     network: nn.Module, experts: Sequence[Expert], layout: NetworkMap
 ) -> tuple[dict[str, MatrixSlot], dict[str, tuple[str, ...]]]:
-    """Matrices that an expert has, in execution order, and the experts' matrices without a place."""
-    owned = [expert.factors.get(layout.part, {}) for expert in experts]
-    known = {site.name for site in layout.sites}
-    unmatched = {
-        expert.name: tuple(name for name in own if name not in known)
-        for expert, own in zip(experts, owned, strict=True)
-    }
+    """Matrices that an expert has, in execution order, and the experts' matrices without a place.
+
+    Raises:
+        InjectionError: an expert was made for another network, or DoRA lacks the base's weights.
+    """
+    modules = {site.name: base_layer(network.get_submodule(site.path)) for site in layout.sites}
+    shapes = {name: _delta_shape(module) for name, module in modules.items()}
+    owned = [_placed(expert, layout) for expert in experts]
+    unmatched = {}
     for expert, own in zip(experts, owned, strict=True):
-        if own and len(unmatched[expert.name]) == len(own):
-            raise InjectionError(
-                f"Expert {expert.name!r} matches nothing in this {type(network).__name__}: it has "
-                f"{unmatched[expert.name][0]!r}, the network has {layout.sites[0].name!r}."
-            )
+        check_fit(expert, own, shapes, layout.part, type(network).__name__)
+        unmatched[expert.name] = tuple(name for name in own if name not in shapes)
     slots: dict[str, MatrixSlot] = {}
     for site in layout.sites:
-        factors = {i: own[site.name] for i, own in enumerate(owned) if site.name in own}
+        module = modules[site.name]
+        factors = {
+            i: _exact(own[site.name], module, site.name, experts[i].name)
+            for i, own in enumerate(owned)
+            if site.name in own
+        }
         if factors:
-            module = base_layer(network.get_submodule(site.path))
-            for i, pair in factors.items():
-                _check_shapes(site.name, experts[i].name, pair, matrix_shape(module))
             slots[site.name] = MatrixSlot(site.name, module, site.stream, factors)
     if not slots:
         names = ", ".join(repr(expert.name) for expert in experts)
@@ -213,14 +253,41 @@ def build_slots(
     return slots, unmatched
 
 
-def _check_shapes(matrix: str, expert: str, pair: LoraFactors, shape: tuple[int, int]) -> None:
-    down, up = pair.matrices
-    found = (up.shape[0], down.shape[1])
-    if found != shape:
+def _delta_shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of a delta of the module's weight; a kernel counts as input."""
+    out, fan_in = matrix_shape(module)
+    return out, fan_in * math.prod(kernel_size(module) or (1,))
+
+
+def _placed(expert: Expert, layout: NetworkMap) -> dict[str, LoraFactors]:
+    """Factors by the matrix names of this network: LDM names were read for two residual blocks per level."""
+    own = dict(expert.factors.get(layout.part, {}))
+    if layout.part != UNET or not expert.ldm_blocks or set(layout.layers) == {2}:
+        return own
+    blocks = expert.ldm_blocks
+    return {
+        relocate(name, blocks[name], layout.layers) if name in blocks else name: factors
+        for name, factors in own.items()
+    }
+
+
+def _exact(factors: LoraFactors, module: nn.Module, matrix: str, expert: str) -> LoraFactors:
+    """Factors that need no base weight any more; those of DoRA are computed from it."""
+    if factors.magnitude is None:
+        return factors
+    weight: Any = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point():
         raise InjectionError(
-            f"Expert {expert!r} does not fit {matrix!r}: its delta is {found[0]} x {found[1]}, the matrix "
-            f"{shape[0]} x {shape[1]} (out x in); it was made for another base model."
+            f"Expert {expert!r} is a DoRA and {matrix!r} of the network has no plain weights in memory "
+            "(quantised or offloaded): what a DoRA adds is computed from them. Load the expert first, then "
+            "offload; a quantised base cannot take it."
         )
+    if factors.magnitude.per_input and factors.magnitude.values.numel() != weight.shape[1]:
+        raise InjectionError(
+            f"Expert {expert!r} does not fit {matrix!r}: it has DoRA magnitudes for "
+            f"{factors.magnitude.values.numel()} inputs, the matrix has {weight.shape[1]}."
+        )
+    return factors.against(weight)
 
 
 def build_bundles(slots: Mapping[str, MatrixSlot], layout: NetworkMap) -> list[Bundle]:

@@ -161,36 +161,52 @@ def test_every_key_is_accounted_for(unet: nn.Module) -> None:
     state = lora_state(unet, 2, 1, ("attn1.to_q", "attn1.to_k", "attn1.to_v"))
     block = "mid_block.attentions.0.transformer_blocks.0.attn1"
     odd = {
-        "mid_block.resnets.0.conv1.lora_A.weight": torch.zeros(2, 16, 3, 3),
-        "down_blocks.0.downsamplers.0.conv.lora_A.weight": torch.zeros(2, 16, 3, 3),
-        f"{block}.to_k.dora_scale": torch.zeros(16),
-        "text_encoder_2.encoder.layers.0.mlp.fc1.lora_A.weight": torch.zeros(2, 16),
+        "mid_block.resnets.0.norm1.diff": torch.zeros(16),
+        f"{block}.to_k.w_norm": torch.zeros(16),
+        f"{block}.to_q.oft_blocks": torch.zeros(2, 4, 4),
+        "mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj.a1.weight": torch.zeros(2, 16),
+        "mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj.on_input": torch.zeros(1),
+        "text_encoder.text_model.embeddings.token_embedding.lora_A.weight": torch.zeros(2, 16),
+        "lora_te2_transformer_resblocks_0_attn_in_proj.lora_down.weight": torch.zeros(2, 16),
         "clip_g.something.lora_A.weight": torch.zeros(2, 16),
         "step": torch.zeros(1),
         "mid_block.attentions.0.transformer_blocks.0.ff.net.2.hada_w1_a": torch.zeros(2, 2),
+        "mid_block.attentions.0.proj_in.diff_b": torch.zeros(2),
     }
     del state[f"{block}.to_v.lora_B.weight"]
     expert = Expert.from_state_dict(state | odd, name="dog")
     report = expert.report
     assert {*report.loaded, *report.ignored} == {*state, *odd}
     assert not {*report.loaded} & {*report.ignored}
+    half_there = "the other factor is missing"
     reasons = {
-        "mid_block.resnets.0.conv1.lora_A.weight": "residual blocks",
-        "down_blocks.0.downsamplers.0.conv.lora_A.weight": "convolutions outside",
-        f"{block}.to_k.dora_scale": "DoRA",
-        f"{block}.to_k.lora_A.weight": "DoRA",
-        f"{block}.to_k.lora_B.weight": "DoRA",
-        f"{block}.to_v.lora_A.weight": "the other factor is missing",
-        "text_encoder_2.encoder.layers.0.mlp.fc1.lora_A.weight": "second text encoder",
+        "mid_block.resnets.0.norm1.diff": "normalisation layers",
+        f"{block}.to_k.w_norm": "normalisation layers",
+        f"{block}.to_k.lora_A.weight": "normalisation layers",
+        f"{block}.to_k.lora_B.weight": "normalisation layers",
+        f"{block}.to_q.oft_blocks": "OFT changes the base's weights by a factor",
+        f"{block}.to_q.lora_A.weight": "OFT",
+        f"{block}.to_q.lora_B.weight": "OFT",
+        f"{block}.to_v.lora_A.weight": half_there,
+        "mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj.a1.weight": "GLoRA",
+        "mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj.on_input": "(IA)^3",
+        "text_encoder.text_model.embeddings.token_embedding.lora_A.weight": "embedding tables",
+        "lora_te2_transformer_resblocks_0_attn_in_proj.lora_down.weight": "fused in_proj",
         "clip_g.something.lora_A.weight": "no matrix of a known network",
         "step": "not a LoRA key",
-        "mid_block.attentions.0.transformer_blocks.0.ff.net.2.hada_w1_a": "LoHa",
+        "mid_block.attentions.0.transformer_blocks.0.ff.net.2.hada_w1_a": half_there,
+        "mid_block.attentions.0.proj_in.diff_b": half_there,
     }
     assert set(report.ignored) == set(reasons)
     for key, reason in reasons.items():
         assert reason in report.ignored[key]
-    assert report.missing == (f"{block}.to_v (up factor)",)
-    assert f"{len(report.loaded)} keys loaded, 10 ignored, 1 missing (" in report.summary()
+    feed_forward = "mid_block.attentions.0.transformer_blocks.0.ff.net.2"
+    assert report.missing == (
+        f"{block}.to_v (up factor)",
+        *(f"{feed_forward} ({role})" for role in ("hada_w1_b", "hada_w2_a", "hada_w2_b")),
+        "mid_block.attentions.0.proj_in (diff)",
+    )
+    assert f"{len(report.loaded)} keys loaded, 16 ignored, 5 missing (" in report.summary()
 
 
 def test_files_that_are_refused(tmp_path: Path, unet: nn.Module) -> None:
@@ -216,8 +232,8 @@ def test_files_that_are_refused(tmp_path: Path, unet: nn.Module) -> None:
     [
         ({"lora_A": torch.zeros(3, 16)}, "rank 3 of the down factor and 2 of the up factor differ"),
         (
-            {"lora_A": torch.zeros(2, 16, 3, 3)},
-            r"down factor of shape \(2, 16, 3, 3\); allowed: two axes, or 1x1",
+            {"lora_B": torch.zeros(16, 2, 3, 3)},
+            r"up factor of shape \(16, 2, 3, 3\); allowed: two axes, or 1x1",
         ),
         ({"lora_B": torch.full((16, 2), float("nan"))}, "values that are not finite"),
     ],

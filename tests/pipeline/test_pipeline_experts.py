@@ -169,7 +169,7 @@ def test_what_a_file_has_beyond_the_networks_is_told(pipe, lora_files, tmp_path,
         pipe.load_expert(tmp_path / "more.safetensors")
     assert "expert 'more' is used in part" in caplog.text
     assert "'down_blocks.7.attentions.0" in caplog.text
-    assert "a second text encoder" in caplog.text
+    assert "text_encoder_2: not part of this pipeline, 1 matrices unused" in caplog.text
     assert "ignored" in caplog.text
 
 
@@ -181,6 +181,17 @@ def test_pipeline_without_text_encoder(loaded, components, draw, lora_files, cap
         headless.load_expert(path, name=name)
     assert "text_encoder: not part of this pipeline, 8 matrices unused" in caplog.text
     torch.testing.assert_close(draw(headless, **settings), draw(loaded, **settings), rtol=0, atol=0)
+
+
+def test_expert_of_another_prediction_type_is_refused(pipe, lora_files, tmp_path) -> None:
+    path = tmp_path / "noise.safetensors"
+    save_file(load_file(lora_files["cat"]), path, metadata={"modelspec.prediction_type": "epsilon"})
+    with pytest.raises(ExpertLoadError, match="predicts 'epsilon' .*this base predicts 'v_prediction'"):
+        pipe.load_expert(path)
+    assert not pipe.experts
+    small = pipe.load_expert(lora_files["cat"], rank=2)
+    assert {pair.rank for pair in small.factors["unet"].values()} == {2}
+    assert 0.0 < max(small.report.errors.values()) < 1.0
 
 
 def test_expert_for_other_networks_is_refused(pipe, tmp_path) -> None:
