@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from mole_diffusion._pipeline_records import GateWeight
 from mole_diffusion.checkpoint import write_safetensors
 from mole_diffusion.errors import ConfigError
-from mole_diffusion.experts import LoraFactors
+from mole_diffusion.factors import LoraFactors
+from mole_diffusion.factors import compress as compress_factors
 from mole_diffusion.functional import effective_strength
 from mole_diffusion.inject import Mixture
 from mole_diffusion.matrices import MatrixSlot
@@ -131,9 +132,15 @@ def static_factors(
 
 
 def _concatenate(slot: MatrixSlot, shares: Mapping[int, float]) -> LoraFactors:
-    """Factors (sum r_i, in) and (out, sum r_i) of one matrix; those of convolutions have four axes."""
+    """Factors (sum r_i, in) and (out, sum r_i) of one matrix; those of convolutions have four axes.
+
+    Raises:
+        ConfigError: an expert brings a bias.
+    """
     downs, ups = [], []
     for index, share in shares.items():
+        if slot.factors[index].bias is not None:
+            raise ConfigError(f"an expert changes the bias of {slot.name!r}; a plain LoRA cannot hold that")
         down, up = slot.factors[index].matrices
         downs.append(down.detach().float().cpu())
         ups.append(up.detach().float().cpu() * (slot.factors[index].scaling * share))
@@ -147,9 +154,6 @@ def _concatenate(slot: MatrixSlot, shares: Mapping[int, float]) -> LoraFactors:
 def compress(factors: StaticFactors, rank: int) -> tuple[StaticFactors, float]:
     """The nearest LoRA of a smaller rank, matrix by matrix, and the relative error over all of them.
 
-    The singular values of `B A` are those of the small `R_B R_A^T` of the QR decompositions of B and A^T: the
-    dense matrix is never built.
-
     Args:
         factors: with weights and scaling inside.
         rank: largest rank to keep per matrix; matrices of a smaller rank stay as they are.
@@ -161,28 +165,17 @@ def compress(factors: StaticFactors, rank: int) -> tuple[StaticFactors, float]:
     compressed: StaticFactors = {}
     for part, matrices in factors.items():
         for name, pair in matrices.items():
-            kept, lost, whole = _truncate(pair, rank)
+            kept, error = compress_factors(pair, rank)
+            whole = _squared_norm(pair)
             compressed.setdefault(part, {})[name] = kept
-            dropped, total = dropped + lost, total + whole
+            dropped, total = dropped + error**2 * whole, total + whole
     return compressed, math.sqrt(dropped / total) if total else 0.0
 
 
-def _truncate(pair: LoraFactors, rank: int) -> tuple[LoraFactors, float, float]:
-    """(truncated factors, squared norm of what was dropped, squared norm of all)."""
+def _squared_norm(pair: LoraFactors) -> float:
+    """|up down|^2 = <up^T up, down down^T>: the dense matrix is never built."""
     down, up = (factor.double() for factor in pair.matrices)
-    left, left_triangle = torch.linalg.qr(up)
-    right, right_triangle = torch.linalg.qr(down.T)
-    u, values, vh = torch.linalg.svd(left_triangle @ right_triangle.T)
-    squares = values.square()
-    if pair.rank <= rank:
-        return pair, 0.0, float(squares.sum())
-    kept = min(rank, len(values))
-    root = values[:kept].sqrt()
-    new_up = ((left @ u[:, :kept]) * root).float()
-    new_down = (root[:, None] * (vh[:kept] @ right.T)).float()
-    shape = (*new_down.shape, *pair.down.shape[2:]), (*new_up.shape, *pair.up.shape[2:])
-    truncated = LoraFactors(new_down.reshape(shape[0]), new_up.reshape(shape[1]), alpha=float(kept))
-    return truncated, float(squares[kept:].sum()), float(squares.sum())
+    return float(((up.T @ up) * (down @ down.T)).sum()) * pair.scaling**2
 
 
 def lora_tensors(factors: StaticFactors, dialect: str, dtype: torch.dtype) -> dict[str, Tensor]:

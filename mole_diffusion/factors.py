@@ -140,7 +140,7 @@ def compress(factors: LoraFactors, rank: int) -> tuple[LoraFactors, float]:
     small = replace(
         factors,
         down=(root[:, None] * (vh[:rank] @ right.T)).float().view(len(root), *factors.down.shape[1:]),
-        up=((left @ u[:, :rank]) * root).float(),
+        up=((left @ u[:, :rank]) * root).float().view(-1, len(root), *factors.up.shape[2:]),
         alpha=float(len(root)),
     )
     return small, error
