@@ -186,7 +186,7 @@ def test_pipeline_without_text_encoder(loaded, components, draw, lora_files, cap
 def test_expert_of_another_prediction_type_is_refused(pipe, lora_files, tmp_path) -> None:
     path = tmp_path / "noise.safetensors"
     save_file(load_file(lora_files["cat"]), path, metadata={"modelspec.prediction_type": "epsilon"})
-    with pytest.raises(ExpertLoadError, match="predicts 'epsilon' .*this base predicts 'v_prediction'"):
+    with pytest.raises(ExpertLoadError, match=r"predicts 'epsilon' .*this base predicts 'v_prediction'"):
         pipe.load_expert(path)
     assert not pipe.experts
     small = pipe.load_expert(lora_files["cat"], rank=2)
