@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from .config import MoLEConfig
@@ -85,10 +85,10 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         metadata: the file's header.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not mkstemp: its files can be read by their owner alone, and these are to be shared.
+    # Neither mkstemp nor save_file: their files can be read by the owner alone, and these are to be shared.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        save_file(dict(tensors), temporary, metadata=dict(metadata))
+        temporary.write_bytes(save(dict(tensors), metadata=dict(metadata)))
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

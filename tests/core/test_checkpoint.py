@@ -54,6 +54,13 @@ def test_saved_and_loaded_gates_give_the_same_outputs(form: MoLEConfig, tmp_path
     assert list(tmp_path.iterdir()) == [tmp_path / "gates.safetensors"]
 
 
+def test_a_gate_file_has_the_rights_of_any_new_file(tmp_path: Path, unet: nn.Module) -> None:
+    (tmp_path / "any").touch()
+    mixture = inject(unet, make_experts(2, unet), MoLEConfig())
+    save_gates(tmp_path / "gates.safetensors", {"unet": mixture})
+    assert (tmp_path / "gates.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
 @pytest.mark.parametrize("gate_input", ["experts", "hidden"])
 def test_experts_may_stand_in_another_order(gate_input: str, tmp_path: Path, unet: nn.Module) -> None:
     experts = make_experts(3, unet)
