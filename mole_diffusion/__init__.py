@@ -28,13 +28,25 @@ from .experts import Expert, ExpertReport, LoraFactors, load_expert
 from .inject import Mixture, inject
 
 if TYPE_CHECKING:
-    from .pipeline import StableDiffusionMoLEPipeline
+    from .pipeline import (
+        StableDiffusionMoLEImg2ImgPipeline,
+        StableDiffusionMoLEInpaintPipeline,
+        StableDiffusionMoLEPipeline,
+        StableDiffusionXLMoLEImg2ImgPipeline,
+        StableDiffusionXLMoLEInpaintPipeline,
+        StableDiffusionXLMoLEPipeline,
+    )
     from .training import Concept, GateTrainer, TrainingConfig, TrainingResult
 
 __version__ = "0.1.0"
 
 _LAZY = {
+    "StableDiffusionMoLEImg2ImgPipeline": "mole_diffusion.pipeline",
+    "StableDiffusionMoLEInpaintPipeline": "mole_diffusion.pipeline",
     "StableDiffusionMoLEPipeline": "mole_diffusion.pipeline",
+    "StableDiffusionXLMoLEImg2ImgPipeline": "mole_diffusion.pipeline",
+    "StableDiffusionXLMoLEInpaintPipeline": "mole_diffusion.pipeline",
+    "StableDiffusionXLMoLEPipeline": "mole_diffusion.pipeline",
     "Concept": "mole_diffusion.training",
     "GateTrainer": "mole_diffusion.training",
     "TrainingConfig": "mole_diffusion.training",
@@ -59,7 +71,12 @@ __all__ = [
     "MoLEError",
     "NoExpertsError",
     "RegionMaskError",
+    "StableDiffusionMoLEImg2ImgPipeline",
+    "StableDiffusionMoLEInpaintPipeline",
     "StableDiffusionMoLEPipeline",
+    "StableDiffusionXLMoLEImg2ImgPipeline",
+    "StableDiffusionXLMoLEInpaintPipeline",
+    "StableDiffusionXLMoLEPipeline",
     "TrainingConfig",
     "TrainingError",
     "TrainingResult",
