@@ -22,7 +22,7 @@ FORMAT = "mole-gates"
 FORMAT_VERSION = 1
 _OWN_KEYS = ("format", "format_version", "parts")
 # Settings that change what a gate's numbers mean; initial values and what is trained do not.
-_STRUCTURE = ("granularity", "gate_input", "pooling", "composition")
+_STRUCTURE = ("granularity", "gate_input", "pooling", "composition", "gate_function", "timestep")
 
 
 @dataclass(frozen=True)
@@ -188,10 +188,12 @@ def _describe(mixture: Mixture) -> dict[str, Any]:
 
 def _compare(part: str, file: Mapping[str, Any], here: Mapping[str, Any], *, strict: bool) -> list[str]:
     """Sentences on what differs between a part of a file and a mixture."""
+    # Not the bare dictionary: a file may be older than a setting.
+    form = MoLEConfig.from_dict(file["config"]).to_dict()
     differences = [
-        f"{part}: {field} is {file['config'][field]!r} in the file, {here['config'][field]!r} here"
+        f"{part}: {field} is {form[field]!r} in the file, {here['config'][field]!r} here"
         for field in _STRUCTURE
-        if file["config"][field] != here["config"][field]
+        if form[field] != here["config"][field]
     ]
     if file["base"]["shapes"] != here["base"]["shapes"]:
         classes = f"{file['base']['class']} in the file, {here['base']['class']} here"
@@ -221,4 +223,5 @@ def _reorder(value: Tensor, order: list[int], config: MoLEConfig) -> Tensor:
     if value.dim() == 0 or order == list(range(len(order))):
         return value
     value = value[..., order]
-    return value.index_select(-3, torch.tensor(order)) if config.gate_input == "experts" else value
+    reads_experts = config.gate_input == "experts" and value.dim() > 2  # not so the timestep's projection
+    return value.index_select(-3, torch.tensor(order)) if reads_experts else value

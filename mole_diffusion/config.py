@@ -14,6 +14,7 @@ GRANULARITIES = ("matrix", "layer", "block", "network")
 GATE_INPUTS = ("experts", "hidden")
 POOLINGS = ("mean", "token", "flatten")
 COMPOSITIONS = ("delta", "output")
+GATE_FUNCTIONS = ("softmax", "sigmoid")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,9 @@ class MoLEConfig:
             "flatten" (Eq. 10, literal: bound to one number of tokens).
         composition: "delta" (mix the low-rank deltas of each matrix) or "output" (Eq. 5-13: run the block
             once per expert and mix what the block returns; N + 1 passes).
+        gate_function: "softmax" (Eq. 11) or "sigmoid" (each expert has a weight of its own, so that several
+            can be fully on; at logits of zero both give 1/N).
+        timestep: whether the gates of a UNet also read the timestep.
         temperature: initial tau of Eq. 11, above 0.
         learn_temperature: whether tau is trained.
         strength: initial factor of the mixed delta, above 0; the paper has 1.
@@ -42,6 +46,8 @@ class MoLEConfig:
     gate_input: str = "experts"
     pooling: str = "token"
     composition: str = "delta"
+    gate_function: str = "softmax"
+    timestep: bool = False
     temperature: float = 1.0
     learn_temperature: bool = True
     strength: float = 1.5
@@ -53,6 +59,7 @@ class MoLEConfig:
             ("gate_input", GATE_INPUTS),
             ("pooling", POOLINGS),
             ("composition", COMPOSITIONS),
+            ("gate_function", GATE_FUNCTIONS),
         ):
             value = getattr(self, field)
             if value not in allowed:
@@ -63,7 +70,7 @@ class MoLEConfig:
                 raise ConfigError(f"{field}={value!r} is not a number.")
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{field}={value!r} is not allowed; it must be a finite number above 0.")
-        for field in ("learn_temperature", "learn_strength"):
+        for field in ("timestep", "learn_temperature", "learn_strength"):
             if not isinstance(getattr(self, field), bool):
                 raise ConfigError(f"{field}={getattr(self, field)!r} is not allowed; choose True or False.")
         if self.granularity == "network" and self.pooling == "token":

@@ -107,7 +107,8 @@ class GateValue:
 
     Attributes:
         weights: (B, T, N) gate weights before strength, scales and regions.
-        strength: scalar as trained; None where it does not apply (fixed weights).
+        strength: scalar as trained, or (B, T, 1) where the gates set it token by token; None where it does
+            not apply (fixed weights).
         in_backward: whether a recomputation inside a backward pass computed it.
         expanded: rank weights by matrix layout, data type and number of tokens.
     """
@@ -119,7 +120,10 @@ class GateValue:
 
     def pooled(self) -> GateValue:
         """The same with the mean weights over the tokens."""
-        return GateValue(self.weights.mean(1, keepdim=True), self.strength, self.in_backward)
+        strength = self.strength
+        if strength is not None and strength.dim() > 0:
+            strength = strength.mean(1, keepdim=True)
+        return GateValue(self.weights.mean(1, keepdim=True), strength, self.in_backward)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -162,6 +166,7 @@ class ForwardContext:
         self.activation = Activation(tuple(range(experts)), (1.0,) * experts)
         self.given_size: tuple[int, int] | None = None
         self.latent_size: tuple[int, int] | None = None
+        self.timestep: Tensor | float | None = None
         self.values: dict[str, GateValue] = {}
         self.live: dict[str, Tensor] = {}
         self.recording = False
@@ -170,8 +175,9 @@ class ForwardContext:
         self._graphs: weakref.WeakSet[_Graph] = weakref.WeakSet()
         self._tracked = False
 
-    def begin(self, latent_size: tuple[int, int] | None) -> None:
+    def begin(self, latent_size: tuple[int, int] | None, timestep: Tensor | float | None = None) -> None:
         """Start of a forward of the whole network."""
+        self.timestep = timestep
         self.latent_size = self.given_size or latent_size
         if self.activation.regions is not None and self.latent_size is not None:
             self.activation.regions.check_aspect(self.latent_size)

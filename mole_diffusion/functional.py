@@ -15,6 +15,7 @@ from torch import Tensor
 
 # Added to squared norms: far below the square of any useful feature in float32, above underflow.
 EPS = 1e-20
+TIMESTEP_FEATURES = 8
 
 
 def expert_logits(z: Tensor, projected: Tensor, gram: Tensor) -> Tensor:
@@ -76,11 +77,50 @@ def gate_weights(logits: Tensor, temperature: Tensor | float, active: Sequence[i
     return torch.softmax(scaled, dim=-1)
 
 
+def sigmoid_total(logits: Tensor, temperature: Tensor | float, active: Sequence[int]) -> Tensor:
+    """Sum of N independent gate weights sigmoid(logits / tau - log(N - 1)), which is 1 at logits of zero.
+
+    The active experts stand for all: their mean, times N. A gate with function "sigmoid" is the distribution
+    of these weights (see `sigmoid_weights`) times this sum, which acts as a strength.
+
+    Args:
+        logits: (..., N), N at least 2; temperature: tau; active: indices of active experts.
+    Returns:
+        (..., 1).
+    """
+    experts = logits.shape[-1]
+    open_ = torch.sigmoid(logits[..., list(active)] / temperature - math.log(experts - 1))
+    return open_.mean(-1, keepdim=True) * experts
+
+
+def sigmoid_weights(logits: Tensor, temperature: Tensor | float, active: Sequence[int]) -> Tensor:
+    """Shares (..., N) of the active experts in `sigmoid_total`; inactive experts get exactly 0."""
+    experts = logits.shape[-1]
+    open_ = torch.sigmoid(logits / temperature - math.log(experts - 1))
+    mask = torch.zeros(experts, device=logits.device)
+    mask[list(active)] = 1.0
+    open_ = open_ * mask
+    return open_ / open_.sum(-1, keepdim=True).clamp_min(EPS)
+
+
+def timestep_features(timestep: Tensor) -> Tensor:
+    """Cosines of the timestep, slowest first: a bias and seven waves.
+
+    Args:
+        timestep: (...) in 0..1000, the diffusion's timesteps.
+    Returns:
+        (..., TIMESTEP_FEATURES) float32.
+    """
+    waves = torch.arange(TIMESTEP_FEATURES, device=timestep.device, dtype=torch.float32)
+    return torch.cos(timestep.float().unsqueeze(-1) / 1000 * math.pi * waves)
+
+
 def effective_strength(strength: Tensor, active: Tensor | float, total: int) -> Tensor:
     """Strength with `active` of `total` experts: 1 + (s - 1)(n - 1)/(N - 1), so that one expert alone has 1.
 
     Args:
-        strength: scalar s; active: number of active experts, a tensor when it differs by token; total: N.
+        strength: s, a scalar or one per token; active: number of active experts, a tensor when it differs by
+            token; total: N.
     """
     if total == 1:
         return torch.ones_like(strength)

@@ -33,16 +33,19 @@ class Gate(nn.Module):
         features: d, outputs (gate_input "experts") or inputs ("hidden") of the matrix that computes the gate.
         context_features: the same for the gate of the text tokens in a group that has both streams.
         tokens: L for pooling "flatten".
+        timed: whether the network has timesteps for config.timestep to read.
 
     Attributes:
         projection: (N, d, N) for "experts", (d, N) for "hidden"; with a leading L for "flatten".
         context_projection: the same for text tokens, or None.
+        timestep_projection: (functional.TIMESTEP_FEATURES, N), or None.
         log_temperature: log tau.
         strength: factor of the mixed delta.
     """
 
     projection: nn.Parameter
     context_projection: nn.Parameter | None
+    timestep_projection: nn.Parameter | None
     log_temperature: Tensor
     strength: Tensor
 
@@ -53,6 +56,7 @@ class Gate(nn.Module):
         features: int,
         context_features: int | None = None,
         tokens: int | None = None,
+        timed: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
@@ -62,6 +66,9 @@ class Gate(nn.Module):
         self.context_projection = None
         if context_features is not None:
             self.context_projection = nn.Parameter(torch.zeros(self._shape(context_features, None)))
+        self.timestep_projection = None
+        if config.timestep and timed:
+            self.timestep_projection = nn.Parameter(torch.zeros(functional.TIMESTEP_FEATURES, experts))
         self._scalar("log_temperature", math.log(config.temperature), learn=config.learn_temperature)
         self._scalar("strength", config.strength, learn=config.learn_strength)
 
@@ -177,13 +184,28 @@ class Group:
             x: the group's input, for batch size and device.
         """
         active = context.activation.active
+        strength = self.gate.strength.to(x.device)
         if logits is None:
             weights = torch.zeros(x.shape[0], 1, self.gate.experts, device=x.device)
             weights[..., active[0]] = 1.0
         else:
-            weights = functional.gate_weights(logits, self.gate.temperature.to(logits.device), active)
-        value = GateValue(weights, self.gate.strength.to(x.device), in_backward())
+            tau = self.gate.temperature.to(logits.device)
+            if self.gate.timestep_projection is not None:
+                logits = logits + self._timestep_logits(context, logits.device)
+            if self.gate.config.gate_function == "sigmoid":
+                weights = functional.sigmoid_weights(logits, tau, active)
+                strength = strength * functional.sigmoid_total(logits, tau, active)
+            else:
+                weights = functional.gate_weights(logits, tau, active)
+        value = GateValue(weights, strength, in_backward())
         return context.store(self.label(stream), value, trained=True)
+
+    def _timestep_logits(self, context: ForwardContext, device: torch.device) -> Tensor:
+        """(B or 1, 1, N)."""
+        if context.timestep is None or self.gate.timestep_projection is None:
+            raise InjectionError("Gates that read the timestep need the network to be called with one.")
+        timestep = torch.as_tensor(context.timestep, device=device).reshape(-1, 1)
+        return functional.timestep_features(timestep) @ self.gate.timestep_projection.to(device)
 
 
 def build_groups(
@@ -208,11 +230,12 @@ def build_groups(
         if config.pooling == "flatten":
             tokens = _count_tokens(first, network, layout.part, flatten_tokens)
         own = [slots[site.name] for site in sites]
+        timed = layout.part == UNET
         if block is not None:
             width = _block_width(network, layout, first, config.granularity)
-            gate = Gate(config, experts, width, tokens=tokens)
+            gate = Gate(config, experts, width, tokens=tokens, timed=timed)
         else:
-            gate = _matrix_gate(own, config, experts, tokens)
+            gate = _matrix_gate(own, config, experts, tokens, timed)
         groups.append(Group(name, own, gate, block))
     return groups
 
@@ -224,7 +247,9 @@ def _group_name(site: MatrixSite, config: MoLEConfig, part: str) -> str:
     return names[config.granularity]
 
 
-def _matrix_gate(slots: list[MatrixSlot], config: MoLEConfig, experts: int, tokens: int | None) -> Gate:
+def _matrix_gate(
+    slots: list[MatrixSlot], config: MoLEConfig, experts: int, tokens: int | None, timed: bool
+) -> Gate:
     """The gate of a group whose first matrix computes it; token gates have one more for the text stream."""
     streams = {slot.stream for slot in slots}
     leaders = [slots[0]]
@@ -234,7 +259,7 @@ def _matrix_gate(slots: list[MatrixSlot], config: MoLEConfig, experts: int, toke
     features = [matrix_shape(leader.module)[side] for leader in leaders]
     for leader in leaders:
         leader.leads = config.gate_input == "experts"
-    return Gate(config, experts, features[0], features[1] if len(features) > 1 else None, tokens)
+    return Gate(config, experts, features[0], features[1] if len(features) > 1 else None, tokens, timed)
 
 
 def _block_width(network: nn.Module, layout: NetworkMap, first: MatrixSite, granularity: str) -> int:

@@ -211,7 +211,7 @@ class NetworkHook:
     Args:
         context: state of the mixture.
         groups, bundles: what to clean after an interrupted forward.
-        spatial: whether the first input is a latent (B, C, H, W).
+        spatial: whether the inputs are a latent (B, C, H, W) and its timestep.
     """
 
     def __init__(
@@ -225,10 +225,12 @@ class NetworkHook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """See `torch.nn.Module.register_forward_pre_hook`."""
         latent = args[0] if args else kwargs.get("sample", kwargs.get("x"))
-        size = None
+        size = timestep = None
+        if self.spatial:
+            timestep = args[1] if len(args) > 1 else kwargs.get("timestep", kwargs.get("timesteps"))
         if self.spatial and isinstance(latent, Tensor) and latent.dim() == 4:
             size = (latent.shape[-2], latent.shape[-1])
-        self.context.begin(size)
+        self.context.begin(size, timestep)
         for group in self.groups:
             if group.block is not None:
                 group.solo = None

@@ -30,6 +30,7 @@ def steps_of(seeds: int = 20) -> dict[str, Step]:
         "base": base.train_base,
         "judge": judge.train_judge,
         "clip": guidance.train_clip,
+        "clip-eval": lambda work, out: guidance.train_clip(work, out, guidance.SCORER),
         "experts": lambda work, out: expert.train_experts(work, out),
         "pipeline": lambda work, out: write_index(out),
         "evaluate": lambda work, out: evaluate.evaluate(out, out / "figures.json", seeds),

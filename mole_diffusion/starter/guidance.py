@@ -1,10 +1,17 @@
-"""The starter's guidance CLIP: a small vision transformer and text transformer in open_clip's format."""
+"""The starter's two CLIPs in open_clip's format: one guides trainings, the other only scores pictures.
+
+A picture that was optimised against a CLIP fools that CLIP first, so the second one shares nothing with the
+first but the world: a convolutional picture encoder in place of a transformer, its own seed and its own scenes.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,21 +22,30 @@ from torch import Tensor
 
 from . import base, judge, loop, text, world
 
-SEED = 71
-STEPS, BATCH, RATE = 480, 96, 1e-3
+BATCH, RATE = 96, 1e-3
 
 
-def model_config(vocabulary: int) -> dict[str, object]:
+@dataclass(frozen=True)
+class Recipe:
+    """One CLIP: folder name in the starter, seed, steps and open_clip's ``vision_cfg``."""
+
+    name: str
+    seed: int
+    steps: int
+    vision: Mapping[str, object]
+
+
+GUIDE = Recipe("clip", 71, 480, {"layers": 6, "width": 192, "head_width": 32, "patch_size": 16})
+SCORER = Recipe(
+    "clip_eval", 72, 700, {"timm_model_name": "regnety_004", "timm_pool": "avg", "timm_proj": "linear"}
+)
+
+
+def model_config(recipe: Recipe, vocabulary: int) -> dict[str, Any]:
     """open_clip's ``model_cfg``."""
     return {
         "embed_dim": 128,
-        "vision_cfg": {
-            "image_size": world.SIZE,
-            "layers": 6,
-            "width": 192,
-            "head_width": 32,
-            "patch_size": 16,
-        },
+        "vision_cfg": {"image_size": world.SIZE, **recipe.vision},
         "text_cfg": {
             "context_length": text.MAX_TOKENS,
             "vocab_size": vocabulary,
@@ -53,20 +69,20 @@ def captioned_scene(rng: np.random.Generator) -> tuple[np.ndarray, str]:
     )
 
 
-def train_clip(work: Path, out: Path) -> None:
+def train_clip(work: Path, out: Path, recipe: Recipe = GUIDE) -> None:
     """Contrastive training (Radford et al. 2021) with wrongly composed captions as extra negatives.
 
     Each caption also appears with one of its objects exchanged, as a text no picture belongs to: then a
     missing or a wrong object costs similarity.
     """
-    torch.manual_seed(SEED)
+    torch.manual_seed(recipe.seed)
     vae, tokenizer = base.load_codec(out)
-    settings = model_config(len(tokenizer))
-    arguments = {k: v for k, v in settings["text_cfg"].items() if k != "hf_tokenizer_name"}  # type: ignore[attr-defined]
+    settings = model_config(recipe, len(tokenizer))
+    arguments = {k: v for k, v in settings["text_cfg"].items() if k != "hf_tokenizer_name"}
     clip = CLIP(embed_dim=128, vision_cfg=settings["vision_cfg"], text_cfg=arguments)
 
     def loss_of(step: int) -> Tensor:
-        rng = np.random.default_rng([SEED, step])
+        rng = np.random.default_rng([recipe.seed, step])
         pairs = [captioned_scene(rng) for _ in range(BATCH)]
         pictures = judge.degrade(np.stack([p for p, _ in pairs]), rng, vae if step % 4 == 0 else None)
         captions = [c for _, c in pairs]
@@ -79,11 +95,11 @@ def train_clip(work: Path, out: Path) -> None:
         target = torch.arange(BATCH)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :BATCH].T, target)) / 2
 
-    loop.train("clip", work, clip, loss_of, steps=STEPS, rate=RATE, decay=0.05)
-    folder = out / "clip"
+    loop.train(recipe.name, work, clip, loss_of, steps=recipe.steps, rate=RATE, decay=0.05)
+    folder = out / recipe.name
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
-        {k: v.half().contiguous() for k, v in clip.state_dict().items()},
+        {k: v.half().contiguous() if v.is_floating_point() else v for k, v in clip.state_dict().items()},
         folder / "open_clip_model.safetensors",
     )
     preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}

@@ -19,6 +19,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "rollout": ("step", "walk"),
     "collage_source": ("auto", "references", "drawn"),
     "collage_background": ("base", "sources"),
+    "balance": ("average", "per_gate"),
 }
 _LAYOUTS = ("scene", "strips")
 _POSITIVE_INTEGERS = (
@@ -54,6 +55,9 @@ class TrainingConfig:
         batch_size: Pictures per iteration of the CLIP objectives.
         collage_batch: Collages per iteration of the collage objective.
         alpha: Weight of the balance loss, which is 0 when all experts are used equally (paper: Eq. 16).
+        balance: ``"average"`` balances the weights averaged over all gates, so that a gate may choose one
+            expert where another chooses the next (paper: Eq. 15); ``"per_gate"`` balances every gate alone.
+        text_encoder_gates: Whether the gates of text encoders are trained; they stay uniform otherwise.
         gate_lr: Learning rate of the projections of pooled and token gates. Adam moves a gate on normalised
             features by at most ``lr * sqrt(features)`` a step, so 1e-5 would leave it uniform.
         flatten_lr: Learning rate of the projections of flattened gates, which have ``L`` times more inputs.
@@ -108,6 +112,8 @@ class TrainingConfig:
     batch_size: int = 2
     collage_batch: int = 8
     alpha: float = 0.5
+    balance: Literal["average", "per_gate"] = "average"
+    text_encoder_gates: bool = True
     gate_lr: float = 1e-2
     flatten_lr: float = 1e-5
     scalar_lr: float = 1e-2

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from mole_diffusion.architectures import UNET
 from mole_diffusion.errors import TrainingError
 from mole_diffusion.training.config import TrainingConfig
 
@@ -33,7 +34,7 @@ def parameter_groups(mixtures: Mapping[str, Mixture], config: TrainingConfig) ->
     groups: dict[float, list[nn.Parameter]] = {}
     for part, mixture in mixtures.items():
         for name, parameter in mixture.gates.named_parameters():
-            if not parameter.requires_grad:
+            if not parameter.requires_grad or (part != UNET and not config.text_encoder_gates):
                 continue
             if parameter.dtype != torch.float32:
                 raise TrainingError(

@@ -195,7 +195,7 @@ class GateTrainer:
         """Backward on one loss, with the balance loss where an update follows; returns it as numbers."""
         loss, parts = terms.loss, dict(terms.parts)
         if terms.update:
-            balance = balance_loss(mean_per_gate(self._live_weights()), normalised=True)
+            balance = self._balance()
             parts["balance"] = float(balance.detach())
             loss = loss + self.config.alpha * balance
         if not torch.isfinite(loss):
@@ -206,6 +206,13 @@ class GateTrainer:
             run.optimiser.step()
             run.optimiser.zero_grad(set_to_none=True)
         return LossTerms(loss.detach(), parts, terms.update)
+
+    def _balance(self) -> Tensor:
+        """The balance loss of the last forward, 0 where all experts are used equally."""
+        weights = mean_per_gate(self._live_weights())
+        if self.config.balance == "average":
+            return balance_loss(weights, normalised=True)
+        return torch.stack([balance_loss(gate, normalised=True) for gate in weights]).mean()
 
     def _live_weights(self) -> list[Tensor]:
         """Weights (batch, experts) of every gate in the last forward, with gradient."""

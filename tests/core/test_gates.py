@@ -15,6 +15,7 @@ from mole_diffusion import (
     MoLEConfig,
     NoExpertsError,
     UnknownExpertError,
+    functional,
     inject,
 )
 
@@ -281,3 +282,32 @@ def test_the_text_encoder_prefix_of_older_libraries(clip: nn.Module) -> None:
     )
     assert torch.equal(run(clip), run(wrapped.text_model))
     assert differs(run(clip), run(make_clip()))
+
+
+def test_gates_that_read_the_timestep(unet: nn.Module) -> None:
+    mixture = inject(unet, make_experts(3, unet), MoLEConfig(pooling="mean", timestep=True))
+
+    def weights(timestep: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            unet(torch.ones(2, 4, 8, 8), timestep, torch.ones(2, 12, unet.config.cross_attention_dim))
+        return torch.stack(list(mixture.live_weights().values()))
+
+    assert weights(torch.tensor(10)).allclose(torch.tensor(1 / 3))
+    # A slope over time alone: the first expert at the start of the schedule, the last at its end.
+    with torch.no_grad():
+        for group in mixture.groups:
+            group.gate.timestep_projection[1] = torch.tensor([3.0, 0.0, -3.0])
+    assert weights(torch.tensor(10)).argmax(-1).eq(0).all()
+    assert weights(torch.tensor(990)).argmax(-1).eq(2).all()
+    assert weights(torch.tensor([10, 990])).argmax(-1).tolist() == [[0, 2]] * len(mixture.groups)
+
+
+def test_a_sigmoid_gate_can_open_for_all_experts_at_once() -> None:
+    logits = torch.tensor([[[9.0, 9.0, -9.0]]])
+    total = functional.sigmoid_total(logits, 1.0, (0, 1, 2))
+    shares = functional.sigmoid_weights(logits, 1.0, (0, 1, 2))
+    assert (total * shares).squeeze().tolist() == pytest.approx([1.0, 1.0, 0.0], abs=1e-3)
+    fresh = torch.zeros(1, 1, 3)
+    assert float(functional.sigmoid_total(fresh, 1.0, (0, 1, 2))) == pytest.approx(1.0)
+    # Shares of the others are as before when one is left out.
+    assert functional.sigmoid_weights(logits, 1.0, (0, 2)).squeeze().tolist()[1] == 0.0

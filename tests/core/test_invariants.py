@@ -40,13 +40,16 @@ FORMS = [
     MoLEConfig(granularity="block", pooling="mean", gate_input="hidden"),
     MoLEConfig(granularity="block", pooling="flatten"),
     MoLEConfig(granularity="layer", pooling="token", gate_input="hidden"),
+    MoLEConfig(granularity="block", pooling="token", gate_function="sigmoid", timestep=True),
+    MoLEConfig(granularity="block", pooling="mean", gate_input="hidden", gate_function="sigmoid"),
     MoLEConfig(granularity="network", pooling="mean"),
     MoLEConfig(granularity="block", pooling="token", composition="output"),
 ]
 
 
 def form_id(config: MoLEConfig) -> str:
-    return "-".join((config.granularity, config.pooling, config.gate_input, config.composition))
+    names = [config.granularity, config.pooling, config.gate_input, config.composition, config.gate_function]
+    return "-".join([*names, "timestep"] if config.timestep else names)
 
 
 forms = pytest.mark.parametrize("form", FORMS, ids=form_id)
@@ -202,7 +205,7 @@ def test_reordering_experts_with_their_gate_rows_changes_nothing(form: MoLEConfi
             for key, value in old.gate.state_dict().items():
                 if value.dim():
                     value = value[..., order]
-                    if form.gate_input == "experts":
+                    if form.gate_input == "experts" and value.dim() > 2:  # not the timestep's
                         value = value.index_select(-3, torch.tensor(order))
                 new.gate.state_dict()[key].copy_(value)
     assert_close(run(unet), expected)

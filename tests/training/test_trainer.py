@@ -88,6 +88,33 @@ def test_the_optimiser_holds_exactly_the_gates(pipe: Any, tiny: Tiny) -> None:
     assert held == expected
 
 
+def test_gates_of_the_text_encoder_can_stay_as_they_are(pipe: Any, tiny: Tiny) -> None:
+    groups = parameter_groups(pipe.mixtures, tiny(text_encoder_gates=False))
+    held = {id(p) for group in groups for p in group["params"]}
+    assert held == {id(p) for p in pipe.mixtures["unet"].parameters()}
+
+
+def test_balance_of_every_gate_sees_what_the_average_does_not(
+    pipe: Any, tiny: Tiny, concepts: list[Concept]
+) -> None:
+    """Half of the gates choose the first expert and half the second: balanced on average, not one by one."""
+    for i, group in enumerate(pipe.mixtures["unet"].groups):
+        sign = 1.0 if i % 2 else -1.0
+        with torch.no_grad():
+            for name, parameter in group.gate.named_parameters():
+                if name.endswith("projection"):
+                    parameter.zero_()
+                    parameter[..., 0] = 40 * sign
+                    parameter[..., 1] = -40 * sign
+    balances = {
+        kind: GateTrainer(pipe, PROMPT, concepts, tiny(iterations=1, balance=kind))
+        .train()
+        .history[0]["balance"]
+        for kind in ("average", "per_gate")
+    }
+    assert balances["per_gate"] > 2 * balances["average"]
+
+
 def test_flattened_gates_have_a_rate_of_their_own(pipe: Any, tiny: Tiny) -> None:
     pipe.configure(MoLEConfig(pooling="flatten", learn_strength=False, learn_temperature=False))
     groups = parameter_groups(pipe.mixtures, tiny(flatten_lr=2e-5))
