@@ -21,12 +21,11 @@ from rich.progress import (
 )
 from typer.core import TyperGroup
 
-from mole_diffusion.errors import ConfigError, MoLEError, UnknownExpertError
+from mole_diffusion.errors import MoLEError, UnknownExpertError
+from mole_diffusion.opening import STARTER, open_base
 
 if TYPE_CHECKING:
     from mole_diffusion.pipeline import StableDiffusionMoLEPipeline
-
-STARTER = "starter"
 
 console = Console()
 errors = Console(stderr=True)
@@ -129,40 +128,15 @@ def open_pipeline(
 
     # Reads the file before the large ones.
     header = read_gates_header(gates) if gates is not None else None
-    _hush_libraries()
     if model == STARTER and not experts and header is not None:
         names = dict.fromkeys(name for part in header.parts for name in header.expert_names(part))
         experts = [ExpertChoice(name) for name in names]
-    where = pick_device(device)
-    pipe = _open_model(model, use_defaults=not experts, half=where.startswith("cuda") and not training)
+    pipe = open_base(model, device, half=not training, starter_defaults=not experts)
     for choice in experts:
         path, name = _locate(choice.source, model)
         pipe.load_expert(path, name=name, scale=choice.scale)
     if gates is not None:
         pipe.load_gates(gates)
-    pipe.to(where)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def _open_model(model: str, *, use_defaults: bool, half: bool) -> StableDiffusionMoLEPipeline:
-    import torch
-
-    from mole_diffusion.pipeline import StableDiffusionMoLEPipeline
-
-    if model == STARTER:
-        return StableDiffusionMoLEPipeline.from_starter(None if use_defaults else [])
-    dtype = torch.float16 if half else torch.float32
-    build = (
-        StableDiffusionMoLEPipeline.from_single_file
-        if Path(model).is_file()
-        else StableDiffusionMoLEPipeline.from_pretrained
-    )
-    try:
-        pipe: StableDiffusionMoLEPipeline = build(model, torch_dtype=dtype)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"the model {model!r} cannot be opened: {reason}") from error
     return pipe
 
 
@@ -178,47 +152,6 @@ def _locate(source: str, model: str) -> tuple[str | Path, str | None]:
     if "/" in source or Path(source).exists() or source.endswith(".safetensors"):
         return source, None
     raise UnknownExpertError(source, list(known))
-
-
-def pick_device(device: str) -> str:
-    """The device for "auto": the first GPU that is there; any other text stays as it is.
-
-    Raises:
-        ConfigError: PyTorch does not know the device, or it is not there.
-    """
-    import torch
-
-    if device == "auto":
-        if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"device {device!r} cannot be used: {reason}") from error
-    return device
-
-
-def drawing_settings(model: str, guidance: float | None) -> dict[str, Any]:
-    """Guidance for a model: the starter's own, else the pipeline's default; a given scale goes first."""
-    settings: dict[str, Any] = {}
-    if model == STARTER:
-        from mole_diffusion.demo import GUIDANCE, RESCALE
-
-        settings = {"guidance_scale": GUIDANCE, "guidance_rescale": RESCALE}
-    if guidance is not None:
-        settings["guidance_scale"] = guidance
-    return settings
-
-
-def _hush_libraries() -> None:
-    """Their bars would break ours."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
 
 
 @contextmanager

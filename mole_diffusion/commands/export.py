@@ -10,14 +10,12 @@ from typing import Annotated
 import typer
 
 from mole_diffusion.commands.common import (
-    STARTER,
     ActiveOption,
     DeviceOption,
     ExpertOption,
     GatesOption,
     JsonOption,
     ModelOption,
-    drawing_settings,
     open_pipeline,
     parse_experts,
     progress,
@@ -25,6 +23,7 @@ from mole_diffusion.commands.common import (
     show,
     split_names,
 )
+from mole_diffusion.opening import STARTER, drawing_settings
 
 
 class FormatChoice(str, Enum):

@@ -11,14 +11,12 @@ from typing import Annotated, Any
 import typer
 
 from mole_diffusion.commands.common import (
-    STARTER,
     ActiveOption,
     DeviceOption,
     ExpertOption,
     GatesOption,
     JsonOption,
     ModelOption,
-    drawing_settings,
     open_pipeline,
     parse_experts,
     progress,
@@ -27,6 +25,7 @@ from mole_diffusion.commands.common import (
     show,
     split_names,
 )
+from mole_diffusion.opening import STARTER, drawing_settings
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _SIZE = re.compile(r"(\d+)(?:x(\d+))?")

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mole_diffusion.commands.common import (
-    STARTER,
     DeviceOption,
     ExpertOption,
     JsonOption,
@@ -24,6 +23,7 @@ from mole_diffusion.commands.common import (
     show,
 )
 from mole_diffusion.errors import ConfigError, TrainingError, UnknownExpertError
+from mole_diffusion.opening import STARTER
 
 if TYPE_CHECKING:
     from PIL.Image import Image
