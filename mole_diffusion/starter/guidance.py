@@ -1,7 +1,7 @@
 """The starter's two CLIPs in open_clip's format: one guides trainings, the other only scores pictures.
 
-A picture that was optimised against a CLIP fools that CLIP first, so the second one shares nothing with the
-first but the world: a convolutional picture encoder in place of a transformer, its own seed and its own scenes.
+A picture that was optimised against a CLIP fools that CLIP first. So the second one shares nothing with the
+first but the world: a convolutional picture encoder in place of a transformer, a seed and scenes of its own.
 """
 
 from __future__ import annotations
