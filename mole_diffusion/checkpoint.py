@@ -116,7 +116,13 @@ def read_gates_header(path: str | Path) -> GatesHeader:
     return GatesHeader(int(version), json.loads(metadata["parts"]), rest)
 
 
-def load_gates(path: str | Path, mixtures: Mapping[str, Mixture], strict: bool = True) -> dict[str, str]:
+def load_gates(
+    path: str | Path,
+    mixtures: Mapping[str, Mixture],
+    strict: bool = True,
+    *,
+    parts: Sequence[str] | None = None,
+) -> dict[str, str]:
     """Load gates into mixtures; everything is checked before anything is written.
 
     Experts may stand in another order than in the file: their rows are moved.
@@ -125,13 +131,15 @@ def load_gates(path: str | Path, mixtures: Mapping[str, Mixture], strict: bool =
         path: file of `save_gates`.
         mixtures: part -> mixture, each part of the file and no other.
         strict: False to accept other expert files (hashes) under the same names.
+        parts: the only parts of the file to read, where a host cannot offer the others; None for all.
     Returns:
         What the writer added to the header.
     Raises:
         GateMismatchError: the file does not fit; `differences` lists all reasons.
     """
     header = read_gates_header(path)
-    differences = _one_sided("part", list(header.parts), list(mixtures))
+    offered = [part for part in header.parts if parts is None or part in parts]
+    differences = _one_sided("part", offered, list(mixtures))
     for part in [part for part in header.parts if part in mixtures]:
         differences += _compare(part, header.parts[part], _describe(mixtures[part]), strict=strict)
     if differences:

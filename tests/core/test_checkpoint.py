@@ -53,6 +53,22 @@ def test_saved_and_loaded_gates_give_the_same_outputs(form: MoLEConfig, tmp_path
     assert list(tmp_path.iterdir()) == [tmp_path / "gates.safetensors"]
 
 
+def test_a_host_without_the_text_encoder_reads_the_other_part(
+    tmp_path: Path, unet: nn.Module, clip: nn.Module
+) -> None:
+    mixtures = both(unet, clip, MoLEConfig())
+    randomise(mixtures["unet"])
+    expected = run(unet)
+    save_gates(tmp_path / "gates.safetensors", mixtures)
+    for mixture in mixtures.values():
+        mixture.eject()
+    only = {"unet": inject(unet, make_experts(3, unet), MoLEConfig())}
+    with pytest.raises(GateMismatchError, match="part 'text_encoder' is in the file, not here"):
+        load_gates(tmp_path / "gates.safetensors", only)
+    load_gates(tmp_path / "gates.safetensors", only, parts=["unet"])
+    assert torch.equal(run(unet), expected)
+
+
 def test_a_gate_file_has_the_rights_of_any_new_file(tmp_path: Path, unet: nn.Module) -> None:
     (tmp_path / "any").touch()
     mixture = inject(unet, make_experts(2, unet), MoLEConfig())
