@@ -1,6 +1,7 @@
 """The experts of a diffusers pipeline: loading, taking away, and which of them count in the next forwards."""
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -50,14 +51,24 @@ class Composition:
             )
 
 
-@dataclass
+@dataclass(eq=False)
 class ExpertState:
-    """What a pipeline (and every pipeline made from it with `from_pipe`) knows about its experts."""
+    """What the pipelines around the same networks know about their experts."""
 
     config: MoLEConfig = field(default_factory=MoLEConfig)
     experts: dict[str, Expert] = field(default_factory=dict)
     mixtures: dict[str, Mixture] = field(default_factory=dict)
     composition: Composition = field(default_factory=Composition)
+    networks: dict[str, nn.Module] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, networks: Mapping[str, nn.Module]) -> "ExpertState | None":
+        """The state of the experts that these very networks carry."""
+        return next((one for one in _states if one.experts and one.networks == networks), None)
+
+
+# So that a pipeline built from another one's parts, by whatever way, finds the experts on them.
+_states: weakref.WeakSet[ExpertState] = weakref.WeakSet()
 
 
 class ExpertsMixin:
@@ -76,9 +87,11 @@ class ExpertsMixin:
     @property
     def _state(self) -> ExpertState:
         # Made on first use: diffusers builds pipelines from the signature of __init__, which stays its own.
-        if self._expert_state is None:
-            self._expert_state = ExpertState()
-        return self._expert_state
+        state = self._expert_state
+        if state is None or not state.experts:
+            state = ExpertState.of(_unwrapped(self._networks())) or state or ExpertState()
+            self._expert_state = state
+        return state
 
     @property
     def experts(self) -> Mapping[str, Expert]:
@@ -248,6 +261,8 @@ class ExpertsMixin:
                 "the gates trained for %s are lost: the expert set or the configuration changed", trained
             )
         state.experts, state.mixtures, state.config = experts, new, config
+        state.networks = _unwrapped(self._networks())
+        _states.add(state)
         state.composition = Composition()
 
     def _inject_all(self, experts: dict[str, Expert], config: MoLEConfig, into: dict[str, Mixture]) -> None:
@@ -257,6 +272,11 @@ class ExpertsMixin:
                 into[part] = inject(
                     network, chosen, config, part=part, flatten_tokens=self._flatten_tokens()[part]
                 )
+
+
+def _unwrapped(networks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The networks inside what `torch.compile` made of them."""
+    return {part: getattr(network, "_orig_mod", network) for part, network in networks.items()}
 
 
 def _unused(expert: Expert, mixtures: Mapping[str, Mixture]) -> list[str]:

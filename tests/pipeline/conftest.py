@@ -8,12 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from peft import LoraConfig, get_peft_model_state_dict
 from pipeline_helpers import build
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from xl_components import make_xl_components, write_xl_lora
 
-from mole_diffusion import StableDiffusionMoLEPipeline
+from mole_diffusion import StableDiffusionMoLEPipeline, StableDiffusionXLMoLEPipeline
 
 PICTURE = 32  # pixels; the autoencoder halves three times, so latents are 4 x 4
 WORDS = ["a", "and", "boot", "cat", "clock", "on", "the", "beach", "snow", "red", "dull"]
@@ -143,6 +150,37 @@ def pipe(components: dict[str, Any]) -> StableDiffusionMoLEPipeline:
 def loaded(pipe: StableDiffusionMoLEPipeline, lora_files: dict[str, Path]) -> StableDiffusionMoLEPipeline:
     """Our pipeline with the three experts and fresh gates."""
     for name, path in lora_files.items():
+        pipe.load_expert(path, name=name)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def xl_components(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The tiny networks of an SDXL."""
+    return make_xl_components(make_tokenizer(tmp_path_factory.mktemp("xl_tokenizer")))
+
+
+@pytest.fixture(scope="session")
+def xl_lora_files(tmp_path_factory: pytest.TempPathFactory, xl_components: dict[str, Any]) -> dict[str, Path]:
+    """Two experts of different ranks for the UNet and both text encoders."""
+    folder = tmp_path_factory.mktemp("xl_loras")
+    return {
+        name: write_xl_lora(folder / f"{name}.safetensors", xl_components, seed, rank)
+        for seed, (name, rank) in enumerate([("boot", 2), ("cat", 4)], start=1)
+    }
+
+
+@pytest.fixture
+def xl_plain(xl_components: dict[str, Any]) -> StableDiffusionXLPipeline:
+    """The diffusers pipeline of SDXL."""
+    return build(StableDiffusionXLPipeline, xl_components)
+
+
+@pytest.fixture
+def xl_loaded(xl_components: dict[str, Any], xl_lora_files: dict[str, Path]) -> StableDiffusionXLMoLEPipeline:
+    """Our SDXL pipeline with two experts and fresh gates."""
+    pipe = build(StableDiffusionXLMoLEPipeline, xl_components)
+    for name, path in xl_lora_files.items():
         pipe.load_expert(path, name=name)
     return pipe
 

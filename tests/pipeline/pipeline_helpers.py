@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
-from mole_diffusion.pipeline import StableDiffusionMoLEPipeline
+from mole_diffusion._pipeline_call import MoLEPipelineMixin
 
 # Largest difference of a pixel (0..1) between our path and diffusers' in float32.
 CLOSE = {"atol": 2e-4, "rtol": 0.0}
 
 
-def build(cls: type[StableDiffusionPipeline], components: dict[str, Any]) -> Any:
+def build(cls: type[DiffusionPipeline], components: dict[str, Any]) -> Any:
     """A pipeline of `cls` on copies of the components, silent."""
-    pipe = cls(**copy.deepcopy(components), requires_safety_checker=False)
+    option = "add_watermarker" if "text_encoder_2" in components else "requires_safety_checker"
+    pipe = cls(**copy.deepcopy(components), **{option: False})
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -32,7 +33,7 @@ def with_adapters(plain: Any, lora_files: dict[str, Path], weights: dict[str, fl
     return plain
 
 
-def train_a_little(pipe: StableDiffusionMoLEPipeline) -> None:
+def train_a_little(pipe: MoLEPipelineMixin) -> None:
     """Move every gate away from uniform."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
