@@ -14,6 +14,7 @@ from mole_diffusion._pipeline_gates import GatesMixin
 from mole_diffusion._pipeline_records import CallRecorder
 from mole_diffusion._pipeline_regions import region_tensors
 from mole_diffusion.architectures import TEXT_ENCODER, TEXT_ENCODER_2, UNET
+from mole_diffusion.baselines.prepared import Prepared
 
 P = TypeVar("P", bound="MoLEPipelineMixin")
 
@@ -46,7 +47,7 @@ class MoLEPipelineMixin(ExportMixin):
         active_experts: Sequence[str] | None = None,
         expert_scales: Mapping[str, float] | None = None,
         region_masks: Mapping[str, Any] | None = None,
-        mixture: str | Mapping[str, float] = "gates",
+        mixture: str | Mapping[str, float] | Prepared = "gates",
         **kwargs: Any,
     ) -> Any:
         """Draw pictures. Without experts this is the call of the diffusers pipeline.
@@ -60,7 +61,9 @@ class MoLEPipelineMixin(ExportMixin):
                 drawn picture's size (height, width), 0 to 1, or 0 to 255 as uint8. The same for the whole
                 batch. (With `padding_mask_crop` the drawn picture is the crop, before it is put back.)
             mixture: "gates"; "la" (every expert with weight 1); "nla" (1/N); "none" (the base model,
-                bitwise); or a weight per expert, which also names the active ones.
+                bitwise); "switch" (one expert per step, in turn); "composite" (mean of the experts'
+                predictions, one pass each); a weight per expert, which also names the active ones; or what
+                `mole_diffusion.baselines.prepare` made.
 
         Returns:
             The diffusers pipeline's output, or a tuple with `return_dict=False`.
@@ -70,6 +73,7 @@ class MoLEPipelineMixin(ExportMixin):
             UnknownExpertError: a name that is not loaded.
             AllExpertsMaskedError: `active_experts` is empty (for the base model use `mixture="none"`).
             RegionMaskError: a region mask of the wrong size or range.
+            GateMismatchError: a prepared mixture was made for another base or other experts.
             ConfigError: a mixture or scale that makes no sense.
         """
         parent: Any = super()

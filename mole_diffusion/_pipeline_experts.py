@@ -13,7 +13,10 @@ import torch
 from torch import nn
 
 from mole_diffusion._pipeline_sources import find_expert_file
-from mole_diffusion.baselines import fixed_mixture
+from mole_diffusion.baselines.fixed import fixed_mixture
+from mole_diffusion.baselines.prepared import Prepared, Request
+from mole_diffusion.baselines.routing import ROUTED, routed
+from mole_diffusion.baselines.stand_in import StandIn
 from mole_diffusion.bases import check_prediction
 from mole_diffusion.config import MoLEConfig
 from mole_diffusion.errors import ExpertLoadError, NoExpertsError, UnknownExpertError
@@ -191,7 +194,7 @@ class ExpertsMixin:
         expert_scales: Mapping[str, float] | None = None,
         region_masks: Mapping[str, torch.Tensor] | None = None,
         latent_size: tuple[int, int] | None = None,
-        mixture: str | Mapping[str, float] = "gates",
+        mixture: str | Mapping[str, float] | Prepared = "gates",
     ) -> Iterator[None]:
         """Choose how experts count in every forward inside the `with` block, whoever runs it.
 
@@ -203,13 +206,25 @@ class ExpertsMixin:
             expert_scales: factors in place of those given to `load_expert`.
             region_masks: expert name -> (H, W) tensor in 0..1.
             latent_size: (height, width) of the latents that the masks belong to.
-            mixture: "gates"; "la" (weight 1 each); "nla" (1/N each); "none" (the base model); or a weight per
-                expert, which also names the active ones.
+            mixture: "gates"; "la" (weight 1 each); "nla" (1/N each); "none" (the base model); "switch" (one
+                expert per step, in turn); "composite" (mean of the experts' predictions); a weight per
+                expert, which also names the active ones; or what `baselines.prepare` made.
 
         Raises:
             NoExpertsError: something was asked of experts and none is loaded.
+            GateMismatchError: a prepared mixture was made for another base or other experts.
             UnknownExpertError, AllExpertsMaskedError, RegionMaskError, ConfigError: see `Mixture.activate`.
         """
+        if isinstance(mixture, Prepared) or mixture in ROUTED:
+            request = Request(active_experts, expert_scales, region_masks, latent_size)
+            engaged = (
+                mixture.engaged(self, request)
+                if isinstance(mixture, Prepared)
+                else routed(self, str(mixture), request)
+            )
+            with engaged:
+                yield
+            return
         state = self._state
         plain = active_experts is None and not expert_scales and not region_masks
         if not state.experts and not (plain and mixture in ("gates", "none")):
@@ -228,6 +243,24 @@ class ExpertsMixin:
         finally:
             state.composition = before
             before.apply(state.mixtures)
+
+    @contextmanager
+    def standing_in(self, others: StandIn) -> Iterator[None]:
+        """Other experts and gates inside the `with` block; afterwards those from before, bitwise."""
+        state = self._state
+        before = replace(state)
+        for mixture in before.mixtures.values():
+            mixture.eject()
+        try:
+            with others.attached(self._networks(), self._inject_all) as mixtures:
+                state.experts, state.mixtures, state.config = others.experts, mixtures, others.config
+                state.composition = Composition()
+                state.composition.apply(mixtures)
+                yield
+        finally:
+            vars(state).update(vars(before))
+            for mixture in before.mixtures.values():
+                mixture.attach()
 
     def _rebuild(
         self,

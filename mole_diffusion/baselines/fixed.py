@@ -1,4 +1,4 @@
-"""Today's ways of combining LoRAs, as fixed weights behind the same interface as gates.
+"""Linear arithmetic and other fixed weights behind the same interface as gates.
 
 A fixed mixture is one weight per expert, the same in every layer, for every token and at every step. It
 runs through the same hooks as trained gates (`Mixture.activate(weights=...)`): only the weights differ.
@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 
 from mole_diffusion.errors import ConfigError, UnknownExpertError
 
-MIXTURES = ("gates", "la", "nla", "none")
+_FIXED = ("gates", "la", "nla", "none")
+#: Words for `pipe(prompt, mixture=...)`; the last two change the expert within a picture (`routing`).
+MIXTURES = (*_FIXED, "switch", "composite")
 
 
 def linear_arithmetic(names: Sequence[str]) -> dict[str, float]:
@@ -41,7 +43,7 @@ def fixed_mixture(
         UnknownExpertError: a weight for an expert that is not loaded.
     """
     if isinstance(mixture, str):
-        if mixture not in MIXTURES:
+        if mixture not in _FIXED:
             raise ConfigError(
                 f"mixture is {mixture!r}, expected one of {list(MIXTURES)} or a weight per expert"
             )
