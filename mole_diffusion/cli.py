@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from mole_diffusion import __version__
+from mole_diffusion.commands.app import app as serve
 from mole_diffusion.commands.common import Commands
 from mole_diffusion.commands.demo import demo
 from mole_diffusion.commands.doctor import doctor
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 for command in (demo, generate, train_gates, export, inspect, doctor):
     app.command()(command)
+app.command("app")(serve)
 
 
 def _print_version(wanted: bool) -> None:

@@ -28,7 +28,7 @@ REQUIRED = {
 }
 #: The same for what only some parts of the project need.
 OPTIONAL = {
-    "gradio>=4.40": "the app",
+    "gradio>=6.6": "the app (mole app)",
     "xformers>=0.0.23": "faster attention on older NVIDIA GPUs",
     "timm>=1.0": "evaluation with the starter's judge",
 }

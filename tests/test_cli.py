@@ -76,7 +76,7 @@ def test_version() -> None:
 def test_help_lists_the_commands_and_each_command_has_an_example() -> None:
     overview = run("--help")
     assert overview.exit_code == 0
-    for command in ("demo", "generate", "train-gates", "export", "inspect", "doctor"):
+    for command in ("demo", "generate", "train-gates", "export", "inspect", "app", "doctor"):
         assert command in overview.output
         details = run(command, "--help")
         assert details.exit_code == 0
@@ -202,7 +202,7 @@ def test_doctor_says_what_is_there_and_how_to_get_the_rest() -> None:
     assert found["devices"][0].startswith("cpu: ")
     packages = {package["name"]: package for package in found["packages"]}
     assert packages["torch"]["version"].split("+")[0] == torch.__version__.split("+")[0]
-    assert packages["gradio"]["install"] == 'pip install "gradio>=4.40"'
+    assert packages["gradio"]["install"] == 'pip install "gradio>=6.6"'
     assert "boot" in found["starter"]["experts"]
     assert found["problems"] == []
     spoken = run("doctor")

@@ -1,0 +1,144 @@
+"""The page: head and tabs; and the server."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from starlette.middleware import Middleware
+
+from mole_diffusion.app.studio import Studio
+from mole_diffusion.app.tabs.compose import ComposeTab
+from mole_diffusion.app.theme import STYLE, theme
+from mole_diffusion.app.uploads import MAX_FILE_BYTES
+from mole_diffusion.app.web import SessionCookie, UploadGuard
+from mole_diffusion.opening import STARTER
+
+#: Requests that may wait in Gradio's own queue; the long work has one of its own.
+_MAX_REQUESTS = 64
+_HOUR = 3600
+
+_HEAD = """
+<div class="masthead">
+<svg viewBox="0 0 48 48" aria-hidden="true"><rect width="48" height="48" rx="13" fill="#e4572e"/>
+<circle cx="16" cy="18" r="6.5" fill="#fff"/><circle cx="32" cy="18" r="6.5" fill="#fff" opacity=".72"/>
+<circle cx="24" cy="33" r="6.5" fill="#fff" opacity=".45"/></svg>
+<div><h1>Mixture of LoRA Experts</h1><p>Several LoRAs in one picture, each in its place.</p></div>
+</div>
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppOptions:
+    """How the app is served.
+
+    Attributes:
+        host, port: where it listens; port None takes the first free one from 7860 on.
+        share: a public address through Gradio's tunnel.
+        auth: (name, password) that visitors must give.
+        model: the base model new sessions start with.
+        device: "auto" or a device.
+        open_browser: show it in a browser.
+    """
+
+    host: str = "127.0.0.1"
+    port: int | None = None
+    share: bool = False
+    auth: tuple[str, str] | None = None
+    model: str = STARTER
+    device: str = "auto"
+    open_browser: bool = False
+
+    @property
+    def trusted(self) -> bool:
+        """Whether whoever comes may name paths and hub ids: from this machine, or with the password."""
+        return self.auth is not None or (self.host in ("127.0.0.1", "localhost", "::1") and not self.share)
+
+
+def build(studio: Studio) -> gr.Blocks:
+    """The page for a studio."""
+    with gr.Blocks(
+        title="Mixture of LoRA Experts",
+        analytics_enabled=False,
+        delete_cache=(_HOUR, 6 * _HOUR),
+        fill_width=True,
+    ) as demo:
+        gr.HTML(_HEAD, apply_default_css=False)
+        with gr.Tabs(), gr.Tab("Compose", id="compose"):
+            ComposeTab(studio).build(demo)
+    demo.queue(max_size=_MAX_REQUESTS, default_concurrency_limit=None)
+    return demo
+
+
+@contextmanager
+def serving(options: AppOptions) -> Iterator[tuple[str, str | None]]:
+    """Serve the app inside the `with` block, with a folder of its own that is gone afterwards.
+
+    Yields:
+        The local address and the public one, if there is one.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="mole-app-"))
+    uploads = folder / "uploads"
+    before = os.environ.get("GRADIO_TEMP_DIR")
+    os.environ["GRADIO_TEMP_DIR"] = str(uploads)
+    studio = Studio(folder, model=options.model, device=options.device, trusted=options.trusted)
+    try:
+        demo = build(studio)
+        with _temporary_files_in(folder):
+            _, local, public = demo.launch(**_launch_options(options, uploads))
+            try:
+                yield local, public
+            finally:
+                demo.close(verbose=False)
+    finally:
+        studio.close()
+        shutil.rmtree(folder, ignore_errors=True)
+        if before is None:
+            os.environ.pop("GRADIO_TEMP_DIR", None)
+        else:
+            os.environ["GRADIO_TEMP_DIR"] = before
+
+
+def _launch_options(options: AppOptions, uploads: Path) -> dict[str, Any]:
+    """Nothing is sent anywhere: no analytics, no history of runs, no link to a hub."""
+    return {
+        "server_name": options.host,
+        "server_port": options.port,
+        "share": options.share,
+        "auth": options.auth,
+        "inbrowser": options.open_browser,
+        "prevent_thread_lock": True,
+        "quiet": True,
+        "show_error": True,
+        "footer_links": [],
+        "run_history": False,
+        "enable_monitoring": False,
+        "pwa": False,
+        "ssr_mode": False,
+        "mcp_server": False,
+        "max_file_size": MAX_FILE_BYTES,
+        "theme": theme(),
+        "css_paths": [STYLE],
+        "app_kwargs": {
+            "middleware": [Middleware(SessionCookie), Middleware(UploadGuard, folder=uploads)],
+            "docs_url": None,
+            "redoc_url": None,
+        },
+    }
+
+
+@contextmanager
+def _temporary_files_in(folder: Path) -> Iterator[None]:
+    """Python's temporary files in this folder."""
+    before, tempfile.tempdir = tempfile.tempdir, str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before

@@ -1,0 +1,160 @@
+"""Experts as tiles with their reference picture: one component, its value a list of plain dictionaries."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from mole_diffusion.app.session import ExpertCard, Session, thumbnail
+from mole_diffusion.errors import ConfigError
+
+#: Side in pixels of the pictures in the tiles (drawn at half of it on dense screens).
+_SIDE = 192
+MAX_STRENGTH = 2.0
+
+# Names come from files: Handlebars escapes them.
+_TEMPLATE = """
+<div class="tiles {{#if empty}}tiles-empty{{/if}}" role="group" aria-label="{{caption}}">
+{{#each value}}
+  <div class="tile {{#if on}}tile-on{{/if}}" style="--tile-colour: {{colour}}">
+    <label class="tile-face">
+      <input type="checkbox" data-tile="{{name}}" {{#if on}}checked{{/if}} aria-label="Use {{name}}">
+      {{#if picture}}<img src="{{picture}}" alt="" loading="lazy">{{/if}}
+      {{#unless picture}}<span class="tile-blank">{{initial}}</span>{{/unless}}
+      <span class="tile-tick" aria-hidden="true"></span>
+      <span class="tile-name">{{name}}</span>
+      <span class="tile-text">{{text}}</span>
+    </label>
+    {{#if adjustable}}
+    <label class="tile-strength">
+      <span>Strength</span><output>{{strength}}</output>
+      <input type="range" min="0" max="2" step="0.05" value="{{strength}}" data-strength="{{name}}"
+        aria-label="Strength of {{name}}">
+    </label>
+    {{/if}}
+  </div>
+{{/each}}
+</div>
+"""
+
+# Values change on release, not while dragging: a new value draws the tiles anew, under the pointer.
+_SCRIPT = """
+element.addEventListener('input', (event) => {
+  const slider = event.target.closest('input[data-strength]');
+  if (slider) slider.parentElement.querySelector('output').textContent = Number(slider.value).toFixed(2);
+});
+element.addEventListener('change', (event) => {
+  const box = event.target.closest('input[data-tile]');
+  const slider = event.target.closest('input[data-strength]');
+  if (!box && !slider) return;
+  const name = box ? box.dataset.tile : slider.dataset.strength;
+  const query = box ? 'input[data-tile]' : 'input[data-strength]';
+  props.value = props.value.map((tile) => tile.name !== name ? tile : {
+    ...tile,
+    on: box ? box.checked : tile.on,
+    strength: slider ? Number(slider.value).toFixed(2) : tile.strength,
+  });
+  trigger('select');
+  requestAnimationFrame(() => {
+    for (const input of element.querySelectorAll(query)) {
+      if ((input.dataset.tile || input.dataset.strength) === name) input.focus();
+    }
+  });
+});
+"""
+
+
+def tiles(caption: str, elem_id: str) -> gr.HTML:
+    """A group of tiles; its `select` event says that the user changed something."""
+    return gr.HTML(
+        value=[],
+        html_template=_TEMPLATE,
+        js_on_load=_SCRIPT,
+        apply_default_css=False,
+        caption=caption,
+        elem_id=elem_id,
+    )
+
+
+def mixing_tiles(session: Session, values: Any = None) -> list[dict[str, Any]]:
+    """The chosen experts with switch and strength, as they stand in `values` where they are there."""
+    before = {tile["name"]: tile for tile in read(values)}
+    return [
+        _tile(
+            card,
+            on=before.get(card.name, {}).get("on", True),
+            colour=session.colour(card.name),
+            strength=before.get(card.name, {}).get("strength", 1.0),
+        )
+        for card in session.cards
+    ]
+
+
+def library_tiles(session: Session) -> list[dict[str, Any]]:
+    """All experts there are, the chosen ones switched on."""
+    return [
+        _tile(
+            card,
+            on=card.name in session.chosen,
+            colour=session.colour(card.name) if card.name in session.chosen else "transparent",
+        )
+        for card in session.library.values()
+    ]
+
+
+def read(values: Any) -> list[dict[str, Any]]:
+    """What a browser sent as the tiles' value: name, on and strength of each.
+
+    Raises:
+        ConfigError: something else.
+    """
+    if values in (None, ""):
+        return []
+    try:
+        found: list[dict[str, Any]] = [
+            {
+                "name": str(tile["name"]),
+                "on": bool(tile["on"]),
+                "strength": float(tile.get("strength") or 1.0),
+            }
+            for tile in values
+        ]
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise ConfigError("the experts' tiles sent something that is no list of experts") from error
+    for tile in found:
+        if not 0 <= tile["strength"] <= MAX_STRENGTH:
+            raise ConfigError(
+                f"strength of {tile['name']!r} is {tile['strength']}; allowed are 0 to {MAX_STRENGTH:g}"
+            )
+    return found
+
+
+def active(values: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The names that are switched on."""
+    return tuple(tile["name"] for tile in values if tile["on"])
+
+
+def _tile(card: ExpertCard, *, on: bool, colour: str, strength: float | None = None) -> dict[str, Any]:
+    return {
+        "name": card.name,
+        "initial": card.name[:1].upper(),
+        "text": card.text or "no trigger known",
+        "picture": _data_uri(card.picture) if card.picture else "",
+        "colour": colour,
+        "on": on,
+        "adjustable": strength is not None,
+        "strength": f"{1.0 if strength is None else strength:.2f}",
+    }
+
+
+@lru_cache(maxsize=256)
+def _data_uri(path: Path) -> str:
+    stream = io.BytesIO()
+    thumbnail(path, _SIDE).save(stream, format="WEBP", quality=82)
+    return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode("ascii")

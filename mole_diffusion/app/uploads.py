@@ -1,0 +1,71 @@
+"""Which files the app takes: safetensors and pictures, by what is in them and not by their name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from mole_diffusion.errors import ConfigError
+
+MAX_FILE_BYTES = 2 * 2**30
+MAX_PICTURE_BYTES = 32 * 2**20
+MAX_PICTURE_PIXELS = 40_000_000
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+LORA_SUFFIXES = (".safetensors",)
+_MAX_HEADER_BYTES = 100 * 2**20
+
+
+def check_upload(path: Path) -> str:
+    """Look at an uploaded file.
+
+    Returns:
+        "safetensors" or "picture".
+
+    Raises:
+        ConfigError: it is neither, or too large.
+    """
+    suffix = path.suffix.lower()
+    if suffix in LORA_SUFFIXES:
+        _check_safetensors(path)
+        return "safetensors"
+    if suffix in PICTURE_SUFFIXES:
+        _check_picture(path)
+        return "picture"
+    raise ConfigError(
+        f"{path.name!r} is not taken: the app takes {', '.join((*LORA_SUFFIXES, *PICTURE_SUFFIXES))} files"
+    )
+
+
+def _check_safetensors(path: Path) -> None:
+    """The header is there, is JSON and lies inside the file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
+            raise ConfigError(f"{path.name!r} is no safetensors file: it has no header")
+        try:
+            json.loads(file.read(length))
+        except ValueError as error:
+            raise ConfigError(f"{path.name!r} is no safetensors file: its header cannot be read") from error
+
+
+def _check_picture(path: Path) -> None:
+    size = path.stat().st_size
+    if size > MAX_PICTURE_BYTES:
+        raise ConfigError(
+            f"{path.name!r} has {size / 2**20:.0f} MB; pictures may have {MAX_PICTURE_BYTES // 2**20} MB"
+        )
+    try:
+        with Image.open(path) as picture:
+            kind, pixels = picture.format, picture.width * picture.height
+            picture.verify()
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        raise ConfigError(f"{path.name!r} cannot be read as a picture") from error
+    if kind not in ("PNG", "JPEG", "WEBP"):
+        raise ConfigError(f"{path.name!r} is a {kind} picture; allowed are PNG, JPEG and WebP")
+    if pixels > MAX_PICTURE_PIXELS:
+        raise ConfigError(
+            f"{path.name!r} has {pixels / 1e6:.0f} megapixels; allowed are {MAX_PICTURE_PIXELS / 1e6:.0f}"
+        )
