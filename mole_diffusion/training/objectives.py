@@ -155,7 +155,7 @@ class CollageObjective:
     def _predict(self, noisy: Tensor, timesteps: Tensor, captions: list[str]) -> Tensor:
         text, _ = self._bench.encode_texts(captions)
         self._bench.counter.unet()
-        prediction: Tensor = self._bench.pipe.unet(noisy, timesteps, encoder_hidden_states=text).sample
+        prediction: Tensor = self._bench.pipe.unet(noisy, timesteps, **text.arguments()).sample
         return prediction
 
     def _base_prediction(self, noisy: Tensor, timesteps: Tensor, prompts: list[int]) -> Tensor | None:

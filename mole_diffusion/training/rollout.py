@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mole_diffusion.errors import TrainingError
+from mole_diffusion.training.conditions import TextCondition
 
 _PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
@@ -74,24 +75,23 @@ class Sampler:
     guidance: float
     counter: PassCounter = field(default_factory=PassCounter)
 
-    def predict(self, latents: Tensor, timestep: Any, text: Tensor, empty: Tensor) -> Tensor:
+    def predict(self, latents: Tensor, timestep: Any, text: TextCondition, empty: TextCondition) -> Tensor:
         """Guided prediction of the UNet, conditional and unconditional in one pass.
 
         Args:
             latents: (batch, 4, h, w).
             timestep: A scalar or (batch,).
-            text: (batch, tokens, d).
-            empty: (1, tokens, d) or (batch, tokens, d), of the empty prompt.
+            text: As many texts.
+            empty: The empty prompt, once or for each text.
 
         Returns:
             (batch, 4, h, w).
         """
         self.counter.unet()
         if self.guidance <= 1:
-            plain: Tensor = self.unet(latents, timestep, encoder_hidden_states=text).sample
+            plain: Tensor = self.unet(latents, timestep, **text.arguments()).sample
             return plain
-        both = torch.cat([empty.expand_as(text), text])
-        output = self.unet(torch.cat([latents, latents]), timestep, encoder_hidden_states=both).sample
+        output = self.unet(torch.cat([latents, latents]), timestep, **text.after(empty).arguments()).sample
         without, with_text = output.chunk(2)
         guided: Tensor = without + self.guidance * (with_text - without)
         return guided
@@ -103,13 +103,17 @@ class Sampler:
         scaled: Tensor = noise * self.scheduler.init_noise_sigma
         return scaled
 
-    def run(self, latents: Tensor, text: Tensor, empty: Tensor, first: int, last: int) -> Tensor:
+    def run(
+        self, latents: Tensor, text: TextCondition, empty: TextCondition, first: int, last: int
+    ) -> Tensor:
         """Take the steps ``first .. last - 1`` of the schedule; latents in, latents out."""
         for timestep in self.scheduler.timesteps[first:last]:
             latents = self.step(latents, timestep, text, empty)[0]
         return latents
 
-    def step(self, latents: Tensor, timestep: Tensor, text: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
+    def step(
+        self, latents: Tensor, timestep: Tensor, text: TextCondition, empty: TextCondition
+    ) -> tuple[Tensor, Tensor]:
         """One step: the next latents and the predicted clean latents."""
         prediction = self.predict(latents, timestep, text, empty)
         result = self.scheduler.step(prediction, int(timestep), latents)
@@ -117,7 +121,12 @@ class Sampler:
 
     @torch.no_grad()
     def sample(
-        self, steps: int, text: Tensor, empty: Tensor, shape: tuple[int, int, int], draws: torch.Generator
+        self,
+        steps: int,
+        text: TextCondition,
+        empty: TextCondition,
+        shape: tuple[int, int, int],
+        draws: torch.Generator,
     ) -> Tensor:
         """Sample clean latents (batch, *shape) over the whole schedule, without gradient."""
         return self.run(self.start(steps, len(text), shape, draws), text, empty, 0, steps)
@@ -127,8 +136,8 @@ class Sampler:
         steps: int,
         target: int,
         truncated: int,
-        text: Tensor,
-        empty: Tensor,
+        text: TextCondition,
+        empty: TextCondition,
         shape: tuple[int, int, int],
         draws: torch.Generator,
     ) -> Tensor:
@@ -139,8 +148,8 @@ class Sampler:
             steps: Length of the schedule.
             target: Index of the step whose prediction is returned, 0 .. steps - 1.
             truncated: Steps with gradient, ``target`` among them.
-            text: (batch, tokens, d), with gradient.
-            empty: (1, tokens, d), with gradient.
+            text: A text for each latent, with gradient.
+            empty: The empty prompt, with gradient.
             shape: Shape of one latent.
             draws: Generator of the noise, on the CPU.
 

@@ -92,6 +92,23 @@ def gradient_checkpointing(modules: Iterable[Any], wanted: bool) -> Iterator[Non
             module.disable_gradient_checkpointing()
 
 
+@contextmanager
+def full_precision(decoders: Iterable[Any]) -> Iterator[None]:
+    """Let autoencoders that overflow in float16 (SDXL's) compute in float32; undone without a loss."""
+    widened = [
+        decoder
+        for decoder in {id(decoder): decoder for decoder in decoders}.values()
+        if decoder.dtype == torch.float16 and decoder.config.get("force_upcast")
+    ]
+    for decoder in widened:
+        decoder.to(torch.float32)
+    try:
+        yield
+    finally:
+        for decoder in widened:
+            decoder.to(torch.float16)
+
+
 def save_state(folder: Path, state: Mapping[str, Any]) -> None:
     """Write a training state; a reader sees the old one or the new one, never half of it."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from mole_diffusion.architectures import PARTS
 from mole_diffusion.errors import NoExpertsError, TrainingError
 from mole_diffusion.functional import balance_loss, entropy
 from mole_diffusion.training import state as training_state
@@ -132,6 +133,7 @@ class GateTrainer:
             wanted = self.config.gradient_checkpointing
             networks = [self._pipe.unet, self._bench.decoder] if self.config.uses_clip else [self._pipe.unet]
             stack.enter_context(training_state.gradient_checkpointing(networks, wanted))
+            stack.enter_context(training_state.full_precision([self._pipe.vae, self._bench.decoder]))
             stack.enter_context(self._pipe.composing())
             run = _Run(torch.optim.Adam(groups), gates, [])
             run.optimiser.zero_grad(set_to_none=True)
@@ -309,7 +311,7 @@ class GateTrainer:
 
     def _frozen(self) -> list[nn.Module]:
         """Every network that takes part."""
-        networks = [self._pipe.unet, self._pipe.vae, self._pipe.text_encoder, self._bench.decoder]
+        networks = [getattr(self._pipe, part, None) for part in (*PARTS, "vae")] + [self._bench.decoder]
         networks += [self._guide.model] if self._guide is not None else []
         return list({id(network): network for network in networks if network is not None}.values())
 

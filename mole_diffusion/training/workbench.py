@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mole_diffusion.errors import TrainingError
 from mole_diffusion.training.concepts import Concept, TrainingPrompt
+from mole_diffusion.training.conditions import TextCondition, encode
 from mole_diffusion.training.config import TrainingConfig
 from mole_diffusion.training.rollout import PassCounter, Sampler, training_scheduler
 
@@ -58,6 +60,12 @@ class Workbench:
     sampler: Sampler = field(init=False)
 
     def __post_init__(self) -> None:
+        channels = self.pipe.unet.config.in_channels
+        if channels != self.latent_shape[0]:
+            raise TrainingError(
+                f"gates of this UNet cannot be trained: it reads {channels} channels, latents have"
+                f" {self.latent_shape[0]} (an inpainting UNet reads mask and picture too); train on the base"
+            )
         self.draws = Draws(self.config.seed)
         scheduler = training_scheduler(self.pipe.scheduler)
         self.sampler = Sampler(self.pipe.unet, scheduler, self.config.guidance, self.counter)
@@ -82,7 +90,7 @@ class Workbench:
         """Shape of one latent."""
         height, width = self.picture_size
         factor = self.pipe.vae_scale_factor
-        return self.pipe.unet.config.in_channels, height // factor, width // factor
+        return self.pipe.vae.config.latent_channels, height // factor, width // factor
 
     def autocast(self) -> Any:
         """bfloat16 for the frozen networks, where asked for."""
@@ -90,14 +98,13 @@ class Workbench:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-    def encode_texts(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Text embeddings (len(texts), tokens, d), and of the empty prompt (1, tokens, d), in one pass, with
-        gradient.
+    def encode_texts(self, texts: Sequence[str]) -> tuple[TextCondition, TextCondition]:
+        """The texts, and the empty prompt alone, encoded in one pass, with gradient.
 
         Equal texts are encoded once.
         """
         unique = list(dict.fromkeys(["", *texts]))
-        encoded = self.pipe.encode_prompt(unique, self.device, 1, do_classifier_free_guidance=False)[0]
+        encoded = encode(self.pipe, unique, self.picture_size, self.device)
         return encoded[[unique.index(text) for text in texts]], encoded[:1]
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -136,6 +136,13 @@ def drawing_tensor(name: str, x: int, background: tuple[int, int, int]) -> torch
 
 
 @pytest.fixture
+def tiny_build() -> Callable[..., Any]:
+    """`tiny_build(cls, components)`: a silent pipeline on copies of the components."""
+    build: Callable[..., Any] = TINY.build
+    return build
+
+
+@pytest.fixture
 def tiny() -> Callable[..., TrainingConfig]:
     """`tiny(**changes)`: settings for tests."""
     return tiny_config

@@ -1,0 +1,154 @@
+"""Gates of SDXL: three networks, pooled text and picture sizes among the UNet's conditions."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from xl_components import make_xl_components, write_xl_lora
+
+from mole_diffusion import StableDiffusionXLMoLEImg2ImgPipeline, StableDiffusionXLMoLEPipeline
+from mole_diffusion.errors import TrainingError
+from mole_diffusion.training import Concept, GateTrainer, TrainingConfig
+from mole_diffusion.training.state import full_precision
+
+PROMPT = "a zor boot and a vim cat"
+PARTS = ["unet", "text_encoder", "text_encoder_2"]
+Tiny = Callable[..., TrainingConfig]
+
+
+@pytest.fixture(scope="module")
+def xl_components(components: dict[str, Any]) -> dict[str, Any]:
+    return make_xl_components(components["tokenizer"])
+
+
+@pytest.fixture(scope="module")
+def xl_lora_files(tmp_path_factory: pytest.TempPathFactory, xl_components: dict[str, Any]) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("xl_loras")
+    return {
+        name: write_xl_lora(folder / f"{name}.safetensors", xl_components, seed, rank)
+        for seed, (name, rank) in enumerate([("boot", 2), ("cat", 3)], start=1)
+    }
+
+
+@pytest.fixture
+def make_xl(xl_components: dict[str, Any], xl_lora_files: dict[str, Path], tiny_build: Any) -> Any:
+    """`make_xl(cls)`: a pipeline with two experts."""
+
+    def make(cls: Any = StableDiffusionXLMoLEPipeline) -> Any:
+        pipe = tiny_build(cls, xl_components)
+        for name, path in xl_lora_files.items():
+            pipe.load_expert(path, name=name)
+        return pipe
+
+    return make
+
+
+def losses_before_and_after(pipe: Any, concepts: list[Concept], config: TrainingConfig) -> list[float]:
+    """Losses of fresh and of trained gates on the same draws, which the training repeats."""
+
+    def repeat(_: object = None) -> None:
+        trainer._bench.draws.tensors.manual_seed(99)
+        trainer._bench.draws.choices.seed(99)
+
+    trainer = GateTrainer(pipe, PROMPT, concepts, config, callback=repeat)
+    fresh = {
+        part: {k: v.clone() for k, v in m.gates.state_dict().items()} for part, m in pipe.mixtures.items()
+    }
+    trainer.train()
+    trained = {
+        part: {k: v.clone() for k, v in m.gates.state_dict().items()} for part, m in pipe.mixtures.items()
+    }
+    found = []
+    for states in (fresh, trained):
+        for part, mixture in pipe.mixtures.items():
+            mixture.gates.load_state_dict(states[part])
+        repeat()
+        with torch.no_grad():
+            found.append(sum(float(term.loss) for term in trainer._objective.losses(0)))
+    return found
+
+
+def test_collages_teach_the_gates(make_xl: Any, concepts: list[Concept], tiny: Tiny) -> None:
+    config = tiny(iterations=20, collage_batch=4, redraw_every=100, alpha=0.0, gate_lr=3e-2)
+    before, after = losses_before_and_after(make_xl(), concepts, config)
+    assert after < before * 0.99
+
+
+def test_clip_teaches_the_gates(make_xl: Any, concepts: list[Concept], clip_folder: str, tiny: Tiny) -> None:
+    config = tiny(objective="clip", clip=clip_folder, iterations=20, alpha=0.0, gate_lr=0.2)
+    before, after = losses_before_and_after(make_xl(), concepts, config)
+    assert after < before - 0.005
+
+
+@pytest.mark.parametrize("objective", ["collage", "clip"])
+def test_every_gate_gets_gradient_and_nothing_else_does(
+    make_xl: Any, concepts: list[Concept], clip_folder: str, tiny: Tiny, objective: str
+) -> None:
+    pipe = make_xl()
+    trainer = GateTrainer(
+        pipe, PROMPT, concepts, tiny(objective=objective, clip=clip_folder, empty_prompts=0.0)
+    )
+    trainer._pictures.prepare(backgrounds=False)
+    trainer._objective.prepare()
+    for module in trainer._frozen():
+        module.requires_grad_(False)
+    for term in trainer._objective.losses(0):
+        term.loss.backward()
+    assert list(pipe.mixtures) == PARTS
+    for part, mixture in pipe.mixtures.items():
+        for name, gate in mixture.gates.named_parameters():
+            # At uniform weights the temperature has no gradient, and SDXL does not read the last layer of
+            # its first text encoder.
+            if "temperature" not in name and not (part != "unet" and "layers__1" in name):
+                assert gate.grad is not None, f"{part}.{name}"
+                assert float(gate.grad.abs().sum()) > 0, f"{part}.{name}"
+    assert all(p.grad is None for module in trainer._frozen() for p in module.parameters())
+
+
+def test_training_draws_what_the_pipeline_draws(make_xl: Any, concepts: list[Concept], tiny: Tiny) -> None:
+    """Same noise, same steps, same guidance: the conditions of training are those of the pipeline."""
+    pipe = make_xl()
+    bench = GateTrainer(pipe, PROMPT, concepts, tiny(guidance=3.0))._bench
+    found = bench.draw([PROMPT], torch.Generator().manual_seed(4))
+    pipe.scheduler = bench.sampler.scheduler
+    noise = torch.randn(1, *bench.latent_shape, generator=torch.Generator().manual_seed(4))
+    steps = bench.config.sampling_steps
+    expected = pipe(
+        PROMPT, latents=noise, num_inference_steps=steps, guidance_scale=3.0, output_type="pt"
+    ).images
+    torch.testing.assert_close(found, expected, rtol=0, atol=1 / 255)
+
+
+def test_through_the_pipeline_and_its_picture_form(make_xl: Any, concepts: list[Concept], tiny: Tiny) -> None:
+    pipe = StableDiffusionXLMoLEImg2ImgPipeline.from_pipe(make_xl())
+    result = pipe.train_gates(PROMPT, concepts=concepts, config=tiny(iterations=1))
+    assert len(result.history) == 1
+
+
+def test_unets_that_want_more_are_refused(
+    make_xl: Any, xl_components: dict[str, Any], concepts: list[Concept], tiny: Tiny
+) -> None:
+    pipe = make_xl()
+    pipe.unet.register_to_config(projection_class_embeddings_input_dim=48)
+    with pytest.raises(
+        TrainingError, match="added conditions are 48 wide, pooled text and picture sizes are 56"
+    ):
+        GateTrainer(pipe, PROMPT, concepts, tiny())._bench.encode_texts(["a boot"])
+    pipe.unet.register_to_config(in_channels=9)
+    with pytest.raises(TrainingError, match="it reads 9 channels, latents have 4"):
+        GateTrainer(pipe, PROMPT, concepts, tiny())
+
+
+def test_an_autoencoder_that_overflows_is_widened_and_restored(make_xl: Any) -> None:
+    vae = make_xl().vae.half()
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    with full_precision([vae, vae]):
+        assert vae.dtype == torch.float16  # this one does not ask for it
+    vae.register_to_config(force_upcast=True)
+    with full_precision([vae, vae]):
+        assert vae.dtype == torch.float32
+    for name, value in vae.state_dict().items():
+        assert torch.equal(value, before[name])
+        assert value.dtype == torch.float16
