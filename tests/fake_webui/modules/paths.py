@@ -1,0 +1,4 @@
+"""Folders; tests set them."""
+
+models_path = ""
+data_path = ""

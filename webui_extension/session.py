@@ -1,0 +1,163 @@
+"""`Session`: what happens at each of a host's callbacks. At most one attachment exists at a time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .host import disturbances, forget_prompts, lora_named_twice
+from .library import Library
+from .settings import Settings, SettingsError
+
+logger = logging.getLogger("mole_diffusion")
+
+# A change of the settings that the X/Y/Z plot asks of one picture.
+Change = Callable[[Settings], Settings]
+CHANGES = "mole_changes"
+HASHES = "MoLE hashes"
+
+
+class Session:
+    """Attaches experts before a batch is drawn and takes them off afterwards.
+
+    Args:
+        library: where experts and gates are.
+        options: the host's options.
+        current_model: the host's model as it is now: refiner and hires fix exchange it while they draw.
+    """
+
+    def __init__(self, library: Library, options: Any, current_model: Callable[[], Any]) -> None:
+        self.library = library
+        self._options = options
+        self._current_model = current_model
+        self._attachment: Any = None
+        self.last_run: Any = None
+
+    @property
+    def attachment(self) -> Any:
+        """The `Attachment` or `Refusal` that is on the networks; None between generations."""
+        return self._attachment if self._attachment is not None and self._attachment.attached else None
+
+    def process(self, p: Any, args: Sequence[Any]) -> None:
+        """A generation begins: take off what an interrupted one left, note the settings in the PNG info."""
+        self.clear(p)
+        try:
+            settings = self._settings(p, args)
+        except SettingsError as error:
+            self._refuse(p, error)
+            return
+        p.extra_generation_params.update(settings.to_infotext())
+
+    def process_batch(self, p: Any, args: Sequence[Any]) -> None:
+        """A batch begins, its prompts are not encoded yet: attach, unless an earlier batch did."""
+        if self.attachment is not None and not self._is_stale():
+            return
+        try:
+            settings = self._settings(p, args)
+            if settings.enabled:
+                self._attach(p, settings)
+        except Exception as error:
+            self._refuse(p, error)
+
+    def follow(self) -> None:
+        """The model may have been exchanged (refiner, hires checkpoint): the experts move with it."""
+        before = self.attachment
+        if before is None or not hasattr(before, "settings") or before.is_on(self._current_model()):
+            return
+        from mole_diffusion import MoLEError
+
+        from .attachment import Attachment
+
+        self._note_weights()
+        before.detach()
+        try:
+            self._attachment = Attachment(self._current_model(), before.settings, self.library)
+        except (MoLEError, SettingsError) as error:
+            # A refiner of another kind than the base: SDXL's has other matrices. LoRAs are dropped there too.
+            logger.warning("MoLE: the model that took over draws without experts: %s", error)
+
+    def postprocess(self, p: Any) -> None:
+        """A generation has ended: take everything off."""
+        attachment = self.attachment
+        if attachment is not None and hasattr(attachment, "settings"):
+            self._note_weights()
+            run = self.last_run
+            if attachment.settings.record and not any(run.forwards.values()):
+                self._say(p, "MoLE had no effect: the host ran its UNet elsewhere (TensorRT, ONNX?)")
+        self.clear(p)
+
+    def clear(self, p: Any = None) -> None:
+        """Take everything off, and let prompts be encoded without the experts."""
+        if self._attachment is None:
+            return
+        self._attachment.detach()
+        self._attachment = None
+        if p is not None:
+            forget_prompts(p)
+
+    def _attach(self, p: Any, settings: Settings) -> None:
+        from .attachment import Attachment
+
+        self.clear(p)
+        attachment = Attachment(p.sd_model, settings, self.library)
+        self._attachment = attachment
+        forget_prompts(p)
+        found = disturbances(p, self._options)
+        if found and attachment.needs_all_tokens():
+            raise SettingsError(
+                f"{' and '.join(found)} of the web UI is on, and these gates and regions need every image "
+                "token: turn it off, or use uniform weights without regions"
+            )
+        names = [expert.name for expert in settings.experts]
+        hashes = (f"{name}: {attachment.hashes[name][:12]}" for name in names)
+        p.extra_generation_params[HASHES] = " | ".join(hashes)
+        for note in attachment.notes:
+            self._say(p, f"MoLE: {note}")
+        for name in lora_named_twice(p.all_prompts, names):
+            self._say(p, f"MoLE: {name!r} is an expert and a <lora:...> of the prompt: it acts twice")
+
+    def _settings(self, p: Any, args: Sequence[Any]) -> Settings:
+        settings = Settings.from_args(args)
+        for change in getattr(p, CHANGES, ()):
+            settings = change(settings)
+        return settings
+
+    def _is_stale(self) -> bool:
+        """Whether the attachment is on a model that is no longer there."""
+        return hasattr(self._attachment, "settings") and not self._attachment.is_on(self._current_model())
+
+    def _note_weights(self) -> None:
+        if self._attachment.settings.record:
+            self.last_run = self._attachment.last_run()
+
+    def _refuse(self, p: Any, error: Exception) -> None:
+        """Show an error to the user in place of a picture without the experts."""
+        from mole_diffusion import MoLEError
+
+        from .attachment import Refusal
+        from .host import unet_of
+
+        known = isinstance(error, (MoLEError, SettingsError))
+        if not known:
+            logger.error("MoLE failed", exc_info=error)
+        self.clear(p)
+        message = f"MoLE: {error}" if known else f"MoLE failed: {type(error).__name__}: {error}"
+        try:
+            self._attachment = Refusal(unet_of(p.sd_model), RuntimeError(message))
+        except SettingsError:
+            # No UNet to speak through.
+            self._say(p, message)
+
+    @staticmethod
+    def _say(p: Any, text: str) -> None:
+        """Below the picture where the host can do that, and in its log."""
+        logger.warning("%s", text)
+        comment = getattr(p, "comment", None)
+        if comment is not None:
+            comment(text)
+
+
+def add_change(p: Any, change: Change) -> None:
+    """Let one picture of an X/Y/Z plot differ; the plot draws each one from a copy of `p`."""
+    setattr(p, CHANGES, (*getattr(p, CHANGES, ()), change))
