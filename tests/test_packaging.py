@@ -71,6 +71,8 @@ def test_metadata_gives_the_script_and_what_the_demo_needs(wheel: zipfile.ZipFil
     assert set(metadata.get_all("Provides-Extra", [])) == {
         "diffusers",
         "train",
+        "evaluate",
+        "baselines",
         "build",
         "app",
         "xformers",

@@ -31,6 +31,12 @@ _ALL = (
     Method("none", "base", False, "The base model without any expert."),
     Method("la", "LA", False, "Linear arithmetic: the sum of the experts, weight 1 each."),
     Method("nla", "NLA", False, "Normalised linear arithmetic: the mean of the experts, weight 1/N each."),
+    Method(
+        "searched",
+        "LoRAHub",
+        True,
+        "A weight per expert by gradient-free search on the objective of gate training (Huang et al. 2023).",
+    ),
     Method("svd", "SVD merge", True, "PEFT's merge 'svd': the sum of the deltas, cut to the largest rank."),
     Method("ties", "TIES", True, "PEFT's merge 'ties': trim, elect signs, merge (Yadav et al. 2023)."),
     Method("dare_linear", "DARE", True, "PEFT's merge 'dare_linear': drop and rescale (Yu et al. 2024)."),

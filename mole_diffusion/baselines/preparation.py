@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mole_diffusion.baselines import merges, trained_gates
+from mole_diffusion.baselines import merges, search, trained_gates
 from mole_diffusion.baselines.methods import METHODS, method_named
 from mole_diffusion.baselines.prepared import (
     FILE,
     FORMAT,
     FORMAT_VERSION,
+    STARTED,
     Prepared,
     PreparedMixture,
     describe_base,
@@ -43,6 +44,8 @@ class PrepareOptions:
         weights: weight per expert of the PEFT merges; None is 1 each.
         density: share of the values that "ties" and "dare_linear" keep, above 0 and at most 1; None is 0.2
             for "ties" and 0.7 for "dare_linear", as in PEFT's guide to merging.
+        search_passes: UNet passes that the search may spend, those that draw pictures not counted; None is as
+            many as the trainer has iterations, which is what gates cost with the collage objective.
 
     Raises:
         ConfigError: a value is out of range.
@@ -50,6 +53,7 @@ class PrepareOptions:
 
     weights: Mapping[str, float] | None = None
     density: float | None = None
+    search_passes: int | None = None
 
     def __post_init__(self) -> None:
         for name, weight in (self.weights or {}).items():
@@ -57,6 +61,8 @@ class PrepareOptions:
                 raise ConfigError(f"weights gives {name!r} {weight!r}; allowed are finite numbers")
         if self.density is not None and not 0 < self.density <= 1:
             raise ConfigError(f"density is {self.density!r}; allowed are numbers above 0 and up to 1")
+        if self.search_passes is not None and self.search_passes < 1:
+            raise ConfigError(f"search_passes is {self.search_passes!r}; allowed are whole numbers from 1")
 
 
 @dataclass
@@ -105,6 +111,7 @@ _RECIPES: dict[str, _Recipe] = {
     "gates": _Recipe(
         trained_gates.train, trained_gates.PreparedGates, ("prompts", "concepts", "config", "gates")
     ),
+    "searched": _Recipe(search.search, PreparedMixture, ("prompts", "concepts", "config", "search_passes")),
     "svd": _MERGE,
     "ties": _MERGE,
     "dare_linear": _MERGE,
@@ -160,13 +167,16 @@ def prepare(
             raise UnknownExpertError(name, list(pipe.experts))
     facts = _facts(recipe, job)
     made_for = {"base": describe_base(pipe), "experts": describe_experts(pipe), "facts": facts}
-    if not _is_done(home, method, made_for):
+    if not _is_done(home, FILE, method, made_for):
+        _is_done(home, STARTED, method, made_for)  # what an earlier run began must be the same
+        header = {"format": FORMAT, "format_version": FORMAT_VERSION, "method": method, **made_for}
+        write_json(home / STARTED, header)
         start = time.monotonic()
         recipe.work(method, job)
         seconds = round(job.seconds_before + time.monotonic() - start, 3)
-        header = {"format": FORMAT, "format_version": FORMAT_VERSION, "method": method, **made_for}
         cost = {"unet_passes": job.passes, "seconds": seconds, "details": job.details}
         write_json(home / FILE, {**header, **cost})
+        (home / STARTED).unlink()
     found = load_prepared(home)
     if temporary:
         weakref.finalize(found, shutil.rmtree, home, ignore_errors=True)
@@ -180,7 +190,7 @@ def load_prepared(folder: str | Path) -> Prepared:
         ConfigError: there is no finished preparation in the folder.
     """
     home = Path(folder)
-    record = read_record(home)
+    record = read_record(home / FILE)
     if record is None:
         raise ConfigError(f"there is no prepared baseline in {str(home)!r}: it has no {FILE}")
     if record["method"] not in METHODS:
@@ -207,6 +217,7 @@ def _facts(recipe: _Recipe, job: Job) -> dict[str, Any]:
         "weights": lambda: dict(job.options.weights) if job.options.weights else None,
         "density": lambda: job.options.density,
         "seed": lambda: job.config.seed,
+        "search_passes": lambda: job.options.search_passes,
     }
     return {name: _as_json(known[name]()) for name in recipe.depends_on}
 
@@ -231,13 +242,13 @@ def _as_json(value: Any) -> Any:
     return [_as_json(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def _is_done(folder: Path, method: str, made_for: Mapping[str, Any]) -> bool:
-    """Whether the folder holds this very preparation, finished.
+def _is_done(folder: Path, file: str, method: str, made_for: Mapping[str, Any]) -> bool:
+    """Whether the folder holds this very preparation, finished or (by `STARTED`) begun.
 
     Raises:
         ConfigError: it holds another one.
     """
-    record = read_record(folder)
+    record = read_record(folder / file)
     if record is None:
         return False
     different = [

@@ -22,6 +22,8 @@ from mole_diffusion.matrices import base_layer, fingerprint
 FORMAT = "mole-baseline"
 FORMAT_VERSION = 1
 FILE = "prepared.json"
+#: Holds the head of `FILE` as long as the preparation is not finished.
+STARTED = "started.json"
 #: How far one number of each matrix may be apart: that of the same base in another data type.
 _TOLERANCE = 1e-2
 
@@ -191,13 +193,12 @@ def write_json(path: Path, value: Any) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """What a folder says of its preparation; None if none was finished there.
+def read_record(path: Path) -> dict[str, Any] | None:
+    """What `FILE` or `STARTED` in a folder says of a preparation; None if there is no such file.
 
     Raises:
         ConfigError: the file is not of this format, or of another version of it.
     """
-    path = folder / FILE
     if not path.is_file():
         return None
     try:

@@ -186,6 +186,11 @@ class TrainingConfig:
         """Whether any iteration trains on collages."""
         return self.objective in ("collage", "both")
 
+    @property
+    def needs_backgrounds(self) -> bool:
+        """Whether collages stand on backgrounds that the base draws."""
+        return self.uses_collages and "scene" in self.collage_layouts and self.collage_background == "base"
+
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values."""
         return dataclasses.asdict(self)

@@ -1,16 +1,19 @@
 """A tiny pipeline with three experts, one without a text encoder part, and pictures of what they know."""
 
 import importlib.util
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import open_clip
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
+from safetensors.torch import save_model
 
 from mole_diffusion import StableDiffusionMoLEPipeline
 from mole_diffusion.training import Concept, TrainingConfig
@@ -124,6 +127,23 @@ def tiny() -> Callable[..., TrainingConfig]:
         return TrainingConfig(**{**settings, **changes})
 
     return build
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny CLIP of random weights in open_clip's own format."""
+    folder = tmp_path_factory.mktemp("clip")
+    model = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+        "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    }
+    means = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": means}))
+    torch.manual_seed(3)
+    network = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    save_model(network, str(folder / "open_clip_model.safetensors"))
+    return f"local-dir:{folder}"
 
 
 Draw = Callable[..., torch.Tensor]
