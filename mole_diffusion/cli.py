@@ -14,6 +14,7 @@ from mole_diffusion.commands.app import app as serve
 from mole_diffusion.commands.common import Commands
 from mole_diffusion.commands.demo import demo
 from mole_diffusion.commands.doctor import doctor
+from mole_diffusion.commands.evaluate import evaluate
 from mole_diffusion.commands.export import export
 from mole_diffusion.commands.generate import generate
 from mole_diffusion.commands.inspect import inspect
@@ -30,7 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Mixture of LoRA Experts: several LoRAs in one picture, mixed by small learned gates.",
 )
-for command in (demo, generate, train_gates, export, inspect, doctor):
+for command in (demo, generate, train_gates, evaluate, export, inspect, doctor):
     app.command()(command)
 app.command("app")(serve)
 

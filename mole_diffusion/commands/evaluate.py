@@ -1,0 +1,94 @@
+"""`mole evaluate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mole_diffusion.commands.common import JsonOption, console, errors, say, split_names
+from mole_diffusion.errors import ConfigError
+
+_NEEDED = ("pydantic", "scipy", "timm", "torchmetrics", "yaml")
+
+
+def evaluate(
+    protocol: Annotated[
+        str, typer.Argument(help='A protocol that ships ("starter", "paper") or a YAML file.')
+    ] = "starter",
+    out: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Folder; default: outputs/evaluation/PROTOCOL.")
+    ] = None,
+    sets: Annotated[
+        str | None, typer.Option(help="Only these sets, such as boot+monster+clock, separated by commas.")
+    ] = None,
+    methods: Annotated[str | None, typer.Option(help="Only these methods, separated by commas.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Only the first so many seeds.")] = None,
+    rescore: Annotated[
+        bool, typer.Option("--rescore", help="Measure the kept pictures anew; draw nothing.")
+    ] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write tables and figures of what is there; draw nothing.")
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option(help='Where to compute, such as "cpu" or "cuda:1"; default: the fastest.')
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw the same seeds with every method, measure the pictures and write tables and figures.
+
+    What is there already is not drawn again: after Ctrl-C the same command goes on. With several devices:
+    [bold]accelerate launch -m mole_diffusion.cli evaluate ...[/]
+
+    Example: [bold]mole evaluate starter --methods nla,gates --sets boot+monster+clock --seeds 4[/]
+    """
+    _need_extra()
+    import torch
+
+    from mole_diffusion.evaluation import run
+    from mole_diffusion.evaluation.protocol import load_protocol
+    from mole_diffusion.evaluation.results import Results
+    from mole_diffusion.opening import pick_device
+
+    if rescore and report:
+        raise typer.BadParameter("cannot go with --report: it writes tables itself", param_hint="--rescore")
+    whole = load_protocol(protocol)
+    wanted = whole.restricted(split_names(sets, "--sets"), split_names(methods, "--methods"), seeds)
+    folder = out or Path("outputs") / "evaluation" / Path(protocol).stem
+    where = None if device is None else torch.device(pick_device(device))
+    try:
+        if report:
+            table = run.write_tables(wanted, folder, Results(folder).read())
+        elif rescore:
+            table = run.rescore(wanted, folder, device=where, say=say)
+        else:
+            table = run.evaluate(wanted, folder, device=where, say=say, shown=not as_json)
+    except KeyboardInterrupt:
+        errors.print("Stopped. The same command goes on where it was.")
+        raise typer.Exit(1) from None
+    _show(folder, table, as_json)
+
+
+def _show(folder: Path, table: Any, as_json: bool) -> None:
+    if not table:  # Not the first of several processes.
+        return
+    if as_json:
+        methods = {
+            method: {measure: vars(entry) for measure, entry in row.items()}
+            for method, row in table["all"].items()
+        }
+        typer.echo(json.dumps({"out": str(folder), "methods": methods}, indent=2))
+        return
+    console.print(
+        (folder / "table.md").read_text(encoding="utf-8"), highlight=False, markup=False, soft_wrap=True
+    )
+    say(f"Written to {folder}")
+
+
+def _need_extra() -> None:
+    from importlib.util import find_spec
+
+    if missing := [name for name in _NEEDED if find_spec(name) is None]:
+        raise ConfigError(f"mole evaluate needs {missing}: pip install 'mole-diffusion[evaluate]'")

@@ -1,0 +1,302 @@
+"""The protocol of an evaluation: what is drawn, by which methods, and how it is measured. A YAML file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from mole_diffusion.config import MoLEConfig
+from mole_diffusion.errors import ConfigError
+from mole_diffusion.training.config import TrainingConfig
+
+__all__ = [
+    "ExpertSet",
+    "ExpertSource",
+    "Metrics",
+    "Protocol",
+    "Seeds",
+    "Variant",
+    "load_protocol",
+    "shipped_protocols",
+]
+
+FOLDER = Path(__file__).resolve().parent / "protocols"
+ALONE = "alone"
+
+Clip = str | tuple[str, str]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ExpertSource(_Part):
+    """An expert that is not of the starter.
+
+    Attributes:
+        file: LoRA file, folder or hub id; relative to the working folder.
+        text: phrase with the trigger, as it stands in prompts: "a sks dog".
+        class_text: the same in words that any CLIP knows: "a dog".
+        references: folder of pictures of the subject, or a list of files.
+    """
+
+    file: str
+    text: str
+    class_text: str
+    references: str | tuple[str, ...] = ()
+
+
+class ExpertSet(_Part):
+    """Experts that are drawn together; written as a list of names, or with a name of its own."""
+
+    experts: tuple[str, ...] = Field(min_length=2)
+    name: str = ""
+
+    @property
+    def label(self) -> str:
+        """Its name, else the experts' names joined: "boot+monster+clock"."""
+        return self.name or "+".join(self.experts)
+
+
+class Seeds(_Part):
+    """Seeds `first` to `first + count - 1` for every prompt."""
+
+    count: int = Field(ge=1)
+    first: int = Field(default=0, ge=0)
+
+    @property
+    def all(self) -> range:
+        """The seeds."""
+        return range(self.first, self.first + self.count)
+
+
+class Variant(_Part):
+    """One row of the table; written as a word, or with changed settings.
+
+    Attributes:
+        name: label in tables and folders.
+        base: what it is a variant of: a word of `baselines.METHODS`, or "alone"; by default `name`.
+        mole: settings of `MoLEConfig` that differ; `preset: paper` or `uniform` starts from that preset.
+        training: settings of `TrainingConfig` that differ; `preset: paper` likewise.
+        options: settings of `baselines.PrepareOptions`.
+        references: train with only the first so many reference pictures; all are scored against.
+        seeds: only the first so many seeds, for rows that cost more than they tell.
+    """
+
+    name: str = Field(min_length=1, pattern=r"^[^/\\]+$")
+    base: str = ""
+    mole: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    references: int | None = Field(None, ge=1)
+    seeds: int | None = Field(None, ge=1)
+
+    @property
+    def kind(self) -> str:
+        """The method it is a variant of."""
+        return self.base or self.name
+
+
+class Metrics(_Part):
+    """What is measured.
+
+    Attributes:
+        judge: "starter" (presence, omission, confusion of subjects), or null for pictures it does not know.
+        clip: open_clip models that score; "starter" is the starter's scoring CLIP. None of them may have
+            guided a training.
+        dino: timm model that scores pictures against references, such as "vit_small_patch16_224.dino" or
+            "local-dir:/folder".
+        crops: whether image alignment is also measured on the best crop.
+    """
+
+    judge: Literal["starter"] | None = "starter"
+    clip: tuple[Clip, ...] = ("starter",)
+    dino: str | None = None
+    crops: bool = True
+
+
+def _as_method(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _as_set(value: Any) -> Any:
+    return {"experts": value} if isinstance(value, (list, tuple)) else value
+
+
+class Protocol(_Part):
+    """A whole evaluation.
+
+    Attributes:
+        title, note: stand above the table.
+        model: "starter", a file, a folder or a hub id.
+        experts: experts by name; the starter's need no entry.
+        sets: sets of experts.
+        prompts: templates; `{all}` is all phrases ("a zor boot, a vek monster and a kip clock"), `{0}`, `{1}`
+            the single ones.
+        training_prompts: templates that methods are trained with; by default `prompts`.
+        seeds: seeds for every prompt, the same for every method.
+        methods: rows of the table.
+        baseline: the method that paired win rates are against.
+        mole, training: settings for all methods, as in `Variant`.
+        sampler: a scheduler class of diffusers; null is the model's own.
+        steps, guidance, guidance_rescale: as in diffusers.
+        size: side of the pictures in pixels; null is the model's own.
+        batch: pictures per call.
+        dtype: "float32", or "bfloat16" under autocast.
+        metrics: what is measured.
+        keep_seeds: pictures of the first so many seeds are kept as PNG; null keeps all. Only kept pictures
+            can be scored anew.
+    """
+
+    title: str = "Evaluation"
+    note: str = ""
+    model: str = "starter"
+    experts: dict[str, ExpertSource] = {}
+    sets: tuple[Annotated[ExpertSet, BeforeValidator(_as_set)], ...] = Field(min_length=1)
+    prompts: tuple[str, ...] = Field(min_length=1)
+    training_prompts: tuple[str, ...] = ()
+    seeds: Seeds
+    methods: tuple[Annotated[Variant, BeforeValidator(_as_method)], ...] = Field(min_length=1)
+    baseline: str = "nla"
+    mole: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+    sampler: str | None = None
+    steps: int = Field(25, ge=1)
+    guidance: float = Field(7.5, ge=0)
+    guidance_rescale: float = Field(0.0, ge=0, le=1)
+    size: int | None = Field(None, ge=8, multiple_of=8)
+    batch: int = Field(8, ge=1)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    metrics: Metrics = Metrics()
+    keep_seeds: int | None = Field(None, ge=0)
+
+    def mole_config(self, method: Variant) -> MoLEConfig:
+        """How this method's gates are built."""
+        settings = {**self.mole, **method.mole}
+        preset = settings.pop("preset", None)
+        start = {None: MoLEConfig, "paper": MoLEConfig.paper, "uniform": MoLEConfig.uniform}
+        if preset not in start:
+            raise ConfigError(f"mole: preset {preset!r}; allowed are 'paper' and 'uniform'")
+        return MoLEConfig.from_dict({**start[preset]().to_dict(), **settings})
+
+    def training_config(self, method: Variant) -> TrainingConfig:
+        """How this method is trained, where it is."""
+        settings = {**self.training, **method.training}
+        preset = settings.pop("preset", None)
+        if preset not in (None, "paper"):
+            raise ConfigError(f"training: preset {preset!r}; allowed is 'paper'")
+        start = TrainingConfig.paper() if preset else TrainingConfig()
+        return TrainingConfig.from_dict({**start.to_dict(), "progress": False, **settings})
+
+    def method_seeds(self, method: Variant) -> range:
+        """The seeds this method draws."""
+        return self.seeds.all[: method.seeds]
+
+    def restricted(
+        self, sets: tuple[str, ...] | None, methods: tuple[str, ...] | None, seeds: int | None
+    ) -> Protocol:
+        """A smaller protocol: only these sets and methods, and the first so many seeds.
+
+        Raises:
+            ConfigError: a name the protocol does not have.
+        """
+        changes: dict[str, Any] = {}
+        if sets is not None:
+            changes["sets"] = _chosen("set", sets, {entry.label: entry for entry in self.sets})
+        if methods is not None:
+            changes["methods"] = _chosen("method", methods, {entry.name: entry for entry in self.methods})
+        if seeds is not None:
+            changes["seeds"] = Seeds(count=seeds, first=self.seeds.first)
+        return self.model_copy(update=changes)
+
+
+def shipped_protocols() -> list[str]:
+    """Names of the protocols inside the package."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load_protocol(source: str | Path) -> Protocol:
+    """A shipped protocol by name, or a YAML file.
+
+    Raises:
+        ConfigError: no such protocol, or one with unknown or impossible settings, all of which are named.
+    """
+    path = FOLDER / f"{source}.yaml" if str(source) in shipped_protocols() else Path(source)
+    if not path.is_file():
+        raise ConfigError(
+            f"protocol {str(source)!r} is neither a file nor one of those that ship: {shipped_protocols()}"
+        )
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path} holds {type(values).__name__}; allowed is a mapping of settings")
+    try:
+        protocol = Protocol.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError(_explained(path, error)) from error
+    _check(protocol, path)
+    return protocol
+
+
+def _explained(path: Path, error: ValidationError) -> str:
+    """One line per mistake; an unknown name with the allowed ones."""
+    lines = [f"{path} is not a protocol:"]
+    for entry in error.errors():
+        place = ".".join(str(part) for part in entry["loc"])
+        message = f"{entry['msg']}, got {entry['input']!r}"
+        if entry["type"] == "extra_forbidden":
+            parent = _part_at(entry["loc"][:-1])
+            message = f"unknown; allowed: {', '.join(parent.model_fields)}"
+        lines.append(f"{place}: {message}")
+    return "\n  - ".join(lines)
+
+
+def _part_at(place: tuple[int | str, ...]) -> type[_Part]:
+    parts: dict[str, type[_Part]] = {
+        "experts": ExpertSource,
+        "sets": ExpertSet,
+        "seeds": Seeds,
+        "methods": Variant,
+        "metrics": Metrics,
+    }
+    return parts.get(str(place[0]), Protocol) if place else Protocol
+
+
+def _check(protocol: Protocol, path: Path) -> None:
+    """What no field can see alone.
+
+    Raises:
+        ConfigError: names that occur twice or nowhere, templates that cannot be filled, settings of gates or
+            trainings that do not exist.
+    """
+    for what, names in (
+        ("sets", [entry.label for entry in protocol.sets]),
+        ("methods", [entry.name for entry in protocol.methods]),
+        *((f"set {entry.label!r}", list(entry.experts)) for entry in protocol.sets),
+    ):
+        if doubles := sorted({name for name in names if names.count(name) > 1}):
+            raise ConfigError(f"{path}: {what}: {doubles} more than once")
+    smallest = min(len(entry.experts) for entry in protocol.sets)
+    for template in (*protocol.prompts, *protocol.training_prompts):
+        try:
+            template.format(*("x" * smallest), all="x")
+        except (KeyError, IndexError, ValueError) as error:
+            raise ConfigError(
+                f"{path}: prompt {template!r} cannot be filled ({error}); allowed are {{all}} and {{0}} to "
+                f"{{{smallest - 1}}}"
+            ) from error
+    for method in protocol.methods:
+        protocol.mole_config(method)
+        protocol.training_config(method)
+
+
+def _chosen(what: str, names: tuple[str, ...], known: Mapping[str, Any]) -> tuple[Any, ...]:
+    if missing := [name for name in names if name not in known]:
+        raise ConfigError(f"no {what} {missing} in the protocol; it has {list(known)}")
+    return tuple(known[name] for name in names)

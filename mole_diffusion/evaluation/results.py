@@ -1,0 +1,137 @@
+"""Results on disk: one line of JSON per picture, in parts by process, and the settings they belong to."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mole_diffusion.errors import ConfigError
+
+Row = dict[str, Any]
+Key = tuple[str, str, int, int, str]
+
+RESULTS = "results.jsonl"
+SETTINGS = "settings.json"
+_PARTS = "parts"
+
+
+def key_of(row: Mapping[str, Any]) -> Key:
+    """What a picture is of: set, method, prompt, seed, and the expert where one is drawn alone."""
+    return row["set"], row["method"], row["prompt"], row["seed"], row.get("alone") or ""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a file; a last line that a killed run left unfinished is none."""
+    if not path.is_file():
+        return []
+    rows: list[Row] = []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ConfigError(f"{path}, line {number} is not JSON: {error}") from error
+    return rows
+
+
+class Results:
+    """The rows of an evaluation's folder.
+
+    Args:
+        folder: the folder.
+        part: index of this process; each writes a part of its own.
+    """
+
+    def __init__(self, folder: Path, part: int = 0) -> None:
+        self.folder = folder
+        self._part = folder / _PARTS / f"{part}.jsonl"
+
+    def read(self) -> list[Row]:
+        """All rows of the merged file and of the parts, sorted; each picture once."""
+        files = [self.folder / RESULTS, *sorted((self.folder / _PARTS).glob("*.jsonl"))]
+        found = {key_of(row): row for file in files for row in read_rows(file)}
+        return [found[key] for key in sorted(found)]
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """Add rows to this process's part; whole lines, even after a kill in the middle of one."""
+        self._part.parent.mkdir(parents=True, exist_ok=True)
+        with self._part.open("a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    _drop_last_line(self._part)
+            file.write("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows).encode())
+
+    def merge(self) -> list[Row]:
+        """Put the rows of all parts into one file; returns them."""
+        rows = self.read()
+        self.replace(rows)
+        return rows
+
+    def replace(self, rows: Sequence[Row]) -> None:
+        """Write these rows in place of all there are."""
+        write_text(self.folder / RESULTS, "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
+        for part in (self.folder / _PARTS).glob("*.jsonl"):
+            part.unlink()
+
+
+def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Keep the settings that pictures depend on beside them; new sets, methods and prompts may join.
+
+    Args:
+        settings: nested mappings and lists of plain values.
+
+    Raises:
+        ConfigError: the folder's pictures were drawn with other settings; every difference is named.
+    """
+    path = folder / SETTINGS
+    now: dict[str, Any] = json.loads(json.dumps(settings))
+    before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if different := list(_differences(before, now, "")):
+        raise ConfigError(
+            "\n  - ".join(
+                [f"the pictures in {folder} were drawn with other settings; give another --out:", *different]
+            )
+        )
+    write_text(path, json.dumps(_joined(before, now), indent=1, sort_keys=True) + "\n")
+
+
+def _differences(before: Any, now: Any, place: str) -> Iterable[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in before.keys() & now.keys():
+            yield from _differences(before[name], now[name], f"{place}.{name}" if place else name)
+    elif before != now:
+        yield f"{place}: {before!r} there, {now!r} now"
+
+
+def _joined(before: Any, now: Any) -> Any:
+    if isinstance(before, dict) and isinstance(now, dict):
+        return {
+            name: _joined(before[name], now[name])
+            if name in before and name in now
+            else {**before, **now}[name]
+            for name in before | now
+        }
+    return now
+
+
+def _drop_last_line(path: Path) -> None:
+    content = path.read_bytes()
+    os.truncate(path, content.rfind(b"\n") + 1)

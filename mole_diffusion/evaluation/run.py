@@ -1,0 +1,289 @@
+"""The run: everything a protocol asks for is drawn, measured and written down, once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from mole_diffusion.errors import ConfigError
+from mole_diffusion.evaluation.guard import refuse_guides
+from mole_diffusion.evaluation.protocol import ALONE, Protocol, Variant
+from mole_diffusion.evaluation.results import Results, Row, check_settings, key_of, write_text
+from mole_diffusion.evaluation.scorers import ClipScorer, Scorer, make_scorers
+from mole_diffusion.evaluation.sets import Scene, make_scene
+from mole_diffusion.evaluation.stage import Drawn, Stage, check_methods, needs_preparation
+from mole_diffusion.evaluation.table import Table, make_table, to_csv, to_markdown
+from mole_diffusion.opening import pick_device
+
+__all__ = ["Batch", "evaluate", "rescore", "write_tables"]
+
+PICTURES = "pictures"
+#: Settings of trainings that change nothing of what is trained.
+COSMETIC = ("progress", "preview_every", "checkpoint_every")
+#: Other processes wait while one trains gates for hours.
+_PATIENCE = timedelta(days=7)
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures that are drawn in one call."""
+
+    scene: Scene
+    method: Variant
+    prompt: int
+    seeds: tuple[int, ...]
+    alone: str | None = None
+
+    def row(self, seed: int) -> Row:
+        """What identifies one of its pictures."""
+        row: Row = {"set": self.scene.name, "method": self.method.name, "prompt": self.prompt, "seed": seed}
+        return row if self.alone is None else {**row, "alone": self.alone}
+
+    def picture(self, seed: int) -> str:
+        """Where one of its pictures is kept, below the folder of the evaluation."""
+        name = f"{self.prompt}-{seed}" + (f"-{self.alone}" if self.alone else "")
+        return f"{PICTURES}/{self.scene.name}/{self.method.name}/{name}.png"
+
+
+def evaluate(
+    protocol: Protocol, out: Path, *, device: torch.device | None = None, say: Say = print, shown: bool = True
+) -> Table:
+    """Draw and measure what is missing in `out`, then write tables.
+
+    Under `accelerate launch` the work is shared among the processes; the first one writes the tables.
+
+    Args:
+        protocol: what to do.
+        out: folder of the evaluation; a run that was stopped goes on there.
+        device: where; None is the process's own.
+        say: called with one line of progress at a time.
+        shown: whether to show a progress bar.
+
+    Raises:
+        ConfigError: methods or networks that do not exist, a metric that guided a training, or a folder with
+            pictures of other settings.
+    """
+    from accelerate import PartialState
+
+    on_cpu = (device or torch.device(pick_device("auto"))).type == "cpu"
+    state = PartialState(cpu=on_cpu, timeout=_PATIENCE)
+    where = device or state.device
+    check_methods(protocol)
+    scenes = [make_scene(protocol, chosen) for chosen in protocol.sets]
+    scorers = make_scorers(protocol.metrics, where)
+    clips = (scorer for scorer in scorers if isinstance(scorer, ClipScorer))
+    refuse_guides(protocol, {scorer.clip: scorer.towers for scorer in clips})
+    results = Results(out, state.process_index)
+    if state.is_main_process:
+        check_settings(out, settings_of(protocol, scenes))
+        results.merge()
+    state.wait_for_everyone()
+    done = {key_of(row) for row in results.read()}
+    state.wait_for_everyone()
+    work = _Work(protocol, out, where, scorers, results, done)
+    mine = work.missing(scenes)
+    if state.num_processes > 1:
+        _prepare_all(work, mine, state.process_index, state.num_processes, say)
+        state.wait_for_everyone()
+        mine = mine[state.process_index :: state.num_processes]
+    work.run(mine, say, shown=shown and state.is_main_process, report=state.num_processes == 1)
+    state.wait_for_everyone()
+    table: Table = {}
+    if state.is_main_process:
+        table = write_tables(protocol, out, results.merge())
+    state.wait_for_everyone()
+    return table
+
+
+def write_tables(protocol: Protocol, out: Path, rows: Sequence[Row]) -> Table:
+    """Write `table.md` and `table.csv` of what there is."""
+    table = make_table(protocol, rows)
+    write_text(out / "table.md", to_markdown(protocol, table))
+    write_text(out / "table.csv", to_csv(table))
+    return table
+
+
+def rescore(protocol: Protocol, out: Path, *, device: torch.device | None = None, say: Say = print) -> Table:
+    """Measure the kept pictures anew, with the protocol's metrics as they are now.
+
+    Raises:
+        ConfigError: pictures were not kept, or see `evaluate`.
+    """
+    scorers = make_scorers(protocol.metrics, device or torch.device("cpu"))
+    clips = (scorer for scorer in scorers if isinstance(scorer, ClipScorer))
+    refuse_guides(protocol, {scorer.clip: scorer.towers for scorer in clips})
+    scenes = {scene.name: scene for scene in (make_scene(protocol, chosen) for chosen in protocol.sets)}
+    results = Results(out)
+    rows = results.read()
+    wanted = [row for row in rows if row["set"] in scenes]
+    if lost := [row for row in wanted if not (out / (row["picture"] or "-")).is_file()]:
+        raise ConfigError(f"{len(lost)} of {len(wanted)} pictures were not kept and cannot be measured anew")
+    for start in range(0, len(wanted), protocol.batch):
+        for row in wanted[start : start + protocol.batch]:
+            with Image.open(out / row["picture"]) as picture:
+                drawn = [picture.convert("RGB")]
+            scene = scenes[row["set"]]
+            row["scores"] = score(scorers, drawn, scene, row["prompt"], row.get("alone"))[0]
+        say(f"{min(start + protocol.batch, len(wanted))} of {len(wanted)} pictures measured")
+    results.replace(rows)
+    return write_tables(protocol, out, rows)
+
+
+def score(
+    scorers: Sequence[Scorer], pictures: Sequence[Image.Image], scene: Scene, prompt: int, alone: str | None
+) -> list[dict[str, Any]]:
+    """All measures of pictures of one prompt; of an expert alone only its own concept's."""
+    concepts = {name: c for name, c in scene.concepts.items() if alone in (None, name)}
+    rows: list[dict[str, Any]] = [{} for _ in pictures]
+    for scorer in scorers:
+        for row, found in zip(rows, scorer(pictures, scene.class_prompts[prompt], concepts), strict=True):
+            row.update(found)
+    if alone is not None:
+        for row in rows:
+            # The base's own objects were asked for too.
+            row.pop("others", None)
+    return rows
+
+
+def settings_of(protocol: Protocol, scenes: Sequence[Scene]) -> dict[str, Any]:
+    """What the pictures depend on."""
+    drawing = ("model", "sampler", "steps", "guidance", "guidance_rescale", "size", "dtype")
+    return {
+        "drawing": {name: getattr(protocol, name) for name in drawing},
+        "prompts": {str(index): template for index, template in enumerate(protocol.prompts)},
+        "sets": {
+            scene.name: {name: [c.text, c.class_text] for name, c in scene.concepts.items()}
+            for scene in scenes
+        },
+        "methods": {method.name: _method_settings(protocol, method) for method in protocol.methods},
+    }
+
+
+def _method_settings(protocol: Protocol, method: Variant) -> dict[str, Any]:
+    if not needs_preparation(method):
+        return {"base": method.kind}
+    training = protocol.training_config(method).to_dict()
+    return {
+        "base": method.kind,
+        "mole": protocol.mole_config(method).to_dict(),
+        "training": {k: v for k, v in training.items() if k not in COSMETIC},
+        "options": method.options,
+        "references": method.references,
+        "training_prompts": list(protocol.training_prompts or protocol.prompts),
+    }
+
+
+@dataclass
+class _Work:
+    """What one process needs to draw and measure."""
+
+    protocol: Protocol
+    out: Path
+    device: torch.device
+    scorers: Sequence[Scorer]
+    results: Results
+    done: set[Any]
+    stage: Stage | None = None
+
+    def missing(self, scenes: Sequence[Scene]) -> list[Batch]:
+        """The batches with a picture that is not there yet, set by set and method by method."""
+        return [
+            batch
+            for scene in scenes
+            for method in self.protocol.methods
+            for batch in _batches(self.protocol, scene, method)
+            if any(key_of(batch.row(seed)) not in self.done for seed in batch.seeds)
+        ]
+
+    def on(self, scene: Scene) -> Stage:
+        """The stage of a set; one at a time."""
+        if self.stage is None or self.stage.scene is not scene:
+            self.stage = Stage(self.protocol, scene, self.device, self.out)
+        return self.stage
+
+    def run(self, batches: Sequence[Batch], say: Say, *, shown: bool, report: bool) -> None:
+        """Draw and measure; with `report`, the tables are written after every set and method."""
+        total = sum(len(batch.seeds) for batch in batches)
+        if total:
+            say(f"{total} pictures to draw, {len(self.done)} are there")
+        with _bar(total, shown) as advance:
+            before: Batch | None = None
+            for batch in batches:
+                if before is not None and report and before.scene is not batch.scene:
+                    write_tables(self.protocol, self.out, self.results.merge())
+                before = batch
+                advance(0, f"{batch.scene.name}, {batch.method.name}")
+                self._draw(batch)
+                advance(len(batch.seeds), f"{batch.scene.name}, {batch.method.name}")
+
+    def _draw(self, batch: Batch) -> None:
+        drawn = self.on(batch.scene).draw(batch.method, batch.prompt, batch.seeds, batch.alone)
+        found = score(self.scorers, drawn.pictures, batch.scene, batch.prompt, batch.alone)
+        rows = []
+        for seed, picture, scores in zip(batch.seeds, drawn.pictures, found, strict=True):
+            row = batch.row(seed)
+            if key_of(row) in self.done:
+                continue
+            kept = self._keep(picture, batch, seed)
+            rows.append({**row, "picture": kept, "scores": scores, **_cost(drawn)})
+        self.results.append(rows)
+
+    def _keep(self, picture: Image.Image, batch: Batch, seed: int) -> str | None:
+        limit = self.protocol.keep_seeds
+        if limit is not None and seed not in self.protocol.seeds.all[:limit]:
+            return None
+        path = self.out / batch.picture(seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+        return batch.picture(seed)
+
+
+def _cost(drawn: Drawn) -> dict[str, Any]:
+    cost: dict[str, Any] = {"seconds": round(drawn.seconds, 4)}
+    return cost if drawn.peak_mib is None else {**cost, "peak_mib": round(drawn.peak_mib, 1)}
+
+
+def _batches(protocol: Protocol, scene: Scene, method: Variant) -> Iterator[Batch]:
+    """A method's pictures of a set; always the same batches, whatever is there already."""
+    seeds = protocol.method_seeds(method)
+    for prompt in range(len(protocol.prompts)):
+        for start in range(0, len(seeds), protocol.batch):
+            part = tuple(seeds[start : start + protocol.batch])
+            for alone in scene.concepts if method.kind == ALONE else [None]:
+                yield Batch(scene, method, prompt, part, alone)
+
+
+def _prepare_all(work: _Work, batches: Sequence[Batch], index: int, count: int, say: Say) -> None:
+    """This process's share of the preparations."""
+    wanted = {(b.scene.name, b.method.name): b for b in batches if needs_preparation(b.method)}
+    for batch in list(wanted.values())[index::count]:
+        say(f"Preparing {batch.method.name} for {batch.scene.name}")
+        work.on(batch.scene).prepare(batch.method)
+
+
+@contextmanager
+def _bar(total: int, shown: bool) -> Iterator[Callable[[int, str], None]]:
+    """A progress bar with the time left; yields what is told how many more are done, and of what."""
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, *times, console=Console(stderr=True), disable=not shown) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda more, what: bar.update(task, advance=more, description=what)

@@ -1,0 +1,118 @@
+"""A set of experts made ready: files, concepts with pictures, and prompts in trigger and class words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from PIL import Image
+
+from mole_diffusion.errors import ConfigError, UnknownExpertError
+from mole_diffusion.evaluation.protocol import ExpertSet, ExpertSource, Protocol
+from mole_diffusion.starter.location import starter_experts
+from mole_diffusion.training.concepts import Concept
+
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A set of experts with everything that drawing and measuring it needs.
+
+    Attributes:
+        name: label of the set.
+        files: what `load_expert` opens, by expert name.
+        concepts: phrases and reference pictures, by expert name, in the set's order.
+        prompts: the prompts in trigger words.
+        class_prompts: the same in words that any CLIP knows.
+        training_prompts: what methods are trained with.
+        templates: the templates of `prompts`.
+    """
+
+    name: str
+    files: Mapping[str, str]
+    concepts: Mapping[str, Concept]
+    prompts: tuple[str, ...]
+    class_prompts: tuple[str, ...]
+    training_prompts: tuple[str, ...]
+    templates: tuple[str, ...]
+
+    def training_concepts(self, references: int | None) -> dict[str, Concept]:
+        """The concepts with only so many of their reference pictures."""
+        return {
+            name: replace(concept, references=concept.references[:references])
+            for name, concept in self.concepts.items()
+        }
+
+    def alone_prompt(self, index: int, name: str) -> str:
+        """Prompt `index` with one concept by its trigger and all others by their class."""
+        phrases = [
+            concept.text if concept.name == name else concept.class_text for concept in self.concepts.values()
+        ]
+        return fill(self.templates[index], phrases)
+
+
+def fill(template: str, phrases: Sequence[str]) -> str:
+    """`"{all} on the beach"` -> `"a boot, a monster and a clock on the beach"`."""
+    together = f"{', '.join(phrases[:-1])} and {phrases[-1]}" if len(phrases) > 1 else phrases[0]
+    return template.format(*phrases, all=together)
+
+
+def make_scene(protocol: Protocol, chosen: ExpertSet) -> Scene:
+    """Look up the experts of a set.
+
+    Raises:
+        UnknownExpertError: a name that is neither in the protocol nor, with the starter, one of its experts.
+        ConfigError: a reference picture that is not there.
+    """
+    found = {name: _source(protocol, name) for name in chosen.experts}
+    concepts = {
+        name: Concept(name, source.text, source.class_text, _references(name, source.references))
+        for name, source in found.items()
+    }
+    texts = [concept.text for concept in concepts.values()]
+    classes = [concept.class_text for concept in concepts.values()]
+    return Scene(
+        name=chosen.label,
+        files={name: source.file for name, source in found.items()},
+        concepts=concepts,
+        prompts=tuple(fill(template, texts) for template in protocol.prompts),
+        class_prompts=tuple(fill(template, classes) for template in protocol.prompts),
+        training_prompts=tuple(
+            fill(template, texts) for template in protocol.training_prompts or protocol.prompts
+        ),
+        templates=protocol.prompts,
+    )
+
+
+def _source(protocol: Protocol, name: str) -> ExpertSource:
+    if name in protocol.experts:
+        return protocol.experts[name]
+    catalogue = starter_experts() if protocol.model == "starter" else {}
+    if name not in catalogue:
+        raise UnknownExpertError(name, [*protocol.experts, *catalogue])
+    expert = catalogue[name]
+    return ExpertSource(
+        file=str(expert.path),
+        text=expert.text,
+        class_text=expert.class_text,
+        references=tuple(str(path) for path in expert.references),
+    )
+
+
+def _references(name: str, given: str | Sequence[str]) -> list[Image.Image]:
+    if isinstance(given, str):
+        paths = sorted(path for path in Path(given).glob("*") if path.suffix.lower() in _PICTURES)
+        if not paths:
+            raise ConfigError(f"references of {name!r}: no pictures {_PICTURES} in {given!r}")
+    else:
+        paths = [Path(path) for path in given]
+    pictures = []
+    for path in paths:
+        try:
+            with Image.open(path) as picture:
+                pictures.append(picture.convert("RGB"))
+        except OSError as error:
+            raise ConfigError(f"references of {name!r}: {path} cannot be read: {error}") from error
+    return pictures

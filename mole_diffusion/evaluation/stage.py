@@ -1,0 +1,137 @@
+"""Drawing: a pipeline with a set of experts, each method prepared once, pictures by seed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+
+from mole_diffusion.baselines import METHODS, PrepareOptions, prepare
+from mole_diffusion.errors import ConfigError
+from mole_diffusion.evaluation.protocol import ALONE, Protocol, Variant
+from mole_diffusion.evaluation.sets import Scene
+from mole_diffusion.opening import open_base
+
+PREPARED = "prepared"
+
+
+def needs_preparation(method: Variant) -> bool:
+    """Whether something is trained, searched or merged before it can draw."""
+    return method.kind != ALONE and METHODS[method.kind].needs_preparation
+
+
+def check_methods(protocol: Protocol) -> None:
+    """Raise ConfigError if a method is a variant of nothing that exists."""
+    known = [*METHODS, ALONE]
+    for method in protocol.methods:
+        if method.kind not in known:
+            raise ConfigError(
+                f"method {method.name!r}: base {method.kind!r} does not exist; allowed are {known}"
+            )
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures of one call, seconds per picture and (on a GPU) the peak memory in MiB."""
+
+    pictures: list[Image]
+    seconds: float
+    peak_mib: float | None
+
+
+class Stage:
+    """One set of experts, ready to be drawn by one method after the other.
+
+    Args:
+        protocol: what is drawn.
+        scene: the set.
+        device: where.
+        folder: of the evaluation; preparations go into `prepared/SET/METHOD`.
+    """
+
+    def __init__(self, protocol: Protocol, scene: Scene, device: torch.device, folder: Path) -> None:
+        self.protocol, self.scene, self.device, self.folder = protocol, scene, device, folder
+        self.pipe = self._open()
+        self._ready: tuple[str, Any] | None = None
+
+    def prepared_folder(self, method: Variant) -> Path:
+        """Where the preparation of a method lies."""
+        return self.folder / PREPARED / self.scene.name / method.name
+
+    def prepare(self, method: Variant) -> Any:
+        """What `pipe(mixture=...)` takes for this method; prepared now, or found in its folder."""
+        if not needs_preparation(method):
+            return method.kind
+        if self._ready is None or self._ready[0] != method.name:
+            config = self.protocol.mole_config(method)
+            if config != self.pipe.mole_config:
+                self.pipe.configure(config)
+            prepared = prepare(
+                method.kind,
+                self.pipe,
+                prompts=list(self.scene.training_prompts),
+                concepts=self.scene.training_concepts(method.references),
+                config=self.protocol.training_config(method),
+                folder=self.prepared_folder(method),
+                options=PrepareOptions(**method.options),
+            )
+            self._ready = method.name, prepared
+        return self._ready[1]
+
+    def draw(self, method: Variant, prompt: int, seeds: Sequence[int], alone: str | None = None) -> Drawn:
+        """Pictures of a prompt, one per seed.
+
+        Args:
+            method: who draws.
+            prompt: index of the prompt.
+            seeds: each picture has a generator of its own, so that a batch changes nothing.
+            alone: the only expert, with the method "alone".
+        """
+        mixture = self.prepare(method) if alone is None else {alone: 1.0}
+        text = self.scene.prompts[prompt] if alone is None else self.scene.alone_prompt(prompt, alone)
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        start = time.monotonic()
+        with self._autocast():
+            pictures = self.pipe(
+                [text] * len(seeds),
+                mixture=mixture,
+                num_inference_steps=self.protocol.steps,
+                guidance_scale=self.protocol.guidance,
+                guidance_rescale=self.protocol.guidance_rescale,
+                height=self.protocol.size,
+                width=self.protocol.size,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            ).images
+        seconds = (time.monotonic() - start) / len(seeds)
+        peak = torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else None
+        return Drawn(pictures, seconds, peak)
+
+    def _autocast(self) -> Any:
+        if self.protocol.dtype == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def _open(self) -> Any:
+        pipe = open_base(self.protocol.model, str(self.device))
+        for name, file in self.scene.files.items():
+            pipe.load_expert(file, name=name)
+        if self.protocol.sampler is not None:
+            pipe.scheduler = _sampler(self.protocol.sampler).from_config(pipe.scheduler.config)
+        return pipe
+
+
+def _sampler(name: str) -> Any:
+    import diffusers
+
+    sampler = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+    if sampler is None:
+        raise ConfigError(f"sampler is {name!r}; allowed are the scheduler classes of diffusers")
+    return sampler

@@ -1,0 +1,113 @@
+"""Protocols: what ships, what is refused and how, and what a set of experts becomes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mole_diffusion import ConfigError, MoLEConfig, UnknownExpertError
+from mole_diffusion.evaluation.protocol import load_protocol, shipped_protocols
+from mole_diffusion.evaluation.sets import make_scene
+from mole_diffusion.evaluation.stage import check_methods
+from mole_diffusion.starter.world import TRIPLES
+from mole_diffusion.training import TrainingConfig
+
+Write = Callable[..., Path]
+
+
+def test_shipped_protocols_can_be_read_and_name_methods_that_exist() -> None:
+    assert {"paper", "starter"} <= set(shipped_protocols())
+    for name in shipped_protocols():
+        check_methods(load_protocol(name))
+    for name in ("paper", "starter"):
+        protocol = load_protocol(name)
+        assert (len(protocol.sets), len(protocol.prompts)) == (15, 5)
+
+
+def test_the_starters_protocol_is_the_papers_triples() -> None:
+    protocol = load_protocol("starter")
+    assert tuple(chosen.experts for chosen in protocol.sets) == TRIPLES
+    assert protocol.seeds.count == 20
+    scene = make_scene(protocol, protocol.sets[0])
+    assert scene.prompts[0] == "a zor boot, a vek monster and a kip clock on the beach"
+    assert scene.class_prompts[0] == "a boot, a monster and a clock on the beach"
+    assert scene.alone_prompt(0, "clock") == "a boot, a monster and a kip clock on the beach"
+    assert [len(concept.references) for concept in scene.concepts.values()] == [5, 5, 5]
+    assert [len(concept.references) for concept in scene.training_concepts(1).values()] == [1, 1, 1]
+
+
+def test_variants_change_settings_of_gates_and_training(write_protocol: Write) -> None:
+    methods: list[Any] = [
+        {"name": "paper", "base": "gates", "mole": {"preset": "paper"}, "training": {"preset": "paper"}},
+        {"name": "pooled", "base": "gates", "mole": {"pooling": "mean"}, "training": {"iterations": 7}},
+        {"name": "nla", "seeds": 2},
+    ]
+    protocol = load_protocol(write_protocol(methods=methods, training={}))
+    paper, pooled, nla = protocol.methods
+    assert protocol.mole_config(paper) == MoLEConfig.paper()
+    assert protocol.training_config(paper) == TrainingConfig.paper(progress=False)
+    assert protocol.mole_config(pooled) == MoLEConfig(pooling="mean")
+    assert protocol.training_config(pooled).iterations == 7
+    assert (pooled.kind, nla.kind) == ("gates", "nla")
+    assert list(protocol.method_seeds(nla)) == [0, 1]
+
+
+def test_a_run_can_be_restricted(write_protocol: Write) -> None:
+    whole = load_protocol(write_protocol())
+    part = whole.restricted(("cat+clock",), ("nla", "few"), 1)
+    assert [chosen.label for chosen in part.sets] == ["cat+clock"]
+    assert [method.name for method in part.methods] == ["nla", "few"]
+    assert list(part.seeds.all) == [0]
+    assert whole.restricted(None, None, None) == whole
+    with pytest.raises(ConfigError, match=r"no set \['dog'\] in the protocol; it has \['boot\+cat'"):
+        whole.restricted(("dog",), None, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stepz": 3}, r"stepz: unknown; allowed: title, note, model"),
+        ({"seeds": {"number": 3}}, r"seeds.number: unknown; allowed: count, first"),
+        ({"methods": [{"name": "x", "kind": "la"}]}, r"methods.0.kind: unknown; allowed: name, base, mole"),
+        ({"steps": 0}, r"steps: .* got 0"),
+        ({"sets": [["boot"]]}, r"sets.0.experts"),
+        ({"sets": [["boot", "boot"]]}, r"set 'boot\+boot': \['boot'\] more than once"),
+        ({"methods": ["la", "la"]}, r"methods: \['la'\] more than once"),
+        (
+            {"prompts": ["{2} at night"]},
+            r"'\{2\} at night' cannot be filled .* allowed are \{all\} and \{0\} to",
+        ),
+        ({"methods": [{"name": "x", "base": "gates", "mole": {"pool": 1}}]}, r"Unknown settings pool"),
+        ({"mole": {"preset": "best"}}, r"preset 'best'; allowed are 'paper' and 'uniform'"),
+        ({"training": {"objective": "luck"}}, r"objective is 'luck'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_by_name(
+    write_protocol: Write, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_protocol(write_protocol(**changes))
+
+
+def test_files_that_are_no_protocol_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"neither a file nor one of those that ship: \["):
+        load_protocol("startr")
+    (tmp_path / "list.yaml").write_text("- a\n")
+    with pytest.raises(ConfigError, match="holds list; allowed is a mapping"):
+        load_protocol(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        load_protocol(tmp_path / "broken.yaml")
+
+
+def test_unknown_experts_methods_and_pictures_are_named(write_protocol: Write, tmp_path: Path) -> None:
+    protocol = load_protocol(write_protocol(sets=[["boot", "dog"]]))
+    with pytest.raises(UnknownExpertError, match="'dog'"):
+        make_scene(protocol, protocol.sets[0])
+    with pytest.raises(ConfigError, match="method 'best': base 'best' does not exist; allowed are"):
+        check_methods(load_protocol(write_protocol(methods=["best"])))
+    lost = load_protocol(write_protocol()).experts["boot"].model_copy(update={"references": str(tmp_path)})
+    protocol = load_protocol(write_protocol()).model_copy(update={"experts": {"boot": lost, "cat": lost}})
+    with pytest.raises(ConfigError, match="references of 'boot': no pictures"):
+        make_scene(protocol, protocol.sets[0])
