@@ -101,6 +101,13 @@ class Mixture:
         self.gates.to(device)
         return self
 
+    def release(self) -> None:
+        """Let go of the factors' copies on devices; the next forward makes new ones."""
+        for bundle in self._bundles:
+            bundle.release()
+            for slot in bundle.slots:
+                slot.cache.clear()
+
     def enable(self) -> None:
         """Let the hooks work again after `disable`."""
         self._context.enabled = True

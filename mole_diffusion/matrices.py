@@ -42,6 +42,10 @@ class TensorCache:
         value: T = self._values[key]
         return value
 
+    def clear(self) -> None:
+        """Drop everything."""
+        self._values.clear()
+
 
 @dataclass(eq=False)
 class MatrixSlot:
@@ -153,6 +157,11 @@ class Bundle:
         """Let go of tensors that an interrupted forward left behind."""
         self._input = None
         self._parts = {}
+
+    def release(self) -> None:
+        """Let go of everything on a device."""
+        self.clear()
+        self._cache.clear()
 
     def _down(self, rows: dict[str, tuple[int, ...]], like: Tensor) -> tuple[Tensor, Tensor | None]:
         def build() -> tuple[Tensor, Tensor | None]:

@@ -1,0 +1,145 @@
+"""What flows along EXPERTS and GATES connections."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from mole_diffusion.checkpoint import GatesHeader, read_gates_header
+from mole_diffusion.errors import ConfigError, UnknownExpertError
+from mole_diffusion.experts import Expert
+
+_SEPARATORS = re.compile(r"[,;\n]")
+
+
+@dataclass(frozen=True)
+class ExpertSet:
+    """Experts in the order in which they were chained, and which of them count.
+
+    Attributes:
+        experts: the experts.
+        active: names of those that count; None for all.
+        scales: name -> strength, in place of the one the expert was loaded with.
+        regions: name -> (H, W) mask in 0..1.
+    """
+
+    experts: tuple[Expert, ...] = ()
+    active: tuple[str, ...] | None = None
+    scales: Mapping[str, float] = field(default_factory=dict)
+    regions: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names in order."""
+        return tuple(expert.name for expert in self.experts)
+
+    def with_expert(self, expert: Expert) -> ExpertSet:
+        """One more expert.
+
+        Raises:
+            ConfigError: the name is taken.
+        """
+        if expert.name in self.names:
+            raise ConfigError(
+                f"There is an expert {expert.name!r} already (loaded: {', '.join(self.names)}); give this "
+                "one another name."
+            )
+        return replace(self, experts=(*self.experts, expert))
+
+    def masked(self, active: Sequence[str] | None, scales: Mapping[str, float]) -> ExpertSet:
+        """The same experts, of which only `active` count (None: as before), with other strengths.
+
+        Raises:
+            UnknownExpertError: a name is not among the experts.
+        """
+        self.check([*(active or ()), *scales])
+        chosen = self.active if active is None else tuple(n for n in self.names if n in active)
+        return replace(self, active=chosen, scales={**self.scales, **scales})
+
+    def in_regions(self, regions: Mapping[str, Tensor]) -> ExpertSet:
+        """The same experts, each confined to its mask.
+
+        Raises:
+            UnknownExpertError: a name is not among the experts.
+        """
+        self.check(regions)
+        return replace(self, regions={**self.regions, **regions})
+
+    def check(self, names: Sequence[str] | Mapping[str, object]) -> None:
+        """Raise UnknownExpertError for a name that is not among the experts."""
+        for name in names:
+            if name not in self.names:
+                raise UnknownExpertError(name, self.names)
+
+
+@dataclass(frozen=True)
+class GatesFile:
+    """Gates, kept in a file of the format of `mole_diffusion.checkpoint`."""
+
+    path: Path
+
+    @cached_property
+    def header(self) -> GatesHeader:
+        """What the file says about itself."""
+        return read_gates_header(self.path)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the content."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+    def copy_to(self, path: Path) -> None:
+        """Write the file to another place; it appears there whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            shutil.copyfile(self.path, temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def read_names(text: str) -> list[str] | None:
+    """Names separated by commas or line breaks; None where there is none."""
+    names = [name.strip() for name in _SEPARATORS.split(text) if name.strip()]
+    return names or None
+
+
+def read_assignments(text: str, what: str) -> dict[str, str]:
+    """Lines such as "boot = 0.8" as a mapping.
+
+    Args:
+        text: the lines; commas do not separate, so that values may have some.
+        what: what the values are, for the message.
+    Raises:
+        ConfigError: a line has no "=".
+    """
+    found: dict[str, str] = {}
+    for line in filter(None, (line.strip() for line in text.splitlines())):
+        name, sign, value = line.partition("=")
+        if not sign or not name.strip() or not value.strip():
+            raise ConfigError(f"{line!r} cannot be read: write one line per expert, NAME = {what}.")
+        found[name.strip()] = value.strip()
+    return found
+
+
+def read_strengths(text: str) -> dict[str, float]:
+    """Lines such as "boot = 0.8" as numbers.
+
+    Raises:
+        ConfigError: a line cannot be read.
+    """
+    strengths = {}
+    for name, value in read_assignments(text, "STRENGTH").items():
+        try:
+            strengths[name] = float(value)
+        except ValueError:
+            raise ConfigError(f"The strength of {name!r} is {value!r}; allowed is a number.") from None
+    return strengths

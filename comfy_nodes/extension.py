@@ -1,0 +1,34 @@
+"""What ComfyUI asks a node pack for."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import places
+from .nodes_apply import ApplyMoLE, GateHeatMap, MaskExperts, RegionMasks
+from .nodes_load import ExportLoRA, LoadExpert, LoadGates, SaveGates, StarterLoader
+
+NODES = [
+    StarterLoader,
+    LoadExpert,
+    LoadGates,
+    ApplyMoLE,
+    MaskExperts,
+    RegionMasks,
+    SaveGates,
+    GateHeatMap,
+    ExportLoRA,
+]
+
+
+class MoLEExtension(ComfyExtension):  # type: ignore[misc]
+    """The nodes of category MoLE."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return list(NODES)
+
+
+async def comfy_entrypoint() -> MoLEExtension:
+    """Called by ComfyUI when it loads custom nodes."""
+    places.register()
+    return MoLEExtension()

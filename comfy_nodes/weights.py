@@ -1,0 +1,36 @@
+"""Mean gate weights in the header of a gate file, as Train Gates writes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from mole_diffusion.errors import ConfigError
+
+from .experts import GatesFile
+
+#: Header entry: {"experts": [names], "weights": {part: {gate: [mean weight per expert]}}}.
+ENTRY = "mole.mean_weights"
+
+Means = Mapping[str, Mapping[str, list[float]]]
+
+
+def mean_weights_entry(names: tuple[str, ...], means: Means) -> dict[str, str]:
+    """The header entry."""
+    return {ENTRY: json.dumps({"experts": list(names), "weights": means})}
+
+
+def weights_of_gates(gates: GatesFile) -> tuple[tuple[str, ...], Means]:
+    """Expert names, and part -> gate -> mean weight of each expert at the end of the training.
+
+    Raises:
+        ConfigError: the file does not say.
+    """
+    text = gates.header.metadata.get(ENTRY)
+    if text is None:
+        raise ConfigError(
+            f"{gates.path.name!r} does not say what its gates weighed in training (MoLE Train Gates notes "
+            "it): connect the MODEL of MoLE Apply and the sampler's LATENT instead."
+        )
+    found = json.loads(text)
+    return tuple(found["experts"]), found["weights"]

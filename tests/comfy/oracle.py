@@ -1,0 +1,84 @@
+"""What diffusers computes with the starter, for ComfyUI to be compared with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from mole_diffusion import StableDiffusionMoLEPipeline, TrainingConfig
+
+PROMPT = "a zor boot, a vek monster and a kip clock on the beach"
+#: A training that ends in seconds and moves the gates away from uniform.
+QUICK = TrainingConfig(
+    iterations=10,
+    gate_lr=0.1,
+    drawn_pictures=1,
+    sampling_steps=2,
+    pool_size=8,
+    collage_batch=4,
+    progress=False,
+)
+
+
+def starter_pipeline() -> StableDiffusionMoLEPipeline:
+    """The starter with three experts and gates of a short training."""
+    pipe = StableDiffusionMoLEPipeline.from_starter(experts=["boot", "monster", "clock"])
+    pipe.train_gates(PROMPT, config=QUICK)
+    return pipe
+
+
+def write_starter(folder: Path) -> None:
+    """Write `gates.safetensors`, and `starter.safetensors` with inputs and what the networks make of them."""
+    pipe = starter_pipeline()
+    pipe.save_gates(folder / "gates.safetensors")
+    with torch.no_grad():
+        tensors = _answers(pipe)
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "starter.safetensors")
+
+
+def _answers(pipe: Any) -> dict[str, torch.Tensor]:
+    draws = torch.Generator().manual_seed(3)
+    latents = torch.randn(2, 4, 16, 16, generator=draws)
+    timesteps = torch.tensor([801, 333])
+    left = torch.zeros(128, 128)
+    left[:, :64] = 1
+    tensors = {"latents": latents, "timesteps": timesteps}
+    with pipe.composing(mixture="none"):
+        tensors["base_text2"] = _text(pipe, ["", PROMPT])
+        tensors["base_text"] = tensors["base_text2"][1:]
+        tensors["base_noise"] = _noise(pipe, tensors, tensors["base_text2"])
+        scale = pipe.vae.config.scaling_factor
+        tensors["clean"] = latents[:1] * 0.7
+        pixels = pipe.vae.decode(tensors["clean"] / scale).sample
+        tensors["pixels"] = (pixels / 2 + 0.5).clamp(0, 1)
+        tensors["encoded"] = pipe.vae.encode(tensors["pixels"] * 2 - 1).latent_dist.mode() * scale
+    with pipe.composing():
+        tensors["text"] = _text(pipe, ["", PROMPT])
+        tensors["noise"] = _noise(pipe, tensors, tensors["text"])
+    with pipe.composing(
+        active_experts=["boot", "clock"],
+        expert_scales={"clock": 0.5},
+        region_masks={"boot": left},
+        latent_size=(16, 16),
+    ):
+        tensors["masked_noise"] = _noise(pipe, tensors, tensors["text"])
+    # The noise that ComfyUI makes of seed 1.
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    drawn = pipe(PROMPT, latents=noise, num_inference_steps=10, guidance_scale=5.0, output_type="pt")
+    tensors["picture"] = drawn.images
+    return tensors
+
+
+def _text(pipe: Any, texts: list[str]) -> torch.Tensor:
+    encoded: torch.Tensor = pipe.encode_prompt(texts, pipe.device, 1, False)[0]
+    return encoded
+
+
+def _noise(pipe: Any, tensors: dict[str, torch.Tensor], text: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = pipe.unet(
+        tensors["latents"], tensors["timesteps"], encoder_hidden_states=text
+    ).sample
+    return found
