@@ -14,14 +14,6 @@ from types import FrameType
 from typing import Any
 
 from PIL.Image import Image
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 #: One iteration: iteration (from 1), loss, its parts, balance, entropy, weights (expert -> mean weight),
 #: seconds.
@@ -57,28 +49,47 @@ class ProgressBar:
     """
 
     def __init__(self, iterations: int, done: int, shown: bool) -> None:
-        self._progress = Progress(
-            TextColumn("gates"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            disable=not shown,
-        )
-        self._task = self._progress.add_task("", total=iterations, completed=done)
+        self._progress: Any = None
+        self._task: Any = None
+        if shown:
+            self._progress, self._task = _rich_bar(iterations, done)
 
     def __enter__(self) -> ProgressBar:
-        self._progress.start()
+        if self._progress is not None:
+            self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if self._progress is not None:
+            self._progress.stop()
 
     def update(self, row: Mapping[str, Any]) -> None:
         """Show an iteration."""
-        self._progress.update(self._task, completed=row["iteration"], description=describe(row))
+        if self._progress is not None:
+            self._progress.update(self._task, completed=row["iteration"], description=describe(row))
+
+
+def _rich_bar(iterations: int, done: int) -> tuple[Any, Any]:
+    """A bar of rich and its task; hosts that show progress in their own way need not have rich."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    bar = Progress(
+        TextColumn("gates"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    return bar, bar.add_task("", total=iterations, completed=done)
 
 
 def describe(row: Mapping[str, Any]) -> str:

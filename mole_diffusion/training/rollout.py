@@ -21,9 +21,13 @@ _PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 def training_scheduler(scheduler: Any) -> Any:
     """A DDIM scheduler with the same betas and prediction type, without clipping.
 
+    A host without diffusers brings its own, ready for training, and says so by an attribute ``for_training``.
+
     Raises:
         TrainingError: if the pipeline's scheduler has no betas or another prediction type (flow matching).
     """
+    if getattr(scheduler, "for_training", False):
+        return scheduler
     from diffusers import DDIMScheduler
 
     prediction = scheduler.config.get("prediction_type", "epsilon")
