@@ -27,17 +27,18 @@ BATCH, RATE = 96, 1e-3
 
 @dataclass(frozen=True)
 class Recipe:
-    """One CLIP: folder name in the starter, seed, steps and open_clip's ``vision_cfg``."""
+    """One CLIP: folder name in the starter, seed, steps, layers of text and open_clip's ``vision_cfg``."""
 
     name: str
     seed: int
     steps: int
+    text_layers: int
     vision: Mapping[str, object]
 
 
-GUIDE = Recipe("clip", 71, 480, {"layers": 6, "width": 192, "head_width": 32, "patch_size": 16})
+GUIDE = Recipe("clip", 71, 480, 3, {"layers": 6, "width": 192, "head_width": 32, "patch_size": 16})
 SCORER = Recipe(
-    "clip_eval", 72, 700, {"timm_model_name": "regnety_004", "timm_pool": "avg", "timm_proj": "linear"}
+    "clip_eval", 72, 700, 2, {"timm_model_name": "regnetx_002", "timm_pool": "avg", "timm_proj": "linear"}
 )
 
 
@@ -51,7 +52,7 @@ def model_config(recipe: Recipe, vocabulary: int) -> dict[str, Any]:
             "vocab_size": vocabulary,
             "width": 128,
             "heads": 4,
-            "layers": 3,
+            "layers": recipe.text_layers,
             "hf_tokenizer_name": "tokenizer",
         },
     }
