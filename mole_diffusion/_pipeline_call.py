@@ -104,6 +104,12 @@ class MoLEPipelineMixin(ExportMixin):
         with _old_text_model_name(self._networks().get(TEXT_ENCODER)):
             return parent.encode_prompt(*args, **kwargs)
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers: the base model, without the trigger words that experts bring along."""
+        parent: Any = super()
+        with self.composing(mixture="none"):
+            parent.save_pretrained(*args, **kwargs)
+
     def to_json_string(self) -> str:
         """The configuration as diffusers writes it, under the name of the diffusers class.
 
@@ -118,10 +124,13 @@ class MoLEPipelineMixin(ExportMixin):
         found = {part: getattr(self, part, None) for part in (UNET, TEXT_ENCODER, TEXT_ENCODER_2)}
         return {part: network for part, network in found.items() if network is not None}
 
+    def _tokenizers(self) -> dict[str, Any]:
+        found = {part: getattr(self, name, None) for part, name in TOKENIZERS.items()}
+        return {part: one for part, one in found.items() if one is not None and part in self._networks()}
+
     def _flatten_tokens(self) -> dict[str, int | None]:
-        tokenizers = {part: getattr(self, name, None) for part, name in TOKENIZERS.items()}
-        lengths = {part: one.model_max_length if one else None for part, one in tokenizers.items()}
-        return {UNET: None, **lengths}
+        lengths: dict[str, int | None] = dict.fromkeys((UNET, *TOKENIZERS))
+        return lengths | {part: one.model_max_length for part, one in self._tokenizers().items()}
 
     def _base_facts(self) -> dict[str, str]:
         pipe: Any = self

@@ -2,7 +2,7 @@
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from mole_diffusion._pipeline_sources import find_expert_file
+from mole_diffusion._pipeline_triggers import TriggerWords, vectors_of
 from mole_diffusion.baselines.fixed import fixed_mixture
 from mole_diffusion.baselines.prepared import Prepared, Request
 from mole_diffusion.baselines.routing import ROUTED, routed
@@ -63,6 +64,14 @@ class ExpertState:
     mixtures: dict[str, Mixture] = field(default_factory=dict)
     composition: Composition = field(default_factory=Composition)
     networks: dict[str, nn.Module] = field(default_factory=dict)
+    triggers: list[TriggerWords] = field(default_factory=list)
+
+    def apply(self, composition: Composition) -> None:
+        """Let this count in the forwards to come; the base alone knows no trigger words."""
+        composition.apply(self.mixtures)
+        for words in self.triggers:
+            words.show(not composition.base_only)
+        self.composition = composition
 
     @classmethod
     def of(cls, networks: Mapping[str, nn.Module]) -> "ExpertState | None":
@@ -81,6 +90,10 @@ class ExpertsMixin:
 
     def _networks(self) -> dict[str, nn.Module]:
         """The networks that experts can change, by part."""
+        raise NotImplementedError
+
+    def _tokenizers(self) -> dict[str, Any]:
+        """The tokenizer of each text encoder."""
         raise NotImplementedError
 
     def _flatten_tokens(self) -> dict[str, int | None]:
@@ -135,8 +148,12 @@ class ExpertsMixin:
             hub_options: for `huggingface_hub.snapshot_download` (revision, cache_dir, local_files_only, ...).
 
         Raises:
-            ExpertLoadError: no such file, not a LoRA for these networks, or the name is taken.
+            ExpertLoadError: no such file, not a LoRA for these networks, the name is taken, or a trigger
+                word is a token already.
             InjectionError: the file's matrices do not fit these networks.
+
+        Embeddings in the file are added to tokenizer and text encoder under their trigger words, and taken
+        away with the expert. With `mixture="none"` the words mean nothing special.
 
         After an error the pipeline is as it was before.
         """
@@ -161,7 +178,7 @@ class ExpertsMixin:
         if scheduler is not None and scheduler.config.get("prediction_type"):
             check_prediction(expert, scheduler.config["prediction_type"])
         self._rebuild({**experts, expert.name: expert}, self._state.config)
-        unused = _unused(expert, self._state.mixtures)
+        unused = _unused(expert, self._state.mixtures, self._tokenizers())
         if unused:
             logger.warning("expert %r is used in part: %s", expert.name, "; ".join(unused))
         return expert
@@ -237,12 +254,10 @@ class ExpertsMixin:
         try:
             # Also for the base model: a misspelt name must not pass only because nothing is drawn with it.
             replace(now, base_only=False).apply(state.mixtures)
-            now.apply(state.mixtures)
-            state.composition = now
+            state.apply(now)
             yield
         finally:
-            state.composition = before
-            before.apply(state.mixtures)
+            state.apply(before)
 
     @contextmanager
     def standing_in(self, others: StandIn) -> Iterator[None]:
@@ -274,19 +289,21 @@ class ExpertsMixin:
             finish: called with the new mixtures (to load gates into them) before the old ones are given up.
         """
         state = self._state
-        old = state.mixtures
-        for mixture in old.values():
-            mixture.eject()
+        for words in state.triggers:
+            words.check_removable()
+        old, old_words = state.mixtures, state.triggers
         new: dict[str, Mixture] = {}
+        new_words: list[TriggerWords] = []
+        _detach(old, old_words)
         try:
             self._inject_all(experts, config, new)
+            self._add_words(experts.values(), new_words)
             if finish is not None:
                 finish(new)
         except BaseException:
-            for mixture in new.values():
-                mixture.eject()
-            for mixture in old.values():
-                mixture.attach()
+            _detach(new, new_words)
+            for part in (*old.values(), *old_words):
+                part.attach()
             raise
         trained = [part for part, mixture in old.items() if _is_trained(mixture)]
         if trained and finish is None and experts:
@@ -294,7 +311,7 @@ class ExpertsMixin:
                 "the gates trained for %s are lost: the expert set or the configuration changed", trained
             )
         state.experts, state.mixtures, state.config = experts, new, config
-        state.networks = _unwrapped(self._networks())
+        state.networks, state.triggers = _unwrapped(self._networks()), new_words
         _states.add(state)
         state.composition = Composition()
 
@@ -306,19 +323,41 @@ class ExpertsMixin:
                     network, chosen, config, part=part, flatten_tokens=self._flatten_tokens()[part]
                 )
 
+    def _add_words(self, experts: Iterable[Expert], into: list[TriggerWords]) -> None:
+        """Let the tokenizers and text encoders know the experts' trigger words."""
+        networks = self._networks()
+        for part, tokenizer in self._tokenizers().items():
+            if words := vectors_of(experts, part):
+                found = TriggerWords(tokenizer, networks[part], words)
+                found.attach()
+                into.append(found)
+
+
+def _detach(mixtures: Mapping[str, Mixture], triggers: Iterable[TriggerWords]) -> None:
+    for mixture in mixtures.values():
+        mixture.eject()
+    for words in triggers:
+        words.detach()
+
 
 def _unwrapped(networks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """The networks inside what `torch.compile` made of them."""
     return {part: getattr(network, "_orig_mod", network) for part, network in networks.items()}
 
 
-def _unused(expert: Expert, mixtures: Mapping[str, Mixture]) -> list[str]:
+def _unused(expert: Expert, mixtures: Mapping[str, Mixture], tokenizers: Mapping[str, Any]) -> list[str]:
     """What of an expert's file changes nothing here, as sentences; diffusers would not say."""
     sentences = [expert.report.summary()] if expert.report.ignored else []
     sentences += [
         f"{part}: not part of this pipeline, {len(matrices)} matrices unused"
         for part, matrices in expert.factors.items()
         if part not in mixtures
+    ]
+    sentences += [
+        f"{part}: not part of this pipeline, the embedding of {word!r} is unused"
+        for word, found in expert.embeddings.items()
+        for part in found
+        if part not in tokenizers
     ]
     for part, mixture in mixtures.items():
         absent = mixture.unmatched.get(expert.name)

@@ -1,0 +1,208 @@
+"""Embeddings bundled in expert files: against diffusers' textual inversion, conflicts, and their removal."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pipeline_helpers import CLOSE, build, with_adapters
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from mole_diffusion import StableDiffusionMoLEPipeline, StableDiffusionXLMoLEPipeline
+from mole_diffusion.errors import ExpertLoadError
+
+PROMPT = "a zork and a cat"
+
+
+def vectors(rows: int, width: int, seed: int = 9) -> torch.Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+
+
+def bundle(source: Path, path: Path, embeddings: dict[str, torch.Tensor]) -> Path:
+    """The LoRA file with embeddings in it."""
+    with safe_open(source, framework="pt") as file:
+        metadata = file.metadata()
+    bundled = {f"bundle_emb.{key}": value for key, value in embeddings.items()}
+    save_file({**load_file(source), **bundled}, path, metadata)
+    return path
+
+
+@pytest.fixture
+def boot(lora_files: dict[str, Path], tmp_path: Path) -> Path:
+    """An expert with a word of one vector and one of two."""
+    words = {"zork.emb_params": vectors(1, 24), "red kip.string_to_param.*": vectors(2, 24, 8)}
+    return bundle(lora_files["boot"], tmp_path / "boot.safetensors", words)
+
+
+def state(pipe: Any) -> tuple[dict[str, torch.Tensor], dict[str, int], list[int]]:
+    """What must come back: every weight, the vocabulary, and how a text is read."""
+    weights = {k: v.clone() for k, v in pipe.text_encoder.state_dict().items()}
+    return weights, dict(pipe.tokenizer.get_vocab()), pipe.tokenizer(f"{PROMPT} red kip").input_ids
+
+
+def assert_same(pipe: Any, before: Any) -> None:
+    weights, vocabulary, ids = state(pipe)
+    assert list(weights) == list(before[0])
+    assert all(torch.equal(value, before[0][name]) for name, value in weights.items())
+    assert vocabulary == before[1]
+    assert ids == before[2]
+    assert not pipe.text_encoder._forward_pre_hooks
+    assert not pipe.text_encoder.get_input_embeddings()._forward_hooks
+
+
+def textual_inversion(plain: Any, words: dict[str, torch.Tensor]) -> Any:
+    """The oracle."""
+    for word, found in words.items():
+        plain.load_textual_inversion(found, token=word)
+    return plain
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, "a zork", "a red kip on a boot", "Zork and red kip"])
+def test_is_textual_inversion_of_diffusers(pipe, plain, boot, lora_files, draw, prompt) -> None:
+    before = state(pipe)
+    pipe.load_expert(boot)
+    words = {"zork": vectors(1, 24), "red kip": vectors(2, 24, 8)}
+    expected = draw(textual_inversion(with_adapters(plain, lora_files, {"boot": 1.0}), words), prompt)
+    torch.testing.assert_close(draw(pipe, prompt), expected, **CLOSE)
+    assert set(pipe.experts["boot"].triggers) == {"zork", "red kip"}
+    pipe.unload_expert("boot")
+    assert_same(pipe, before)
+
+
+def test_a_word_is_no_part_of_a_longer_one(pipe, boot) -> None:
+    pipe.load_expert(boot)
+    assert "zork" in pipe.tokenizer.tokenize("a zork, and")
+    assert "zork" not in pipe.tokenizer.tokenize("a zorkian")
+
+
+def test_base_model_knows_no_trigger_words(pipe, plain, boot, draw) -> None:
+    pipe.load_expert(boot)
+    trained = draw(pipe, PROMPT)
+    torch.testing.assert_close(draw(pipe, PROMPT, mixture="none"), draw(plain, PROMPT), rtol=0, atol=0)
+    torch.testing.assert_close(draw(pipe, PROMPT), trained, rtol=0, atol=0)
+
+
+def test_experts_come_and_go_in_any_order(pipe, boot, lora_files, draw, tmp_path) -> None:
+    other = bundle(lora_files["cat"], tmp_path / "cat.safetensors", {"vim.emb_params": vectors(3, 24, 4)})
+    before = state(pipe)
+    prompt = "a vim on snow"
+    pipe.load_expert(other)
+    expected = draw(pipe, prompt)
+    pipe.eject()
+    pipe.load_expert(boot)
+    pipe.load_expert(other)
+    torch.testing.assert_close(draw(pipe, prompt, active_experts=["cat"]), expected, **CLOSE)
+    pipe.unload_expert("boot")
+    torch.testing.assert_close(draw(pipe, prompt), expected, **CLOSE)
+    pipe.eject()
+    assert_same(pipe, before)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            {"zork.emb_params": vectors(1, 24)},
+            "brings an embedding for 'zork', which expert 'boot' has already",
+        ),
+        ({"boot</w>.emb_params": vectors(1, 24)}, "for 'boot</w>', which the tokenizer has already"),
+        ({"red kip_1.emb_params": vectors(1, 24)}, "for 'red kip_1', which expert 'boot' has already"),
+        (
+            {"vim.emb_params": vectors(1, 16)},
+            "its embedding 'vim' is 16 wide, those of this CLIPTextModel are 24",
+        ),
+    ],
+    ids=["two experts", "vocabulary", "second vector", "width"],
+)
+def test_conflicts_change_nothing(pipe, boot, lora_files, draw, tmp_path, words, message) -> None:
+    pipe.load_expert(boot)
+    before, expected = pipe.tokenizer.get_vocab(), draw(pipe, PROMPT)
+    file = bundle(lora_files["cat"], tmp_path / "cat.safetensors", words)
+    with pytest.raises(ExpertLoadError, match=message):
+        pipe.load_expert(file)
+    assert list(pipe.experts) == ["boot"]
+    assert pipe.tokenizer.get_vocab() == before
+    torch.testing.assert_close(draw(pipe, PROMPT), expected, rtol=0, atol=0)
+
+
+def test_textual_inversion_on_top(pipe, plain, boot, lora_files, draw) -> None:
+    """Tokens that the user adds afterwards work, and have to go before ours."""
+    pipe.load_expert(boot)
+    own = {"vim": vectors(1, 24, 3)}
+    textual_inversion(pipe, own)
+    prompt = "a zork and a vim"
+    oracle = textual_inversion(
+        with_adapters(plain, lora_files, {"boot": 1.0}), {"zork": vectors(1, 24)} | own
+    )
+    torch.testing.assert_close(draw(pipe, prompt), draw(oracle, prompt), **CLOSE)
+    with pytest.raises(ExpertLoadError, match="tokens were added to the tokenizer after the trigger words"):
+        pipe.unload_expert("boot")
+    assert list(pipe.experts) == ["boot"]
+
+
+def test_saved_base_has_no_trigger_words(pipe, plain, boot, draw, tmp_path) -> None:
+    pipe.load_expert(boot)
+    pipe.save_pretrained(tmp_path / "base")
+    again = type(plain).from_pretrained(tmp_path / "base", safety_checker=None, requires_safety_checker=False)
+    again.set_progress_bar_config(disable=True)
+    assert again.tokenizer.get_vocab() == plain.tokenizer.get_vocab()
+    torch.testing.assert_close(draw(again, PROMPT), draw(plain, PROMPT), rtol=0, atol=0)
+    assert "zork" in pipe.tokenizer.get_vocab()
+
+
+def test_pipelines_share_the_words(pipe, boot, draw) -> None:
+    pipe.load_expert(boot)
+    other = StableDiffusionMoLEPipeline.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(draw(other, PROMPT), draw(pipe, PROMPT), rtol=0, atol=0)
+    other.unload_expert("boot")
+    assert "zork" not in pipe.tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("old_config", [False, True], ids=["end token", "largest token"])
+def test_sdxl_has_one_embedding_per_text_encoder(
+    xl_components, xl_lora_files, draw, tmp_path, old_config
+) -> None:
+    """Configurations of old take the largest token's place for the text's end: added tokens are larger.
+
+    diffusers then pools the text at the trigger word; so the oracle there has a word for it that exists.
+    """
+    components = copy.deepcopy(xl_components)
+    first, second = vectors(1, 16), vectors(1, 24, 8)
+    words = {"zork.clip_l": first, "zork.clip_g": second}
+    file = bundle(xl_lora_files["cat"], tmp_path / "cat.safetensors", words)
+    if old_config:
+        components["text_encoder_2"].config.eos_token_id = 2
+        components["text_encoder_2"].eos_token_id = 2
+    pipe = build(StableDiffusionXLMoLEPipeline, components)
+    pipe.load_expert(file)
+    plain = build(StableDiffusionXLMoLEPipeline.diffusers_class, components)
+    with_adapters(plain, xl_lora_files, {"cat": 1.0})
+    prompt = PROMPT
+    if old_config:
+        prompt = "a x and a cat"
+        for number, found in (("", first), ("_2", second)):
+            table = getattr(plain, f"text_encoder{number}").get_input_embeddings()
+            token = getattr(plain, f"tokenizer{number}").convert_tokens_to_ids("x</w>")
+            with torch.no_grad():
+                table.weight[token] = found[0]
+    else:
+        plain.load_textual_inversion(
+            first, token="zork", text_encoder=plain.text_encoder, tokenizer=plain.tokenizer
+        )
+        plain.load_textual_inversion(
+            second, token="zork", text_encoder=plain.text_encoder_2, tokenizer=plain.tokenizer_2
+        )
+    torch.testing.assert_close(draw(pipe, PROMPT), draw(plain, prompt), **CLOSE)
+    pipe.eject()
+    assert "zork" not in pipe.tokenizer.get_vocab()
+    assert "zork" not in pipe.tokenizer_2.get_vocab()
+
+
+def test_words_for_an_absent_text_encoder_are_told(pipe, lora_files, tmp_path, caplog) -> None:
+    file = bundle(lora_files["cat"], tmp_path / "cat.safetensors", {"zork.clip_g": vectors(1, 24)})
+    pipe.load_expert(file)
+    assert "text_encoder_2: not part of this pipeline, the embedding of 'zork' is unused" in caplog.text
+    assert "zork" not in pipe.tokenizer.get_vocab()
