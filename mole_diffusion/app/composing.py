@@ -67,7 +67,11 @@ class ComposeRequest:
 
 
 def compose(
-    studio: Studio, session: Session, request: ComposeRequest, mixtures: Sequence[str] | None = None
+    studio: Studio,
+    session: Session,
+    request: ComposeRequest,
+    mixtures: Sequence[str] | None = None,
+    prepared: Mapping[str, Any] | None = None,
 ) -> Callable[[Job], list[Picture]]:
     """The work of drawing one picture, or the same one with several mixtures on the same seed.
 
@@ -76,6 +80,7 @@ def compose(
         session: whose experts and gallery.
         request: what to draw.
         mixtures: in place of the request's own.
+        prepared: what stands behind the names of mixtures that are no words of the pipeline's.
 
     Returns:
         For `Studio.submit`; the job's result is the pictures, which are in the gallery too.
@@ -88,7 +93,8 @@ def compose(
             width, height = picture_size(pipe, request)
             pictures = []
             for i, mixture in enumerate(wanted):
-                image = _draw(pipe, session, request, mixture, (width, height), job, i, len(wanted))
+                behind = (prepared or {}).get(mixture, mixture)
+                image = _draw(pipe, session, request, behind, (width, height), job, i, len(wanted))
                 pictures.append(_keep(session, pipe, request, mixture, image))
         return pictures
 

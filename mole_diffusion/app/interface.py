@@ -14,8 +14,14 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 
+from mole_diffusion.app import api
 from mole_diffusion.app.studio import Studio
+from mole_diffusion.app.tabs.compare import CompareTab
 from mole_diffusion.app.tabs.compose import ComposeTab
+from mole_diffusion.app.tabs.export import ExportTab
+from mole_diffusion.app.tabs.inspect import InspectTab
+from mole_diffusion.app.tabs.models import ModelsTab
+from mole_diffusion.app.tabs.train import TrainTab
 from mole_diffusion.app.theme import STYLE, theme
 from mole_diffusion.app.uploads import MAX_FILE_BYTES
 from mole_diffusion.app.web import SessionCookie, UploadGuard
@@ -70,11 +76,30 @@ def build(studio: Studio) -> gr.Blocks:
         delete_cache=(_HOUR, 6 * _HOUR),
         fill_width=True,
     ) as demo:
+        # First, so that its names are not taken by the handlers of the tabs.
+        api.connect(studio)
         gr.HTML(_HEAD, apply_default_css=False)
-        with gr.Tabs(), gr.Tab("Compose", id="compose"):
-            ComposeTab(studio).build(demo)
+        with gr.Tabs():
+            for name, tab in _tabs(studio):
+                with gr.Tab(name, id=name.lower()) as shown:
+                    tab.build(demo)
+                handler, inputs, outputs = tab.refreshed
+                shown.select(
+                    handler, inputs, outputs, queue=False, show_progress="hidden", api_visibility="private"
+                )
     demo.queue(max_size=_MAX_REQUESTS, default_concurrency_limit=None)
     return demo
+
+
+def _tabs(studio: Studio) -> list[tuple[str, Any]]:
+    return [
+        ("Compose", ComposeTab(studio)),
+        ("Train", TrainTab(studio)),
+        ("Inspect", InspectTab(studio)),
+        ("Compare", CompareTab(studio)),
+        ("Export", ExportTab(studio)),
+        ("Models", ModelsTab(studio)),
+    ]
 
 
 @contextmanager

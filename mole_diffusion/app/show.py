@@ -97,3 +97,8 @@ def _bar(what: str, left: str, share: float | None) -> str:
         f'<div class="work" role="status">{line}'
         f'<div class="{bar}"><i style="width: {width}%"></i></div></div>'
     )
+
+
+def plain_text(text: str) -> str:
+    """Any text, safe inside a page."""
+    return html.escape(text)

@@ -113,6 +113,17 @@ class Studio:
             self._bases[model] = pipe
         return self._bases[model]
 
+    def facts(self, model: str) -> dict[str, Any] | None:
+        """Width of the text that a base model reads and what it predicts; None before it is opened."""
+        base = self._bases.get(model)
+        if base is None:
+            return None
+        width = base.unet.config.cross_attention_dim
+        return {
+            "width": width if isinstance(width, int) else None,
+            "prediction": base.scheduler.config.get("prediction_type"),
+        }
+
     def check_source(self, source: str) -> str:
         """A path or hub id that a user named, if users may.
 

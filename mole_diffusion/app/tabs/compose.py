@@ -109,7 +109,7 @@ class ComposeTab:
                 self.seed = gr.Number(
                     0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, elem_id="seed"
                 )
-                self.dice = gr.Button("New seed", elem_id="dice", min_width=110, scale=0)
+                self.dice = gr.Button("New seed", elem_id="dice", elem_classes="slim", min_width=110, scale=0)
             with gr.Row():
                 self.steps = gr.Slider(1, MAX_STEPS, 25, step=1, label="Steps", elem_id="steps")
                 self.guidance = gr.Slider(0, 20, 5.0, step=0.5, label="Guidance", elem_id="guidance")

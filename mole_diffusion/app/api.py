@@ -1,0 +1,192 @@
+"""Named endpoints for programs (`gradio_client`): compose, train, export; names and arguments are stable."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from mole_diffusion.app import show
+from mole_diffusion.app.composing import ComposeRequest, compose
+from mole_diffusion.app.exporting import ExportRequest, export
+from mole_diffusion.app.jobs import Job
+from mole_diffusion.app.library import add_file
+from mole_diffusion.app.session import Session
+from mole_diffusion.app.studio import Studio
+from mole_diffusion.app.training import TrainRequest, start_training
+from mole_diffusion.errors import ConfigError
+
+
+def connect(studio: Studio) -> None:
+    """Add the endpoints to the page that is being built; nothing of them is seen there."""
+    endpoints = _Endpoints(studio)
+    with gr.Row(visible=False):
+        experts = gr.JSON([], label="experts: names in the library; none are the chosen ones")
+        strengths = gr.JSON({}, label="strengths: name -> factor")
+        text, negative = gr.Textbox(label="prompt"), gr.Textbox("", label="negative")
+        lines = gr.JSON(label="prompts: a list")
+        mixture = gr.Textbox("gates", label="mixture")
+        objective, form = gr.Textbox("collage", label="objective"), gr.Textbox("kohya", label="format")
+        numbers = {
+            name: gr.Number(value, label=name, precision=0)
+            for name, value in (
+                ("seed", 0),
+                ("steps", 25),
+                ("width", 0),
+                ("height", 0),
+                ("iterations", 400),
+                ("batch", 0),
+                ("rank", 0),
+            )
+        }
+        guidance = gr.Number(5.0, label="guidance")
+        drawn = gr.Checkbox(True, label="backgrounds: the base draws them first")
+        upload = gr.File(label="file", file_types=[".safetensors"])
+        name = gr.Textbox("", label="name")
+        file, facts = gr.File(label="file"), gr.JSON(label="facts")
+        drawing = [text, experts, numbers["seed"], numbers["steps"], guidance, mixture, strengths, negative]
+        drawing += [numbers["width"], numbers["height"]]
+        training = [
+            lines,
+            experts,
+            numbers["iterations"],
+            objective,
+            numbers["seed"],
+            numbers["batch"],
+            drawn,
+        ]
+        exporting = [lines, experts, form, numbers["rank"], numbers["steps"], strengths]
+        for method, inputs, outputs in (
+            (endpoints.compose, drawing, [file, facts]),
+            (endpoints.train, training, [file, facts]),
+            (endpoints.export, exporting, [file, facts]),
+            (endpoints.add_expert, [upload, name], [facts]),
+            (endpoints.experts, [], [facts]),
+        ):
+            button = gr.Button(method.__name__)
+            button.click(method, inputs, outputs, api_name=method.__name__, concurrency_limit=None)
+
+
+class _Endpoints:
+    """One method per endpoint; their parameters' names are the API's."""
+
+    def __init__(self, studio: Studio) -> None:
+        self._studio = studio
+
+    @show.friendly
+    def compose(
+        self,
+        prompt: str,
+        experts: list[str] | None,
+        seed: float,
+        steps: float,
+        guidance: float,
+        mixture: str,
+        strengths: dict[str, float] | None,
+        negative: str,
+        width: float,
+        height: float,
+        request: gr.Request,
+    ) -> tuple[str, dict[str, Any]]:
+        """Draw a picture; returns the PNG file and its settings."""
+        session = self._session(request, experts)
+        wanted = ComposeRequest(
+            prompt=prompt,
+            negative=negative or "",
+            seed=int(seed),
+            steps=int(steps),
+            guidance=float(guidance),
+            width=int(width),
+            height=int(height),
+            mixture=mixture,
+            strengths={str(k): float(v) for k, v in (strengths or {}).items()},
+        )
+        job = self._finish(session, "compose", compose(self._studio, session, wanted))
+        picture = job.result[0]
+        return str(picture.path), {"settings": picture.settings.to_json()}
+
+    @show.friendly
+    def train(
+        self,
+        prompts: list[str] | str,
+        experts: list[str] | None,
+        iterations: float,
+        objective: str,
+        seed: float,
+        batch: float,
+        backgrounds: bool,
+        request: gr.Request,
+    ) -> tuple[str, dict[str, Any]]:
+        """Train gates, in use from then on; returns the gates file and the last line of the history."""
+        session = self._session(request, experts)
+        wanted = TrainRequest(
+            prompts=_lines(prompts),
+            iterations=int(iterations),
+            objective=objective,
+            seed=int(seed),
+            batch=int(batch),
+            backgrounds=bool(backgrounds),
+        )
+        training = start_training(self._studio, session, wanted)
+        self._done(training.job)
+        return str(training.job.result), training.history[-1]
+
+    @show.friendly
+    def export(
+        self,
+        prompts: list[str] | str,
+        experts: list[str] | None,
+        format: str,
+        rank: float,
+        steps: float,
+        strengths: dict[str, float] | None,
+        request: gr.Request,
+    ) -> tuple[str, dict[str, Any]]:
+        """Write the mixture as one plain LoRA; returns the file and how far it is from the gates."""
+        session = self._session(request, experts)
+        wanted = ExportRequest(
+            prompts=_lines(prompts),
+            form=format,
+            rank=int(rank),
+            steps=int(steps),
+            strengths={str(k): float(v) for k, v in (strengths or {}).items()} or None,
+        )
+        job = self._finish(session, "export", export(self._studio, session, wanted))
+        # Without the path: clients take whatever has one for a file to download.
+        facts = {key: value for key, value in job.result.to_dict().items() if key != "path"}
+        return str(job.result.path), facts
+
+    @show.friendly
+    def add_expert(self, file: str, name: str, request: gr.Request) -> dict[str, Any]:
+        """Put a LoRA file into the session's library; returns its name and phrase."""
+        session = self._session(request, None)
+        card = add_file(self._studio, session, Path(file), name)
+        return {"name": card.name, "text": card.text}
+
+    @show.friendly
+    def experts(self, request: gr.Request) -> dict[str, Any]:
+        """The session's library and which of it is chosen."""
+        session = self._session(request, None)
+        library = {name: card.text for name, card in session.library.items()}
+        return {"library": library, "chosen": list(session.chosen)}
+
+    def _session(self, request: gr.Request, experts: list[str] | None) -> Session:
+        session = show.session_of(self._studio, request)
+        if experts:
+            session.choose([str(name) for name in experts])
+        return session
+
+    def _finish(self, session: Session, kind: str, work: Any) -> Job:
+        return self._done(self._studio.submit(session, kind, work))
+
+    def _done(self, job: Job) -> Job:
+        job.wait()
+        show.raise_if_failed(job)
+        if job.state == "cancelled":
+            raise ConfigError("it was cancelled")
+        return job
+
+
+def _lines(prompts: list[str] | str) -> tuple[str, ...]:
+    return (prompts,) if isinstance(prompts, str) else tuple(str(prompt) for prompt in prompts or ())

@@ -1,0 +1,87 @@
+"""Export of a session's mixture as one plain LoRA: what the Export tab and the API do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mole_diffusion.app.composing import MAX_STEPS
+from mole_diffusion.app.jobs import Job
+from mole_diffusion.app.session import Session
+from mole_diffusion.app.studio import Studio
+from mole_diffusion.errors import ConfigError
+from mole_diffusion.export import ExportReport
+from mole_diffusion.opening import drawing_settings
+
+FORMATS = {"kohya": "kohya (web UIs, ComfyUI)", "diffusers": "diffusers (PEFT)"}
+MAX_RANK = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest:
+    """What to write.
+
+    Attributes:
+        prompts: calibration prompts.
+        form: "kohya" or "diffusers".
+        rank: largest rank; 0 keeps everything.
+        steps: denoising steps per prompt.
+        half: float16.
+        strengths: expert -> factor that goes into the file.
+        active: the experts that go into the file; None is all chosen ones.
+
+    Raises:
+        ConfigError: something is out of range.
+    """
+
+    prompts: tuple[str, ...]
+    form: str = "kohya"
+    rank: int = 0
+    steps: int = 20
+    half: bool = False
+    strengths: dict[str, float] | None = None
+    active: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
+            raise ConfigError("the prompt is empty: the gates are frozen over at least one prompt")
+        if self.form not in FORMATS:
+            raise ConfigError(f"format is {self.form!r}; allowed are {list(FORMATS)}")
+        if not 0 <= self.rank <= MAX_RANK:
+            raise ConfigError(f"rank is {self.rank}; allowed are 1 to {MAX_RANK}, and 0 for everything")
+        if not 1 <= self.steps <= MAX_STEPS:
+            raise ConfigError(f"steps is {self.steps}; allowed are 1 to {MAX_STEPS}")
+
+
+def export(studio: Studio, session: Session, request: ExportRequest) -> Callable[[Job], ExportReport]:
+    """The work of exporting, for `Studio.submit`."""
+
+    def work(job: Job) -> ExportReport:
+        job.report(0, 0, "Loading the model and its experts")
+
+        def tell(done: int, total: int) -> None:
+            job.check()
+            job.report(done, total, "Comparing with the gates")
+
+        settings: dict[str, Any] = {}
+        guidance = drawing_settings(session.model, None).get("guidance_scale")
+        if guidance is not None:
+            settings["guidance_scale"] = guidance
+        with studio.opened(session, strengths=request.strengths) as pipe:
+            report: ExportReport = pipe.export_lora(
+                session.new_path("export", ".safetensors"),
+                request.form,
+                prompts=list(request.prompts),
+                steps=request.steps,
+                rank=request.rank or None,
+                active_experts=request.active,
+                dtype=torch.float16 if request.half else torch.float32,
+                callback=tell,
+                **settings,
+            )
+        return report
+
+    return work

@@ -1,0 +1,114 @@
+"""Bringing LoRAs and gates into a session."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mole_diffusion._pipeline_sources import find_expert_file
+from mole_diffusion.app.session import ExpertCard, Session
+from mole_diffusion.app.studio import Studio
+from mole_diffusion.app.uploads import check_upload
+from mole_diffusion.bases import base_of_expert, check_prediction
+from mole_diffusion.checkpoint import read_gates_header
+from mole_diffusion.errors import ConfigError, ExpertLoadError, GateMismatchError
+from mole_diffusion.experts import Expert, load_expert
+from mole_diffusion.training.concepts import concepts_from_experts
+
+MAX_OWN = 40
+_NAME = re.compile(r"[^\w .+-]+")
+
+
+def add_file(studio: Studio, session: Session, path: Path, name: str = "") -> ExpertCard:
+    """A LoRA file as one more expert of the session; the file is copied into the session's folder.
+
+    Raises:
+        ConfigError: no safetensors file, or too many experts.
+        ExpertLoadError: no LoRA, or for another base model.
+    """
+    if check_upload(path) != "safetensors":
+        raise ConfigError(f"{path.name!r} is no safetensors file")
+    if sum(card.own for card in session.library.values()) >= MAX_OWN:
+        raise ConfigError(f"{MAX_OWN} own experts are in the library already; remove some first")
+    expert = load_expert(path, name=name or path.stem)
+    check_base(studio, session, expert)
+    kept = session.new_path("experts", ".safetensors")
+    shutil.copyfile(path, kept)
+    card = _card(expert, kept, _free_name(session, name or path.stem))
+    session.add(card)
+    return card
+
+
+def add_source(studio: Studio, session: Session, source: str, name: str = "") -> ExpertCard:
+    """A LoRA by path, folder or hub id.
+
+    Raises:
+        ConfigError: users may not name sources here.
+        ExpertLoadError: nothing is there, or no LoRA for this base.
+    """
+    path, own_name = find_expert_file(studio.check_source(source))
+    return add_file(studio, session, path, name.strip() or own_name)
+
+
+def add_gates(session: Session, path: Path) -> tuple[str, ...]:
+    """Trained gates for experts of the session, which are chosen then.
+
+    Returns:
+        The experts' names.
+
+    Raises:
+        ConfigError: no safetensors file.
+        GateMismatchError: no gates file, or for experts that are not in the library.
+    """
+    check_upload(path)
+    header = read_gates_header(path)
+    names = tuple(dict.fromkeys(name for part in header.parts for name in header.expert_names(part)))
+    missing = [name for name in names if name not in session.library]
+    if missing:
+        raise GateMismatchError(
+            f"these gates are for {', '.join(names)}; not in your library: {', '.join(missing)}."
+            " Add those LoRAs first, under the same names"
+        )
+    kept = session.new_path("gates", ".safetensors")
+    shutil.copyfile(path, kept)
+    session.choose(names)
+    session.set_gates(names, kept)
+    return names
+
+
+def check_base(studio: Studio, session: Session, expert: Expert) -> None:
+    """Refuse an expert for another kind of base model, as far as that can be told without the network.
+
+    Raises:
+        ExpertLoadError: names both bases.
+    """
+    facts = studio.facts(session.model)
+    if facts is None:
+        return
+    theirs = base_of_expert(expert)
+    if theirs.width is not None and facts["width"] is not None and theirs.width != facts["width"]:
+        raise ExpertLoadError(
+            f"{expert.name!r} was made for {theirs}; the open model reads text of width {facts['width']}"
+        )
+    if facts["prediction"]:
+        check_prediction(expert, facts["prediction"])
+
+
+def _card(expert: Expert, path: Path, name: str) -> ExpertCard:
+    """What the file says about itself."""
+    texts: dict[str, Any] = {}
+    if expert.triggers:
+        concept = concepts_from_experts({name: expert})[name]
+        texts = {"text": concept.text, "class_text": concept.class_text}
+    return ExpertCard(name=name, path=path, own=True, **texts)
+
+
+def _free_name(session: Session, wanted: str) -> str:
+    """The name without odd characters, numbered where it is taken."""
+    base = _NAME.sub(" ", wanted).strip()[:40] or "expert"
+    name, number = base, 2
+    while name in session.library:
+        name, number = f"{base} {number}", number + 1
+    return name

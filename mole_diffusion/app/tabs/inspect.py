@@ -1,0 +1,175 @@
+"""The Inspect tab: what the gates did in the last picture, and what a file contains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from mole_diffusion.app import charts, show
+from mole_diffusion.app.session import Session
+from mole_diffusion.app.studio import Studio
+from mole_diffusion.inspection import FileDescription, describe_file
+from mole_diffusion.plots import gate_heat_map, mean_gate_weights
+
+_PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+_NETWORKS = {"UNet": "unet", "Text encoder": "text_encoder", "Second text encoder": "text_encoder_2"}
+#: Readable on light and on dark ground.
+_INK = "#8a8379"
+_EMPTY = (
+    '<div class="empty-view"><p><b>What did the gates do?</b></p><p>Draw a picture with gates in Compose: its'
+    " weights appear here, expert by expert and gate by gate.</p></div>"
+)
+
+
+@dataclass
+class InspectTab:
+    """The tab's controls and what they do."""
+
+    studio: Studio
+
+    def build(self, demo: gr.Blocks) -> None:
+        """Lay the tab out and connect it; inside its `gr.Tab`."""
+        with gr.Row(elem_classes="sides"):
+            with gr.Column(scale=7, min_width=320):
+                with gr.Row(equal_height=True):
+                    self.network = gr.Radio(
+                        list(_NETWORKS)[:2], value="UNet", label="Network", elem_id="network"
+                    )
+                    self.step = gr.Slider(
+                        0, 1, 0, step=1, label="Step", info="0: the mean of all steps", elem_id="gate-step"
+                    )
+                self.empty = gr.HTML(_EMPTY)
+                self.heat = gr.Plot(label="Gate weights: experts × gates", elem_id="heat", visible=False)
+                self.steps = gr.HTML(elem_id="over-steps")
+            with gr.Column(scale=5, min_width=320):
+                self.known = gr.Dropdown([], label="An expert of your library", elem_id="known-file")
+                self.upload = gr.File(
+                    label="Or a LoRA or gates file (safetensors)",
+                    file_types=[".safetensors"],
+                    height=140,
+                    elem_id="inspect-upload",
+                )
+                self.contents = gr.HTML(elem_id="contents")
+        self._connect(demo)
+
+    def _connect(self, demo: gr.Blocks) -> None:
+        quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", **_PRIVATE}
+        view = [self.empty, self.heat, self.steps, self.step, self.network]
+        for changed in (self.network.input, self.step.release):
+            changed(self.show_weights, [self.network, self.step], view, **quick)
+        self.known.input(self.describe_known, self.known, self.contents, **quick)
+        self.upload.upload(self.describe_upload, self.upload, self.contents, **quick)
+        self.refreshed = (self.refresh, [self.network, self.step], [*view, self.known])
+        demo.load(self.refresh, [self.network, self.step], [*view, self.known], **quick)
+
+    @show.friendly
+    def refresh(self, network: str, step: Any, request: gr.Request) -> list[Any]:
+        """The last picture's weights, and the files that are known."""
+        session = show.session_of(self.studio, request)
+        return [*_weights(session, network, step), gr.update(choices=list(session.library))]
+
+    @show.friendly
+    def show_weights(self, network: str, step: Any, request: gr.Request) -> list[Any]:
+        """The heat map of one network, at one step or over all."""
+        return _weights(show.session_of(self.studio, request), network, step)
+
+    @show.friendly
+    def describe_known(self, name: str | None, request: gr.Request) -> str:
+        """An expert's file."""
+        session = show.session_of(self.studio, request)
+        return (
+            "" if name not in session.library else description_html(describe_file(session.library[name].path))
+        )
+
+    @show.friendly
+    def describe_upload(self, path: str | None) -> str:
+        """An uploaded file."""
+        return "" if path is None else description_html(describe_file(Path(path)))
+
+
+def _weights(session: Session, network: str, step: Any) -> list[Any]:
+    rows = session.weights
+    part = _NETWORKS.get(network, "unet")
+    found = [] if rows is None else list(rows.where(network=part, branch="prompt"))
+    choices = [label for label, name in _NETWORKS.items() if rows is not None and rows.where(network=name)]
+    if not found:
+        update = gr.update(choices=choices or list(_NETWORKS)[:2])
+        return [gr.update(visible=True), gr.update(visible=False), "", gr.skip(), update]
+    names = list(session.weights_of)
+    n_steps = max((row.step for row in found if row.step is not None), default=-1) + 1
+    at = min(int(step or 0), n_steps)
+    shown = [row for row in found if at == 0 or row.step == at - 1]
+    figure = gate_heat_map(mean_gate_weights(shown, names), names)
+    return [
+        gr.update(visible=False),
+        gr.update(value=_on_any_ground(figure), visible=True),
+        _over_steps(session, found, names, n_steps),
+        gr.update(maximum=max(n_steps, 1), value=at, interactive=n_steps > 0),
+        gr.update(choices=choices, value=network if network in choices else choices[0]),
+    ]
+
+
+def _over_steps(session: Session, rows: Sequence[Any], names: Sequence[str], n_steps: int) -> str:
+    """Mean weight of each expert at every step."""
+    if n_steps < 2:
+        return ""
+    sums = {name: [[0.0, 0.0] for _ in range(n_steps)] for name in names}
+    for row in rows:
+        if row.step is not None:
+            cell = sums[row.expert][row.step]
+            cell[0], cell[1] = cell[0] + row.weight, cell[1] + 1
+    series = {
+        name: (
+            session.colour(name) if name in session.chosen else _INK,
+            [total / max(count, 1) for total, count in cells],
+        )
+        for name, cells in sums.items()
+    }
+    return (
+        f'<div class="charts">{charts.curves("Mean weight at each step", series, n_steps, bottom=0.0)}</div>'
+    )
+
+
+def _on_any_ground(figure: Any) -> Any:
+    """The figure without a ground of its own, in a grey that can be read on light and on dark."""
+    figure.set_facecolor("none")
+    for axes in figure.axes:
+        axes.set_facecolor("none")
+        axes.tick_params(colors=_INK)
+        axes.xaxis.label.set_color(_INK)
+        axes.yaxis.label.set_color(_INK)
+        axes.title.set_color(_INK)
+        for text in (axes.get_title("left"), axes.get_title()):
+            if text:
+                axes.set_title(
+                    text, loc="left" if text == axes.get_title("left") else "center", color=_INK, fontsize=10
+                )
+        for spine in axes.spines.values():
+            spine.set_color(_INK)
+    return figure
+
+
+def description_html(description: FileDescription) -> str:
+    """A file's description as a page fragment; ignored keys stand out."""
+    facts = "".join(
+        f"<dt>{show.plain_text(name)}</dt><dd>{show.plain_text(value)}</dd>"
+        for name, value in description.facts.items()
+    )
+    sections = "".join(
+        _section(name, lines, description.sections) for name, lines in description.sections.items()
+    )
+    title = show.plain_text(description.title)
+    head = f'<div class="section-title">{title}</div>'
+    return f'<div class="report">{head}<dl class="facts">{facts}</dl>{sections}</div>'
+
+
+def _section(name: str, lines: Sequence[str], sections: Mapping[str, Sequence[str]]) -> str:
+    opened = "open" if name in ("networks", "ignored keys", "missing") else ""
+    items = "".join(f"<li>{show.plain_text(line)}</li>" for line in lines)
+    alarm = ' class="alarm"' if name in ("ignored keys", "missing") else ""
+    head = f"<summary>{show.plain_text(name)} ({len(lines)})</summary>"
+    return f"<details {opened}{alarm}>{head}<ul>{items}</ul></details>"

@@ -1,0 +1,337 @@
+"""The Train tab: experts, prompt, reference pictures; curves and previews while the gates learn."""
+
+from __future__ import annotations
+
+import html
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from mole_diffusion.app import charts, show, tiles
+from mole_diffusion.app.jobs import Job
+from mole_diffusion.app.session import Session, Training
+from mole_diffusion.app.studio import Studio
+from mole_diffusion.app.training import (
+    TrainRequest,
+    can_resume,
+    resume_training,
+    start_training,
+    uniform_entropy,
+)
+from mole_diffusion.app.uploads import PICTURE_SUFFIXES, check_upload
+from mole_diffusion.errors import ConfigError, MoLEError
+
+OBJECTIVES = {
+    "Collages of the reference pictures": "collage",
+    "CLIP guidance (the paper)": "clip",
+    "Collages, then CLIP": "both",
+}
+_MAX_REFERENCES = 24
+_PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+
+
+@dataclass
+class TrainTab:
+    """The tab's controls and what they do."""
+
+    studio: Studio
+
+    def build(self, demo: gr.Blocks) -> None:
+        """Lay the tab out and connect it; inside its `gr.Tab`."""
+        with gr.Row(elem_classes="sides"):
+            with gr.Column(scale=5, min_width=320):
+                self._build_request()
+                self._build_concepts()
+            with gr.Column(scale=6, min_width=320):
+                self._build_view()
+        self._connect(demo)
+
+    def _build_request(self) -> None:
+        with gr.Group(elem_classes="card"):
+            gr.HTML('<div class="section-title">Experts whose gates are trained</div>')
+            self.experts = tiles.tiles("Experts whose gates are trained", "train-experts")
+        self.prompt = gr.Textbox(
+            label="Prompts, one per line",
+            info="Between them they name every expert's subject.",
+            lines=2,
+            max_lines=6,
+            elem_id="train-prompt",
+        )
+        with gr.Row():
+            self.iterations = gr.Slider(
+                10, 2000, 400, step=10, label="Iterations", info="400 are a good start", elem_id="iterations"
+            )
+        with gr.Row(equal_height=True):
+            self.go = gr.Button("Train gates", variant="primary", elem_id="train", scale=3, min_width=130)
+            self.cancel = gr.Button("Cancel", elem_id="cancel-train", scale=1, min_width=90)
+            self.more = gr.Button("Resume", elem_id="resume-train", scale=1, min_width=90, interactive=False)
+        self.bar = gr.HTML(show.progress_bar(None), elem_id="train-progress", elem_classes="progress-place")
+        with gr.Accordion("Settings", open=False, elem_id="train-settings", elem_classes="late"):
+            self.objective = gr.Radio(
+                list(OBJECTIVES), value=next(iter(OBJECTIVES)), label="Trained on", elem_id="objective"
+            )
+            with gr.Row():
+                self.batch = gr.Number(
+                    0,
+                    label="Pictures per iteration",
+                    info="0: the default",
+                    precision=0,
+                    minimum=0,
+                    maximum=64,
+                )
+                self.seed = gr.Number(0, label="Seed", info="Of everything drawn", precision=0, minimum=0)
+
+            self.backgrounds = gr.Checkbox(
+                True,
+                label="Let the base draw backgrounds that fit the prompt (starts later, learns better)",
+                elem_id="backgrounds",
+            )
+
+    def _build_concepts(self) -> None:
+        with gr.Accordion(
+            "Concepts: phrases and reference pictures",
+            open=False,
+            elem_id="concepts-box",
+            elem_classes="late",
+        ):
+            self.concept = gr.Radio([], label="Concept of", elem_id="concept")
+            with gr.Row():
+                self.text = gr.Textbox(
+                    label="Phrase with the trigger", placeholder="a zor boot", elem_id="concept-text"
+                )
+                self.class_text = gr.Textbox(
+                    label="The same without it", placeholder="a boot", elem_id="concept-class"
+                )
+            self.pictures = gr.Gallery(
+                label="Reference pictures",
+                elem_id="references",
+                elem_classes="thumbs",
+                columns=5,
+                height="auto",
+                allow_preview=False,
+                buttons=[],
+            )
+            self.upload = gr.File(
+                label="Add pictures of it (png, jpg, webp)",
+                file_count="multiple",
+                file_types=list(PICTURE_SUFFIXES),
+                height=130,
+                elem_id="reference-upload",
+            )
+            with gr.Row():
+                self.keep = gr.Button("Save phrases", size="sm", elem_id="save-concept")
+                self.clear = gr.Button("Remove pictures", size="sm", elem_id="clear-references")
+
+    def _build_view(self) -> None:
+        self.view = gr.HTML(_curves(None), elem_id="curves")
+        self.previews = gr.Gallery(
+            label="Previews, one every 50 iterations",
+            elem_id="previews",
+            elem_classes="thumbs",
+            columns=5,
+            height="auto",
+            object_fit="contain",
+            buttons=["fullscreen"],
+        )
+        self.file = gr.DownloadButton(
+            "Download the gates", elem_id="gates-file", interactive=False, size="sm"
+        )
+
+    def _connect(self, demo: gr.Blocks) -> None:
+        results = [self.bar, self.view, self.previews, self.file, self.more]
+        wanted = [self.prompt, self.iterations, self.objective, self.batch, self.seed, self.backgrounds]
+        live: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, **_PRIVATE}
+        quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", **_PRIVATE}
+        self.go.click(self.train, wanted, results, **live)
+        self.more.click(self.go_on, None, results, **live)
+        self.cancel.click(self.stop, None, None, **quick)
+        demo.load(self.rejoin, None, results, **live)
+        concept = [self.text, self.class_text, self.pictures]
+        shown = [self.experts, self.prompt, self.concept, *concept]
+        self.experts.select(self.choose, [self.experts, self.prompt, self.concept], shown, **quick)
+        self.concept.change(self.show_concept, self.concept, concept, **quick)
+        self.keep.click(self.save_phrases, [self.concept, self.text, self.class_text], concept, **quick)
+        self.upload.upload(self.add_pictures, [self.concept, self.upload], [*concept, self.upload], **quick)
+        self.clear.click(self.remove_pictures, self.concept, concept, **quick)
+        self.refreshed = (self.refresh, [self.prompt, self.concept], shown)
+        demo.load(self.refresh, [self.prompt, self.concept], shown, **quick)
+
+    @show.friendly
+    def refresh(self, prompt: str, concept: str | None, request: gr.Request) -> list[Any]:
+        """Experts, a prompt that names them, and the concept shown."""
+        return self._shown(show.session_of(self.studio, request), prompt, concept)
+
+    @show.friendly
+    def choose(self, values: Any, prompt: str, concept: str | None, request: gr.Request) -> list[Any]:
+        """Other experts."""
+        session = show.session_of(self.studio, request)
+        before = suggested_prompt(session)
+        try:
+            session.choose(tiles.active(tiles.read(values)))
+        except MoLEError as error:
+            gr.Warning(show.plain(error))
+        return self._shown(session, "" if prompt == before else prompt, concept)
+
+    @show.friendly
+    def show_concept(self, name: str | None, request: gr.Request) -> list[Any]:
+        """Phrases and pictures of one expert."""
+        return _concept(show.session_of(self.studio, request), name)
+
+    @show.friendly
+    def save_phrases(self, name: str | None, text: str, class_text: str, request: gr.Request) -> list[Any]:
+        """Keep what the user wrote."""
+        session = show.session_of(self.studio, request)
+        if name is None or not text.strip():
+            raise ConfigError("choose a concept and write its phrase first")
+        session.describe(name, text=text.strip(), class_text=class_text.strip())
+        gr.Info(f"Saved for {html.escape(name)}.")
+        return _concept(session, name)
+
+    @show.friendly
+    def add_pictures(self, name: str | None, files: list[str] | None, request: gr.Request) -> list[Any]:
+        """Put uploaded pictures to an expert's references."""
+        session = show.session_of(self.studio, request)
+        if name is None:
+            raise ConfigError("choose a concept first")
+        card = session.library[name]
+        added = []
+        for file in files or ():
+            if check_upload(Path(file)) != "picture":
+                raise ConfigError(f"{Path(file).name!r} is no picture")
+            kept = session.new_path("references", Path(file).suffix.lower())
+            shutil.copyfile(file, kept)
+            added.append(kept)
+        references = (*card.references, *added)
+        if len(references) > _MAX_REFERENCES:
+            raise ConfigError(f"{len(references)} pictures; at most {_MAX_REFERENCES} per concept")
+        session.describe(name, references=references, picture=card.picture or references[0])
+        return [*_concept(session, name), None]
+
+    @show.friendly
+    def remove_pictures(self, name: str | None, request: gr.Request) -> list[Any]:
+        """No references: the expert then draws its own."""
+        session = show.session_of(self.studio, request)
+        if name is not None:
+            session.describe(name, references=())
+        return _concept(session, name)
+
+    def train(self, request: gr.Request, *values: Any) -> Iterator[Any]:
+        """Queue a training and show it."""
+        session = show.session_of(self.studio, request)
+        training = show.friendly(start_training)(self.studio, session, self._request(*values))
+        yield from self._follow(session, training)
+
+    def go_on(self, request: gr.Request) -> Iterator[Any]:
+        """Go on with the training that was stopped."""
+        session = show.session_of(self.studio, request)
+        training = show.friendly(resume_training)(self.studio, session)
+        yield from self._follow(session, training)
+
+    def rejoin(self, request: gr.Request) -> Iterator[Any]:
+        """After a reload: the training as it is, and on from there."""
+        session = show.session_of(self.studio, request)
+        if session.training is None:
+            yield self._view(session, None, None)
+        elif session.training.job.finished:
+            yield self._view(session, session.training, session.training.job)
+        else:
+            yield from self._follow(session, session.training)
+
+    def stop(self, request: gr.Request) -> None:
+        """Cancel the training; what it has is kept."""
+        training = show.session_of(self.studio, request).training
+        if training is not None:
+            training.job.cancel()
+
+    @show.friendly
+    def _request(
+        self, prompt: str, iterations: float, objective: str, batch: Any, seed: Any, backgrounds: bool
+    ) -> TrainRequest:
+        lines = [line.strip() for line in (prompt or "").splitlines() if line.strip()]
+        return TrainRequest(
+            prompts=tuple(lines),
+            iterations=int(iterations),
+            objective=OBJECTIVES.get(objective, "collage"),
+            batch=int(batch or 0),
+            seed=int(seed or 0),
+            backgrounds=bool(backgrounds),
+        )
+
+    def _follow(self, session: Session, training: Training) -> Iterator[Any]:
+        job = training.job
+        for _ in show.watch(self.studio, job):
+            yield self._view(session, training, job)
+        show.raise_if_failed(job)
+
+    def _view(self, session: Session, training: Training | None, job: Job | None) -> tuple[Any, ...]:
+        gates = session.gates(training.names) if training is not None else None
+        position = self.studio.worker.position(job) if job is not None else 0
+        return (
+            show.progress_bar(job, position),
+            _curves(training, session),
+            list(training.previews) if training is not None else None,
+            gr.update(value=str(gates) if gates else None, interactive=gates is not None),
+            gr.update(interactive=can_resume(training)),
+        )
+
+    def _shown(self, session: Session, prompt: str, concept: str | None) -> list[Any]:
+        name = concept if concept in session.chosen else next(iter(session.chosen), None)
+        return [
+            tiles.library_tiles(session),
+            prompt or suggested_prompt(session),
+            gr.update(choices=list(session.chosen), value=name),
+            *_concept(session, name),
+        ]
+
+
+def suggested_prompt(session: Session) -> str:
+    """ "a zor boot, a vek monster and a kip clock on the beach", for the chosen experts."""
+    texts = [card.text for card in session.cards if card.text and card.kind == "concept"]
+    styles = [card.text for card in session.cards if card.text and card.kind == "style"]
+    if not texts:
+        return " ".join(styles)
+    listed = texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"
+    return " ".join([listed, "on the beach", *styles])
+
+
+def _concept(session: Session, name: str | None) -> list[Any]:
+    if name is None or name not in session.library:
+        return ["", "", None]
+    card = session.library[name]
+    return [card.text, card.class_text, [str(path) for path in card.references]]
+
+
+def _curves(training: Training | None, session: Session | None = None) -> str:
+    """Loss, entropy and mean weights over the iterations."""
+    if training is None or session is None or not training.history:
+        return (
+            '<div class="empty-view"><p><b>Gates learn who acts where.</b></p><p>The LoRAs stay as they are.'
+            " Loss, entropy and each expert's share appear here, and a preview every 50 iterations.</p></div>"
+        )
+    rows, total = training.history, training.iterations
+    losses = charts.smoothed([row["loss"] for row in rows])
+    weights = {
+        name: (
+            session.colour(name) if name in session.chosen else "#7a7268",
+            [row["weights"][name] for row in rows],
+        )
+        for name in rows[-1]["weights"]
+    }
+    uniform = uniform_entropy(training.names)
+    return (
+        '<div class="charts">'
+        + charts.curves("Loss (smoothed)", {"loss": ("var(--primary-500)", losses)}, total)
+        + charts.curves(
+            "Entropy of the gates",
+            {"entropy": ("#3a86c8", [row["entropy"] for row in rows])},
+            total,
+            level=("all alike", uniform),
+            bottom=0.0,
+        )
+        + charts.curves("Mean weight of each expert", weights, total, bottom=0.0)
+        + "</div>"
+    )

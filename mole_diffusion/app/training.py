@@ -1,0 +1,202 @@
+"""Training gates for a session: what the Train tab and the API do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from PIL import Image
+
+from mole_diffusion.app.jobs import Cancelled, Job, Progress
+from mole_diffusion.app.session import ExpertCard, Session, Training
+from mole_diffusion.app.studio import Studio
+from mole_diffusion.errors import ConfigError
+from mole_diffusion.training import Concept, GateTrainer, TrainingConfig
+from mole_diffusion.training.config import Objective
+from mole_diffusion.training.progress import TrainingEvent
+from mole_diffusion.training.state import STATE_FILE
+
+PREVIEW_EVERY = 50
+MAX_ITERATIONS = 5000
+_CHECKPOINT_EVERY = 25
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRequest:
+    """How to train.
+
+    Attributes:
+        prompts: at least one, naming every expert's subject between them.
+        iterations, objective, seed: see `TrainingConfig`.
+        batch: pictures per iteration; 0 is the objective's default.
+        backgrounds: the base draws backgrounds for the collages first; else they are cut from the references.
+        preview_every: iterations between previews.
+
+    Raises:
+        ConfigError: something is out of range.
+    """
+
+    prompts: tuple[str, ...]
+    iterations: int = 400
+    objective: str = "collage"
+    seed: int = 0
+    batch: int = 0
+    backgrounds: bool = True
+    preview_every: int = PREVIEW_EVERY
+
+    def __post_init__(self) -> None:
+        if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
+            raise ConfigError("the prompt is empty: write one that names every expert's subject")
+        if not 1 <= self.iterations <= MAX_ITERATIONS:
+            raise ConfigError(f"iterations is {self.iterations}; allowed are 1 to {MAX_ITERATIONS}")
+        if not 0 <= self.batch <= 64:
+            raise ConfigError(f"batch is {self.batch}; allowed are 1 to 64, and 0 for the default")
+        if self.objective not in get_args(Objective):
+            raise ConfigError(f"objective is {self.objective!r}; allowed are {list(get_args(Objective))}")
+
+    def config(self) -> TrainingConfig:
+        """As the trainer takes it."""
+        batch = {"batch_size": self.batch, "collage_batch": self.batch, "pool_size": max(96, self.batch)}
+        settings: dict[str, Any] = {
+            "objective": self.objective,
+            "iterations": self.iterations,
+            "seed": self.seed,
+            "collage_background": "base" if self.backgrounds else "sources",
+            "preview_every": self.preview_every,
+            "checkpoint_every": _CHECKPOINT_EVERY,
+            "progress": False,
+            **(batch if self.batch else {}),
+        }
+        return TrainingConfig(**settings)
+
+
+def start_training(studio: Studio, session: Session, request: TrainRequest) -> Training:
+    """Queue a training of the chosen experts' gates.
+
+    Raises:
+        ConfigError: fewer than two experts, or one whose phrase is not known.
+        QueueFullError: see `Studio.submit`.
+    """
+    if len(session.chosen) < 2:
+        raise ConfigError("gates decide between experts: choose at least two")
+    for card in session.cards:
+        if not card.text:
+            raise ConfigError(f"the file of {card.name!r} names no trigger: write its phrase under Concepts")
+    folder = session.new_path("training", "")
+    training = Training(
+        Job("train", lambda job: None),
+        session.chosen,
+        request.prompts[0],
+        request,
+        folder,
+        request.iterations,
+    )
+    training.job = studio.submit(session, "train", _work(studio, session, training, resume=False))
+    session.training = training
+    return training
+
+
+def resume_training(studio: Studio, session: Session) -> Training:
+    """Queue the rest of the session's last training.
+
+    Raises:
+        ConfigError: there is none that was stopped, or the experts are others now.
+        QueueFullError: see `Studio.submit`.
+    """
+    training = session.training
+    if training is None or not can_resume(training):
+        raise ConfigError("there is no training to go on with")
+    if training.names != session.chosen:
+        names = ", ".join(training.names)
+        raise ConfigError(f"that training was of {names}; choose these experts again to go on with it")
+    training.job = studio.submit(session, "train", _work(studio, session, training, resume=True))
+    return training
+
+
+def can_resume(training: Training | None) -> bool:
+    """Whether it was stopped before its end, and left something to go on from."""
+    return (
+        training is not None
+        and training.job.finished
+        and training.job.state != "done"
+        and (training.folder / STATE_FILE).is_file()
+    )
+
+
+def _work(studio: Studio, session: Session, training: Training, *, resume: bool) -> Callable[[Job], Path]:
+    def work(job: Job) -> Path:
+        job.report(0, 0, "Loading the model and its experts")
+        request: TrainRequest = training.request
+        going_on = resume and (training.folder / STATE_FILE).is_file()
+        with studio.opened(session) as pipe:
+            # Whatever gates are attached, a training begins with fresh ones; afterwards the session's count.
+            session.applied = None
+            pipe.configure(pipe.mole_config)
+            trainer = GateTrainer(
+                pipe,
+                request.prompts,
+                [concept_of(card) for card in session.cards],
+                request.config(),
+                callback=_teller(job, training),
+                checkpoint_dir=training.folder,
+            )
+            with _stoppable_preparation(pipe, job, training):
+                result = trainer.train(resume=going_on)
+        assert result.gates is not None
+        session.set_gates(training.names, result.gates)
+        if result.stopped:
+            raise Cancelled
+        return result.gates
+
+    return work
+
+
+def _teller(job: Job, training: Training) -> Callable[[TrainingEvent], Any]:
+    """The trainer's callback: curves, previews, time left, and whether to go on."""
+
+    def tell(event: TrainingEvent) -> bool:
+        if len(training.history) < event.iteration:
+            training.history.append(dict(event.row))
+        if event.preview is not None:
+            path = training.folder / "previews" / f"{event.iteration:05d}.png"
+            training.previews.append((str(path), f"{event.iteration}"))
+        job.tell(Progress(event.iteration, event.iterations, "Iteration", event.seconds_left))
+        return not job.asked_to_stop
+
+    return tell
+
+
+@contextmanager
+def _stoppable_preparation(pipe: Any, job: Job, training: Training) -> Iterator[None]:
+    """Let Cancel work before the first iteration too, while pictures are drawn; an iteration ends first."""
+    before = len(training.history)
+
+    def look(*_: object) -> None:
+        if len(training.history) == before and not training.history:
+            job.check()
+            job.report(0, 0, "Preparing pictures to train on")
+
+    handle = pipe.unet.register_forward_pre_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def concept_of(card: ExpertCard) -> Concept:
+    """What the trainer needs to know of an expert, with its reference pictures."""
+    pictures = []
+    for path in card.references:
+        with Image.open(path) as picture:
+            pictures.append(picture.convert("RGB"))
+    class_text = card.class_text or card.text.split()[-1]
+    return Concept(card.name, card.text, class_text, pictures)
+
+
+def uniform_entropy(names: Sequence[str]) -> float:
+    """Entropy in nats of gates that treat all experts alike."""
+    return math.log(max(len(names), 1))
