@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from . import places
 from .nodes_apply import ApplyMoLE, GateHeatMap, MaskExperts, RegionMasks
 from .nodes_load import ExportLoRA, LoadExpert, LoadGates, SaveGates, StarterLoader
+from .nodes_train import TrainGates
 
 NODES = [
     StarterLoader,
@@ -15,6 +16,7 @@ NODES = [
     ApplyMoLE,
     MaskExperts,
     RegionMasks,
+    TrainGates,
     SaveGates,
     GateHeatMap,
     ExportLoRA,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from comfy_api.latest import io
 
 from mole_diffusion.experts import load_expert
@@ -93,7 +94,9 @@ class LoadExpert(io.ComfyNode):  # type: ignore[misc]
         cls, lora: str, strength: float, name: str = "", experts: ExpertSet | None = None
     ) -> io.NodeOutput:
         path = places.expert_file(lora)
-        expert = load_expert(path, name=name.strip() or path.stem, scale=strength)
+        # Tensors made in inference mode could not be trained with.
+        with torch.inference_mode(False):
+            expert = load_expert(path, name=name.strip() or path.stem, scale=strength)
         triggers = (
             f"triggers: {', '.join(expert.triggers)}" if expert.triggers else "the file names no trigger"
         )

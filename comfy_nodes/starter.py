@@ -29,11 +29,15 @@ class _Multiple(int):
     """Width of a level as a multiple of the first, also where that is no whole number."""
 
     width: int
+    first: int
 
     def __new__(cls, width: int, first: int) -> _Multiple:
         multiple = super().__new__(cls, width // first)
-        multiple.width = width
+        multiple.width, multiple.first = width, first
         return multiple
+
+    def __getnewargs__(self) -> tuple[int, int]:
+        return self.width, self.first
 
     def __mul__(self, other: int) -> int:
         return self.width

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,17 @@ QUICK = TrainingConfig(
 )
 
 
-def starter_pipeline() -> StableDiffusionMoLEPipeline:
-    """The starter with three experts and gates of a short training."""
-    pipe = StableDiffusionMoLEPipeline.from_starter(experts=["boot", "monster", "clock"])
-    pipe.train_gates(PROMPT, config=QUICK)
-    return pipe
-
-
 def write_starter(folder: Path) -> None:
-    """Write `gates.safetensors`, and `starter.safetensors` with inputs and what the networks make of them."""
-    pipe = starter_pipeline()
+    """Train gates for three experts of the starter, shortly, and write what that gives.
+
+    `training.json` (settings), `losses.json`, `gates.safetensors`, and `starter.safetensors` with inputs of the
+    networks and what they make of them.
+    """
+    pipe = StableDiffusionMoLEPipeline.from_starter(experts=["boot", "monster", "clock"])
+    result = pipe.train_gates(PROMPT, config=QUICK)
     pipe.save_gates(folder / "gates.safetensors")
+    (folder / "training.json").write_text(QUICK.to_json())
+    (folder / "losses.json").write_text(json.dumps([row["loss"] for row in result.history]))
     with torch.no_grad():
         tensors = _answers(pipe)
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "starter.safetensors")

@@ -1,0 +1,258 @@
+"""Train Gates: the trainer of the package on ComfyUI's own objects."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import folder_paths
+import torch
+from comfy.utils import ProgressBar
+from comfy_api.latest import io
+
+from mole_diffusion.config import MoLEConfig
+from mole_diffusion.errors import ConfigError
+from mole_diffusion.training import Concept, GateTrainer, TrainingConfig, TrainingEvent, TrainingResult
+from mole_diffusion.training.concepts import concepts_from_experts
+from mole_diffusion.training.workbench import tensor_picture
+
+from .experts import ExpertSet, GatesFile, read_assignments
+from .native import NativePipeline
+from .nodes_load import CATEGORY, Experts, Gates
+from .notes import show_text
+from .places import GATES
+
+#: Reference inputs that Train Gates takes.
+MAX_REFERENCES = 8
+#: Iterations between checkpoints, from which a training that was stopped goes on.
+CHECKPOINT_EVERY = 10
+STARTER_CLIP = "starter"
+
+
+class TrainGates(io.ComfyNode):  # type: ignore[misc]
+    """Gates for a prompt that names several concepts."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        references = [
+            io.Image.Input(
+                f"reference_{number}",
+                optional=True,
+                tooltip=f"Pictures of the subject of expert {number}. Without any, the expert draws some "
+                "alone.",
+            )
+            for number in range(1, MAX_REFERENCES + 1)
+        ]
+        return io.Schema(
+            node_id="MoLETrainGates",
+            display_name="MoLE Train Gates",
+            category=CATEGORY,
+            description="Trains the gates of these experts for a prompt that names all of them. Model and "
+            "experts stay as they are. Cancel stops at once and keeps what there is: queue it again to go on. "
+            "Stable Diffusion 1.x and 2.x.",
+            inputs=[
+                io.Model.Input("model", tooltip="The bare model, without MoLE Apply."),
+                io.Clip.Input("clip"),
+                io.Vae.Input("vae"),
+                Experts.Input("experts", tooltip="All of them are trained, whatever Mask Experts says."),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    default="",
+                    placeholder="a zor boot and a kip clock on the beach",
+                    tooltip="One prompt per line; every concept must be in one of them.",
+                ),
+                io.String.Input(
+                    "concepts",
+                    multiline=True,
+                    default="",
+                    placeholder="boot = a zor boot | a boot",
+                    tooltip="One line per expert: NAME = phrase with the trigger word | the same in words the "
+                    "model knows. Empty: what the experts' files say.",
+                ),
+                io.Combo.Input(
+                    "objective",
+                    options=["collage", "clip", "both"],
+                    default="collage",
+                    tooltip="collage: denoise cut-and-mixed pictures of the experts (fast). clip: guidance by "
+                    "a CLIP (the paper; needs open_clip_torch). both: collages first, CLIP on top.",
+                ),
+                io.Int.Input("iterations", default=400, min=1, max=100_000),
+                io.Int.Input("batch", default=8, min=1, max=64, tooltip="Pictures per iteration."),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF, control_after_generate=False),
+                io.Int.Input(
+                    "size",
+                    default=0,
+                    min=0,
+                    max=2048,
+                    step=8,
+                    tooltip="Height and width of the pictures in pixels. 0: 128 for the starter, 512 for "
+                    "others.",
+                ),
+                io.Int.Input(
+                    "preview_every",
+                    default=50,
+                    min=0,
+                    max=10_000,
+                    tooltip="Iterations between preview pictures. 0: none.",
+                ),
+                io.String.Input(
+                    "clip_model",
+                    default=STARTER_CLIP,
+                    tooltip="Guiding CLIP of the objectives clip and both: 'starter', a name of open_clip "
+                    "such as ViT-B-32/openai, or local-dir:FOLDER.",
+                ),
+                *references,
+            ],
+            outputs=[
+                Gates.Output(display_name="GATES"),
+                io.LossMap.Output(display_name="loss_map", tooltip="For Plot Loss Graph."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        clip: Any,
+        vae: Any,
+        experts: ExpertSet,
+        prompt: str,
+        concepts: str,
+        objective: str,
+        iterations: int,
+        batch: int,
+        seed: int,
+        size: int,
+        preview_every: int,
+        clip_model: str,
+        **references: Any,
+    ) -> io.NodeOutput:
+        prompts = [line.strip() for line in prompt.splitlines() if line.strip()]
+        if not prompts:
+            raise ConfigError("The prompt is empty: write one that names what the experts know.")
+        config = TrainingConfig(
+            objective=objective,  # type: ignore[arg-type]
+            iterations=iterations,
+            batch_size=batch,
+            collage_batch=batch,
+            seed=seed,
+            preview_every=preview_every,
+            checkpoint_every=CHECKPOINT_EVERY,
+            resolution=size or None,
+            clip=read_clip(clip_model),
+            progress=False,
+        )
+        with torch.inference_mode(False), torch.enable_grad():
+            known = read_concepts(concepts, experts, references)
+            show_text(cls.hidden.unique_id, "copying the model ...")
+            pipe = NativePipeline(model, clip, vae, experts, MoLEConfig(), size or None)
+            folder = training_folder(pipe, prompts, known, config)
+            result = train(pipe, prompts, known, config, folder, _say(cls.hidden.unique_id))
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        losses = [row["loss"] for row in result.history]
+        return io.NodeOutput(GatesFile(folder / "gates.safetensors"), {"loss": losses})
+
+
+def train(
+    pipe: NativePipeline,
+    prompts: list[str],
+    concepts: Mapping[str, Concept],
+    config: TrainingConfig,
+    folder: Path,
+    say: Callable[[str], None],
+) -> TrainingResult:
+    """Train, or go on with a training, with ComfyUI's progress bar; ends early when ComfyUI is interrupted.
+
+    Args:
+        folder: checkpoints and gates.
+        say: shows a line of text.
+    """
+    bar = ProgressBar(config.iterations)
+
+    def report(event: TrainingEvent) -> bool:
+        pipe.unet.may_stop = not config.uses_clip
+        preview = None if event.preview is None else ("JPEG", event.preview, None)
+        bar.update_absolute(event.iteration, event.iterations, preview)
+        row = event.row
+        say(f"iteration {event.iteration} of {event.iterations}, loss {row['loss']:.3f}")
+        return not comfy.model_management.processing_interrupted()
+
+    say("drawing pictures of the experts ...")
+    trainer = GateTrainer(pipe, prompts, concepts, config, callback=report, checkpoint_dir=folder)
+    return trainer.train()
+
+
+def read_concepts(text: str, experts: ExpertSet, references: Mapping[str, Any]) -> dict[str, Concept]:
+    """What each expert knows: from the widget where it has a line, else from the expert's file.
+
+    Args:
+        text: lines NAME = phrase | class phrase.
+        references: "reference_1" ... -> IMAGE (B, H, W, 3), in the order of the experts.
+    Raises:
+        ConfigError: a line cannot be read, or nobody says what an expert knows.
+        UnknownExpertError: a line names no expert.
+    """
+    lines = read_assignments(text, "a zor boot | a boot")
+    experts.check(lines)
+    silent = {expert.name: expert for expert in experts.experts if expert.name not in lines}
+    found = concepts_from_experts(silent)
+    for name, line in lines.items():
+        phrase, bar, class_text = (part.strip() for part in line.partition("|"))
+        found[name] = Concept(name, phrase, class_text if bar and class_text else _class_of(phrase))
+    for number, name in enumerate(experts.names, start=1):
+        pictures = references.get(f"reference_{number}")
+        if pictures is not None:
+            known = tuple(tensor_picture(picture.movedim(-1, 0)) for picture in pictures)
+            found[name] = dataclasses.replace(found[name], references=known)
+    return {name: found[name] for name in experts.names}
+
+
+def _class_of(phrase: str) -> str:
+    """ "a boot" of "a zor boot"."""
+    words = phrase.split()
+    return " ".join([words[0], words[-1]]) if words[0].lower() in ("a", "an", "the") else words[-1]
+
+
+def read_clip(text: str) -> str | tuple[str, str] | None:
+    """The guiding CLIP as `TrainingConfig.clip` wants it."""
+    text = text.strip()
+    if text in ("", STARTER_CLIP):
+        return None
+    name, slash, pretrained = text.partition("/")
+    if ":" in text or not slash:
+        return text
+    return name, pretrained
+
+
+def training_folder(
+    pipe: NativePipeline, prompts: list[str], concepts: Mapping[str, Concept], config: TrainingConfig
+) -> Path:
+    """Where this very training keeps its checkpoints: equal inputs go on where an earlier run stopped."""
+    pictures = hashlib.sha256()
+    for concept in concepts.values():
+        for picture in concept.references:
+            pictures.update(picture.tobytes())
+    facts = {
+        "base": pipe.digest(),
+        "prompts": prompts,
+        "concepts": [[c.name, c.text, c.class_text] for c in concepts.values()],
+        "pictures": pictures.hexdigest(),
+        "experts": [[e.name, e.sha256, e.scale] for e in pipe.experts.values()],
+        "config": {**config.to_dict(), "preview_every": 0},
+    }
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+    name = "+".join(pipe.experts)[:60]
+    safe = "".join(c if c.isalnum() or c in "+-_" else "_" for c in name)
+    return Path(os.path.join(folder_paths.get_output_directory(), GATES, "training", f"{safe}-{key}"))
+
+
+def _say(node: str | None) -> Callable[[str], None]:
+    return lambda text: show_text(node, text)

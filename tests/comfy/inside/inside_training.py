@@ -1,0 +1,169 @@
+"""Training on ComfyUI's objects: the same gates as with diffusers, and a shared model that nobody touched."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import numpy as np
+import pytest
+import torch
+from conftest import part
+from PIL import Image
+from safetensors.torch import load_file
+from tools import draw, hooks
+
+from mole_diffusion import TrainingConfig
+from mole_diffusion.errors import ConfigError, TrainingError
+from mole_diffusion.starter import starter_experts
+
+PROMPT = "a zor boot, a vek monster and a kip clock on the beach"
+
+
+@pytest.fixture(autouse=True)
+def _no_interrupt() -> Iterator[None]:
+    comfy.model_management.interrupt_current_processing(False)
+    yield
+    comfy.model_management.interrupt_current_processing(False)
+
+
+@pytest.fixture(scope="session")
+def settings(oracle: Path) -> TrainingConfig:
+    return TrainingConfig.from_dict(json.loads((oracle / "training.json").read_text()))
+
+
+def train(
+    starter: Any,
+    experts: Any,
+    config: TrainingConfig,
+    folder: Path,
+    lines: list[str] | None = None,
+    **references: Any,
+) -> Any:
+    module = part("nodes_train")
+    with torch.inference_mode(False), torch.enable_grad():
+        pipe = part("native").NativePipeline(*starter, experts, part("nodes_train").MoLEConfig())
+        concepts = module.read_concepts("", experts, references)
+        say = (lines if lines is not None else []).append
+        return module.train(pipe, [PROMPT], concepts, config, folder, say)
+
+
+def state_of(starter: Any) -> list[torch.Tensor]:
+    model, clip, vae = starter
+    networks = (model.model, clip.cond_stage_model, vae.first_stage_model)
+    return [value.clone() for network in networks for value in network.state_dict().values()]
+
+
+def test_gates_are_those_that_diffusers_trains(
+    starter: Any, experts: Any, settings: TrainingConfig, oracle: Path, tmp_path: Path
+) -> None:
+    before, lines = state_of(starter), []
+    result = train(starter, experts, settings, tmp_path, lines)
+    assert len(result.history) == settings.iterations
+    ours, theirs = load_file(tmp_path / "gates.safetensors"), load_file(oracle / "gates.safetensors")
+    assert ours.keys() == theirs.keys()
+    # Adam turns rounding into steps where a gradient is next to nothing, so the gates are nearly the same.
+    for name, gate in theirs.items():
+        assert (ours[name] - gate).norm() <= 0.2 * gate.norm() + 1e-4, name
+    losses = json.loads((oracle / "losses.json").read_text())
+    assert [row["loss"] for row in result.history] == pytest.approx(losses, rel=2e-2)
+    assert any(line.startswith("iteration") for line in lines)
+    # The shared model is bitwise as it was, and carries no hook.
+    assert all(torch.equal(a, b) for a, b in zip(before, state_of(starter), strict=True))
+    assert hooks(starter[0].model) == 0
+    names, weights = part("weights").weights_of_gates(
+        part("experts").GatesFile(tmp_path / "gates.safetensors")
+    )
+    assert names == ("boot", "monster", "clock")
+    assert {len(row) for gates in weights.values() for row in gates.values()} == {3}
+
+
+def test_interrupt_keeps_what_there_is_and_the_same_training_goes_on(
+    starter: Any, experts: Any, settings: TrainingConfig, tmp_path: Path
+) -> None:
+    def stop(line: str) -> None:
+        if line.startswith("iteration 4 "):
+            comfy.model_management.interrupt_current_processing()
+
+    class Lines(list[str]):
+        def append(self, line: str) -> None:
+            super().append(line)
+            stop(line)
+
+    whole = train(starter, experts, settings, tmp_path / "whole")
+    stopped = train(starter, experts, settings, tmp_path / "parts", Lines())
+    assert stopped.stopped
+    assert len(stopped.history) == 4
+    assert load_file(tmp_path / "parts" / "gates.safetensors")
+    comfy.model_management.interrupt_current_processing(False)
+    rest = train(starter, experts, settings, tmp_path / "parts")
+    assert [row["loss"] for row in rest.history] == pytest.approx([row["loss"] for row in whole.history])
+
+
+def test_interrupt_while_pictures_are_drawn_stops_at_once(
+    starter: Any, experts: Any, settings: TrainingConfig, tmp_path: Path
+) -> None:
+    class Lines(list[str]):
+        def append(self, line: str) -> None:
+            comfy.model_management.interrupt_current_processing()
+
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        train(starter, experts, settings, tmp_path, Lines())
+
+
+def test_model_with_a_lora_of_the_core_and_with_experts_applied_is_copied_as_it_is_patched(
+    starter: Any, experts: Any, oracle: Path
+) -> None:
+    """What the trainer sees is what the sampler would see, without the hooks of Apply."""
+    model, clip, vae = starter
+    changed = model.clone()
+    key = "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
+    changed.add_patches({key: ("diff", (torch.ones(256, 256),))}, 0.01)
+    applied, applied_clip = part("apply").apply_experts(changed, clip, experts, None)
+    draw(applied, applied_clip, PROMPT, steps=1)
+    with torch.inference_mode(False):
+        pipe = part("native").NativePipeline(
+            applied, applied_clip, vae, experts, part("nodes_train").MoLEConfig()
+        )
+    weight = pipe.unet.network.middle_block[1].transformer_blocks[0].attn1.to_q.weight
+    expected = model.model.state_dict()
+    comfy.model_management.unload_all_models()
+    plain = dict(model.model.named_parameters())[key]
+    assert (weight - plain - 0.01).abs().max() < 1e-5
+    assert not weight.is_inference()
+    assert key in expected
+    for mixture in pipe.mixtures.values():
+        mixture.eject()
+    assert hooks(pipe.unet.network) == 0
+
+
+def test_references_and_phrases_reach_the_trainer(experts: Any) -> None:
+    module = part("nodes_train")
+    picture = np.asarray(
+        Image.open(starter_experts()["monster"].references[0]).convert("RGB"), dtype=np.float32
+    )
+    batch = torch.from_numpy(picture / 255)[None].expand(2, -1, -1, -1)
+    found = module.read_concepts("boot = a red boot | a shoe", experts, {"reference_2": batch})
+    assert list(found) == ["boot", "monster", "clock"]
+    assert (found["boot"].text, found["boot"].class_text) == ("a red boot", "a shoe")
+    assert found["clock"].text == "a kip clock"
+    assert [p.size for p in found["monster"].references] == [picture.shape[1::-1]] * 2
+    with pytest.raises(Exception, match="Unknown expert 'bot'"):
+        module.read_concepts("bot = a boot", experts, {})
+    with pytest.raises(ConfigError, match="NAME = "):
+        module.read_concepts("a boot", experts, {})
+
+
+def test_models_that_cannot_be_trained_are_refused(starter: Any, experts: Any) -> None:
+    import comfy.model_sampling
+
+    with pytest.raises(TrainingError, match="ModelSamplingFlux"):
+        part("native").NoiseSchedule(comfy.model_sampling.ModelSamplingFlux())
+    model, clip, vae = starter
+    model.model.adm_channels = 2816
+    try:
+        with pytest.raises(TrainingError, match=r"1\.x and 2\.x"):
+            part("native").NativePipeline(model, clip, vae, experts, part("nodes_train").MoLEConfig())
+    finally:
+        model.model.adm_channels = 0
