@@ -40,6 +40,6 @@ def install() -> None:
     subprocess.run([*command, str(ROOT)], check=True)
 
 
-if not is_installed():
+if __name__ == "__main__" and not is_installed():
     print("Installing the core of MoLE (mole_diffusion) without dependencies")
     install()

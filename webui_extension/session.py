@@ -60,10 +60,17 @@ class Session:
         except Exception as error:
             self._refuse(p, error)
 
-    def follow(self) -> None:
-        """The model may have been exchanged (refiner, hires checkpoint): the experts move with it."""
+    def follow(self, sd_model: Any = None) -> None:
+        """The model may have been exchanged (refiner, hires checkpoint): the experts move with it.
+
+        Args:
+            sd_model: what the host draws with from now on; None to ask it.
+        """
         before = self.attachment
-        if before is None or not hasattr(before, "settings") or before.is_on(self._current_model()):
+        if before is None or not hasattr(before, "settings"):
+            return
+        sd_model = self._current_model() if sd_model is None else sd_model
+        if before.is_on(sd_model):
             return
         from mole_diffusion import MoLEError
 
@@ -72,7 +79,7 @@ class Session:
         self._note_weights()
         before.detach()
         try:
-            self._attachment = Attachment(self._current_model(), before.settings, self.library)
+            self._attachment = Attachment(sd_model, before.settings, self.library)
         except (MoLEError, SettingsError) as error:
             # A refiner of another kind than the base: SDXL's has other matrices. LoRAs are dropped there too.
             logger.warning("MoLE: the model that took over draws without experts: %s", error)

@@ -122,6 +122,8 @@ class Panel:
         pickers = [*self._experts, *self._regions]
         for picker in pickers:
             picker.change(self.update_rows, pickers, [*self._row_groups, self._sketch], show_progress=False)
+        # Read when it is opened, so that a training's result is there at once.
+        gates.focus(lambda: gr.update(choices=self._library.gates()), [], [gates], show_progress=False)
         self._refresh.click(self.refresh, [], [gates, *self._experts], show_progress=False)
         self._fill.click(self.fill, [gates], [*self._experts, self._message], show_progress=False)
         self._show.click(self.heat_map, [], [self._heat_map], show_progress=False)

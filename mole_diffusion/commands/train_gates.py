@@ -71,6 +71,9 @@ def train_gates(
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder for gates, history and state.")] = Path(
         "outputs/gates"
     ),
+    preview_every: Annotated[
+        int, typer.Option(min=0, help="Iterations between pictures in OUT/previews; 0 draws none.")
+    ] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew, whatever the folder holds.")] = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -89,6 +92,7 @@ def train_gates(
         objective=objective.value,
         iterations=iterations,
         seed=seed,
+        preview_every=preview_every,
         progress=not as_json,
         **({} if batch is None else settings),
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from modules import paths, script_callbacks, scripts, shared, ui_components
+from modules import paths, script_callbacks, scripts, sd_models, shared, ui_components
 
 PACKAGE = "mole_webui"
 
@@ -80,10 +80,19 @@ class MoLEScript(scripts.Script):
         _session.postprocess(p)
 
 
+def _checkpoints() -> dict[str, str]:
+    """Title -> file, the current one first."""
+    found = {info.title: info.filename for info in sd_models.checkpoints_list.values()}
+    # Not `shared.sd_model`, which would load it while the page is built.
+    current = getattr(shared.opts, "sd_model_checkpoint", None)
+    return dict(sorted(found.items(), key=lambda item: item[0] != current))
+
+
 def _add_tab() -> list[tuple[Any, str, str]]:
     from mole_webui.training_tab import TrainingTab
 
-    return [(TrainingTab(_library, _settings, lambda: _session.last_run).build(), "MoLE", "mole_tab")]
+    tab = TrainingTab(_library, _settings, _checkpoints, lambda: _session.last_run)
+    return [(tab.build(), "MoLE", "mole_tab")]
 
 
 # No `name=`: some hosts' functions do not take it.
@@ -91,6 +100,6 @@ script_callbacks.on_before_ui(lambda: xyz.add_axes(scripts.scripts_data, _sessio
 script_callbacks.on_ui_tabs(_add_tab)
 script_callbacks.on_ui_settings(lambda: options.add_to(shared.opts, shared.OptionInfo))
 script_callbacks.on_app_started(lambda demo, app: api.add_routes(app, _session))
-script_callbacks.on_model_loaded(lambda sd_model: _session.follow())
+script_callbacks.on_model_loaded(_session.follow)
 script_callbacks.on_cfg_denoiser(lambda params: _session.follow())
-script_callbacks.on_script_unloaded(lambda: _session.clear())
+script_callbacks.on_script_unloaded(_session.clear)

@@ -4,6 +4,8 @@ from . import script_callbacks, shared
 
 #: name -> model
 checkpoints = {}
+#: What the page lists: name -> SimpleNamespace(title, filename).
+checkpoints_list = {}
 _seen = set()
 
 
@@ -19,5 +21,6 @@ def load_model(name):
 
 def clear():
     checkpoints.clear()
+    checkpoints_list.clear()
     _seen.clear()
     shared.sd_model = None

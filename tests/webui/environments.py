@@ -1,0 +1,52 @@
+"""Python environments with the gradio versions of the hosts, made once and kept outside the repository."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+# Where environments are kept between runs.
+CACHE = Path(os.environ.get("MOLE_TEST_CACHE", "~/.cache/mole_diffusion-tests")).expanduser()
+
+
+def gradio_environment(version: str) -> Path:
+    """The Python of an environment with this gradio; skips the test if its packages cannot be had."""
+    requirements = HERE / f"requirements-gradio-{version}.txt"
+    facts = f"{sys.version_info[:2]} {requirements.read_text()}"
+    folder = CACHE / f"gradio-{version}-{hashlib.sha256(facts.encode()).hexdigest()[:10]}"
+    python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    if not python.is_file():
+        _make(folder, requirements)
+    return python
+
+
+def _make(folder: Path, requirements: Path) -> None:
+    """Not under its final name before it is whole: an interrupted run leaves none behind."""
+    unfinished = folder.with_name(f"{folder.name}-{os.getpid()}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        subprocess.run([sys.executable, "-m", "venv", str(unfinished)], check=True)
+        pip = [
+            str(unfinished / "bin/python"),
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+        ]
+        result = subprocess.run(
+            [*pip, "--no-deps", "-r", str(requirements)], capture_output=True, text=True, check=False
+        )
+        if result.returncode:
+            pytest.skip(f"the packages of {requirements.name} cannot be had: {result.stderr.strip()[-300:]}")
+        # Entry points name the old folder; tests use the interpreter alone.
+        unfinished.replace(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
