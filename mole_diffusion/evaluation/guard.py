@@ -11,8 +11,8 @@ from mole_diffusion.evaluation.protocol import Clip, Protocol
 from mole_diffusion.evaluation.scorers import load_clip, tower_hashes
 from mole_diffusion.starter.location import starter_dir
 
-#: Methods beside gates whose preparation asks CLIP.
-_GUIDED = ("searched",)
+#: Methods that are prepared on the objective of `TrainingConfig`, which may ask CLIP.
+_GUIDED = ("gates", "searched")
 
 
 def guidance_clips(protocol: Protocol) -> dict[Clip, list[str]]:
@@ -20,7 +20,7 @@ def guidance_clips(protocol: Protocol) -> dict[Clip, list[str]]:
     found: dict[Clip, list[str]] = {}
     for method in protocol.methods:
         config = protocol.training_config(method)
-        if method.kind in _GUIDED or (method.kind == "gates" and config.uses_clip):
+        if method.kind in _GUIDED and config.uses_clip:
             clip: Clip = config.clip or f"local-dir:{starter_dir() / 'clip'}"
             found.setdefault(clip, []).append(method.name)
     return found

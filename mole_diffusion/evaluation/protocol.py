@@ -25,7 +25,12 @@ __all__ = [
 ]
 
 FOLDER = Path(__file__).resolve().parent / "protocols"
-ALONE = "alone"
+ALONE, MASKED, PLAIN = "alone", "masked", "plain"
+#: Bases of methods that draw one expert after the other, each with the others' class words.
+SINGLE = (ALONE, MASKED, PLAIN)
+
+#: Sets on the contact sheet where the protocol names none, and seeds of each.
+SHEET_SETS, SHEET_SEEDS = 3, 4
 
 Clip = str | tuple[str, str]
 
@@ -79,7 +84,10 @@ class Variant(_Part):
 
     Attributes:
         name: label in tables and folders.
-        base: what it is a variant of: a word of `baselines.METHODS`, or "alone"; by default `name`.
+        base: what it is a variant of, by default `name`: a word of `baselines.METHODS`; or, for limits, one
+            expert at a time: "alone" (the only one with a weight), "masked" (all others masked out of the
+            trained gates of the method `of`), "plain" (in diffusers' own pipeline, through PEFT).
+        of: the method whose gates "masked" uses.
         mole: settings of `MoLEConfig` that differ; `preset: paper` or `uniform` starts from that preset.
         training: settings of `TrainingConfig` that differ; `preset: paper` likewise.
         options: settings of `baselines.PrepareOptions`.
@@ -89,16 +97,22 @@ class Variant(_Part):
 
     name: str = Field(min_length=1, pattern=r"^[^/\\]+$")
     base: str = ""
+    of: str = "gates"
     mole: dict[str, Any] = {}
     training: dict[str, Any] = {}
     options: dict[str, Any] = {}
-    references: int | None = Field(None, ge=1)
-    seeds: int | None = Field(None, ge=1)
+    references: int | None = Field(default=None, ge=1)
+    seeds: int | None = Field(default=None, ge=1)
 
     @property
     def kind(self) -> str:
         """The method it is a variant of."""
         return self.base or self.name
+
+    @property
+    def single(self) -> bool:
+        """Whether it draws one expert at a time."""
+        return self.kind in SINGLE
 
 
 class Metrics(_Part):
@@ -150,6 +164,9 @@ class Protocol(_Part):
         metrics: what is measured.
         keep_seeds: pictures of the first so many seeds are kept as PNG; null keeps all. Only kept pictures
             can be scored anew.
+        sheet: sets on the contact sheet `grid.png`; by default the first three.
+        masks: methods with gates whose masked pictures are drawn (Fig. 8), for the sets of the sheet.
+        cost_rounds: how often time and memory of every method are measured beside the base's; 0 is never.
     """
 
     title: str = "Evaluation"
@@ -165,14 +182,17 @@ class Protocol(_Part):
     mole: dict[str, Any] = {}
     training: dict[str, Any] = {}
     sampler: str | None = None
-    steps: int = Field(25, ge=1)
-    guidance: float = Field(7.5, ge=0)
-    guidance_rescale: float = Field(0.0, ge=0, le=1)
-    size: int | None = Field(None, ge=8, multiple_of=8)
-    batch: int = Field(8, ge=1)
+    steps: int = Field(default=25, ge=1)
+    guidance: float = Field(default=7.5, ge=0)
+    guidance_rescale: float = Field(default=0.0, ge=0, le=1)
+    size: int | None = Field(default=None, ge=8, multiple_of=8)
+    batch: int = Field(default=8, ge=1)
     dtype: Literal["float32", "bfloat16"] = "float32"
     metrics: Metrics = Metrics()
-    keep_seeds: int | None = Field(None, ge=0)
+    keep_seeds: int | None = Field(default=None, ge=0)
+    sheet: tuple[str, ...] = ()
+    masks: tuple[str, ...] = ()
+    cost_rounds: int = Field(default=0, ge=0)
 
     def mole_config(self, method: Variant) -> MoLEConfig:
         """How this method's gates are built."""
@@ -192,9 +212,29 @@ class Protocol(_Part):
         start = TrainingConfig.paper() if preset else TrainingConfig()
         return TrainingConfig.from_dict({**start.to_dict(), "progress": False, **settings})
 
+    def prepared_as(self, method: Variant) -> Variant:
+        """The method whose preparation it draws with: itself, but for "masked".
+
+        Raises:
+            ConfigError: a masked method is of no method with gates.
+        """
+        if method.kind != MASKED:
+            return method
+        found = [entry for entry in self.methods if entry.name == method.of and entry.kind == "gates"]
+        if not found:
+            raise ConfigError(
+                f"method {method.name!r} masks experts of {method.of!r}, which is no method with gates here; "
+                f"those are {[entry.name for entry in self.methods if entry.kind == 'gates']}"
+            )
+        return found[0]
+
     def method_seeds(self, method: Variant) -> range:
         """The seeds this method draws."""
         return self.seeds.all[: method.seeds]
+
+    def sheet_sets(self) -> list[ExpertSet]:
+        """The sets of the contact sheet."""
+        return [entry for entry in self.sets if entry.label in self.sheet] or list(self.sets[:SHEET_SETS])
 
     def restricted(
         self, sets: tuple[str, ...] | None, methods: tuple[str, ...] | None, seeds: int | None
@@ -291,7 +331,15 @@ def _check(protocol: Protocol, path: Path) -> None:
                 f"{path}: prompt {template!r} cannot be filled ({error}); allowed are {{all}} and {{0}} to "
                 f"{{{smallest - 1}}}"
             ) from error
+    gated = [entry.name for entry in protocol.methods if entry.kind == "gates"]
+    for field, chosen, known in (
+        ("sheet", protocol.sheet, [entry.label for entry in protocol.sets]),
+        ("masks", protocol.masks, gated),
+    ):
+        if lost := [name for name in chosen if name not in known]:
+            raise ConfigError(f"{path}: {field} names {lost}; allowed are {known}")
     for method in protocol.methods:
+        protocol.prepared_as(method)
         protocol.mole_config(method)
         protocol.training_config(method)
 

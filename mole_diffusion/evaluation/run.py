@@ -22,8 +22,12 @@ from rich.progress import (
 )
 
 from mole_diffusion.errors import ConfigError
+from mole_diffusion.evaluation.cost import cost_markdown, measure_cost
+from mole_diffusion.evaluation.figures import write_figures
+from mole_diffusion.evaluation.gate_records import record_of, record_path, write_record
 from mole_diffusion.evaluation.guard import refuse_guides
-from mole_diffusion.evaluation.protocol import ALONE, Protocol, Variant
+from mole_diffusion.evaluation.masks import write_masks
+from mole_diffusion.evaluation.protocol import SHEET_SEEDS, Protocol, Variant
 from mole_diffusion.evaluation.results import Results, Row, check_settings, key_of, write_text
 from mole_diffusion.evaluation.scorers import ClipScorer, Scorer, make_scorers
 from mole_diffusion.evaluation.sets import Scene, make_scene
@@ -31,7 +35,7 @@ from mole_diffusion.evaluation.stage import Drawn, Stage, check_methods, needs_p
 from mole_diffusion.evaluation.table import Table, make_table, to_csv, to_markdown
 from mole_diffusion.opening import pick_device
 
-__all__ = ["Batch", "evaluate", "rescore", "write_tables"]
+__all__ = ["Batch", "evaluate", "rescore", "write_report"]
 
 PICTURES = "pictures"
 #: Settings of trainings that change nothing of what is trained.
@@ -108,16 +112,26 @@ def evaluate(
     state.wait_for_everyone()
     table: Table = {}
     if state.is_main_process:
-        table = write_tables(protocol, out, results.merge())
+        work.extras(scenes)
+        table = write_report(protocol, out, results.merge())
     state.wait_for_everyone()
     return table
 
 
 def write_tables(protocol: Protocol, out: Path, rows: Sequence[Row]) -> Table:
-    """Write `table.md` and `table.csv` of what there is."""
+    """Write `table.md`, `table.csv` and `cost.md` of what there is."""
     table = make_table(protocol, rows)
     write_text(out / "table.md", to_markdown(protocol, table))
     write_text(out / "table.csv", to_csv(table))
+    if costs := cost_markdown(protocol, out):
+        write_text(out / "cost.md", costs)
+    return table
+
+
+def write_report(protocol: Protocol, out: Path, rows: Sequence[Row]) -> Table:
+    """Write the tables and every figure."""
+    table = write_tables(protocol, out, rows)
+    write_figures(protocol, out, rows, table)
     return table
 
 
@@ -144,7 +158,7 @@ def rescore(protocol: Protocol, out: Path, *, device: torch.device | None = None
             row["scores"] = score(scorers, drawn, scene, row["prompt"], row.get("alone"))[0]
         say(f"{min(start + protocol.batch, len(wanted))} of {len(wanted)} pictures measured")
     results.replace(rows)
-    return write_tables(protocol, out, rows)
+    return write_report(protocol, out, rows)
 
 
 def score(
@@ -178,11 +192,13 @@ def settings_of(protocol: Protocol, scenes: Sequence[Scene]) -> dict[str, Any]:
 
 
 def _method_settings(protocol: Protocol, method: Variant) -> dict[str, Any]:
+    kind = method.kind
     if not needs_preparation(method):
-        return {"base": method.kind}
+        return {"base": kind}
+    method = protocol.prepared_as(method)
     training = protocol.training_config(method).to_dict()
     return {
-        "base": method.kind,
+        "base": kind,
         "mole": protocol.mole_config(method).to_dict(),
         "training": {k: v for k, v in training.items() if k not in COSMETIC},
         "options": method.options,
@@ -234,8 +250,21 @@ class _Work:
                 self._draw(batch)
                 advance(len(batch.seeds), f"{batch.scene.name}, {batch.method.name}")
 
+    def extras(self, scenes: Sequence[Scene]) -> None:
+        """Masked pictures and costs, where the protocol asks for them and they are not there."""
+        protocol = self.protocol
+        masked = [method for method in protocol.methods if method.name in protocol.masks]
+        chosen = [entry.label for entry in protocol.sheet_sets()]
+        for scene in scenes:
+            for method in masked if scene.name in chosen else ():
+                write_masks(self.on(scene), method, protocol.seeds.all[:SHEET_SEEDS], self.out)
+        if protocol.cost_rounds:
+            measure_cost(protocol, self.on(scenes[0]), self.out)
+
     def _draw(self, batch: Batch) -> None:
         drawn = self.on(batch.scene).draw(batch.method, batch.prompt, batch.seeds, batch.alone)
+        if batch.prompt == 0 and batch.alone is None:
+            self._record(batch)
         found = score(self.scorers, drawn.pictures, batch.scene, batch.prompt, batch.alone)
         rows = []
         for seed, picture, scores in zip(batch.seeds, drawn.pictures, found, strict=True):
@@ -245,6 +274,12 @@ class _Work:
             kept = self._keep(picture, batch, seed)
             rows.append({**row, "picture": kept, "scores": scores, **_cost(drawn)})
         self.results.append(rows)
+
+    def _record(self, batch: Batch) -> None:
+        """Keep the weights of the gates, if any ran."""
+        record = record_of(self.on(batch.scene).pipe.gate_weights())
+        if record:
+            write_record(record_path(self.out, batch.scene.name, batch.method.name), record)
 
     def _keep(self, picture: Image.Image, batch: Batch, seed: int) -> str | None:
         limit = self.protocol.keep_seeds
@@ -267,13 +302,17 @@ def _batches(protocol: Protocol, scene: Scene, method: Variant) -> Iterator[Batc
     for prompt in range(len(protocol.prompts)):
         for start in range(0, len(seeds), protocol.batch):
             part = tuple(seeds[start : start + protocol.batch])
-            for alone in scene.concepts if method.kind == ALONE else [None]:
+            for alone in scene.concepts if method.single else [None]:
                 yield Batch(scene, method, prompt, part, alone)
 
 
 def _prepare_all(work: _Work, batches: Sequence[Batch], index: int, count: int, say: Say) -> None:
     """This process's share of the preparations."""
-    wanted = {(b.scene.name, b.method.name): b for b in batches if needs_preparation(b.method)}
+    wanted = {
+        (batch.scene.name, work.protocol.prepared_as(batch.method).name): batch
+        for batch in batches
+        if needs_preparation(batch.method)
+    }
     for batch in list(wanted.values())[index::count]:
         say(f"Preparing {batch.method.name} for {batch.scene.name}")
         work.on(batch.scene).prepare(batch.method)

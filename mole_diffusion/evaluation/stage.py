@@ -14,7 +14,7 @@ from PIL.Image import Image
 
 from mole_diffusion.baselines import METHODS, PrepareOptions, prepare
 from mole_diffusion.errors import ConfigError
-from mole_diffusion.evaluation.protocol import ALONE, Protocol, Variant
+from mole_diffusion.evaluation.protocol import ALONE, MASKED, SINGLE, Protocol, Variant
 from mole_diffusion.evaluation.sets import Scene
 from mole_diffusion.opening import open_base
 
@@ -23,12 +23,12 @@ PREPARED = "prepared"
 
 def needs_preparation(method: Variant) -> bool:
     """Whether something is trained, searched or merged before it can draw."""
-    return method.kind != ALONE and METHODS[method.kind].needs_preparation
+    return method.kind == MASKED or (not method.single and METHODS[method.kind].needs_preparation)
 
 
 def check_methods(protocol: Protocol) -> None:
     """Raise ConfigError if a method is a variant of nothing that exists."""
-    known = [*METHODS, ALONE]
+    known = [*METHODS, *SINGLE]
     for method in protocol.methods:
         if method.kind not in known:
             raise ConfigError(
@@ -58,6 +58,8 @@ class Stage:
     def __init__(self, protocol: Protocol, scene: Scene, device: torch.device, folder: Path) -> None:
         self.protocol, self.scene, self.device, self.folder = protocol, scene, device, folder
         self.pipe = self._open()
+        self._plain: Any = None
+        self._plain_expert: str | None = None
         self._ready: tuple[str, Any] | None = None
 
     def prepared_folder(self, method: Variant) -> Path:
@@ -68,6 +70,7 @@ class Stage:
         """What `pipe(mixture=...)` takes for this method; prepared now, or found in its folder."""
         if not needs_preparation(method):
             return method.kind
+        method = self.protocol.prepared_as(method)
         if self._ready is None or self._ready[0] != method.name:
             config = self.protocol.mole_config(method)
             if config != self.pipe.mole_config:
@@ -84,25 +87,35 @@ class Stage:
             self._ready = method.name, prepared
         return self._ready[1]
 
-    def draw(self, method: Variant, prompt: int, seeds: Sequence[int], alone: str | None = None) -> Drawn:
+    def draw(
+        self,
+        method: Variant,
+        prompt: int,
+        seeds: Sequence[int],
+        alone: str | None = None,
+        active: Sequence[str] | None = None,
+    ) -> Drawn:
         """Pictures of a prompt, one per seed.
 
         Args:
             method: who draws.
             prompt: index of the prompt.
             seeds: each picture has a generator of its own, so that a batch changes nothing.
-            alone: the only expert, with the method "alone".
+            alone: the only expert, with methods that draw one at a time.
+            active: the experts that are not masked; None is all.
         """
-        mixture = self.prepare(method) if alone is None else {alone: 1.0}
+        pipe, options = self._artist(method, alone)
+        if active is not None:
+            options["active_experts"] = list(active)
         text = self.scene.prompts[prompt] if alone is None else self.scene.alone_prompt(prompt, alone)
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
         start = time.monotonic()
         with self._autocast():
-            pictures = self.pipe(
+            pictures = pipe(
                 [text] * len(seeds),
-                mixture=mixture,
+                **options,
                 num_inference_steps=self.protocol.steps,
                 guidance_scale=self.protocol.guidance,
                 guidance_rescale=self.protocol.guidance_rescale,
@@ -114,14 +127,30 @@ class Stage:
         peak = torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else None
         return Drawn(pictures, seconds, peak)
 
+    def _artist(self, method: Variant, alone: str | None) -> tuple[Any, dict[str, Any]]:
+        """The pipeline that draws, and what it is called with beside prompt and sampler."""
+        if alone is None:
+            return self.pipe, {"mixture": self.prepare(method)}
+        if method.kind == ALONE:
+            return self.pipe, {"mixture": {alone: 1.0}}
+        if method.kind == MASKED:
+            return self.pipe, {"mixture": self.prepare(method), "active_experts": [alone]}
+        if self._plain is None:
+            self._plain = self._open(experts=False)
+        if self._plain_expert != alone:
+            self._plain.unload_lora_weights()
+            self._plain.load_lora_weights(self.scene.files[alone])
+            self._plain_expert = alone
+        return self._plain, {}
+
     def _autocast(self) -> Any:
         if self.protocol.dtype == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
-    def _open(self) -> Any:
+    def _open(self, experts: bool = True) -> Any:
         pipe = open_base(self.protocol.model, str(self.device))
-        for name, file in self.scene.files.items():
+        for name, file in self.scene.files.items() if experts else ():
             pipe.load_expert(file, name=name)
         if self.protocol.sampler is not None:
             pipe.scheduler = _sampler(self.protocol.sampler).from_config(pipe.scheduler.config)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mole_diffusion.evaluation.metrics import CONFUSED, OMITTED, PRESENT
-from mole_diffusion.evaluation.protocol import ALONE, Protocol
+from mole_diffusion.evaluation.protocol import ALONE, MASKED, PLAIN, Protocol
 from mole_diffusion.evaluation.statistics import JOINT, Estimate, estimate
 
 ALL = "all"
@@ -75,33 +75,35 @@ def to_markdown(protocol: Protocol, table: Table) -> str:
         f"{protocol.steps} steps{f' of {protocol.sampler}' if protocol.sampler else ''}, guidance "
         f"{protocol.guidance:g}.",
         "",
-        *_grid(protocol, table[ALL]),
+        *_grid(protocol, {place: row for place, row in table.items() if place not in names}),
         "",
         *_legend(protocol, table[ALL]),
     ]
-    for place, methods in table.items():
-        if place != ALL and place not in names:
-            lines += ["", f"## {place}", "", *_grid(protocol, methods)]
     return "\n".join(lines) + "\n"
 
 
-def _grid(protocol: Protocol, methods: Mapping[str, Mapping[str, Estimate]]) -> list[str]:
-    shown = [name for name in HEADINGS if any(name in row for row in methods.values())]
-    wins = [
-        name for name in _WINS if any(name in row and row[name].wins is not None for row in methods.values())
-    ]
+def _grid(protocol: Protocol, table: Table) -> list[str]:
+    """One table; with a column for the number of experts where sets differ in it."""
+    rows = [row for methods in table.values() for row in methods.values()]
+    shown = [name for name in HEADINGS if any(name in row for row in rows)]
+    paired = {name for row in rows for name, entry in row.items() if entry.wins is not None}
+    wins = [name for name in _WINS if name in paired]
+    several = len(table) > 1
     headings = [
+        *(["experts"] if several else []),
         "method",
         *(HEADINGS[name][0] for name in shown),
         *(f"wins: {HEADINGS[name][0]}" for name in wins),
         "pictures",
     ]
     lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
-    for method, row in methods.items():
-        cells = [method, *(_cell(name, row.get(name)) for name in shown)]
-        cells += [_percent(row[name].wins) if name in row else "" for name in wins]
-        cells.append(str(max(entry.pictures for entry in row.values())))
-        lines.append("| " + " | ".join(cells) + " |")
+    for place, methods in table.items():
+        for method, row in methods.items():
+            cells = [*([place.removesuffix(" experts")] if several else []), method]
+            cells += [_cell(name, row.get(name)) for name in shown]
+            cells += [_percent(row[name].wins) if name in row else "" for name in wins]
+            cells.append(str(max(entry.pictures for entry in row.values())))
+            lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
@@ -113,16 +115,28 @@ def _legend(protocol: Protocol, methods: Mapping[str, Mapping[str, Estimate]]) -
         f"reference pictures of each concept. *wins*: share of pictures above {protocol.baseline} on the "
         "same set, prompt and seed; ties half.",
     ]
-    alone = [method.name for method in protocol.methods if method.kind == ALONE and method.name in methods]
-    for name in alone:
-        limit = methods[name].get(PRESENT)
-        if limit is None or not limit.mean:
-            continue
-        lines += ["", f"Subjects present as a share of {name!r}, the limit ({_percent(limit.mean)}):", ""]
+    single = {entry.kind: entry.name for entry in reversed(protocol.methods) if entry.name in methods}
+    names = [method.name for method in protocol.methods if method.single]
+    limit = single.get(ALONE, single.get(PLAIN, ""))
+    if PRESENT in methods.get(limit, {}) and methods[limit][PRESENT].mean:
+        best = methods[limit][PRESENT].mean
+        lines += ["", f"Subjects present as a share of {limit!r}, the limit ({_percent(best)}):", ""]
         lines += [
-            f"- {method}: {_percent(row[PRESENT].mean / limit.mean)}"
+            f"- {method}: {_percent(row[PRESENT].mean / best)}"
             for method, row in methods.items()
-            if method not in alone and PRESENT in row
+            if method not in names and PRESENT in row
+        ]
+    if MASKED in single and PLAIN in single:
+        masked, plain = methods[single[MASKED]], methods[single[PLAIN]]
+        pairs = [
+            f"{HEADINGS[measure][0]} {_number(measure, masked[measure].mean)} of "
+            f"{_number(measure, plain[measure].mean)}"
+            for measure in (PRESENT, "image", "crop")
+            if measure in masked and measure in plain
+        ]
+        lines += [
+            "",
+            f"One expert of the gated set, against that expert alone in diffusers: {', '.join(pairs)}.",
         ]
     return lines
 
@@ -133,6 +147,10 @@ def _cell(measure: str, entry: Estimate | None) -> str:
     if HEADINGS[measure][1]:
         return f"{_percent(entry.mean)} ({100 * entry.low:.0f}–{100 * entry.high:.0f})"
     return f"{entry.mean:.3f} ({entry.low:.3f}–{entry.high:.3f})"
+
+
+def _number(measure: str, mean: float) -> str:
+    return _percent(mean) if HEADINGS[measure][1] else f"{mean:.3f}"
 
 
 def _percent(share: float | None) -> str:

@@ -98,7 +98,16 @@ def protocol_values(world: Path) -> Callable[..., dict[str, Any]]:
             "sets": [["boot", "cat"], ["cat", "clock"]],
             "prompts": ["{all} on the beach", "{0} and {1}"],
             "seeds": {"count": 3},
-            "methods": ["alone", "none", "nla", {"name": "few", "base": "gates"}],
+            "methods": [
+                "alone",
+                {"name": "masked", "of": "few", "seeds": 1},
+                {"name": "plain", "seeds": 1},
+                "none",
+                "nla",
+                {"name": "few", "base": "gates"},
+            ],
+            "masks": ["few"],
+            "cost_rounds": 1,
             "training": {
                 "iterations": 2,
                 "collage_batch": 1,

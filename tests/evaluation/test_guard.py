@@ -22,7 +22,9 @@ def guided(folder: Path, **training: Any) -> dict[str, Any]:
 
 
 def run_with(write_protocol: Write, tmp_path: Path, scoring: str, method: Any) -> None:
-    protocol = load_protocol(write_protocol(methods=[method], metrics={"clip": [scoring], "judge": None}))
+    protocol = load_protocol(
+        write_protocol(methods=[method], masks=[], metrics={"clip": [scoring], "judge": None})
+    )
     run.evaluate(protocol, tmp_path / "out", device=torch.device("cpu"), say=lambda line: None, shown=False)
 
 
@@ -77,7 +79,7 @@ def test_another_clip_may_score_and_so_may_any_where_nothing_is_guided(
     cpu = torch.device("cpu")
     guide, other = (f"local-dir:{world / name}" for name in ("clip_guide", "clip_score"))
     towers = {clip: ClipScorer(clip, cpu).towers for clip in (guide, other)}
-    protocol = load_protocol(write_protocol(methods=[guided(world / "clip_guide")]))
+    protocol = load_protocol(write_protocol(masks=[], methods=[guided(world / "clip_guide")]))
     refuse_guides(protocol, {other: towers[other]})
     with pytest.raises(ConfigError, match="fool it"):
         refuse_guides(protocol, towers)

@@ -43,7 +43,7 @@ def test_variants_change_settings_of_gates_and_training(write_protocol: Write) -
         {"name": "pooled", "base": "gates", "mole": {"pooling": "mean"}, "training": {"iterations": 7}},
         {"name": "nla", "seeds": 2},
     ]
-    protocol = load_protocol(write_protocol(methods=methods, training={}))
+    protocol = load_protocol(write_protocol(methods=methods, training={}, masks=[]))
     paper, pooled, nla = protocol.methods
     assert protocol.mole_config(paper) == MoLEConfig.paper()
     assert protocol.training_config(paper) == TrainingConfig.paper(progress=False)
@@ -69,7 +69,10 @@ def test_a_run_can_be_restricted(write_protocol: Write) -> None:
     [
         ({"stepz": 3}, r"stepz: unknown; allowed: title, note, model"),
         ({"seeds": {"number": 3}}, r"seeds.number: unknown; allowed: count, first"),
-        ({"methods": [{"name": "x", "kind": "la"}]}, r"methods.0.kind: unknown; allowed: name, base, mole"),
+        (
+            {"methods": [{"name": "x", "kind": "la"}]},
+            r"methods.0.kind: unknown; allowed: name, base, of, mole",
+        ),
         ({"steps": 0}, r"steps: .* got 0"),
         ({"sets": [["boot"]]}, r"sets.0.experts"),
         ({"sets": [["boot", "boot"]]}, r"set 'boot\+boot': \['boot'\] more than once"),
@@ -78,8 +81,18 @@ def test_a_run_can_be_restricted(write_protocol: Write) -> None:
             {"prompts": ["{2} at night"]},
             r"'\{2\} at night' cannot be filled .* allowed are \{all\} and \{0\} to",
         ),
-        ({"methods": [{"name": "x", "base": "gates", "mole": {"pool": 1}}]}, r"Unknown settings pool"),
+        (
+            {"methods": [{"name": "x", "base": "gates", "mole": {"pool": 1}}], "masks": []},
+            r"Unknown settings pool",
+        ),
         ({"mole": {"preset": "best"}}, r"preset 'best'; allowed are 'paper' and 'uniform'"),
+        ({"masks": ["nla"]}, r"masks names \['nla'\]; allowed are \['few'\]"),
+        ({"sheet": ["boot+dog"]}, r"sheet names \['boot\+dog'\]; allowed are \['boot\+cat', 'cat\+clock'\]"),
+        ({"methods": ["masked", "gates"], "masks": ["few"]}, r"masks names"),
+        (
+            {"methods": [{"name": "masked", "of": "la"}], "masks": []},
+            r"of 'la', which is no method with gates",
+        ),
         ({"training": {"objective": "luck"}}, r"objective is 'luck'"),
     ],
 )
@@ -106,7 +119,7 @@ def test_unknown_experts_methods_and_pictures_are_named(write_protocol: Write, t
     with pytest.raises(UnknownExpertError, match="'dog'"):
         make_scene(protocol, protocol.sets[0])
     with pytest.raises(ConfigError, match="method 'best': base 'best' does not exist; allowed are"):
-        check_methods(load_protocol(write_protocol(methods=["best"])))
+        check_methods(load_protocol(write_protocol(methods=["best"], masks=[])))
     lost = load_protocol(write_protocol()).experts["boot"].model_copy(update={"references": str(tmp_path)})
     protocol = load_protocol(write_protocol()).model_copy(update={"experts": {"boot": lost, "cat": lost}})
     with pytest.raises(ConfigError, match="references of 'boot': no pictures"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from PIL import Image
 
 from mole_diffusion import ConfigError
 from mole_diffusion.evaluation import run
+from mole_diffusion.evaluation.gate_records import read_record
 from mole_diffusion.evaluation.protocol import Protocol, load_protocol
 from mole_diffusion.evaluation.results import Results, read_rows
 
@@ -52,7 +54,7 @@ def test_every_method_draws_every_prompt_and_seed_and_all_is_written(finished: t
     rows = read_rows(out / "results.jsonl")
     # Two sets, two prompts, three seeds; alone once per expert.
     counts = {method.name: sum(row["method"] == method.name for row in rows) for method in protocol.methods}
-    assert counts == {"alone": 24, "none": 12, "nla": 12, "few": 12}
+    assert counts == {"alone": 24, "masked": 8, "plain": 8, "none": 12, "nla": 12, "few": 12}
     for row in rows:
         assert (out / row["picture"]).is_file()
         wanted = {row["alone"]} if "alone" in row else set(row["set"].split("+"))
@@ -65,8 +67,50 @@ def test_every_method_draws_every_prompt_and_seed_and_all_is_written(finished: t
     text = (out / "table.md").read_text()
     for word in ("| alone |", "| none |", "| nla |", "| few |", "2 sets of experts, 2 prompts, 3 seeds"):
         assert word in text
+    assert re.search(r"against that expert alone in diffusers: subjects present \d+ % of \d+ %, image", text)
     assert (out / "prepared" / "boot+cat" / "few" / "gates.safetensors").is_file()
     assert not list((out / "parts").glob("*"))
+
+
+def test_one_expert_of_the_gated_set_draws_what_it_draws_alone_in_diffusers(
+    finished: tuple[Protocol, Path],
+) -> None:
+    _, out = finished
+    rows = read_rows(out / "results.jsonl")
+
+    def pixels(method: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+        paths = [out / row["picture"] for row in rows if row["method"] == method and row["seed"] == 0]
+        return np.stack([np.asarray(Image.open(path)).astype(float) for path in paths])
+
+    assert np.abs(pixels("masked") - pixels("plain")).max() <= 1
+    assert np.abs(pixels("alone") - pixels("plain")).max() <= 1
+    assert np.abs(pixels("plain") - pixels("plain")[::-1]).max() > 10  # other experts draw other pictures
+
+
+def test_figures_and_costs_are_written(finished: tuple[Protocol, Path]) -> None:
+    protocol, out = finished
+    with Image.open(out / "grid.png") as sheet:
+        # Two sets with three seeds each, and the labels; a row per method.
+        assert sheet.width > 6 * 160
+        assert sheet.height > len(protocol.methods) * 160
+    for name in (
+        *("bars.png", "entropy.png", "expert-weights.png", "grids/boot+cat.png", "grids/cat+clock.png"),
+        *("gate_weights/boot+cat/few.png", "gate_weights/boot+cat/few-steps.png"),
+        *("masks/boot+cat-few.png", "masks/cat+clock-few.png"),
+    ):
+        with Image.open(out / name) as figure:
+            assert len(figure.convert("RGB").getcolors(2**24) or ()) > 8, name
+    record = read_record(out / "gate_weights" / "boot+cat" / "few.json")
+    assert set(record) == {"unet", "text_encoder"}
+    assert record["unet"].weights.shape == (len(record["unet"].groups), 2, 2)
+    np.testing.assert_allclose(record["unet"].weights.sum(axis=2), 1, atol=1e-4)
+    costs = json.loads((out / "cost.json").read_text())
+    assert set(costs) == {"none", "nla", "few"}
+    assert all(cost["ratio"] > 0 and cost["peak_mib"] > 50 for cost in costs.values())
+    lines = (out / "cost.md").read_text().splitlines()
+    assert lines[2].startswith("| method | time of a picture, x base | peak memory (MiB) |")
+    # Two iterations of one batch each.
+    assert next(line for line in lines if line.startswith("| few")).split(" | ")[4] == "2"
 
 
 def test_pictures_of_a_method_are_those_of_the_pipeline(finished: tuple[Protocol, Path], world: Path) -> None:
@@ -110,7 +154,7 @@ def test_what_is_there_is_not_drawn_again_and_what_is_missing_is(
 def test_a_folder_of_other_settings_is_refused_and_more_of_the_same_may_join(
     write_protocol: Write, tmp_path: Path
 ) -> None:
-    small = {"methods": ["none"], "sets": [["boot", "cat"]], "seeds": {"count": 1}}
+    small = {"masks": [], "methods": ["none"], "sets": [["boot", "cat"]], "seeds": {"count": 1}}
     out = tmp_path / "out"
     evaluated(load_protocol(write_protocol(**small)), out)
     with pytest.raises(ConfigError, match=r"other settings.*\n  - drawing.steps: 2 there, 3 now"):
@@ -144,12 +188,12 @@ def test_scoring_anew_changes_the_scores_and_nothing_else(
         > 0.01
     )
     (out / before[0]["picture"]).unlink()
-    with pytest.raises(ConfigError, match="1 of 60 pictures were not kept"):
+    with pytest.raises(ConfigError, match="1 of 76 pictures were not kept"):
         run.rescore(protocol, out, device=CPU, say=lambda line: None)
 
 
 def test_only_the_pictures_of_the_first_seeds_are_kept(write_protocol: Write, tmp_path: Path) -> None:
-    changes = {"methods": ["none"], "sets": [["boot", "cat"]], "keep_seeds": 1}
+    changes = {"masks": [], "methods": ["none"], "sets": [["boot", "cat"]], "keep_seeds": 1}
     evaluated(load_protocol(write_protocol(**changes)), tmp_path / "out")
     kept = sorted(path.name for path in (tmp_path / "out" / "pictures").rglob("*.png"))
     assert kept == ["0-0.png", "1-0.png"]
@@ -173,5 +217,5 @@ def test_two_processes_write_the_table_of_one(
     # Only one of them reports.
     assert json.loads(done.stdout)["out"] == str(tmp_path / "out")
     rows = read_rows(tmp_path / "out" / "results.jsonl")
-    assert len(rows) == 60
+    assert len(rows) == 76
     assert without_seconds(tmp_path / "out" / "table.csv") == without_seconds(whole / "table.csv")

@@ -79,7 +79,7 @@ def small_protocol() -> Protocol:
     )
 
 
-def test_sets_of_different_sizes_get_a_table_each() -> None:
+def test_sets_of_different_sizes_get_rows_each() -> None:
     protocol = small_protocol()
     larger = protocol.sets[1].model_copy(update={"experts": ("c", "d", "e")})
     protocol = protocol.model_copy(update={"sets": (protocol.sets[0], larger)})
@@ -87,7 +87,9 @@ def test_sets_of_different_sizes_get_a_table_each() -> None:
     table = make_table(protocol, rows)
     means = {place: methods["nla"]["text"].mean for place, methods in table.items()}
     assert means == {"all": 0.5, "2 experts": 0.25, "3 experts": 0.75, "a+b": 0.25, "c+d+e": 0.75}
-    assert "## 3 experts\n\n| method | text | pictures |" in to_markdown(protocol, table)
+    text = to_markdown(protocol, table)
+    assert "| experts | method | text | pictures |" in text
+    assert "| 3 | nla | 0.750 (0.750–0.750) | 1 |" in text
 
 
 def test_the_table_has_every_set_and_their_mean_with_the_limit_and_the_wins() -> None:
