@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from mole_diffusion._pipeline_experts import ExpertsMixin
 from mole_diffusion._pipeline_records import CallRecorder, GateWeights
 from mole_diffusion.checkpoint import load_gates, read_gates_header, save_gates
-from mole_diffusion.errors import GateMismatchError, NoExpertsError
+from mole_diffusion.errors import NoExpertsError
+from mole_diffusion.inject import Mixture
 
 if TYPE_CHECKING:
     from mole_diffusion.training import Concept, TrainingConfig, TrainingResult
@@ -43,7 +44,9 @@ class GatesMixin(ExpertsMixin):
 
         Args:
             path: a file of `save_gates`.
-            strict: refuse gates that were trained for other experts; see `checkpoint.load_gates`.
+            strict: refuse gates that were trained for other experts or another base. False loads them where
+                every number has a place, and a warning lists what was passed over; see
+                `checkpoint.load_gates`.
 
         Returns:
             The file's metadata.
@@ -54,22 +57,17 @@ class GatesMixin(ExpertsMixin):
         """
         self._need_experts("load_gates")
         header = read_gates_header(path)
-        differences = [
-            f"base model: {fact} is {header.metadata[fact]!r} in the file, {value!r} here"
-            for fact, value in self._base_facts().items()
-            if header.metadata.get(fact, value) != value
-        ]
-        if differences and strict:
-            raise GateMismatchError(f"The gates in {str(path)!r} do not fit:", differences)
+        facts = self._base_facts()
+        found: dict[str, str] = {}
+
+        def fill(mixtures: Mapping[str, Mixture]) -> None:
+            found.update(load_gates(path, mixtures, strict=strict, facts=facts))
+
         config = header.config(next(iter(header.parts)))
         if config == self._state.config:
-            return load_gates(path, self._state.mixtures, strict=strict)
-        found: dict[str, str] = {}
-        self._rebuild(
-            dict(self._state.experts),
-            config,
-            finish=lambda mixtures: found.update(load_gates(path, mixtures, strict=strict)),
-        )
+            fill(self._state.mixtures)
+        else:
+            self._rebuild(dict(self._state.experts), config, finish=fill)
         return found
 
     def train_gates(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,11 @@ from .config import MoLEConfig
 from .errors import GateMismatchError
 from .inject import Mixture
 
+logger = logging.getLogger(__name__)
+
 FORMAT = "mole-gates"
-FORMAT_VERSION = 1
+# 1: the base's fingerprint ("shapes") knows the matrices of transformers only; 2: all of them ("matrices").
+FORMAT_VERSION = 2
 _OWN_KEYS = ("format", "format_version", "parts")
 # Settings that change what a gate's numbers mean; initial values and what is trained do not.
 _STRUCTURE = ("granularity", "gate_input", "pooling", "composition", "gate_function", "timestep")
@@ -108,9 +112,9 @@ def read_gates_header(path: str | Path) -> GatesHeader:
     if metadata.get("format") != FORMAT:
         raise GateMismatchError(f"{str(path)!r} is not a gate file: its header has no format={FORMAT!r}.")
     version = metadata.get("format_version", "")
-    if not version.isdigit() or int(version) != FORMAT_VERSION:
+    if not version.isdigit() or not 1 <= int(version) <= FORMAT_VERSION:
         raise GateMismatchError(
-            f"{str(path)!r} has format_version {version!r}; this mole_diffusion reads {FORMAT_VERSION}."
+            f"{str(path)!r} has format_version {version!r}; this mole_diffusion reads 1 to {FORMAT_VERSION}."
         )
     rest = {key: value for key, value in metadata.items() if key not in _OWN_KEYS}
     return GatesHeader(int(version), json.loads(metadata["parts"]), rest)
@@ -122,6 +126,7 @@ def load_gates(
     strict: bool = True,
     *,
     parts: Sequence[str] | None = None,
+    facts: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Load gates into mixtures; everything is checked before anything is written.
 
@@ -130,8 +135,12 @@ def load_gates(
     Args:
         path: file of `save_gates`.
         mixtures: part -> mixture, each part of the file and no other.
-        strict: False to accept other expert files (hashes) under the same names.
+        strict: False to load gates onto what they were not trained for, as long as every number has a place:
+            other files or ranks under the same expert names, the same files under other names, another base
+            network or other `facts`. A warning lists each difference that was passed over. The form of the
+            gates, the groups, the shapes and the number of experts must fit in any case.
         parts: the only parts of the file to read, where a host cannot offer the others; None for all.
+        facts: what else the header should say if it names it, such as the prediction type.
     Returns:
         What the writer added to the header.
     Raises:
@@ -140,16 +149,43 @@ def load_gates(
     header = read_gates_header(path)
     offered = [part for part in header.parts if parts is None or part in parts]
     differences = _one_sided("part", offered, list(mixtures))
+    passable = [
+        f"base model: {fact} is {header.metadata[fact]!r} in the file, {value!r} here"
+        for fact, value in (facts or {}).items()
+        if header.metadata.get(fact, value) != value
+    ]
+    orders: dict[str, list[int]] = {}
     for part in [part for part in header.parts if part in mixtures]:
-        differences += _compare(part, header.parts[part], _describe(mixtures[part]), strict=strict)
-    if differences:
-        raise GateMismatchError(f"The gates in {str(path)!r} do not fit:", differences)
+        file, here = header.parts[part], _describe(mixtures[part])
+        differences += _compare_form(part, file, here)
+        orders[part], other_experts = _compare_experts(part, file["experts"], here["experts"], strict=strict)
+        passable += _compare_base(part, file["base"], here["base"])
+        (passable if orders[part] else differences).extend(other_experts)
+    refused = [*differences, *passable] if strict else differences
+    if refused:
+        raise GateMismatchError(f"The gates in {str(path)!r} do not fit:", refused)
+    _fill(path, mixtures, orders)
+    if passable:
+        logger.warning(
+            "The gates in %r were loaded with strict=False onto what they were not trained for:\n  - %s",
+            str(path),
+            "\n  - ".join(passable),
+        )
+    return dict(header.metadata)
+
+
+def _fill(path: str | Path, mixtures: Mapping[str, Mixture], orders: Mapping[str, Sequence[int]]) -> None:
+    """Copy a file's tensors into gates, each expert's rows in its place.
+
+    Raises:
+        GateMismatchError: a tensor is missing or of another shape; nothing was copied.
+    """
     with safe_open(path, framework="pt", device="cpu") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
     states: list[tuple[torch.nn.Module, dict[str, Tensor]]] = []
+    differences: list[str] = []
     for part, mixture in mixtures.items():
-        names = header.expert_names(part)
-        order = [names.index(name) for name in mixture.expert_names]
+        order = list(orders[part])
         for group in mixture.groups:
             stem = f"{part}/{group.name}"
             differences += _compare_tensors(stem, tensors, group.gate)
@@ -160,7 +196,6 @@ def load_gates(
         raise GateMismatchError(f"The gates in {str(path)!r} do not fit:", differences)
     for gate, moved in states:
         gate.load_state_dict(moved)
-    return dict(header.metadata)
 
 
 def _compare_tensors(stem: str, tensors: Mapping[str, Tensor], gate: torch.nn.Module) -> list[str]:
@@ -194,8 +229,8 @@ def _describe(mixture: Mixture) -> dict[str, Any]:
     }
 
 
-def _compare(part: str, file: Mapping[str, Any], here: Mapping[str, Any], *, strict: bool) -> list[str]:
-    """Sentences on what differs between a part of a file and a mixture."""
+def _compare_form(part: str, file: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Sentences on what makes the numbers of a part of a file meaningless in a mixture."""
     # Not the bare dictionary: a file may be older than a setting.
     form = MoLEConfig.from_dict(file["config"]).to_dict()
     differences = [
@@ -203,20 +238,56 @@ def _compare(part: str, file: Mapping[str, Any], here: Mapping[str, Any], *, str
         for field in _STRUCTURE
         if form[field] != here["config"][field]
     ]
-    if file["base"]["shapes"] != here["base"]["shapes"]:
-        classes = f"{file['base']['class']} in the file, {here['base']['class']} here"
-        differences.append(f"{part}: the base network has other matrices ({classes})")
-    theirs = {expert["name"]: expert for expert in file["experts"]}
-    ours = {expert["name"]: expert for expert in here["experts"]}
-    differences += _one_sided(f"{part}: expert", list(theirs), list(ours))
-    if strict:
-        differences += [
-            f"{part}: expert {name!r} has sha256 {theirs[name]['sha256'][:12]} in the file, "
-            f"{ours[name]['sha256'][:12]} here"
-            for name in theirs
-            if name in ours and theirs[name]["sha256"] != ours[name]["sha256"]
-        ]
     return differences + _one_sided(f"{part}: group", file["groups"], here["groups"])
+
+
+def _compare_base(part: str, file: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
+    """A sentence where the base network is another one."""
+    key = "matrices" if "matrices" in file else "shapes"
+    if file[key] == here[key]:
+        return []
+    return [
+        f"{part}: the base network has other matrices ({file['class']} in the file, {here['class']} here)"
+    ]
+
+
+def _compare_experts(
+    part: str, file: Sequence[Mapping[str, Any]], here: Sequence[Mapping[str, Any]], *, strict: bool
+) -> tuple[list[int], list[str]]:
+    """Where each expert of a mixture stands in the file, and sentences on how they differ.
+
+    Experts are told by their names; those that are left, unless `strict`, by their hashes.
+
+    Returns:
+        A position per expert here, or none at all if the experts cannot be paired; sentences.
+    """
+    theirs, ours = {one["name"]: one for one in file}, {one["name"]: one for one in here}
+    pairs = {name: name for name in ours if name in theirs}
+    alone = [one for one in file if one["name"] not in ours]
+    for name in [name for name in ours if name not in theirs]:
+        same = next((one for one in alone if one["sha256"] == ours[name]["sha256"]), None)
+        if same is not None and not strict:
+            pairs[name] = same["name"]
+            alone.remove(same)
+    sentences = _one_sided(
+        f"{part}: expert", [n for n in theirs if n not in pairs.values()], [n for n in ours if n not in pairs]
+    )
+    whole = not sentences
+    for name, partner in pairs.items():
+        one, other = theirs[partner], ours[name]
+        if name != partner:
+            sentences.append(f"{part}: expert {partner!r} of the file is called {name!r} here")
+        if one["sha256"] != other["sha256"]:
+            sentences.append(
+                f"{part}: expert {name!r} has sha256 {one['sha256'][:12]} in the file,"
+                f" {other['sha256'][:12]} here"
+            )
+        elif one["ranks"] != other["ranks"]:
+            sentences.append(
+                f"{part}: expert {name!r} has ranks {one['ranks']} in the file, {other['ranks']} here"
+            )
+    names = list(theirs)
+    return [names.index(pairs[name]) for name in ours] if whole else [], sentences
 
 
 def _one_sided(kind: str, file: Sequence[str], here: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .architectures import ATTENTION, UNET, NetworkMap
+from .architectures import ATTENTION, UNET, MatrixSite, NetworkMap
 from .bases import check_fit
 from .context import Activation
 from .errors import InjectionError
@@ -223,12 +223,27 @@ def matrix_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def fingerprint(network: nn.Module, layout: NetworkMap) -> dict[str, str]:
+    """What a network is: its class, and hashes of its matrices' canonical names and shapes.
+
+    Returns:
+        "class"; "shapes" of the transformers' matrices, which files of format 1 have; "matrices" of all.
+    """
+    # Some hosts give every text encoder a projection, also where the base has none.
+    sites = [site for site in layout.sites if site.name != "text_projection"]
+    return {
+        "class": type(network).__name__,
+        "shapes": _hash_shapes(network, [site for site in sites if site.kind == ATTENTION], matrix_shape),
+        "matrices": _hash_shapes(network, sites, _delta_shape),
+    }
+
+
+def _hash_shapes(
+    network: nn.Module, sites: Sequence[MatrixSite], shape_of: Callable[[nn.Module], tuple[int, int]]
+) -> str:
     digest = hashlib.sha256()
-    # The matrices that format 1 of gate files was made with: those of transformers.
-    sites = [site for site in layout.sites if site.kind == ATTENTION]
     for site in sorted(sites, key=lambda site: site.name):
-        digest.update(f"{site.name} {matrix_shape(base_layer(network.get_submodule(site.path)))};".encode())
-    return {"class": type(network).__name__, "shapes": digest.hexdigest()}
+        digest.update(f"{site.name} {shape_of(base_layer(network.get_submodule(site.path)))};".encode())
+    return digest.hexdigest()
 
 
 def build_slots(
