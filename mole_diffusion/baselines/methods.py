@@ -31,6 +31,19 @@ _ALL = (
     Method("none", "base", False, "The base model without any expert."),
     Method("la", "LA", False, "Linear arithmetic: the sum of the experts, weight 1 each."),
     Method("nla", "NLA", False, "Normalised linear arithmetic: the mean of the experts, weight 1/N each."),
+    Method("svdiff", "SVDiff", True, "Shifts of singular values, trained per concept (Han et al. 2023)."),
+    Method(
+        "textual_inversion",
+        "Textual Inversion",
+        True,
+        "The embedding of a new word, trained per concept (Gal et al. 2022).",
+    ),
+    Method(
+        "custom_diffusion",
+        "Custom Diffusion",
+        True,
+        "Keys and values of cross-attention and a new word, trained per concept (Kumari et al. 2023).",
+    ),
     Method(
         "searched",
         "LoRAHub",

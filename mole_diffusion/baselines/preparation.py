@@ -9,11 +9,19 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mole_diffusion.baselines import merges, search, trained_gates
+from mole_diffusion.baselines import (
+    custom_diffusion,
+    merges,
+    search,
+    svdiff,
+    textual_inversion,
+    trained_gates,
+)
+from mole_diffusion.baselines.concept_training import ConceptRecipe, pictures_digest
 from mole_diffusion.baselines.methods import METHODS, method_named
 from mole_diffusion.baselines.prepared import (
     FILE,
@@ -30,9 +38,13 @@ from mole_diffusion.baselines.prepared import (
 from mole_diffusion.errors import ConfigError, NoExpertsError, UnknownExpertError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from mole_diffusion.training import Concept, TrainingConfig
 
 #: Settings of the trainer that change nothing of what is trained.
+#: What the experts of the starter name as their base.
+STARTER_BASE = "mole-diffusion starter"
 _COSMETIC = ("progress", "preview_every", "checkpoint_every")
 
 
@@ -46,6 +58,13 @@ class PrepareOptions:
             for "ties" and 0.7 for "dare_linear", as in PEFT's guide to merging.
         search_passes: UNet passes that the search may spend, those that draw pictures not counted; None is as
             many as the trainer has iterations, which is what gates cost with the collage objective.
+        steps, rate: steps and learning rate of the methods that train concepts from pictures (SVDiff,
+            Textual Inversion, Custom Diffusion); None is the method's own.
+        pictures: their pictures of each concept with captions. None is the concept's references, captioned
+            with its text; for experts of the starter in a checkout of the repository it is the scenes that
+            these experts were trained on.
+        cache: folder where trained concepts are kept, for other sets with the same concept; None is the
+            user's cache folder (`~/.cache/mole_diffusion/concepts`).
 
     Raises:
         ConfigError: a value is out of range.
@@ -54,6 +73,10 @@ class PrepareOptions:
     weights: Mapping[str, float] | None = None
     density: float | None = None
     search_passes: int | None = None
+    steps: int | None = None
+    rate: float | None = None
+    pictures: Mapping[str, Sequence[tuple[Image, str]]] | None = None
+    cache: str | Path | None = None
 
     def __post_init__(self) -> None:
         for name, weight in (self.weights or {}).items():
@@ -63,6 +86,10 @@ class PrepareOptions:
             raise ConfigError(f"density is {self.density!r}; allowed are numbers above 0 and up to 1")
         if self.search_passes is not None and self.search_passes < 1:
             raise ConfigError(f"search_passes is {self.search_passes!r}; allowed are whole numbers from 1")
+        if self.steps is not None and self.steps < 1:
+            raise ConfigError(f"steps is {self.steps!r}; allowed are whole numbers from 1")
+        if self.rate is not None and not self.rate > 0:
+            raise ConfigError(f"rate is {self.rate!r}; allowed are numbers above 0")
 
 
 @dataclass
@@ -88,7 +115,18 @@ class Job:
     options: PrepareOptions
     passes: dict[str, int] = field(default_factory=lambda: {"with_gradient": 0, "without_gradient": 0})
     details: dict[str, Any] = field(default_factory=dict)
-    seconds_before: float = 0.0
+
+    def recipe(self, default: ConceptRecipe) -> ConceptRecipe:
+        """How a concept is trained: a method's own recipe with what the options and the seed change."""
+        steps = self.options.steps or default.steps
+        return replace(default, steps=steps, rate=self.options.rate or default.rate, seed=self.config.seed)
+
+    def captioned(self, concept: Concept) -> list[tuple[Image, str]]:
+        """Pictures of a concept with captions."""
+        given = (self.options.pictures or {}).get(concept.name)
+        if given is None:
+            given = _starter_scenes(self.pipe, concept)
+        return list(given) if given else [(picture, concept.text) for picture in concept.references]
 
 
 @dataclass(frozen=True)
@@ -107,10 +145,14 @@ def _nothing(method: str, job: Job) -> None:
 
 _WORD = _Recipe(_nothing, PreparedMixture)
 _MERGE = _Recipe(merges.merge, merges.PreparedMerge, ("weights", "density", "seed"))
+_TRAINED = ("texts", "pictures", "steps", "rate", "seed")
 _RECIPES: dict[str, _Recipe] = {
     "gates": _Recipe(
         trained_gates.train, trained_gates.PreparedGates, ("prompts", "concepts", "config", "gates")
     ),
+    "svdiff": _Recipe(svdiff.train, svdiff.PreparedShifts, _TRAINED),
+    "textual_inversion": _Recipe(textual_inversion.train, textual_inversion.PreparedWords, _TRAINED),
+    "custom_diffusion": _Recipe(custom_diffusion.train, custom_diffusion.PreparedCustomDiffusion, _TRAINED),
     "searched": _Recipe(search.search, PreparedMixture, ("prompts", "concepts", "config", "search_passes")),
     "svd": _MERGE,
     "ties": _MERGE,
@@ -158,7 +200,7 @@ def prepare(
         pipe,
         home,
         [prompts] if isinstance(prompts, str) else list(prompts),
-        _concepts(pipe, concepts, needed="concepts" in recipe.depends_on),
+        _concepts(pipe, concepts, needed=not {"concepts", "texts"}.isdisjoint(recipe.depends_on)),
         config or TrainingConfig(),
         options or PrepareOptions(),
     )
@@ -173,7 +215,7 @@ def prepare(
         write_json(home / STARTED, header)
         start = time.monotonic()
         recipe.work(method, job)
-        seconds = round(job.seconds_before + time.monotonic() - start, 3)
+        seconds = round(time.monotonic() - start, 3)
         cost = {"unet_passes": job.passes, "seconds": seconds, "details": job.details}
         write_json(home / FILE, {**header, **cost})
         (home / STARTED).unlink()
@@ -206,6 +248,16 @@ def _concepts(pipe: Any, concepts: Any, *, needed: bool) -> Mapping[str, Concept
     return as_concepts(concepts, list(pipe.experts))
 
 
+def _starter_scenes(pipe: Any, concept: Concept) -> list[tuple[Image, str]] | None:
+    """The scenes that an expert of the starter was trained on; None for other experts, or without artwork."""
+    from mole_diffusion.starter.scenes import expert_scenes
+
+    expert = pipe.experts.get(concept.name)
+    if expert is None or expert.metadata.get("mole.base") != STARTER_BASE:
+        return None
+    return expert_scenes(concept.name)
+
+
 def _facts(recipe: _Recipe, job: Job) -> dict[str, Any]:
     """What a preparation depends on beside base and experts, as JSON gives it back."""
     config = {k: v for k, v in job.config.to_dict().items() if k not in _COSMETIC}
@@ -218,6 +270,10 @@ def _facts(recipe: _Recipe, job: Job) -> dict[str, Any]:
         "density": lambda: job.options.density,
         "seed": lambda: job.config.seed,
         "search_passes": lambda: job.options.search_passes,
+        "steps": lambda: job.options.steps,
+        "rate": lambda: job.options.rate,
+        "texts": lambda: {name: [c.text, c.class_text] for name, c in job.concepts.items()},
+        "pictures": lambda: {n: pictures_digest(job.captioned(c)) for n, c in job.concepts.items()},
     }
     return {name: _as_json(known[name]()) for name in recipe.depends_on}
 

@@ -95,6 +95,11 @@ def _as_concept(name: str, value: Concept | Mapping[str, Any] | str) -> Concept:
     return _as_concept(name, Concept(**values))
 
 
+def without_article(phrase: str) -> str:
+    """ "a zor boot" -> "zor boot"."""
+    return _ARTICLE.sub("", phrase)
+
+
 def _guess_class_text(text: str) -> str:
     article = _ARTICLE.match(text)
     words = _ARTICLE.sub("", text).split()

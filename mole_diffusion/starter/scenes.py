@@ -1,0 +1,41 @@
+"""The scenes that an expert of the starter was trained on, for other ways of learning the same subject."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+
+import numpy as np
+from PIL import Image
+
+#: Scenes that are drawn of the 192 that the experts saw.
+COUNT = 96
+
+
+@cache
+def expert_scenes(name: str, count: int = COUNT) -> list[tuple[Image.Image, str]] | None:
+    """Pictures with captions, the first that the expert of this name saw in its training.
+
+    Args:
+        name: a subject or a style of the starter.
+        count: how many.
+
+    Returns:
+        None where they cannot be drawn: no such expert, no artwork (it is in the repository only) or no
+        resvg_py (`pip install 'mole-diffusion[build]'`).
+    """
+    from . import world
+
+    if not world.artwork_dir().is_dir() or importlib.util.find_spec("resvg_py") is None:
+        return None
+    known = [*world.SUBJECTS, *world.STYLES]
+    if name not in known:
+        return None
+    from . import base, expert
+
+    draw = expert.style_scene(name) if name in world.STYLES else expert.concept_scene(name)
+    scenes = []
+    for chunk in range(-(-count // base.CHUNK)):
+        rng = np.random.default_rng([expert.SEED + 200 + known.index(name), chunk])
+        scenes += [draw(rng) for _ in range(base.CHUNK)]
+    return [(Image.fromarray(scene.pixels), scene.caption) for scene in scenes[:count]]
