@@ -42,7 +42,6 @@ class DemoOptions:
         steps: denoising steps per picture.
         out: folder for the results.
         fresh: train anew even if `out` holds a training with the same settings, finished or not.
-        progress: show a progress bar while the gates train.
 
     Raises:
         ConfigError: fewer than two experts, an expert twice, or no seeds.
@@ -55,7 +54,6 @@ class DemoOptions:
     steps: int = 25
     out: Path = Path("demo")
     fresh: bool = False
-    progress: bool = True
 
     def __post_init__(self) -> None:
         if self.experts is not None and len(self.experts) < 2:
@@ -230,7 +228,7 @@ def _train(
         result = pipe.train_gates(
             prompt,
             concepts=concepts_of(experts),
-            config=TrainingConfig(iterations=options.iterations, progress=options.progress),
+            config=TrainingConfig(iterations=options.iterations),
             checkpoint_dir=folder,
         )
     return result.history

@@ -29,8 +29,14 @@ REQUIRED = {
 #: The same for what only some parts of the project need.
 OPTIONAL = {
     "gradio>=6.6": "the app (mole app)",
-    "xformers>=0.0.23": "faster attention on older NVIDIA GPUs",
+    "torchmetrics>=1.2": "evaluation (mole evaluate)",
+    "pydantic>=2.6": "evaluation (mole evaluate)",
+    "pyyaml>=6": "evaluation (mole evaluate)",
+    "scipy>=1.10": "evaluation (mole evaluate)",
+    "psutil>=5.9": "evaluation (mole evaluate)",
     "timm>=1.0": "evaluation with the starter's judge",
+    "nevergrad>=1.0": "searched weights (LoRAHub) among the baselines",
+    "xformers>=0.0.23": "faster attention on older NVIDIA GPUs",
 }
 #: What `from_starter` opens.
 _STARTER_FILES = (

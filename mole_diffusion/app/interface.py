@@ -26,6 +26,7 @@ from mole_diffusion.app.theme import STYLE, theme
 from mole_diffusion.app.uploads import MAX_FILE_BYTES
 from mole_diffusion.app.web import SessionCookie, UploadGuard
 from mole_diffusion.opening import STARTER
+from mole_diffusion.starter.location import starter_dir
 
 #: Requests that may wait in Gradio's own queue; the long work has one of its own.
 _MAX_REQUESTS = 64
@@ -149,6 +150,7 @@ def _launch_options(options: AppOptions, uploads: Path) -> dict[str, Any]:
         "ssr_mode": False,
         "mcp_server": False,
         "max_file_size": MAX_FILE_BYTES,
+        "allowed_paths": [str(starter_dir() / "experts")],
         "theme": theme(),
         "css_paths": [STYLE],
         "app_kwargs": {

@@ -77,12 +77,15 @@ class Studio:
             return job
 
     @contextmanager
-    def opened(self, session: Session, *, strengths: dict[str, float] | None = None) -> Iterator[Any]:
+    def opened(
+        self, session: Session, *, strengths: dict[str, float] | None = None, fresh_gates: bool = False
+    ) -> Iterator[Any]:
         """The session's pipeline with its experts and gates attached; for the worker's thread only.
 
         Args:
             session: whose.
             strengths: scales to load the experts with (for export); elsewhere scales belong to a call.
+            fresh_gates: untrained gates, whatever the session has; they may be changed.
 
         Raises:
             MoLEError: the model, an expert or the gates cannot be had.
@@ -94,9 +97,11 @@ class Studio:
         for mixture in pipe.mixtures.values():
             mixture.attach()
         try:
-            _match(session, pipe, strengths or {})
+            _match(session, pipe, strengths or {}, None if fresh_gates else session.gates())
             yield pipe
         finally:
+            if fresh_gates:
+                session.applied = None
             for mixture in pipe.mixtures.values():
                 mixture.eject()
 
@@ -167,9 +172,8 @@ def _sibling(base: Any) -> Any:
     return pipe
 
 
-def _match(session: Session, pipe: Any, strengths: dict[str, float]) -> None:
-    """Give the pipeline the session's experts and gates; nothing is done where it has them."""
-    gates = session.gates()
+def _match(session: Session, pipe: Any, strengths: dict[str, float], gates: Path | None) -> None:
+    """Give the pipeline the session's experts and these gates; nothing is done where it has them."""
     experts = [(card.name, str(card.path), strengths.get(card.name, 1.0)) for card in session.cards]
     wanted = (experts, gates)
     if session.applied == wanted:

@@ -132,10 +132,7 @@ def _work(studio: Studio, session: Session, training: Training, *, resume: bool)
         job.report(0, 0, "Loading the model and its experts")
         request: TrainRequest = training.request
         going_on = resume and (training.folder / STATE_FILE).is_file()
-        with studio.opened(session) as pipe:
-            # Whatever gates are attached, a training begins with fresh ones; afterwards the session's count.
-            session.applied = None
-            pipe.configure(pipe.mole_config)
+        with studio.opened(session, fresh_gates=True) as pipe:
             trainer = GateTrainer(
                 pipe,
                 request.prompts,

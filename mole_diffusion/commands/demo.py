@@ -50,6 +50,7 @@ def demo(
     Example: [bold]mole demo --experts dog,boot,monster --iterations 200[/]
     """
     from mole_diffusion.demo import DemoOptions, run_demo
+    from mole_diffusion.training.state import STATE_FILE
 
     options = DemoOptions(
         experts=split_names(experts, "--experts"),
@@ -59,12 +60,14 @@ def demo(
         steps=steps,
         out=out,
         fresh=fresh,
-        progress=not as_json,
     )
     try:
         result = run_demo(options, say=say)
     except KeyboardInterrupt:
-        errors.print("Stopped. The same command goes on with the training where it stopped.")
+        command = "the same command without --fresh" if fresh else "the same command"
+        trained = (out / "training" / STATE_FILE).is_file()
+        after = "goes on with the training where it stopped" if trained else "begins again"
+        errors.print(f"Stopped; {command} {after}.")
         raise typer.Exit(1) from None
     if as_json:
         typer.echo(json.dumps({name: str(path) for name, path in result.files.items()}, indent=2))

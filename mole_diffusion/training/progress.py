@@ -71,6 +71,7 @@ class ProgressBar:
 
 def _rich_bar(iterations: int, done: int) -> tuple[Any, Any]:
     """A bar of rich and its task; hosts that show progress in their own way need not have rich."""
+    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -88,6 +89,8 @@ def _rich_bar(iterations: int, done: int) -> tuple[Any, Any]:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        # Not where results are printed: those stay readable by programs.
+        console=Console(stderr=True),
     )
     return bar, bar.add_task("", total=iterations, completed=done)
 

@@ -10,14 +10,13 @@ from typing import Any
 
 import gradio as gr
 
-from mole_diffusion.app import regions, show, tiles
+from mole_diffusion.app import fragments, regions, show, tiles
 from mole_diffusion.app.composing import MAX_SIDE, MAX_STEPS, ComposeRequest, compose
 from mole_diffusion.app.jobs import Job
 from mole_diffusion.app.metadata import PictureSettings, mask_from_text, read_settings
 from mole_diffusion.app.session import Session
 from mole_diffusion.app.studio import Studio
 from mole_diffusion.errors import MoLEError
-from mole_diffusion.opening import STARTER
 
 MIXTURES = {
     "Gates": "gates",
@@ -26,7 +25,6 @@ MIXTURES = {
     "Base model only": "none",
 }
 FIRST_PROMPT = "a zor boot, a vek monster and a kip clock on the beach"
-_KEPT = 64
 
 
 @dataclass
@@ -230,7 +228,7 @@ class ComposeTab:
     def refresh(self, values: Any, request: gr.Request) -> list[Any]:
         """What the session has: tiles, notice, legend, brush colours, gallery."""
         session = show.session_of(self.studio, request)
-        return [*self._experts(session, values), _gallery(session)]
+        return [*self._experts(session, values), fragments.gallery(session)]
 
     @show.friendly
     def choose(self, library: Any, values: Any, request: gr.Request) -> list[Any]:
@@ -278,7 +276,7 @@ class ComposeTab:
         if not 0 <= event.index < len(session.pictures):
             return None, "", gr.update(interactive=False)
         settings = session.pictures[event.index].settings
-        return settings.to_json(), _describe(settings), gr.update(interactive=True)
+        return settings.to_json(), fragments.facts(settings), gr.update(interactive=True)
 
     @show.friendly
     def use_selected(self, text: str | None, request: gr.Request) -> list[Any]:
@@ -328,9 +326,14 @@ class ComposeTab:
             yield bar, gr.skip() if fresh is None else fresh, gr.skip(), gr.skip()
         if job.state == "done":
             paths = [str(picture.path) for picture in job.result]
-            yield show.progress_bar(None), paths[0], paths[1] if len(paths) > 1 else None, _gallery(session)
+            yield (
+                show.progress_bar(None),
+                paths[0],
+                paths[1] if len(paths) > 1 else None,
+                fragments.gallery(session),
+            )
         else:
-            yield show.progress_bar(job), gr.skip(), gr.skip(), _gallery(session)
+            yield show.progress_bar(job), gr.skip(), gr.skip(), fragments.gallery(session)
         show.raise_if_failed(job)
 
     def _experts(self, session: Session, values: Any) -> list[Any]:
@@ -339,8 +342,8 @@ class ComposeTab:
         return [
             tiles.library_tiles(session),
             tiles.mixing_tiles(session, values),
-            _notice(session),
-            _legend(session),
+            fragments.notice(session),
+            fragments.legend(session),
             gr.update(brush=brush),
         ]
 
@@ -371,62 +374,3 @@ class ComposeTab:
             *experts,
             {**canvas, "value": regions.paint_regions(session, masks)},
         ]
-
-
-def _gallery(session: Session) -> list[tuple[str, str]]:
-    return [
-        (str(picture.path), f"{picture.settings.mixture} · seed {picture.settings.seed}")
-        for picture in session.pictures[:_KEPT]
-    ]
-
-
-def _notice(session: Session) -> str:
-    if len(session.chosen) == 0:
-        text = "No expert is chosen: the base model draws alone."
-    elif session.gates() is not None or len(session.chosen) == 1:
-        return ""
-    else:
-        text = (
-            "These experts have no trained gates yet, so each counts equally."
-            " <b>Train</b> teaches the gates who acts where."
-        )
-    return f'<div class="notice">{text}</div>'
-
-
-def _legend(session: Session) -> str:
-    if not session.chosen:
-        return '<p class="hint">Choose experts first.</p>'
-    dots = "".join(
-        f'<span class="dot" style="--dot: {session.colour(name)}">{html.escape(name)}</span>'
-        for name in session.chosen
-    )
-    return (
-        '<p class="hint">Take an expert\'s colour with the brush and paint its place.'
-        f' An expert without paint counts everywhere.</p><div class="legend">{dots}</div>'
-    )
-
-
-def _describe(settings: PictureSettings) -> str:
-    """A picture's settings as a small table."""
-    experts = ", ".join(
-        f"{use.name}{'' if use.strength == 1 else f' × {use.strength:g}'}"
-        for use in settings.experts
-        if use.active
-    )
-    facts = {
-        "Prompt": settings.prompt,
-        "Negative": settings.negative,
-        "Mixture": f"{settings.mixture}{f' ({settings.gates} gates)' if settings.gates else ''}",
-        "Experts": experts or "none",
-        "Seed": settings.seed,
-        "Steps, guidance": f"{settings.steps}, {settings.guidance:g}",
-        "Size": f"{settings.width} × {settings.height}",
-        "Regions": ", ".join(settings.regions),
-        "Model": "" if settings.model == STARTER else settings.model,
-    }
-    rows = "".join(
-        f"<dt>{name}</dt><dd>{html.escape(str(value))}</dd>"
-        for name, value in facts.items()
-        if value not in ("", None)
-    )
-    return f'<dl class="facts">{rows}</dl>'

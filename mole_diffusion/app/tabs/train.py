@@ -77,6 +77,7 @@ class TrainTab:
             with gr.Row():
                 self.batch = gr.Number(
                     0,
+                    elem_id="train-batch",
                     label="Pictures per iteration",
                     info="0: the default",
                     precision=0,

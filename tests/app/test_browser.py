@@ -1,0 +1,222 @@
+"""The app in a real browser: each tab's main path, wrong files, cancel, reload, two visitors, a phone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from mole_diffusion.app.metadata import read_settings
+from mole_diffusion.starter.location import starter_experts
+
+TABS = ("Compose", "Train", "Inspect", "Compare", "Export", "Models")
+# Controls whose name a screen reader would not find.
+UNNAMED = """() => [...document.querySelectorAll('input, textarea, select, button, [role=button]')]
+  .filter((e) => e.offsetParent !== null && e.type !== 'hidden' && !e.closest('[aria-hidden=true]'))
+  .filter((e) => {
+    const by = (e.getAttribute('aria-labelledby') || '').split(' ').map((id) => document.getElementById(id));
+    const names = [e.getAttribute('aria-label'), e.title, e.innerText, e.placeholder,
+      ...[...(e.labels || [])].map((l) => l.innerText), ...by.map((l) => l && l.innerText),
+      e.querySelector('img[alt]')?.alt, e.querySelector('svg title')?.textContent];
+    return !names.some((name) => name && name.trim());
+  })
+  .map((e) => e.outerHTML.slice(0, 160))"""
+
+
+def draw(visitor: Any, steps: int = 3) -> None:
+    """Draw with few steps and wait for the picture."""
+    page = visitor.page
+    if not page.locator("#steps").is_visible():
+        visitor.unfold("#settings-box")
+    visitor.number("#steps", steps)
+    before = page.locator("#gallery .thumbnail-item").count()
+    page.click("#draw")
+    page.wait_for_function(
+        "(n) => document.querySelectorAll('#gallery .thumbnail-item').length > n", arg=before
+    )
+
+
+def test_compose_draws_keeps_settings_and_takes_a_picture_back(visit: Any, tmp_path: Path) -> None:
+    visitor = visit()
+    page = visitor.page
+    page.locator("#beside input").check()
+    visitor.unfold("#settings-box")
+    visitor.number("#seed", 7)
+    page.locator("#mix input[data-tile=clock]").uncheck(force=True)
+    draw(visitor)
+    page.locator("#picture img").wait_for()
+    page.locator("#nla-picture img").wait_for()
+    assert page.locator("#gallery .thumbnail-item").count() == 2
+    with page.expect_download() as download:
+        page.locator("#picture button[aria-label=Download], #picture a[download]").first.click()
+    path = tmp_path / "kept.png"
+    download.value.save_as(path)
+    settings = read_settings(path)
+    assert (settings.seed, settings.steps, settings.mixture) == (7, 3, "gates")
+    assert {use.name: use.active for use in settings.experts} == {
+        "boot": True,
+        "monster": True,
+        "clock": False,
+    }
+    visitor.number("#seed", 1)
+    page.locator("#prompt textarea").fill("something else")
+    page.locator("#drop input[type=file]").set_input_files(path)
+    page.wait_for_function("() => document.querySelector('#seed input').value === '7'")
+    assert page.locator("#prompt textarea").input_value() == settings.prompt
+    assert not page.locator("#mix input[data-tile=clock]").is_checked()
+
+
+def test_other_experts_start_without_gates_and_regions_are_kept(visit: Any) -> None:
+    visitor = visit()
+    page = visitor.page
+    assert page.locator("#gates-notice").inner_text().strip() == ""
+    visitor.unfold("#library-box")
+    page.locator("#library input[data-tile=teapot]").check(force=True)
+    page.locator("#mix [data-tile=teapot]").wait_for(state="attached")
+    page.locator("#gates-notice", has_text="no trained gates yet").wait_for()
+    visitor.unfold("#regions-box")
+    page.locator("#canvas canvas").wait_for()
+    page.locator("#canvas button[aria-label*=rush]").first.click()
+    box = page.locator("#canvas canvas").bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] * 0.4)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.55, box["y"] + box["height"] * 0.6, steps=6)
+    page.mouse.up()
+    draw(visitor, steps=2)
+    page.locator("#gallery .thumbnail-item").first.click()
+    page.locator("#details dt", has_text="Regions").wait_for()
+    assert "boot" in page.locator("#details").inner_text()
+
+
+def test_a_drawing_can_be_cancelled(visit: Any) -> None:
+    visitor = visit()
+    visitor.unfold("#settings-box")
+    visitor.number("#steps", 150)
+    visitor.page.click("#draw")
+    visitor.page.locator("#draw-progress", has_text=" of 150").wait_for()
+    visitor.page.click("#cancel-draw")
+    visitor.page.locator("#draw-progress", has_text="Cancelled").wait_for()
+    assert visitor.page.locator("#gallery .thumbnail-item").count() == 0
+
+
+def test_training_survives_a_reload_can_be_cancelled_and_goes_on(visit: Any) -> None:
+    visitor = visit()
+    page = visitor.tab("Train")
+    page.locator("#train-experts input[data-tile=monster]").uncheck(force=True)
+    page.wait_for_function(
+        "(text) => document.querySelector('#train-prompt textarea').value === text",
+        arg="a zor boot and a kip clock on the beach",
+    )
+    visitor.unfold("#train-settings")
+    visitor.number("#train-batch", 1)
+    page.locator("#backgrounds input").uncheck()
+    visitor.number("#iterations", 70)
+    page.click("#train")
+    page.locator("#curves svg").first.wait_for()
+    page.locator("#train-progress", has_text="left").wait_for()
+    page.reload()
+    page.wait_for_selector("#mix .tile")
+    visitor.tab("Train")
+    page.locator("#curves svg").first.wait_for()
+    page.locator("#train-progress", has_text="of 70").wait_for()
+    page.locator("#previews img").first.wait_for()
+    page.click("#cancel-train")
+    page.locator("#train-progress", has_text="Cancelled").wait_for()
+    page.wait_for_function("() => !document.querySelector('#resume-train').disabled")
+    page.click("#resume-train")
+    page.locator("#train-progress", has_text="Done").wait_for()
+    with page.expect_download() as download:
+        page.click("#gates-file")
+    assert load_file(download.value.path())
+    visitor.tab("Compose")
+    page.wait_for_function("() => document.querySelectorAll('#mix .tile').length === 2")
+    assert page.locator("#gates-notice").inner_text().strip() == ""
+
+
+def test_inspect_compare_and_export(visit: Any, tmp_path: Path) -> None:
+    visitor = visit()
+    draw(visitor, steps=2)
+    page = visitor.tab("Inspect")
+    page.locator("#heat img").wait_for()
+    page.locator("#over-steps svg").wait_for()
+    page.locator("#network label", has_text="Text encoder").click()
+    page.locator("#over-steps svg").wait_for(state="detached")
+    page.locator("#inspect-upload input[type=file]").set_input_files(starter_experts()["teapot"].path)
+    page.locator("#contents", has_text="pel teapot").wait_for()
+    visitor.tab("Compare")
+    for label in ("LoRA-Switch", "LoRA-Composite"):
+        page.locator("#methods label", has_text=label).click()
+    visitor.number("#compare-steps", 2)
+    page.click("#compare")
+    page.wait_for_function("() => document.querySelectorAll('#comparison .thumbnail-item').length === 6")
+    visitor.tab("Export")
+    visitor.number("#export-steps", 2)
+    visitor.number("#export-rank", 4)
+    page.click("#export")
+    page.locator("#export-report .meter", has_text="Lost by the lower rank").wait_for()
+    with page.expect_download() as download:
+        page.click("#export-file")
+    tensors = load_file(download.value.path())
+    assert any(key.startswith("lora_unet_") for key in tensors)
+
+
+def test_wrong_files_are_refused_and_right_ones_taken(visit: Any, tmp_path: Path) -> None:
+    visitor = visit()
+    page = visitor.tab("Models")
+    fake = tmp_path / "fake.safetensors"
+    fake.write_text("this is no LoRA")
+    page.locator("#lora-upload input[type=file]").set_input_files(fake)
+    visitor.message("no safetensors file")
+    visitor.problems.clear()
+    page.locator("#lora-upload input[type=file]").set_input_files(starter_experts()["car"].path)
+    page.locator("#library-said", has_text="Added: car 2.").wait_for()
+    gates = starter_experts()["car"].path
+    page.locator("#gates-upload input[type=file]").set_input_files(gates)
+    visitor.message("is not a gate file")
+    page.click("#remove-lora")
+    page.locator("#library-said", has_text="Removed: car 2.").wait_for()
+    page.locator("label", has_text="Another Stable Diffusion").click()
+    page.locator("#model-source textarea, #model-source input").fill(str(tmp_path))
+    page.click("#open-model")
+    visitor.message("the folder has no model_index.json")
+    page.locator("#model-now", has_text="the starter").wait_for()
+    visitor.tab("Compose")
+    plain = tmp_path / "plain.png"
+    Image.new("RGB", (8, 8)).save(plain)
+    page.locator("#drop input[type=file]").set_input_files(plain)
+    visitor.message("carries no settings")
+
+
+def test_two_visitors_do_not_see_each_others_experts(visit: Any) -> None:
+    first, second = visit(), visit()
+    first.tab("Models")
+    first.page.locator("#lora-upload input[type=file]").set_input_files(starter_experts()["dog"].path)
+    first.page.locator("#library-said", has_text="Added: dog 2.").wait_for()
+    first.page.reload()
+    first.page.wait_for_selector("#mix .tile")
+    assert first.page.locator("#mix input[data-tile='dog 2']").count() == 1
+    second.page.reload()
+    second.page.wait_for_selector("#mix .tile")
+    assert second.page.locator("#mix input[data-tile='dog 2']").count() == 0
+    assert second.page.locator("#library input[data-tile='dog 2']").count() == 0
+
+
+@pytest.mark.parametrize(("width", "dark"), [(390, False), (1440, True)])
+def test_every_tab_fits_and_every_control_has_a_name(visit: Any, width: int, dark: bool) -> None:
+    visitor = visit(width=width, height=844, dark=dark)
+    for name in TABS:
+        page = visitor.tab(name)
+        for fold in page.locator(".tabitem:visible .label-wrap:not(.open)").all():
+            fold.click()
+        page.wait_for_timeout(500)
+        wide = page.evaluate(
+            "() => document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        )
+        assert wide <= 0, f"{name} is {wide} pixels too wide"
+        assert page.evaluate(UNNAMED) == [], name
+    ground = page.evaluate("() => getComputedStyle(document.body).backgroundColor")
+    channels = [int(part) for part in ground[ground.index("(") + 1 : -1].split(",")[:3]]
+    assert (sum(channels) < 150) == dark

@@ -1,0 +1,255 @@
+"""The parts of the app below its pages: queue, settings of pictures, uploads, regions, sessions, curves."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, PngImagePlugin
+
+from mole_diffusion.app import charts, regions, tiles
+from mole_diffusion.app.composing import ComposeRequest, compose
+from mole_diffusion.app.jobs import Job, QueueFullError, Worker
+from mole_diffusion.app.library import add_file, add_gates
+from mole_diffusion.app.metadata import (
+    KEY,
+    ExpertUse,
+    PictureSettings,
+    mask_from_text,
+    mask_to_text,
+    read_settings,
+    save_picture,
+)
+from mole_diffusion.app.session import MAX_EXPERTS, Session
+from mole_diffusion.app.show import duration, progress_bar
+from mole_diffusion.app.studio import Studio
+from mole_diffusion.app.uploads import check_upload
+from mole_diffusion.errors import ConfigError, ExpertLoadError, GateMismatchError, UnknownExpertError
+from mole_diffusion.starter.location import starter_dir, starter_experts
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    made = Worker(length=2)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
+    made = Studio(tmp_path_factory.mktemp("studio"), device="cpu")
+    yield made
+    made.close()
+
+
+def blocked() -> tuple[Job, threading.Event]:
+    """A job that reports once and then waits for the event."""
+    go = threading.Event()
+
+    def work(job: Job) -> str:
+        job.report(1, 4, "half asleep")
+        while not go.wait(0.01):
+            job.check()
+        return "awake"
+
+    return Job("sleep", work), go
+
+
+def test_jobs_run_in_turn_and_the_queue_has_an_end(worker: Worker) -> None:
+    first, go = blocked()
+    worker.submit(first)
+    seen = iter(first.watch())
+    while next(seen).progress.done != 1:
+        pass
+    second, third = Job("a", lambda job: 1), Job("b", lambda job: 2)
+    worker.submit(second)
+    worker.submit(third)
+    assert [worker.position(job) for job in (first, second, third)] == [0, 1, 2]
+    with pytest.raises(QueueFullError, match="2 pieces of work are waiting already"):
+        worker.submit(Job("c", lambda job: 3))
+    second.cancel()
+    assert second.state == "cancelled"
+    fourth = worker.submit(Job("d", lambda job: 4))
+    go.set()
+    assert fourth.wait(10).result == 4
+    assert (first.result, second.result, third.result) == ("awake", None, 2)
+
+
+def test_a_running_job_stops_when_asked_and_errors_are_kept(worker: Worker) -> None:
+    job, _ = blocked()
+    worker.submit(job)
+    assert "width: 25" in next(progress_bar(j) for j in job.watch() if j.progress.done)
+    job.cancel()
+    assert job.wait(10).state == "cancelled"
+
+    def fail(job: Job) -> None:
+        raise ConfigError("<b>no</b>")
+
+    failed = worker.submit(Job("fail", fail)).wait(10)
+    assert failed.state == "failed"
+    assert "&lt;b&gt;no" in progress_bar(failed)
+    assert [duration(s) for s in (3.2, 65, 3700)] == ["3 s", "1 min 05 s", "1 h 01 min"]
+
+
+def settings() -> PictureSettings:
+    return PictureSettings(
+        prompt="a zor boot",
+        seed=3,
+        experts=(
+            ExpertUse(name="boot", sha256="ab", strength=0.5),
+            ExpertUse(name="cat", sha256="cd", active=False),
+        ),
+        regions={"boot": mask_to_text(Image.new("L", (8, 8), 255))},
+    )
+
+
+def test_a_picture_carries_its_settings(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "picture.png"
+    save_picture(Image.new("RGB", (16, 16)), path, settings())
+    assert read_settings(path) == settings()
+    assert np.asarray(mask_from_text(read_settings(path).regions["boot"])).min() == 255
+    with Image.open(path) as picture:
+        assert 'MoLE experts: "boot 0.5"' in picture.info["parameters"]
+    assert [file.name for file in path.parent.iterdir()] == ["picture.png"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "carries no settings"),
+        ("{", "cannot be read"),
+        ("[]", "cannot be read"),
+        ('{"format_version": 1, "experts": [], "prompt": ["x"]}', "prompt is"),
+        ('{"format_version": 1, "experts": [], "prompt": "x", "seed": "1"}', "seed is"),
+        ('{"format_version": 1, "experts": [], "prompt": "x", "more": 1}', "cannot be read"),
+        ('{"format_version": 2, "experts": [], "prompt": "x"}', "format_version 2"),
+    ],
+)
+def test_pictures_from_elsewhere_are_refused(tmp_path: Path, text: str | None, message: str) -> None:
+    info = PngImagePlugin.PngInfo()
+    if text is not None:
+        info.add_text(KEY, text)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+    with pytest.raises(ConfigError, match=message):
+        read_settings(tmp_path / "a.png")
+
+
+def test_uploads_are_judged_by_their_content(tmp_path: Path) -> None:
+    assert check_upload(starter_experts()["boot"].path) == "safetensors"
+    assert check_upload(starter_experts()["boot"].references[0]) == "picture"
+    gif = tmp_path / "moving.png"
+    Image.new("RGB", (4, 4)).save(gif, format="GIF")
+    with pytest.raises(ConfigError, match="is a GIF picture"):
+        check_upload(gif)
+    large = tmp_path / "large.png"
+    Image.new("1", (9000, 9000)).save(large)
+    with pytest.raises(ConfigError, match="81 megapixels"):
+        check_upload(large)
+    for name in ("a.html", "a.ckpt", "a"):
+        (tmp_path / name).write_text("x")
+        with pytest.raises(ConfigError, match="is not taken"):
+            check_upload(tmp_path / name)
+
+
+def test_paint_becomes_masks_and_back(tmp_path: Path) -> None:
+    session = Session(tmp_path)
+    masks = {"boot": Image.new("L", (64, 64)), "clock": Image.new("L", (64, 64))}
+    masks["boot"].paste(255, (0, 0, 32, 64))
+    masks["clock"].paste(255, (40, 0, 64, 64))
+    value = regions.paint_regions(session, {**masks, "stranger": masks["boot"]})
+    found = regions.read_regions(session, value)
+    assert set(found) == {"boot", "clock"}
+    for name, mask in masks.items():
+        small = found[name].resize((64, 64), Image.Resampling.NEAREST)
+        assert np.array_equal(np.asarray(small), np.asarray(mask))
+    assert regions.read_regions(session, {"layers": []}) == {}
+    assert regions.paint_regions(session, {}) is None
+
+
+def test_a_session_knows_its_experts(tmp_path: Path) -> None:
+    session = Session(tmp_path / "s")
+    assert session.chosen == ("boot", "monster", "clock")
+    assert session.gates() == starter_dir() / "experts" / "gates.safetensors"
+    session.choose(["clock", "boot"])
+    assert session.chosen == ("boot", "clock")
+    assert session.gates() is None
+    with pytest.raises(UnknownExpertError, match="Did you mean 'boot'"):
+        session.choose(["boott"])
+    with pytest.raises(ConfigError, match=f"at most {MAX_EXPERTS}"):
+        session.choose(list(session.library)[: MAX_EXPERTS + 1])
+    shown = tiles.mixing_tiles(session, [{"name": "boot", "on": False, "strength": "0.50"}])
+    assert [(tile["name"], tile["on"], tile["strength"]) for tile in shown] == [
+        ("boot", False, "0.50"),
+        ("clock", True, "1.00"),
+    ]
+    with pytest.raises(ConfigError, match="strength of 'boot' is 9"):
+        tiles.read([{"name": "boot", "on": True, "strength": 9}])
+    session.close()
+    assert not (tmp_path / "s").exists()
+
+
+def test_what_users_bring_is_copied_and_checked(studio: Studio, tmp_path: Path) -> None:
+    session = studio.session("library")
+    card = add_file(studio, session, starter_experts()["cat"].path)
+    assert (card.name, card.text, card.class_text) == ("cat 2", "a fen cat", "a cat")
+    assert session.folder in card.path.parents
+    assert "cat 2" in session.chosen
+    gates = starter_dir() / "experts" / "gates.safetensors"
+    assert add_gates(session, gates) == ("boot", "monster", "clock")
+    assert session.chosen == ("boot", "monster", "clock")
+    with pytest.raises(GateMismatchError, match="not a gate file"):
+        add_gates(session, card.path)
+    with pytest.raises(ExpertLoadError):
+        add_file(studio, session, gates)
+    session.remove("cat 2")
+    assert not card.path.exists()
+    with pytest.raises(UnknownExpertError):
+        session.remove("boot")
+
+
+def test_sessions_share_the_base_and_nothing_else(studio: Studio) -> None:
+    request = ComposeRequest(prompt="a zor boot and a fen cat", steps=2)
+    alone, other = studio.session("one"), studio.session("two")
+    alone.choose(["boot", "cat"])
+    other.choose(["teapot"])
+
+    def draw(session: Session, mixture: str = "gates") -> torch.Tensor:
+        job = studio.submit(session, "compose", compose(studio, session, request, [mixture])).wait(120)
+        assert job.state == "done", job.error
+        with Image.open(job.result[0].path) as picture:
+            return torch.from_numpy(np.array(picture))
+
+    first, base = draw(alone), draw(alone, "none")
+    assert not torch.equal(first, base)
+    assert torch.equal(draw(other, "none"), base)
+    draw(other)
+    assert torch.equal(draw(alone), first)
+    assert len(alone.pictures) == 3
+    assert len(other.pictures) == 2
+    assert not studio.base("starter").mixtures
+    assert {path.parent for path in (picture.path for picture in other.pictures)} == {
+        other.folder / "picture"
+    }
+
+
+def test_strangers_cannot_name_paths(tmp_path: Path) -> None:
+    closed = Studio(tmp_path / "closed", device="cpu", trusted=False)
+    try:
+        assert closed.check_source("starter") == "starter"
+        with pytest.raises(ConfigError, match="switched off"):
+            closed.check_source("/etc")
+    finally:
+        closed.close()
+
+
+def test_curves_are_pictures_with_a_text() -> None:
+    drawn = charts.curves("Loss <x>", {"a&b": ("#123456", [1.0, float("nan"), 0.5])}, 10, level=("even", 0.7))
+    assert drawn.count("<polyline") == 1
+    assert "Loss &lt;x&gt;" in drawn
+    assert "a&amp;b" in drawn
+    assert charts.curves("empty", {}, 10) == ""
+    assert charts.smoothed([1.0, 0.0], weight=0.5) == [1.0, 0.5]
