@@ -18,6 +18,7 @@ from mole_diffusion.commands.evaluate import evaluate
 from mole_diffusion.commands.export import export
 from mole_diffusion.commands.generate import generate
 from mole_diffusion.commands.inspect import inspect
+from mole_diffusion.commands.train_expert import train_expert
 from mole_diffusion.commands.train_gates import train_gates
 
 __all__ = ["app", "main"]
@@ -31,7 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Mixture of LoRA Experts: several LoRAs in one picture, mixed by small learned gates.",
 )
-for command in (demo, generate, train_gates, evaluate, export, inspect, doctor):
+for command in (demo, generate, train_gates, train_expert, evaluate, export, inspect, doctor):
     app.command()(command)
 app.command("app")(serve)
 

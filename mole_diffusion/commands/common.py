@@ -21,11 +21,16 @@ from rich.progress import (
 )
 from typer.core import TyperGroup
 
-from mole_diffusion.errors import MoLEError, UnknownExpertError
+from mole_diffusion.errors import ConfigError, MoLEError, UnknownExpertError
 from mole_diffusion.opening import STARTER, open_base
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from mole_diffusion.pipeline import StableDiffusionMoLEPipeline
+
+#: Endings of picture files that are read and written.
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 console = Console()
 errors = Console(stderr=True)
@@ -119,18 +124,22 @@ def open_pipeline(
         experts: what `--expert` named.
         gates: gates file to load.
         device: "auto" or a device.
-        training: keep float32 also on a GPU.
+        training: keep float32 also on a GPU, and leave the gates that the starter has for its experts.
 
     Raises:
         MoLEError: the model, an expert or the gates cannot be had.
     """
     from mole_diffusion.checkpoint import read_gates_header
+    from mole_diffusion.starter.location import default_experts
 
     # Reads the file before the large ones.
     header = read_gates_header(gates) if gates is not None else None
     if model == STARTER and not experts and header is not None:
         names = dict.fromkeys(name for part in header.parts for name in header.expert_names(part))
         experts = [ExpertChoice(name) for name in names]
+    if training and model == STARTER and not experts:
+        # By name, which leaves their gates behind: a training begins with fresh ones.
+        experts = [ExpertChoice(name) for name in default_experts()]
     pipe = open_base(model, device, half=not training, starter_defaults=not experts)
     for choice in experts:
         path, name = _locate(choice.source, model)
@@ -152,6 +161,22 @@ def _locate(source: str, model: str) -> tuple[str | Path, str | None]:
     if "/" in source or Path(source).exists() or source.endswith(".safetensors"):
         return source, None
     raise UnknownExpertError(source, list(known))
+
+
+def read_pictures(folder: Path) -> list[Image]:
+    """The pictures in a folder by name; none if there is no such folder."""
+    from PIL import Image, UnidentifiedImageError
+
+    found = []
+    for path in sorted(folder.glob("*")):
+        if path.suffix.lower() not in PICTURES:
+            continue
+        try:
+            with Image.open(path) as picture:
+                found.append(picture.convert("RGB"))
+        except (UnidentifiedImageError, OSError) as error:
+            raise ConfigError(f"{str(path)!r} cannot be read as a picture: {error}") from error
+    return found
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from mole_diffusion.commands.common import (
+    PICTURES,
     ActiveOption,
     DeviceOption,
     ExpertOption,
@@ -27,7 +28,6 @@ from mole_diffusion.commands.common import (
 )
 from mole_diffusion.opening import STARTER, drawing_settings
 
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _SIZE = re.compile(r"(\d+)(?:x(\d+))?")
 #: Picture sizes in pixels are multiples of this: the autoencoder halves three times.
 _GRID = 8
@@ -69,8 +69,8 @@ def generate(
     Example: [bold]mole generate "a zor boot and a kip clock on the beach" -e boot -e clock=0.8[/]
     """
     choices, names, pixels = parse_experts(experts), split_names(active, "--active"), _parse_size(size)
-    if out.suffix.lower() not in _PICTURES:
-        raise typer.BadParameter(f"{str(out)!r} ends in none of {', '.join(_PICTURES)}", param_hint="--out")
+    if out.suffix.lower() not in PICTURES:
+        raise typer.BadParameter(f"{str(out)!r} ends in none of {', '.join(PICTURES)}", param_hint="--out")
     say(f"Loading {model} ...")
     pipe = open_pipeline(model, choices, gates, device)
     import torch

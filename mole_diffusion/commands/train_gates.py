@@ -18,6 +18,7 @@ from mole_diffusion.commands.common import (
     ModelOption,
     open_pipeline,
     parse_experts,
+    read_pictures,
     say,
     shares,
     show,
@@ -26,11 +27,7 @@ from mole_diffusion.errors import ConfigError, TrainingError, UnknownExpertError
 from mole_diffusion.opening import STARTER
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from mole_diffusion.training import Concept, TrainingConfig, TrainingEvent
-
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class ObjectiveChoice(str, Enum):
@@ -93,7 +90,6 @@ def train_gates(
         iterations=iterations,
         seed=seed,
         preview_every=preview_every,
-        progress=not as_json,
         **({} if batch is None else settings),
     )
     say(f"Loading {model} ...")
@@ -179,7 +175,7 @@ def _concepts(
 
 def _with_references(concepts: Mapping[str, Concept], folder: Path) -> dict[str, Concept]:
     """Concepts with the pictures in the folders of their names; those without a folder stay as they are."""
-    pictures = {name: _pictures(folder / name) for name in concepts}
+    pictures = {name: read_pictures(folder / name) for name in concepts}
     if not any(pictures.values()):
         wanted = ", ".join(repr(f"{name}/") for name in concepts)
         raise ConfigError(f"--references {str(folder)!r} has no pictures in any of the folders {wanted}")
@@ -187,22 +183,6 @@ def _with_references(concepts: Mapping[str, Concept], folder: Path) -> dict[str,
         name: replace(concept, references=pictures[name]) if pictures[name] else concept
         for name, concept in concepts.items()
     }
-
-
-def _pictures(folder: Path) -> list[Image]:
-    """The pictures in a folder by name; none if there is no such folder."""
-    from PIL import Image, UnidentifiedImageError
-
-    found = []
-    for path in sorted(folder.glob("*")):
-        if path.suffix.lower() not in _PICTURES:
-            continue
-        try:
-            with Image.open(path) as picture:
-                found.append(picture.convert("RGB"))
-        except (UnidentifiedImageError, OSError) as error:
-            raise ConfigError(f"{str(path)!r} cannot be read as a picture: {error}") from error
-    return found
 
 
 def _parse_concepts(texts: Sequence[str] | None) -> dict[str, str]:
