@@ -20,7 +20,7 @@ from mole_diffusion.baselines.routing import ROUTED, routed
 from mole_diffusion.baselines.stand_in import StandIn
 from mole_diffusion.bases import check_prediction
 from mole_diffusion.config import MoLEConfig
-from mole_diffusion.errors import ExpertLoadError, NoExpertsError, UnknownExpertError
+from mole_diffusion.errors import ExpertLoadError, InjectionError, NoExpertsError, UnknownExpertError
 from mole_diffusion.experts import Expert, load_expert
 from mole_diffusion.inject import Mixture, inject
 
@@ -202,6 +202,36 @@ class ExpertsMixin:
     def eject(self) -> None:
         """Take everything away: the networks are bitwise what they were before the first expert."""
         self._rebuild({}, self._state.config)
+
+    def detach_experts(self) -> ExpertState:
+        """Take experts, gates and trigger words off, bitwise, and hand them over for `attach_experts`.
+
+        For hosts that serve several users with one base model, one after the other.
+        """
+        state = self._state
+        parked = replace(state)
+        _detach(state.mixtures, state.triggers)
+        empty = ExpertState(config=state.config, networks=state.networks)
+        vars(state).update(vars(empty))
+        return parked
+
+    def attach_experts(self, parked: ExpertState) -> None:
+        """Put on what `detach_experts` took off the same networks; gates are as they were.
+
+        Raises:
+            InjectionError: the pipeline has experts, or other networks.
+        """
+        state = self._state
+        if state.experts:
+            raise InjectionError(f"there are the experts {list(state.experts)}; detach_experts() first")
+        if parked.experts and parked.networks != _unwrapped(self._networks()):
+            raise InjectionError("these experts were taken off other networks")
+        for mixture in parked.mixtures.values():
+            mixture.attach()
+        for words in parked.triggers:
+            words.attach()
+        vars(state).update(vars(parked))
+        _states.add(state)
 
     @contextmanager
     def composing(

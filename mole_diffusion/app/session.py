@@ -101,7 +101,7 @@ class Session:
         self.pictures: list[Picture] = []
         self.training: Training | None = None
         self.jobs: dict[str, Job] = {}
-        self.pipe: Any = None
+        self.parked: Any = None
         self.applied: Any = None
         self.weights: Any = None
         self.weights_of: tuple[str, ...] = ()
@@ -127,7 +127,7 @@ class Session:
             self.use_starter()
         else:
             self.model, self.library, self.chosen, self._gates = model, {}, (), {}
-        self.pipe = self.applied = self.weights = None
+        self.parked = self.applied = self.weights = None
         self.prepared.clear()
 
     @property

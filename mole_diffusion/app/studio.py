@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import shutil
 import threading
 import time
@@ -90,20 +89,18 @@ class Studio:
         Raises:
             MoLEError: the model, an expert or the gates cannot be had.
         """
-        base = self.base(session.model)
-        if session.pipe is None or session.pipe.unet is not base.unet:
-            session.pipe, session.applied = _sibling(base), None
-        pipe = session.pipe
-        for mixture in pipe.mixtures.values():
-            mixture.attach()
+        pipe = self.base(session.model)
+        if session.parked is not None and session.parked.networks.get("unet") is pipe.unet:
+            pipe.attach_experts(session.parked)
+        else:
+            session.applied = None
         try:
             _match(session, pipe, strengths or {}, None if fresh_gates else session.gates())
             yield pipe
         finally:
             if fresh_gates:
                 session.applied = None
-            for mixture in pipe.mixtures.values():
-                mixture.eject()
+            session.parked = pipe.detach_experts()
 
     def base(self, model: str) -> Any:
         """A base model, opened at first use; for the worker's thread only.
@@ -161,15 +158,6 @@ class Studio:
             if not session.busy() and (i < spare or now - session.used > SESSION_SECONDS):
                 session.close()
                 del self._sessions[key]
-
-
-def _sibling(base: Any) -> Any:
-    """A pipeline around the same networks with experts of its own."""
-    wanted = inspect.signature(type(base).__init__).parameters
-    settings = {k: v for k, v in base.config.items() if k in wanted and k not in base.components}
-    pipe = type(base)(**base.components, **settings)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def _match(session: Session, pipe: Any, strengths: dict[str, float], gates: Path | None) -> None:

@@ -114,14 +114,14 @@ class Visitor:
         self.url = url
         self.problems: list[str] = []
         self._context = browser.new_context(
-            viewport={"width": width, "height": height}, accept_downloads=True
+            viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light"
         )
         self._context.set_default_timeout(90_000)
         self.page = self._context.new_page()
         self.page.on("pageerror", lambda error: self.problems.append(f"page error: {error}"))
         self.page.on("console", self._console)
         self.page.on("request", self._request)
-        self.page.goto(f"{url}/?__theme={'dark' if dark else 'light'}")
+        self.page.goto(url)
         self.page.wait_for_selector("#mix .tile")
 
     def tab(self, name: str) -> Any:

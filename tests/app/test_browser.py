@@ -209,8 +209,9 @@ def test_every_tab_fits_and_every_control_has_a_name(visit: Any, width: int, dar
     visitor = visit(width=width, height=844, dark=dark)
     for name in TABS:
         page = visitor.tab(name)
-        for fold in page.locator(".tabitem:visible .label-wrap:not(.open)").all():
-            fold.click()
+        folds = page.locator(".tabitem:visible .label-wrap:not(.open)")
+        while folds.count():
+            folds.first.click()
         page.wait_for_timeout(500)
         wide = page.evaluate(
             "() => document.documentElement.scrollWidth - document.documentElement.clientWidth"

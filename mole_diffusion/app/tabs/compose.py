@@ -169,7 +169,7 @@ class ComposeTab:
         with gr.Row(elem_classes="last"):
             self.reuse = gr.Button("Use these settings", size="sm", elem_id="reuse", interactive=False)
         self.dropped = gr.File(
-            label="Drop a picture that was drawn here: its settings come back",
+            label="Take settings from a picture (PNG)",
             file_types=[".png"],
             elem_id="drop",
             elem_classes="last",
