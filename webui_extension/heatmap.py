@@ -28,7 +28,8 @@ def gate_map(weights: Mapping[str, Mapping[str, Sequence[float]]], experts: Sequ
 
 def _panel(part: str, gates: Mapping[str, Sequence[float]], experts: Sequence[str]) -> str:
     top = max(max(row) for row in gates.values()) or 1.0
-    width, height = LEFT + CELL * len(gates) + 70, HEIGHT * (len(experts) + 1)
+    # Wide enough for the title.
+    width, height = max(LEFT + CELL * len(gates) + 70, LEFT + 380), HEIGHT * (len(experts) + 1)
     cells = []
     for row, name in enumerate(experts):
         y = HEIGHT * (row + 1)

@@ -3,7 +3,7 @@
 Without its dependencies: the core needs torch and safetensors, which every host has, in the versions it pins.
 """
 
-import importlib.util
+import importlib.machinery
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +12,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def is_installed() -> bool:
-    """Whether `import mole_diffusion` gives the code of this folder."""
-    spec = importlib.util.find_spec("mole_diffusion")
+    """Whether `import mole_diffusion` gives the code of this folder, also after this script has ended.
+
+    The first entry of the path is the script's own folder, where the core lies in a clone of the repository.
+    """
+    spec = importlib.machinery.PathFinder.find_spec("mole_diffusion", sys.path[1:])
     return spec is not None and spec.origin is not None and ROOT in Path(spec.origin).resolve().parents
 
 

@@ -103,7 +103,7 @@ class Panel:
                 elem_id=self._id(f"mole_scale_{index}"),
             )
             region = gr.Dropdown(
-                label="Region (or: left top width height)",
+                label="Region",
                 choices=list(NAMED_REGIONS),
                 value=EVERYWHERE,
                 allow_custom_value=True,

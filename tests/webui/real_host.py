@@ -58,7 +58,7 @@ class Host:
 
 @contextlib.contextmanager
 def running(folder: Path, python: Path, data: Path) -> Iterator[Host]:
-    """Link the extension in, start the web UI on a free port of loopback, and stop that process at the end."""
+    """Link the extension in, start the web UI on a free port of loopback, and stop it at the end."""
     link = folder / "extensions" / "mole_under_test"
     link.unlink(missing_ok=True)
     link.symlink_to(EXTENSION)
@@ -145,12 +145,15 @@ def write_files(data: Path, gates: Path) -> None:
 def _lora(networks: dict[str, torch.nn.Module], seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     state = {}
+    prefixes = {"unet": "lora_unet", "text_encoder": "lora_te_text_model"}
     for part, network in networks.items():
         for site in map_network(network, part).sites:
             if site.kind != "attention" or "proj_" in site.name.rpartition(".")[2]:
                 continue
             out, inputs = network.get_submodule(site.path).weight.shape[:2]
             down, up = torch.randn(4, inputs, generator=generator), torch.randn(out, 4, generator=generator)
-            state[f"{part}.{site.name}.lora_A.weight"] = (down / inputs**0.5).half()
-            state[f"{part}.{site.name}.lora_B.weight"] = (0.5 * up).half()
+            # kohya's names: the hosts' own LoRA loaders know them all.
+            stem = f"{prefixes[part]}_{site.name.replace('.', '_')}"
+            state[f"{stem}.lora_down.weight"] = (down / inputs**0.5).half()
+            state[f"{stem}.lora_up.weight"] = (0.5 * up).half()
     return state

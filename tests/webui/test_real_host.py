@@ -1,9 +1,10 @@
-"""End to end in a real web UI: opt-in, with a checkout that has an SD 1.5 checkpoint (any, random weights too).
+"""End to end in a real web UI: opt-in, with a checkout that has an SD 1.5 checkpoint, if of random weights.
 
-    MOLE_WEBUI_DIR=/path/to/webui MOLE_WEBUI_PYTHON=/path/to/its/python pytest -m slow tests/webui/test_real_host.py
+    MOLE_WEBUI_DIR=/path/to/webui MOLE_WEBUI_PYTHON=/path/to/its/python \\
+        pytest -m slow tests/webui/test_real_host.py
 
-`MOLE_WEBUI_ARGS` replaces the arguments for its start (such as `--always-cpu`), `MOLE_WEBUI_SHOTS` names a folder
-for screenshots.
+`MOLE_WEBUI_ARGS` replaces the arguments for its start (such as `--always-cpu`), `MOLE_WEBUI_SHOTS` names a
+folder for screenshots.
 """
 
 from __future__ import annotations
@@ -152,11 +153,13 @@ def test_xyz_plot(host: Host) -> None:
     info = next(s for s in answer if s["name"] == "x/y/z plot" and not s["is_img2img"])
     labels = info["args"][0]["choices"]
     axis = labels.index("[MoLE] Active experts")
-    args = []
-    for entry in info["args"]:
-        args.append(entry["value"])
-    args[0], args[1] = axis, f"{A}, {B}, {A}+{B}"
     names = [entry["label"] for entry in info["args"]]
+    # Types are given by their number, as the page does.
+    args = [
+        entry["choices"].index(entry["value"]) if entry["label"].endswith(" type") else entry["value"]
+        for entry in info["args"]
+    ]
+    args[0], args[1] = axis, f"{A}, {B}, {A}+{B}"
     for label in ("Draw legend", "Include Sub Images", "Include Sub Grids"):
         if label in names:
             args[names.index(label)] = label == "Include Sub Images"
@@ -227,5 +230,5 @@ def _open_tab(page: Any) -> None:
     page.locator("#mole_train_start").wait_for(timeout=30_000)
     page.get_by_text("Python for training", exact=True).click()
     page.locator("#mole_python_check").click()
-    page.locator("#mole_python_status", has_text="is ready").wait_for(timeout=180_000)
+    page.locator("#mole_python_status", has_text="is ready").first.wait_for(timeout=180_000)
     page.get_by_text("Train gates", exact=True).click()
