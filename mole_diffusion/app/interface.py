@@ -85,9 +85,7 @@ def build(studio: Studio) -> gr.Blocks:
                 with gr.Tab(name, id=name.lower()) as shown:
                     tab.build(demo)
                 handler, inputs, outputs = tab.refreshed
-                shown.select(
-                    handler, inputs, outputs, queue=False, show_progress="hidden", api_visibility="private"
-                )
+                shown.select(handler, inputs, outputs, show_progress="hidden", api_visibility="private")
     demo.queue(max_size=_MAX_REQUESTS, default_concurrency_limit=None)
     return demo
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from mole_diffusion.app.web import COOKIE
 from mole_diffusion.errors import MoLEError
 
 R = TypeVar("R")
+_OWN_FOLDERS = re.compile(r"[^\s'\"]*/mole-app-[^\s'\"]*/")
 
 
 def session_of(studio: Studio, request: gr.Request) -> Session:
@@ -38,8 +40,8 @@ def friendly(handler: Callable[..., R]) -> Callable[..., R]:
 
 
 def plain(error: BaseException) -> str:
-    """An error's text, safe to show in a page."""
-    return html.escape(str(error)).replace("\n", "<br>")
+    """An error's text, safe to show in a page, and without the folders of the app."""
+    return html.escape(_OWN_FOLDERS.sub("", str(error))).replace("\n", "<br>")
 
 
 def progress_bar(job: Job | None, position: int = 0) -> str:

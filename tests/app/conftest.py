@@ -24,6 +24,8 @@ FLAGS = [
     *("--disable-background-networking", "--disable-component-update"),
 ]
 _START_SECONDS = 180
+# What Gradio logs when a page goes away while it listens.
+_CUT_OFF = ("AbortError", "Connection errored out")
 
 
 class Server:
@@ -134,6 +136,12 @@ class Visitor:
             self.page.locator(".overflow-dropdown button", has_text=name).click()
         self.page.wait_for_timeout(400)
         return self.page
+
+    def reload(self) -> None:
+        """Load the page anew; that streams of the old page end is no problem."""
+        self.page.reload()
+        self.page.wait_for_selector("#mix .tile")
+        self.problems = [text for text in self.problems if not any(word in text for word in _CUT_OFF)]
 
     def number(self, selector: str, value: int) -> None:
         """Write a number into a slider's or number's field."""

@@ -77,7 +77,7 @@ class CompareTab:
 
     def _connect(self, demo: gr.Blocks) -> None:
         live: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, **_PRIVATE}
-        quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", **_PRIVATE}
+        quick: dict[str, Any] = {"show_progress": "hidden", **_PRIVATE}
         results = [self.bar, self.gallery, self.file]
         self.go.click(self.compare, [self.prompt, self.methods, self.seed, self.steps], results, **live)
         self.cancel.click(self.stop, None, None, **quick)

@@ -190,37 +190,31 @@ class ComposeTab:
             concurrency_limit=None,
             **private,
         )
-        self.cancel.click(self.stop, None, None, queue=False, **private)
-        self.dice.click(lambda: random.randrange(2**32), None, self.seed, queue=False, **private)
+        self.cancel.click(self.stop, None, None, **private)
+        self.dice.click(lambda: random.randrange(2**32), None, self.seed, **private)
         self.beside.change(
             lambda on: gr.update(visible=on),
             self.beside,
             self.nla,
-            queue=False,
             show_progress="hidden",
             **private,
         )
         shown = [self.library, self.mix, self.notice, self.legend, self.canvas]
-        self.library.select(
-            self.choose, [self.library, self.mix], shown, queue=False, show_progress="hidden", **private
-        )
-        self.over.click(self.paint_over, None, self.canvas, queue=False, **private)
-        self.clear.click(lambda: None, None, self.canvas, queue=False, **private)
+        self.library.select(self.choose, [self.library, self.mix], shown, show_progress="hidden", **private)
+        self.over.click(self.paint_over, None, self.canvas, **private)
+        self.clear.click(lambda: None, None, self.canvas, **private)
         self.gallery.select(
             self.select,
             None,
             [self.selected, self.details, self.reuse],
-            queue=False,
             show_progress="hidden",
             **private,
         )
         controls = [self.prompt, self.negative, self.mixture, self.seed, self.steps, self.guidance]
         controls += [self.width, self.height, self.library, self.mix, self.notice, self.legend, self.canvas]
-        self.reuse.click(self.use_selected, self.selected, controls, queue=False, **private)
-        self.dropped.upload(self.use_dropped, self.dropped, controls, queue=False, **private)
-        demo.load(
-            self.refresh, self.mix, [*shown, self.gallery], queue=False, show_progress="hidden", **private
-        )
+        self.reuse.click(self.use_selected, self.selected, controls, **private)
+        self.dropped.upload(self.use_dropped, self.dropped, controls, **private)
+        demo.load(self.refresh, self.mix, [*shown, self.gallery], show_progress="hidden", **private)
         demo.load(self.rejoin, None, results, show_progress="hidden", concurrency_limit=None, **private)
         self.refreshed = (self.refresh, [self.mix], [*shown, self.gallery])
 

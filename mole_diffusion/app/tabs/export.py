@@ -73,7 +73,7 @@ class ExportTab:
         self._connect(demo)
 
     def _connect(self, demo: gr.Blocks) -> None:
-        quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", **_PRIVATE}
+        quick: dict[str, Any] = {"show_progress": "hidden", **_PRIVATE}
         wanted = [self.prompt, self.form, self.rank, self.steps, self.half]
         self.go.click(
             self.export,

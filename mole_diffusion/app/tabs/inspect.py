@@ -57,7 +57,7 @@ class InspectTab:
         self._connect(demo)
 
     def _connect(self, demo: gr.Blocks) -> None:
-        quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", **_PRIVATE}
+        quick: dict[str, Any] = {"show_progress": "hidden", **_PRIVATE}
         view = [self.empty, self.heat, self.steps, self.step, self.network]
         for changed in (self.network.input, self.step.release):
             changed(self.show_weights, [self.network, self.step], view, **quick)

@@ -76,7 +76,7 @@ class ModelsTab:
         self.said = gr.HTML(elem_id="library-said")
 
     def _connect(self, demo: gr.Blocks) -> None:
-        quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", **_PRIVATE}
+        quick: dict[str, Any] = {"show_progress": "hidden", **_PRIVATE}
         state = [self.now, self.own, self.said]
         self.open.click(
             self.open_model,

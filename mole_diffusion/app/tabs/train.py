@@ -146,7 +146,7 @@ class TrainTab:
         results = [self.bar, self.view, self.previews, self.file, self.more]
         wanted = [self.prompt, self.iterations, self.objective, self.batch, self.seed, self.backgrounds]
         live: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, **_PRIVATE}
-        quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", **_PRIVATE}
+        quick: dict[str, Any] = {"show_progress": "hidden", **_PRIVATE}
         self.go.click(self.train, wanted, results, **live)
         self.more.click(self.go_on, None, results, **live)
         self.cancel.click(self.stop, None, None, **quick)
