@@ -4,16 +4,20 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint types format clean help
+.PHONY: demo app test test-slow lint types format clean help
 
 help:
 	@echo "make demo    the demo: one picture grid in demo/ (a few minutes)"
+	@echo "make app     the app in the browser"
 	@echo "make test    the test suite"
 	@echo "make lint    ruff: style and formatting"
 	@echo "make types   mypy --strict"
 
 demo: $(STAMP)
 	$(VENV)/bin/mole demo $(ARGS)
+
+app: $(STAMP)
+	$(VENV)/bin/mole app $(ARGS)
 
 test: $(STAMP)
 	$(PY) -m pytest $(ARGS)

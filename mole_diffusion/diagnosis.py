@@ -28,7 +28,7 @@ REQUIRED = {
 }
 #: The same for what only some parts of the project need.
 OPTIONAL = {
-    "gradio>=6.6": "the app (mole app)",
+    "gradio>=6.31": "the app (mole app)",
     "torchmetrics>=1.2": "evaluation (mole evaluate)",
     "pydantic>=2.6": "evaluation (mole evaluate)",
     "pyyaml>=6": "evaluation (mole evaluate)",

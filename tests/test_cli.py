@@ -202,7 +202,7 @@ def test_doctor_says_what_is_there_and_how_to_get_the_rest() -> None:
     assert found["devices"][0].startswith("cpu: ")
     packages = {package["name"]: package for package in found["packages"]}
     assert packages["torch"]["version"].split("+")[0] == torch.__version__.split("+")[0]
-    assert packages["gradio"]["install"] == 'pip install "gradio>=6.6"'
+    assert packages["gradio"]["install"] == 'pip install "gradio>=6.31"'
     assert "boot" in found["starter"]["experts"]
     assert found["problems"] == []
     spoken = run("doctor")

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,25 +109,27 @@ def serving(options: AppOptions) -> Iterator[tuple[str, str | None]]:
         The local address and the public one, if there is one.
     """
     folder = Path(tempfile.mkdtemp(prefix="mole-app-"))
-    uploads = folder / "uploads"
-    before = os.environ.get("GRADIO_TEMP_DIR")
-    os.environ["GRADIO_TEMP_DIR"] = str(uploads)
-    studio = Studio(folder, model=options.model, device=options.device, trusted=options.trusted)
     try:
-        demo = build(studio)
-        with _temporary_files_in(folder):
-            _, local, public = demo.launch(**_launch_options(options, uploads))
-            try:
-                yield local, public
-            finally:
-                demo.close(verbose=False)
+        with _folder_of_gradio(folder / "uploads"), closing(_studio(folder, options)) as studio:
+            demo = build(studio)
+            with _temporary_files_in(folder):
+                _, local, public = demo.launch(**_launch_options(options, folder / "uploads"))
+                try:
+                    yield local, public
+                finally:
+                    demo.close(verbose=False)
     finally:
-        studio.close()
         shutil.rmtree(folder, ignore_errors=True)
-        if before is None:
-            os.environ.pop("GRADIO_TEMP_DIR", None)
-        else:
-            os.environ["GRADIO_TEMP_DIR"] = before
+
+
+def _studio(folder: Path, options: AppOptions) -> Studio:
+    """The models; a base other than the starter is opened before anybody waits for a page."""
+    studio = Studio(folder, model=options.model, device=options.device, trusted=options.trusted)
+    error = studio.opening.wait().error if options.model != STARTER else None
+    if error is not None:
+        studio.close()
+        raise error
+    return studio
 
 
 def _launch_options(options: AppOptions, uploads: Path) -> dict[str, Any]:
@@ -157,6 +159,19 @@ def _launch_options(options: AppOptions, uploads: Path) -> dict[str, Any]:
             "redoc_url": None,
         },
     }
+
+
+@contextmanager
+def _folder_of_gradio(folder: Path) -> Iterator[None]:
+    """Gradio's uploads and copies in this folder."""
+    before = os.environ.get("GRADIO_TEMP_DIR")
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ["GRADIO_TEMP_DIR"]
+        if before is not None:
+            os.environ["GRADIO_TEMP_DIR"] = before
 
 
 @contextmanager

@@ -45,8 +45,8 @@ class Studio:
         self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
         self._numbers = 0
-        # So that the first picture need not wait for it.
-        self.worker.submit(Job("open", lambda job: self.base(model)))
+        #: Opens the base model, so that the first picture need not wait for it.
+        self.opening = self.worker.submit(Job("open", lambda job: self.base(model)))
 
     def session(self, key: str) -> Session:
         """The session of a browser, made where there is none."""

@@ -127,6 +127,9 @@ def test_bad_options_are_usage_errors() -> None:
     for options in (["--auth", "ada"], ["--port", "0"], ["--port", "99999"]):
         result = CliRunner().invoke(app, ["app", *options])
         assert result.exit_code == 2, result.output
+    result = CliRunner().invoke(app, ["app", "--model", "/there/is/none.safetensors"])
+    assert result.exit_code == 1
+    assert "the model '/there/is/none.safetensors' cannot be opened" in result.stderr
     result = CliRunner().invoke(app, ["app", "--device", "toaster"])
     assert result.exit_code == 1
     assert "device 'toaster' cannot be used" in result.stderr
