@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
+from mole_diffusion.drawing import draw
 from mole_diffusion.errors import ConfigError, UnknownExpertError
 from mole_diffusion.pipeline import StableDiffusionMoLEPipeline
 from mole_diffusion.plots import GridRow, entropy_curve, gate_heat_map, mean_gate_weights, picture_grid
@@ -148,14 +148,15 @@ class _Artist:
     def row(self, label: str, note: str, captions: Sequence[str] = (), **settings: Any) -> GridRow:
         seeds = self.options.seeds
         with _timed(self.say, f"Drawing {len(seeds)} pictures: {label}"):
-            pictures = self.pipe(
+            pictures = draw(
+                self.pipe,
                 [self.prompt] * len(seeds),
+                seeds,
                 num_inference_steps=self.options.steps,
                 guidance_scale=GUIDANCE,
                 guidance_rescale=RESCALE,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 **settings,
-            ).images
+            )
         return GridRow(label, pictures, note, captions)
 
 

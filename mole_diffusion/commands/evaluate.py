@@ -54,13 +54,17 @@ def evaluate(
 
     if rescore and report:
         raise typer.BadParameter("cannot go with --report: it writes tables itself", param_hint="--rescore")
+    if rescore and (sets or methods or seeds):
+        raise typer.BadParameter(
+            "measures all pictures: no --sets, --methods, --seeds", param_hint="--rescore"
+        )
     whole = load_protocol(protocol)
     wanted = whole.restricted(split_names(sets, "--sets"), split_names(methods, "--methods"), seeds)
     folder = out or Path("outputs") / "evaluation" / Path(protocol).stem
     where = None if device is None else torch.device(pick_device(device))
     try:
         if report:
-            table = run.write_tables(wanted, folder, Results(folder).read())
+            table = run.write_report(wanted, folder, Results(folder).read())
         elif rescore:
             table = run.rescore(wanted, folder, device=where, say=say)
         else:

@@ -14,7 +14,7 @@ import psutil
 
 from mole_diffusion.evaluation.protocol import Protocol, Variant
 from mole_diffusion.evaluation.results import write_text
-from mole_diffusion.evaluation.stage import PREPARED, Stage
+from mole_diffusion.evaluation.stage import PREPARED, RECORD, Stage
 
 FILE = "cost.json"
 _BASE = Variant(name="none")
@@ -104,7 +104,7 @@ def cost_markdown(protocol: Protocol, out: Path) -> str:
 
 
 def _preparations(out: Path, sets: Sequence[str], method: str) -> list[dict[str, Any]]:
-    paths = [out / PREPARED / name / method / "prepared.json" for name in sets]
+    paths = [out / PREPARED / name / method / RECORD for name in sets]
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
 
 

@@ -15,6 +15,7 @@ Key = tuple[str, str, int, int, str]
 
 RESULTS = "results.jsonl"
 SETTINGS = "settings.json"
+METRICS = "metrics.json"
 _PARTS = "parts"
 
 
@@ -111,6 +112,22 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
             )
         )
     write_text(path, json.dumps(_joined(before, now), indent=1, sort_keys=True) + "\n")
+
+
+def check_metrics(folder: Path, identities: Sequence[Sequence[str]]) -> None:
+    """Keep beside the scores which networks gave them.
+
+    Raises:
+        ConfigError: the folder's pictures were measured by others.
+    """
+    path = folder / METRICS
+    now = [list(identity) for identity in identities]
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != now:
+        raise ConfigError(
+            f"the pictures in {folder} were measured by other networks or with other measures; measure them "
+            "anew first, with --rescore"
+        )
+    write_text(path, json.dumps(now, indent=1) + "\n")
 
 
 def _differences(before: Any, now: Any, place: str) -> Iterable[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +29,15 @@ from mole_diffusion.evaluation.gate_records import record_of, record_path, write
 from mole_diffusion.evaluation.guard import refuse_guides
 from mole_diffusion.evaluation.masks import write_masks
 from mole_diffusion.evaluation.protocol import SHEET_SEEDS, Protocol, Variant
-from mole_diffusion.evaluation.results import Results, Row, check_settings, key_of, write_text
+from mole_diffusion.evaluation.results import (
+    METRICS,
+    Results,
+    Row,
+    check_metrics,
+    check_settings,
+    key_of,
+    write_text,
+)
 from mole_diffusion.evaluation.scorers import ClipScorer, Scorer, make_scorers
 from mole_diffusion.evaluation.sets import Scene, make_scene
 from mole_diffusion.evaluation.stage import Drawn, Stage, check_methods, needs_preparation
@@ -83,7 +92,7 @@ def evaluate(
 
     Raises:
         ConfigError: methods or networks that do not exist, a metric that guided a training, or a folder with
-            pictures of other settings.
+            pictures of other settings or measured by other networks.
     """
     from accelerate import PartialState
 
@@ -92,12 +101,11 @@ def evaluate(
     where = device or state.device
     check_methods(protocol)
     scenes = [make_scene(protocol, chosen) for chosen in protocol.sets]
-    scorers = make_scorers(protocol.metrics, where)
-    clips = (scorer for scorer in scorers if isinstance(scorer, ClipScorer))
-    refuse_guides(protocol, {scorer.clip: scorer.towers for scorer in clips})
+    scorers = _allowed_scorers(protocol, where)
     results = Results(out, state.process_index)
     if state.is_main_process:
         check_settings(out, settings_of(protocol, scenes))
+        check_metrics(out, identities(scorers))
         results.merge()
     state.wait_for_everyone()
     done = {key_of(row) for row in results.read()}
@@ -139,26 +147,45 @@ def rescore(protocol: Protocol, out: Path, *, device: torch.device | None = None
     """Measure the kept pictures anew, with the protocol's metrics as they are now.
 
     Raises:
-        ConfigError: pictures were not kept, or see `evaluate`.
+        ConfigError: pictures were not kept, or are of sets that the protocol lacks; see also `evaluate`.
     """
-    scorers = make_scorers(protocol.metrics, device or torch.device("cpu"))
-    clips = (scorer for scorer in scorers if isinstance(scorer, ClipScorer))
-    refuse_guides(protocol, {scorer.clip: scorer.towers for scorer in clips})
+    scorers = _allowed_scorers(protocol, device or torch.device("cpu"))
     scenes = {scene.name: scene for scene in (make_scene(protocol, chosen) for chosen in protocol.sets)}
     results = Results(out)
     rows = results.read()
-    wanted = [row for row in rows if row["set"] in scenes]
-    if lost := [row for row in wanted if not (out / (row["picture"] or "-")).is_file()]:
-        raise ConfigError(f"{len(lost)} of {len(wanted)} pictures were not kept and cannot be measured anew")
-    for start in range(0, len(wanted), protocol.batch):
-        for row in wanted[start : start + protocol.batch]:
-            with Image.open(out / row["picture"]) as picture:
-                drawn = [picture.convert("RGB")]
-            scene = scenes[row["set"]]
-            row["scores"] = score(scorers, drawn, scene, row["prompt"], row.get("alone"))[0]
-        say(f"{min(start + protocol.batch, len(wanted))} of {len(wanted)} pictures measured")
+    if unknown := sorted({row["set"] for row in rows} - set(scenes)):
+        raise ConfigError(f"{out} has pictures of {unknown}; the protocol has {list(scenes)}")
+    if lost := [row for row in rows if not (out / (row["picture"] or "-")).is_file()]:
+        raise ConfigError(f"{len(lost)} of {len(rows)} pictures were not kept and cannot be measured anew")
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["set"], row["method"], row["prompt"], row.get("alone")), []).append(row)
+    for done, ((chosen, method, prompt, alone), group) in enumerate(groups.items(), start=1):
+        pictures = [_open(out / row["picture"]) for row in group]
+        for row, found in zip(group, score(scorers, pictures, scenes[chosen], prompt, alone), strict=True):
+            row["scores"] = found
+        say(f"{done} of {len(groups)}: {chosen}, {method}, prompt {prompt}")
     results.replace(rows)
+    write_text(out / METRICS, json.dumps(identities(scorers), indent=1) + "\n")
     return write_report(protocol, out, rows)
+
+
+def _allowed_scorers(protocol: Protocol, device: torch.device) -> list[Scorer]:
+    """The protocol's scorers; ConfigError if one of them guided a training."""
+    scorers = make_scorers(protocol.metrics, device)
+    clips = (scorer for scorer in scorers if isinstance(scorer, ClipScorer))
+    refuse_guides(protocol, {scorer.clip: scorer.hashes for scorer in clips})
+    return scorers
+
+
+def identities(scorers: Sequence[Scorer]) -> list[list[str]]:
+    """What tells these scorers from others: kind, measures and numbers of their networks."""
+    return [[type(scorer).__name__, *scorer.measures, *sorted(scorer.hashes)] for scorer in scorers]
+
+
+def _open(path: Path) -> Image.Image:
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
 
 
 def score(
@@ -236,7 +263,7 @@ class _Work:
         return self.stage
 
     def run(self, batches: Sequence[Batch], say: Say, *, shown: bool, report: bool) -> None:
-        """Draw and measure; with `report`, the tables are written after every set and method."""
+        """Draw and measure; with `report`, the tables are written after every set."""
         total = sum(len(batch.seeds) for batch in batches)
         if total:
             say(f"{total} pictures to draw, {len(self.done)} are there")
@@ -246,9 +273,11 @@ class _Work:
                 if before is not None and report and before.scene is not batch.scene:
                     write_tables(self.protocol, self.out, self.results.merge())
                 before = batch
-                advance(0, f"{batch.scene.name}, {batch.method.name}")
+                new = needs_preparation(batch.method) and not self.on(batch.scene).is_prepared(batch.method)
+                what = f"{batch.scene.name}, {batch.method.name}"
+                advance(0, f"{what}: preparing" if new else what)
                 self._draw(batch)
-                advance(len(batch.seeds), f"{batch.scene.name}, {batch.method.name}")
+                advance(len(batch.seeds), what)
 
     def extras(self, scenes: Sequence[Scene]) -> None:
         """Masked pictures and costs, where the protocol asks for them and they are not there."""

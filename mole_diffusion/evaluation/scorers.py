@@ -33,7 +33,17 @@ Scores = dict[str, Any]
 
 
 class Scorer(Protocol):
-    """Measures pictures of one prompt."""
+    """Measures pictures of one prompt.
+
+    Attributes:
+        measures: names of what it measures.
+    """
+
+    measures: tuple[str, ...]
+
+    @property
+    def hashes(self) -> frozenset[str]:
+        """The network's numbers; see `tower_hashes`."""
 
     def __call__(self, pictures: Sequence[Image], text: str, concepts: Mapping[str, Concept]) -> list[Scores]:
         """One dictionary per picture: measure -> number, or measure -> concept -> number."""
@@ -58,13 +68,18 @@ def make_scorers(metrics: Metrics, device: torch.device) -> list[Scorer]:
 class _Features:
     """Features of pictures, of their windows, and (remembered) of the references of concepts."""
 
-    def __init__(self, device: torch.device, preprocess: Any) -> None:
-        self.device = device
+    def __init__(self, model: Any, device: torch.device, preprocess: Any) -> None:
+        self.model, self.device = model, device
         self._preprocess = preprocess
         self._references: dict[str, tuple[Concept, Tensor]] = {}
 
     def _encode(self, batch: Tensor) -> Tensor:
         raise NotImplementedError
+
+    @cached_property
+    def hashes(self) -> frozenset[str]:
+        """See `tower_hashes`."""
+        return tower_hashes(self.model)
 
     def of(self, pictures: Sequence[Image]) -> Tensor:
         """(len(pictures), d)."""
@@ -89,9 +104,13 @@ class _Features:
         return known[1]
 
     def alignments(
-        self, pictures: Sequence[Image], concepts: Mapping[str, Concept], names: tuple[str, str], crops: bool
+        self, pictures: Sequence[Image], concepts: Mapping[str, Concept], names: Sequence[str]
     ) -> tuple[Tensor, list[Scores]]:
-        """Features of the pictures, and their alignment with the concepts that have references."""
+        """Features of the pictures, and their alignment with the concepts that have references.
+
+        Args:
+            names: of the measures: of the whole picture, and of the best crop where that is wanted.
+        """
         whole = self.of(pictures)
         shown = {
             name: self.of_references(concept) for name, concept in concepts.items() if concept.references
@@ -99,7 +118,7 @@ class _Features:
         if not shown:
             return whole, [{} for _ in pictures]
         tables = {names[0]: {name: image_alignment(whole, known) for name, known in shown.items()}}
-        if crops:
+        if len(names) > 1:
             windows = self.of_windows(pictures, whole)
             tables[names[1]] = {name: best_crop_alignment(windows, known) for name, known in shown.items()}
         return whole, [
@@ -126,9 +145,9 @@ class ClipScorer(_Features):
 
     def __init__(self, clip: Clip, device: torch.device, *, suffix: str = "", crops: bool = True) -> None:
         self.clip = clip
-        self.model, preprocess, self._tokenise = load_clip(clip, device)
-        super().__init__(device, preprocess)
-        self._suffix, self._crops = suffix, crops
+        model, preprocess, self._tokenise = load_clip(clip, device)
+        super().__init__(model, device, preprocess)
+        self.measures = tuple(f"{name}{suffix}" for name in ("text", "image", "crop")[: 3 if crops else 2])
         self._texts: dict[str, Tensor] = {}
 
     def _encode(self, batch: Tensor) -> Tensor:
@@ -145,17 +164,9 @@ class ClipScorer(_Features):
 
     def __call__(self, pictures: Sequence[Image], text: str, concepts: Mapping[str, Concept]) -> list[Scores]:
         """See `Scorer`: "text", "image" and "crop"."""
-        names = f"image{self._suffix}", f"crop{self._suffix}"
-        whole, scores = self.alignments(pictures, concepts, names, self._crops)
+        whole, scores = self.alignments(pictures, concepts, self.measures[1:])
         alignment = text_alignment(whole, self.of_text(text).expand_as(whole))
-        return [
-            {f"text{self._suffix}": float(value), **row} for value, row in zip(alignment, scores, strict=True)
-        ]
-
-    @cached_property
-    def towers(self) -> frozenset[str]:
-        """See `tower_hashes`."""
-        return tower_hashes(self.model)
+        return [{self.measures[0]: float(value), **row} for value, row in zip(alignment, scores, strict=True)]
 
 
 class DinoScorer(_Features):
@@ -170,11 +181,11 @@ class DinoScorer(_Features):
         from timm.data import create_transform, resolve_model_data_config
 
         try:
-            self.model = timm.create_model(name, pretrained=True, num_classes=0).to(device).eval()
+            model = timm.create_model(name, pretrained=True, num_classes=0).to(device).eval()
         except (RuntimeError, OSError, ValueError) as error:
             raise ConfigError(f"dino is {name!r}, which timm cannot load: {error}") from error
-        super().__init__(device, create_transform(**resolve_model_data_config(self.model)))
-        self._crops = crops
+        super().__init__(model, device, create_transform(**resolve_model_data_config(model)))
+        self.measures: tuple[str, ...] = ("dino", "dino_crop") if crops else ("dino",)
 
     def _encode(self, batch: Tensor) -> Tensor:
         features: Tensor = self.model(batch)
@@ -182,7 +193,7 @@ class DinoScorer(_Features):
 
     def __call__(self, pictures: Sequence[Image], text: str, concepts: Mapping[str, Concept]) -> list[Scores]:
         """See `Scorer`: "dino" and "dino_crop"."""
-        return self.alignments(pictures, concepts, ("dino", "dino_crop"), self._crops)[1]
+        return self.alignments(pictures, concepts, self.measures)[1]
 
 
 class JudgeScorer:
@@ -196,6 +207,12 @@ class JudgeScorer:
         from mole_diffusion.starter.judge import Judge
 
         self._judge = Judge(starter_dir() / "judge")
+        self.measures: tuple[str, ...] = (PRESENT, CONFUSED, OMITTED, "others")
+
+    @cached_property
+    def hashes(self) -> frozenset[str]:
+        """See `tower_hashes`."""
+        return tower_hashes(self._judge.network)
 
     def __call__(self, pictures: Sequence[Image], text: str, concepts: Mapping[str, Concept]) -> list[Scores]:
         """See `Scorer`; concepts whose subject the judge does not know have no entry."""

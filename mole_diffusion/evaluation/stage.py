@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,14 @@ import torch
 from PIL.Image import Image
 
 from mole_diffusion.baselines import METHODS, PrepareOptions, prepare
+from mole_diffusion.drawing import draw
 from mole_diffusion.errors import ConfigError
 from mole_diffusion.evaluation.protocol import ALONE, MASKED, SINGLE, Protocol, Variant
 from mole_diffusion.evaluation.sets import Scene
 from mole_diffusion.opening import open_base
 
-PREPARED = "prepared"
+#: Folder of the preparations, and what `baselines.prepare` writes last.
+PREPARED, RECORD = "prepared", "prepared.json"
 
 
 def needs_preparation(method: Variant) -> bool:
@@ -27,13 +29,27 @@ def needs_preparation(method: Variant) -> bool:
 
 
 def check_methods(protocol: Protocol) -> None:
-    """Raise ConfigError if a method is a variant of nothing that exists."""
+    """Raise ConfigError if a method is a variant of nothing that exists, or has unknown options."""
     known = [*METHODS, *SINGLE]
     for method in protocol.methods:
         if method.kind not in known:
             raise ConfigError(
                 f"method {method.name!r}: base {method.kind!r} does not exist; allowed are {known}"
             )
+        prepare_options(method)
+
+
+def prepare_options(method: Variant) -> PrepareOptions:
+    """The options of a method's preparation.
+
+    Raises:
+        ConfigError: one that does not exist, or a value out of range.
+    """
+    # Pictures are no plain values: they come with the experts.
+    known = [field.name for field in fields(PrepareOptions) if field.name != "pictures"]
+    if unknown := [name for name in method.options if name not in known]:
+        raise ConfigError(f"method {method.name!r}: unknown options {unknown}; allowed are {known}")
+    return PrepareOptions(**method.options)
 
 
 @dataclass(frozen=True)
@@ -66,6 +82,10 @@ class Stage:
         """Where the preparation of a method lies."""
         return self.folder / PREPARED / self.scene.name / method.name
 
+    def is_prepared(self, method: Variant) -> bool:
+        """Whether its preparation is finished."""
+        return (self.prepared_folder(self.protocol.prepared_as(method)) / RECORD).is_file()
+
     def prepare(self, method: Variant) -> Any:
         """What `pipe(mixture=...)` takes for this method; prepared now, or found in its folder."""
         if not needs_preparation(method):
@@ -82,7 +102,7 @@ class Stage:
                 concepts=self.scene.training_concepts(method.references),
                 config=self.protocol.training_config(method),
                 folder=self.prepared_folder(method),
-                options=PrepareOptions(**method.options),
+                options=prepare_options(method),
             )
             self._ready = method.name, prepared
         return self._ready[1]
@@ -113,16 +133,17 @@ class Stage:
             torch.cuda.reset_peak_memory_stats(self.device)
         start = time.monotonic()
         with self._autocast():
-            pictures = pipe(
+            pictures = draw(
+                pipe,
                 [text] * len(seeds),
+                seeds,
                 **options,
                 num_inference_steps=self.protocol.steps,
                 guidance_scale=self.protocol.guidance,
                 guidance_rescale=self.protocol.guidance_rescale,
                 height=self.protocol.size,
                 width=self.protocol.size,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            ).images
+            )
         seconds = (time.monotonic() - start) / len(seeds)
         peak = torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else None
         return Drawn(pictures, seconds, peak)

@@ -12,6 +12,8 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 
+from mole_diffusion import drawing
+
 from . import base, judge, world
 
 STEPS, GUIDANCE = 20, 5.0
@@ -39,17 +41,17 @@ def draw(
     pictures: list[Image.Image] = []
     pipe.set_progress_bar_config(disable=True)
     for start in range(0, len(prompts), batch):
-        part = list(prompts[start : start + batch])
-        seeds = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(part))]
-        pictures += pipe(
+        part = prompts[start : start + batch]
+        pictures += drawing.draw(
+            pipe,
             part,
-            generator=seeds,
+            range(first_seed + start, first_seed + start + len(part)),
             num_inference_steps=STEPS,
             guidance_scale=GUIDANCE,
             guidance_rescale=0.7,
             height=world.SIZE,
             width=world.SIZE,
-        ).images
+        )
     return pictures
 
 

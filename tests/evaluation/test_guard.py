@@ -78,7 +78,7 @@ def test_another_clip_may_score_and_so_may_any_where_nothing_is_guided(
 
     cpu = torch.device("cpu")
     guide, other = (f"local-dir:{world / name}" for name in ("clip_guide", "clip_score"))
-    towers = {clip: ClipScorer(clip, cpu).towers for clip in (guide, other)}
+    towers = {clip: ClipScorer(clip, cpu).hashes for clip in (guide, other)}
     protocol = load_protocol(write_protocol(masks=[], methods=[guided(world / "clip_guide")]))
     refuse_guides(protocol, {other: towers[other]})
     with pytest.raises(ConfigError, match="fool it"):

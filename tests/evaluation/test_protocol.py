@@ -120,6 +120,9 @@ def test_unknown_experts_methods_and_pictures_are_named(write_protocol: Write, t
         make_scene(protocol, protocol.sets[0])
     with pytest.raises(ConfigError, match="method 'best': base 'best' does not exist; allowed are"):
         check_methods(load_protocol(write_protocol(methods=["best"], masks=[])))
+    guessed = {"name": "ties", "options": {"dense": 0.5}}
+    with pytest.raises(ConfigError, match=r"'ties': unknown options \['dense'\]; allowed are \['weights'"):
+        check_methods(load_protocol(write_protocol(methods=[guessed], masks=[])))
     lost = load_protocol(write_protocol()).experts["boot"].model_copy(update={"references": str(tmp_path)})
     protocol = load_protocol(write_protocol()).model_copy(update={"experts": {"boot": lost, "cat": lost}})
     with pytest.raises(ConfigError, match="references of 'boot': no pictures"):

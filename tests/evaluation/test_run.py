@@ -181,7 +181,10 @@ def test_scoring_anew_changes_the_scores_and_nothing_else(
         assert old["scores"]["text"] == pytest.approx(new["scores"]["text"], abs=1e-5)
         assert old["scores"]["present"] == new["scores"]["present"]
     other = protocol.metrics.model_copy(update={"clip": (f"local-dir:{world / 'clip_guide'}",)})
-    run.rescore(protocol.model_copy(update={"metrics": other}), out, device=CPU, say=lambda line: None)
+    otherwise = protocol.model_copy(update={"metrics": other})
+    with pytest.raises(ConfigError, match=r"were measured by other networks .* with --rescore"):
+        evaluated(otherwise, out)
+    run.rescore(otherwise, out, device=CPU, say=lambda line: None)
     changed = read_rows(out / "results.jsonl")
     assert (
         max(abs(o["scores"]["text"] - n["scores"]["text"]) for o, n in zip(before, changed, strict=True))

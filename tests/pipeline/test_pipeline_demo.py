@@ -49,7 +49,7 @@ def starter(
 
 
 def small_demo(out: Path, lines: list[str], **changes: object) -> DemoResult:
-    settings = {"seeds": (0, 1), "iterations": 2, "steps": 2, "out": out, "progress": False, **changes}
+    settings = {"seeds": (0, 1), "iterations": 2, "steps": 2, "out": out, **changes}
     return run_demo(DemoOptions(**settings), say=lines.append)  # type: ignore[arg-type]
 
 
