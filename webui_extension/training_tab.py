@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from .jobs import Bench, Job, TrainingJob, check_name, export_command, training_
 from .library import Library
 from .options import Options
 from .settings import UNIFORM, SettingsError
+from .training_text import concept, described, distinct, failure, lines, opened, training_status
 from .ui import as_message
 
 TRAIN, EXPORT, MAKE = "A training", "An export", "An installation"
@@ -236,9 +235,9 @@ class TrainingTab:
         command = training_command(
             self._python(),
             model=self._model_file(model),
-            experts=_distinct([self._library.expert_path(expert) for expert in experts]),
-            prompts=_lines(prompts, "prompts"),
-            concepts=[_concept(line) for line in (concepts or "").splitlines() if line.strip()],
+            experts=distinct([self._library.expert_path(expert) for expert in experts]),
+            prompts=lines(prompts, "prompts"),
+            concepts=[concept(line) for line in (concepts or "").splitlines() if line.strip()],
             references=(references or "").strip(),
             folder=folder,
             iterations=int(iterations),
@@ -261,9 +260,10 @@ class TrainingTab:
             picture = job.preview()
             image = gr.update()
             if picture is not None and picture != shown:
-                image, shown = _opened(picture), picture
+                found = opened(picture)
+                image, shown = (gr.update() if found is None else found), picture
             losses = [row["loss"] for row in job.history()]
-            yield [_training_status(job, running), loss_curve(losses), image, job.log()]
+            yield [training_status(job, running), loss_curve(losses), image, job.log()]
             if not running:
                 return
             job.wait(_WAIT)
@@ -281,7 +281,7 @@ class TrainingTab:
             path = self._library.gates_path(gates or "")
             if path is None:
                 return as_message("Uniform weights have no file.")
-            return _described(describe_file(path))
+            return described(describe_file(path))
         except (SettingsError, MoLEError) as error:
             return as_message(str(error))
 
@@ -304,7 +304,7 @@ class TrainingTab:
                 model=self._model_file(model),
                 experts=[self._library.expert_path(expert) for expert in self._library.experts_of(gates)],
                 gates=path,
-                prompts=_lines(prompts, "prompts"),
+                prompts=lines(prompts, "prompts"),
                 target=target,
                 rank=int(rank) or None,
             )
@@ -357,91 +357,4 @@ def _follow(job: Job, success: str) -> Iterator[list[Any]]:
     while job.running:
         yield [as_message("Working ..."), job.log()]
         job.wait(_WAIT)
-    yield [as_message(success if job.succeeded else _failure(job)), job.log()]
-
-
-def _training_status(job: TrainingJob, running: bool) -> str:
-    rows = job.history()
-    done = rows[-1]["iteration"] if rows else 0
-    if not running:
-        if job.succeeded:
-            return as_message(f"Done: the gates {job.target.stem!r} can be chosen in txt2img and img2img.")
-        return as_message(_failure(job) if not job.cancelled else _stopped(job, done))
-    if not rows:
-        return as_message("Getting ready: loading the model, drawing pictures to learn from ...")
-    left = job.seconds_left()
-    time_left = "" if left is None else f", {_duration(left)} left"
-    weights = ", ".join(f"{name} {weight:.2f}" for name, weight in rows[-1]["weights"].items())
-    text = (
-        f"{done} of {job.iterations} iterations{time_left}. Loss {rows[-1]['loss']:.4f}. Weights: {weights}"
-    )
-    share = 100 * done / job.iterations
-    bar = f"<div class='mole-bar'><div style='width: {share:.1f}%'></div></div>"
-    return bar + as_message(text)
-
-
-def _stopped(job: TrainingJob, done: int) -> str:
-    rest = "the same settings go on from there" if done else "nothing was done yet"
-    return f"Stopped after {done} of {job.iterations} iterations; {rest}."
-
-
-def _failure(job: Job) -> str:
-    if job.cancelled:
-        return "Stopped."
-    return f"It failed{f': {job.error}' if job.error else '; the log says why'}."
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def _described(description: Any) -> str:
-    facts = "".join(
-        f"<tr><td>{escape(key)}</td><td>{escape(value)}</td></tr>" for key, value in description.facts.items()
-    )
-    sections = "".join(
-        f"<h4>{escape(title)}</h4><ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
-        for title, lines in description.sections.items()
-    )
-    return (
-        f"<div class='mole-facts'><h3>{escape(description.title)}</h3><table>{facts}</table>{sections}</div>"
-    )
-
-
-def _lines(text: str, what: str) -> list[str]:
-    lines = [line.strip() for line in (text or "").splitlines() if line.strip()]
-    if not lines:
-        raise SettingsError(f"write {what}, one a line")
-    return lines
-
-
-def _concept(line: str) -> str:
-    """`dog = a sks dog | a dog` as the command line takes it."""
-    name, found, text = line.partition("=")
-    if not found or not name.strip() or not text.strip():
-        raise SettingsError(f"{line!r} does not say what an expert knows; write NAME = TEXT | CLASS")
-    return f"{name.strip()}={'|'.join(part.strip() for part in text.split('|'))}"
-
-
-def _distinct(paths: list[Path]) -> list[Path]:
-    """Experts are called by their files' names in gates, without folders."""
-    stems = [path.stem for path in paths]
-    doubled = sorted({stem for stem in stems if stems.count(stem) > 1})
-    if doubled:
-        raise SettingsError(f"two LoRAs are called {', '.join(doubled)}; rename one")
-    return paths
-
-
-def _opened(path: Path) -> Any:
-    """The picture itself: a host may not serve files of this folder."""
-    from PIL import Image
-
-    for _ in range(3):
-        try:
-            with Image.open(path) as picture:
-                return picture.convert("RGB")
-        except OSError:  # it is being written
-            time.sleep(0.2)
-    return gr.update()
+    yield [as_message(success if job.succeeded else failure(job)), job.log()]
