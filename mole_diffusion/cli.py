@@ -11,6 +11,7 @@ import typer
 
 from mole_diffusion import __version__
 from mole_diffusion.commands.app import app as serve
+from mole_diffusion.commands.baseline import baseline
 from mole_diffusion.commands.common import Commands
 from mole_diffusion.commands.demo import demo
 from mole_diffusion.commands.doctor import doctor
@@ -32,7 +33,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Mixture of LoRA Experts: several LoRAs in one picture, mixed by small learned gates.",
 )
-for command in (demo, generate, train_gates, train_expert, evaluate, export, inspect, doctor):
+for command in (demo, generate, train_gates, train_expert, baseline, evaluate, export, inspect, doctor):
     app.command()(command)
 app.command("app")(serve)
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 FILE = "custom_diffusion.safetensors"
 #: The paper: 250 steps of batch 8 at 8e-5, with pictures of the class.
-RECIPE = ConceptRecipe(steps=100, rate=2e-3)
+RECIPE = ConceptRecipe(steps=100, rate=3e-3)
 _WORD = "word"
 #: Words of the texts whose keys and values the merge keeps, when there are no captions to take them from.
 _PLACES = ("on the beach", "in the snow", "on the grass", "on the floor", "at night", "")
@@ -126,8 +126,7 @@ def merge(
     for name, one in trained_processors(pipe.unet).items():
         for key, base in one.state_dict().items():
             wanted = torch.cat([own[c] @ trained[c][f"{name}.{key}"].double().T for c in own])
-            weight = constrained(base.double().cpu(), others, targets, wanted)
-            merged[f"{name}.{key}"] = weight.float()
+            merged[f"{name}.{key}"] = constrained(base.double().cpu(), others, targets, wanted).float()
     return merged
 
 
@@ -151,8 +150,9 @@ def constrained(base: Tensor, others: Tensor, targets: Tensor, wanted: Tensor) -
     gram = gram + 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
     d = torch.linalg.solve(gram, targets.T).T
     missing = wanted - targets @ base.T
-    multipliers: Tensor = torch.linalg.pinv(d @ targets.T, hermitian=True) @ missing
-    return base + multipliers.T @ d
+    multipliers = torch.linalg.pinv(d @ targets.T, hermitian=True) @ missing
+    nearest: Tensor = base + multipliers.T @ d
+    return nearest
 
 
 @torch.no_grad()

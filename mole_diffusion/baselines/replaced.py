@@ -101,7 +101,7 @@ def new_words(pipe: Any, embeddings: Mapping[str, Tensor], wording: Callable[[st
 
     Args:
         pipe: the pipeline.
-        embeddings: word -> (vectors, d) or (d,).
+        embeddings: word -> (vectors, d).
         wording: puts these words into a prompt.
     """
     encoder = pipe.text_encoder
@@ -110,12 +110,16 @@ def new_words(pipe: Any, embeddings: Mapping[str, Tensor], wording: Callable[[st
     attributes = dict(vars(encoder))
     with worded(pipe, wording):
         try:
-            # Resizing writes into the parameter, or sets another module, depending on the version.
-            module._parameters["weight"] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
-            with torch.random.fork_rng(devices=[]):  # it also draws numbers for the new rows
-                pipe.load_textual_inversion(
-                    [{word: vectors} for word, vectors in embeddings.items()], token=list(embeddings)
-                )
+            # The loader writes into the parameter: that of another one, with the rows it wants. Enlarging it
+            # would take its time and draw random numbers.
+            known = parameter.detach()[: len(pipe.tokenizer)]
+            added = sum(vectors.shape[0] for vectors in embeddings.values())
+            weight = torch.cat([known, known.new_zeros(added, known.shape[1])])
+            module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+            module.num_embeddings = len(weight)
+            pipe.load_textual_inversion(
+                [{word: vectors} for word, vectors in embeddings.items()], token=list(embeddings)
+            )
             yield
         finally:
             encoder.set_input_embeddings(module)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 WORDS_FILE = "words.safetensors"
 #: The paper: 5000 steps of batch 4 at 5e-3 (5e-4 times batch and GPUs), without prior preservation.
-RECIPE = ConceptRecipe(steps=100, rate=2e-2, prior=0)
+RECIPE = ConceptRecipe(steps=120, rate=3e-2, prior=0)
 
 
 def word_of(name: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,15 +32,6 @@ _SIZE = re.compile(r"(\d+)(?:x(\d+))?")
 _GRID = 8
 
 
-class MixtureChoice(str, Enum):
-    """How experts are mixed."""
-
-    gates = "gates"
-    la = "la"
-    nla = "nla"
-    none = "none"
-
-
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw, with the experts' triggers.")],
     model: ModelOption = STARTER,
@@ -49,9 +39,14 @@ def generate(
     gates: GatesOption = None,
     active: ActiveOption = None,
     mixture: Annotated[
-        MixtureChoice,
-        typer.Option(help="Trained gates, every expert in full, every expert at 1/N, or the base alone."),
-    ] = MixtureChoice.gates,
+        str,
+        typer.Option(
+            metavar="WORD|FOLDER",
+            help="gates (trained), la (every expert in full), nla (every expert at 1/N), none (the base"
+            " alone), switch (one expert per step), composite (mean of their predictions), or a folder that"
+            " `mole baseline` wrote.",
+        ),
+    ] = "gates",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
     guidance: Annotated[float | None, typer.Option(min=0, help="Scale of guidance by the prompt.")] = None,
@@ -71,6 +66,7 @@ def generate(
     choices, names, pixels = parse_experts(experts), split_names(active, "--active"), _parse_size(size)
     if out.suffix.lower() not in PICTURES:
         raise typer.BadParameter(f"{str(out)!r} ends in none of {', '.join(PICTURES)}", param_hint="--out")
+    chosen = _read_mixture(mixture)
     say(f"Loading {model} ...")
     pipe = open_pipeline(model, choices, gates, device)
     import torch
@@ -86,7 +82,7 @@ def generate(
             num_inference_steps=steps,
             generator=torch.Generator().manual_seed(seed),
             active_experts=names,
-            mixture=mixture.value,
+            mixture=chosen,
             callback_on_step_end=step_end,
             **drawing_settings(model, guidance),
             **pixels,
@@ -99,6 +95,24 @@ def generate(
         typer.echo(json.dumps({**result, "weights": weights}, indent=2))
         return
     show({"picture": str(out), **({"mean weights": shares(weights)} if weights else {})})
+
+
+def _read_mixture(text: str) -> Any:
+    """What `pipe(mixture=...)` takes: a word, or what was prepared in a folder.
+
+    Raises:
+        ConfigError: the folder holds no prepared baseline.
+    """
+    from mole_diffusion.baselines import MIXTURES, load_prepared
+
+    if text in MIXTURES:
+        return text
+    if not Path(text).is_dir():
+        raise typer.BadParameter(
+            f"{text!r} is none of {', '.join(MIXTURES)} and no folder of `mole baseline`",
+            param_hint="--mixture",
+        )
+    return load_prepared(text)
 
 
 def _parse_size(text: str | None) -> dict[str, Any]:

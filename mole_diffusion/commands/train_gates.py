@@ -30,6 +30,22 @@ if TYPE_CHECKING:
     from mole_diffusion.training import Concept, TrainingConfig, TrainingEvent
 
 
+ConceptOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--concept",
+        metavar="NAME=TEXT[|CLASS]",
+        help='What an expert knows: "dog=a sks dog|a dog". Default: the trigger in its file.',
+    ),
+]
+ReferencesOption = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True, file_okay=False, help="Folder with a folder of pictures per expert, by its name."
+    ),
+]
+
+
 class ObjectiveChoice(str, Enum):
     """What gates are trained on."""
 
@@ -42,20 +58,8 @@ def train_gates(
     prompts: Annotated[list[str], typer.Argument(help="Prompts that name every expert's subject.")],
     model: ModelOption = STARTER,
     experts: ExpertOption = None,
-    concepts: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--concept",
-            metavar="NAME=TEXT[|CLASS]",
-            help='What an expert knows: "dog=a sks dog|a dog". Default: the trigger in its file.',
-        ),
-    ] = None,
-    references: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True, file_okay=False, help="Folder with a folder of pictures per expert, by its name."
-        ),
-    ] = None,
+    concepts: ConceptOption = None,
+    references: ReferencesOption = None,
     objective: Annotated[
         ObjectiveChoice,
         typer.Option(help="Collages of the experts' pictures, CLIP guidance (paper), or both."),
@@ -83,7 +87,7 @@ def train_gates(
     """
     from mole_diffusion.training import TrainingConfig
 
-    choices, texts = parse_experts(experts), _parse_concepts(concepts)
+    choices, texts = parse_experts(experts), parse_concepts(concepts)
     settings: dict[str, Any] = {"collage_batch": batch, "batch_size": batch, "pool_size": max(96, batch or 0)}
     config = TrainingConfig(
         objective=objective.value,
@@ -94,7 +98,7 @@ def train_gates(
     )
     say(f"Loading {model} ...")
     pipe = open_pipeline(model, choices, None, device, training=True)
-    known = _concepts(pipe.experts, texts, references, model)
+    known = known_concepts(pipe.experts, texts, references, model)
     result = _train(pipe, prompts, known, config, out, fresh=fresh)
     last = result.history[-1]
     if as_json:
@@ -103,7 +107,7 @@ def train_gates(
         return
     show({"gates": str(result.gates), "loss": f"{last['loss']:.4f}", "mean weights": shares(last["weights"])})
     again = "".join(f" -e {text}" for text in experts or ())
-    say(f'Draw with them: mole generate "{prompts[0]}" --gates {result.gates}{_model_flag(model)}{again}')
+    say(f'Draw with them: mole generate "{prompts[0]}" --gates {result.gates}{model_flag(model)}{again}')
 
 
 def _train(
@@ -143,7 +147,7 @@ def _train(
         raise typer.Exit(1) from None
 
 
-def _concepts(
+def known_concepts(
     experts: Mapping[str, Any], texts: Mapping[str, str], references: Path | None, model: str
 ) -> dict[str, Concept]:
     """What each expert knows: as given, else the starter's catalogue, else the trigger in its file.
@@ -185,7 +189,7 @@ def _with_references(concepts: Mapping[str, Concept], folder: Path) -> dict[str,
     }
 
 
-def _parse_concepts(texts: Sequence[str] | None) -> dict[str, str]:
+def parse_concepts(texts: Sequence[str] | None) -> dict[str, str]:
     """`["dog=a sks dog|a dog"]` -> `{"dog": "a sks dog|a dog"}`."""
     parsed = {}
     for entry in texts or ():
@@ -196,5 +200,5 @@ def _parse_concepts(texts: Sequence[str] | None) -> dict[str, str]:
     return parsed
 
 
-def _model_flag(model: str) -> str:
+def model_flag(model: str) -> str:
     return "" if model == STARTER else f" --model {model}"
