@@ -224,3 +224,26 @@ def test_doctor_knows_the_requirements_of_the_project() -> None:
     assert plain is not None
     assert re.findall(r'"([^"]+)"', plain[1]) == list(REQUIRED)
     assert all(f'"{requirement}"' in text for requirement in OPTIONAL)
+
+
+@pytest.mark.parametrize(
+    ("options", "trained", "said"),
+    [
+        ((), True, "the same command goes on with the training where it stopped"),
+        (("--fresh",), True, "the same command without --fresh goes on with the training"),
+        ((), False, "the same command begins again"),
+    ],
+)
+def test_a_stopped_demo_says_what_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], trained: bool, said: str
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        if trained:
+            (tmp_path / "training").mkdir()
+            (tmp_path / "training" / "state.pt").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mole_diffusion.demo.run_demo", stop)
+    result = run("demo", "--out", tmp_path, *options)
+    assert result.exit_code == 1
+    assert f"Stopped; {said}" in " ".join(result.stderr.split())

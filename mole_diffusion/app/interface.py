@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -12,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
 from mole_diffusion.app import api
@@ -102,24 +100,26 @@ def _tabs(studio: Studio) -> list[tuple[str, Any]]:
 
 
 @contextmanager
-def serving(options: AppOptions) -> Iterator[tuple[str, str | None]]:
-    """Serve the app inside the `with` block, with a folder of its own that is gone afterwards.
+def serving(options: AppOptions, folder: Path) -> Iterator[tuple[str, str | None]]:
+    """Serve the app inside the `with` block.
+
+    Args:
+        options: how.
+        folder: of `own_folder`; everything is written there.
 
     Yields:
         The local address and the public one, if there is one.
+
+    Raises:
+        ConfigError: the device or the model cannot be had.
     """
-    folder = Path(tempfile.mkdtemp(prefix="mole-app-"))
-    try:
-        with _folder_of_gradio(folder / "uploads"), closing(_studio(folder, options)) as studio:
-            demo = build(studio)
-            with _temporary_files_in(folder):
-                _, local, public = demo.launch(**_launch_options(options, folder / "uploads"))
-                try:
-                    yield local, public
-                finally:
-                    demo.close(verbose=False)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with closing(_studio(folder, options)) as studio:
+        demo = build(studio)
+        _, local, public = demo.launch(**_launch_options(options))
+        try:
+            yield local, public
+        finally:
+            demo.close(verbose=False)
 
 
 def _studio(folder: Path, options: AppOptions) -> Studio:
@@ -132,8 +132,9 @@ def _studio(folder: Path, options: AppOptions) -> Studio:
     return studio
 
 
-def _launch_options(options: AppOptions, uploads: Path) -> dict[str, Any]:
+def _launch_options(options: AppOptions) -> dict[str, Any]:
     """Nothing is sent anywhere: no analytics, no history of runs, no link to a hub."""
+    guard = Middleware(UploadGuard, folder=Path(get_upload_folder()))
     return {
         "server_name": options.host,
         "server_port": options.port,
@@ -154,31 +155,8 @@ def _launch_options(options: AppOptions, uploads: Path) -> dict[str, Any]:
         "theme": theme(),
         "css_paths": [STYLE],
         "app_kwargs": {
-            "middleware": [Middleware(SessionCookie), Middleware(UploadGuard, folder=uploads)],
+            "middleware": [Middleware(SessionCookie), guard],
             "docs_url": None,
             "redoc_url": None,
         },
     }
-
-
-@contextmanager
-def _folder_of_gradio(folder: Path) -> Iterator[None]:
-    """Gradio's uploads and copies in this folder."""
-    before = os.environ.get("GRADIO_TEMP_DIR")
-    os.environ["GRADIO_TEMP_DIR"] = str(folder)
-    try:
-        yield
-    finally:
-        del os.environ["GRADIO_TEMP_DIR"]
-        if before is not None:
-            os.environ["GRADIO_TEMP_DIR"] = before
-
-
-@contextmanager
-def _temporary_files_in(folder: Path) -> Iterator[None]:
-    """Python's temporary files in this folder."""
-    before, tempfile.tempdir = tempfile.tempdir, str(folder)
-    try:
-        yield
-    finally:
-        tempfile.tempdir = before

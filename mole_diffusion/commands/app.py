@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from mole_diffusion.app.folder import own_folder
 from mole_diffusion.commands.common import DeviceOption, ModelOption, say
+from mole_diffusion.diagnosis import OPTIONAL
 from mole_diffusion.errors import ConfigError
 from mole_diffusion.opening import STARTER
 
@@ -35,34 +37,40 @@ def app(
 
     Example: [bold]mole app --browser[/]
     """
-    try:
-        from mole_diffusion.app.interface import AppOptions, serving
-    except ModuleNotFoundError as error:
-        if error.name != "gradio":
-            raise
-        raise ConfigError(
-            'the app needs Gradio, which is not installed: pip install "mole-diffusion[app]"'
-        ) from error
-    options = AppOptions(
-        host="0.0.0.0" if listen else "127.0.0.1",
-        port=port,
-        share=share,
-        auth=_parse_auth(auth),
-        model=model,
-        device=device,
-        open_browser=browser,
-    )
-    say("Starting ...")
-    with serving(options) as (local, public):
-        say(f"The app is at {local}   (Ctrl-C ends it)")
-        if public:
-            say(f"For everybody, through Gradio's servers: {public}")
-        if not options.trusted:
-            say("Open to others without a password: they cannot name paths or hub ids. --auth allows it.")
+    login = _parse_auth(auth)
+    with own_folder() as folder:
         try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            say("Ended.")
+            from mole_diffusion.app.interface import AppOptions, serving
+        except ModuleNotFoundError as error:
+            if error.name != "gradio":
+                raise
+            wanted = next(name for name in OPTIONAL if name.startswith("gradio"))
+            raise ConfigError(f'the app needs Gradio: pip install "{wanted}"') from error
+        options = AppOptions(
+            host="0.0.0.0" if listen else "127.0.0.1",
+            port=port,
+            share=share,
+            auth=login,
+            model=model,
+            device=device,
+            open_browser=browser,
+        )
+        say("Starting ...")
+        with serving(options, folder) as (local, public):
+            _wait(local, public, trusted=options.trusted)
+
+
+def _wait(local: str, public: str | None, *, trusted: bool) -> None:
+    """Say where the app is, and return after Ctrl-C."""
+    say(f"The app is at {local}   (Ctrl-C ends it)")
+    if public:
+        say(f"For everybody, through Gradio's servers: {public}")
+    if not trusted:
+        say("Open to others without a password: they cannot name paths or hub ids. --auth allows it.")
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        say("Ended.")
 
 
 def _parse_auth(text: str | None) -> tuple[str, str] | None:
