@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
 from mole_diffusion import StableDiffusionMoLEPipeline, TrainingConfig
+from mole_diffusion.starter.location import starter_dir
 
 PROMPT = "a zor boot, a vek monster and a kip clock on the beach"
 #: A training that ends in seconds and moves the gates away from uniform.
@@ -38,6 +40,26 @@ def write_starter(folder: Path) -> None:
     with torch.no_grad():
         tensors = _answers(pipe)
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "starter.safetensors")
+    _write_static(pipe, folder)
+
+
+def _write_static(pipe: Any, folder: Path) -> None:
+    """`static.safetensors`, the mixture as one plain LoRA, and the picture that diffusers draws with it."""
+    pipe.export_lora(folder / "static.safetensors", "kohya", prompts=PROMPT, steps=4, guidance_scale=5.0)
+    plain = StableDiffusionPipeline.from_pretrained(
+        starter_dir(), safety_checker=None, torch_dtype=torch.float32
+    )
+    pictures = {"base_picture": _draw(plain)}
+    plain.load_lora_weights(folder / "static.safetensors")
+    save_file({**pictures, "picture": _draw(plain)}, folder / "static_picture.safetensors")
+
+
+def _draw(pipe: Any) -> torch.Tensor:
+    """A picture of the noise that ComfyUI makes of seed 1."""
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    drawn = pipe(PROMPT, latents=noise, num_inference_steps=10, guidance_scale=5.0, output_type="pt")
+    images: torch.Tensor = drawn.images.contiguous()
+    return images
 
 
 def _answers(pipe: Any) -> dict[str, torch.Tensor]:
@@ -66,10 +88,7 @@ def _answers(pipe: Any) -> dict[str, torch.Tensor]:
         latent_size=(16, 16),
     ):
         tensors["masked_noise"] = _noise(pipe, tensors, tensors["text"])
-    # The noise that ComfyUI makes of seed 1.
-    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-    drawn = pipe(PROMPT, latents=noise, num_inference_steps=10, guidance_scale=5.0, output_type="pt")
-    tensors["picture"] = drawn.images
+    tensors["picture"] = _draw(pipe)
     return tensors
 
 
