@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,12 +89,14 @@ def drawing_settings(model: str, guidance: float | None) -> dict[str, Any]:
 
 
 def hush_libraries() -> None:
-    """Switch off the bars of diffusers and transformers: they would break ours."""
+    """Switch off the libraries' bars, which would break ours, and a warning that is for programmers."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+    # The new name of the argument is not known to the oldest diffusers that works here.
+    warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
 
 
 def _file_is_xl(path: Path) -> bool:
