@@ -268,7 +268,7 @@ class NativePipeline:
 
 
 def _plain_attention(_: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """PyTorch's own attention in place of ComfyUI's choice, which may save memory where it has no gradient."""
+    """PyTorch's own attention in place of ComfyUI's choice, which may have no gradient."""
     result: Tensor = attention_pytorch(*args, **kwargs)
     return result
 

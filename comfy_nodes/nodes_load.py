@@ -115,7 +115,7 @@ class LoadGates(io.ComfyNode):  # type: ignore[misc]
             node_id="MoLELoadGates",
             display_name="MoLE Load Gates",
             category=CATEGORY,
-            description="Reads trained gates from models/mole_gates or output/mole_gates.",
+            description="Reads trained gates from models/mole_gates or output/mole_gates, or the starter's.",
             inputs=[
                 io.Combo.Input(
                     "gates",

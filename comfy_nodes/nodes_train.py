@@ -54,7 +54,7 @@ class TrainGates(io.ComfyNode):  # type: ignore[misc]
             display_name="MoLE Train Gates",
             category=CATEGORY,
             description="Trains the gates of these experts for a prompt that names all of them. Model and "
-            "experts stay as they are. Cancel stops at once and keeps what there is: queue it again to go on. "
+            "experts stay as they are. Cancel stops at once and keeps what there is: queue again to go on. "
             "Stable Diffusion 1.x and 2.x.",
             inputs=[
                 io.Model.Input("model", tooltip="The bare model, without MoLE Apply."),
@@ -73,15 +73,15 @@ class TrainGates(io.ComfyNode):  # type: ignore[misc]
                     multiline=True,
                     default="",
                     placeholder="boot = a zor boot | a boot",
-                    tooltip="One line per expert: NAME = phrase with the trigger word | the same in words the "
-                    "model knows. Empty: what the experts' files say.",
+                    tooltip="One line per expert: NAME = phrase with the trigger word | the same in words "
+                    "the model knows. Empty: what the experts' files say.",
                 ),
                 io.Combo.Input(
                     "objective",
                     options=["collage", "clip", "both"],
                     default="collage",
-                    tooltip="collage: denoise cut-and-mixed pictures of the experts (fast). clip: guidance by "
-                    "a CLIP (the paper; needs open_clip_torch). both: collages first, CLIP on top.",
+                    tooltip="collage: denoise cut-and-mixed pictures of the experts (fast). clip: guidance "
+                    "by a CLIP (the paper; needs open_clip_torch). both: collages first, CLIP on top.",
                 ),
                 io.Int.Input("iterations", default=400, min=1, max=100_000),
                 io.Int.Input("batch", default=8, min=1, max=64, tooltip="Pictures per iteration."),
@@ -94,6 +94,13 @@ class TrainGates(io.ComfyNode):  # type: ignore[misc]
                     step=8,
                     tooltip="Height and width of the pictures in pixels. 0: 128 for the starter, 512 for "
                     "others.",
+                ),
+                io.Int.Input(
+                    "pictures",
+                    default=12,
+                    min=1,
+                    max=200,
+                    tooltip="Pictures that an expert without references draws alone, and backgrounds.",
                 ),
                 io.Int.Input(
                     "preview_every",
@@ -131,6 +138,7 @@ class TrainGates(io.ComfyNode):  # type: ignore[misc]
         batch: int,
         seed: int,
         size: int,
+        pictures: int,
         preview_every: int,
         clip_model: str,
         **references: Any,
@@ -144,6 +152,7 @@ class TrainGates(io.ComfyNode):  # type: ignore[misc]
             batch_size=batch,
             collage_batch=batch,
             seed=seed,
+            drawn_pictures=pictures,
             preview_every=preview_every,
             checkpoint_every=CHECKPOINT_EVERY,
             resolution=size or None,

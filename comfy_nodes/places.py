@@ -14,6 +14,8 @@ from mole_diffusion.starter import starter_dir, starter_experts
 GATES = "mole_gates"
 #: Before the name of an expert that comes with the project.
 STARTER = "starter: "
+#: The gates that come with it, for its first three experts.
+STARTER_GATES = f"{STARTER}boot + monster + clock"
 
 
 def register() -> None:
@@ -47,9 +49,9 @@ def expert_file(choice: str) -> Path:
 
 
 def gates_choices() -> list[str]:
-    """Gate files of ComfyUI's folders."""
+    """Gate files of ComfyUI's folders, and those that come with the starter."""
     names: list[str] = folder_paths.get_filename_list(GATES)
-    return names
+    return [*names, *([STARTER_GATES] if _starter_gates().is_file() else [])]
 
 
 def gates_file(choice: str) -> Path:
@@ -58,6 +60,8 @@ def gates_file(choice: str) -> Path:
     Raises:
         GateMismatchError: it is not there.
     """
+    if choice == STARTER_GATES:
+        return _starter_gates()
     found = folder_paths.get_full_path(GATES, choice)
     if not found:
         raise GateMismatchError(f"There is no gate file {choice!r} in models/{GATES} or output/{GATES}.")
@@ -89,6 +93,10 @@ def fingerprint(path: Path) -> str:
     """Changes when a file does."""
     status = path.stat()
     return f"{path}:{status.st_mtime_ns}:{status.st_size}"
+
+
+def _starter_gates() -> Path:
+    return starter_dir() / "experts" / "gates.safetensors"
 
 
 def _starter_files() -> dict[str, Path]:

@@ -43,6 +43,14 @@ class ComfyInstallation:
     source: Path
     python: Path
 
+    def requirements(self) -> list[str]:
+        """Lines of ComfyUI's own requirements."""
+        return (self.source / "requirements.txt").read_text().splitlines()
+
+    def environment(self) -> dict[str, str]:
+        """Environment variables for its Python: none that point at this project's packages."""
+        return {**_environment(), "PYTHONDONTWRITEBYTECODE": "1"}
+
 
 def cache_folder() -> Path:
     """Where tests keep what they install, from run to run."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from comfy_environment import ComfyInstallation, ComfyUnavailable, install
+from comfy_server import ROOT, ComfyServer
 from oracle import write_starter
+from oracle_sd15 import write_sd15
 
 # Runs in ComfyUI's own environment, see test_comfy_inside.py.
 collect_ignore = ["inside"]
@@ -36,17 +38,17 @@ def oracle_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def run_inside(
     comfyui: ComfyInstallation, oracle_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], None]:
+) -> Callable[..., None]:
     """Runs a test file of `inside/` in ComfyUI's environment and fails with its output."""
     base = tmp_path_factory.mktemp("comfy_base")
 
-    def run(name: str) -> None:
+    def run(name: str, **variables: str) -> None:
         environment = {
-            **{k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")},
+            **comfyui.environment(),
             "MOLE_COMFY_SOURCE": str(comfyui.source),
             "MOLE_COMFY_BASE": str(base),
             "MOLE_COMFY_ORACLE": str(oracle_folder),
-            "PYTHONDONTWRITEBYTECODE": "1",
+            **variables,
         }
         command = [str(comfyui.python), "-m", "pytest", "-c", "pytest.ini", name]
         result = subprocess.run(command, cwd=INSIDE, env=environment, capture_output=True, text=True)
@@ -54,3 +56,20 @@ def run_inside(
             pytest.fail(f"{result.stdout[-8000:]}\n{result.stderr[-2000:]}", pytrace=False)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def sd15_folder(run_inside: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A random checkpoint, ControlNet and LoRAs of Stable Diffusion 1.5's shape, compared with diffusers."""
+    folder = tmp_path_factory.mktemp("sd15")
+    write_sd15(folder)
+    run_inside("sd15_inside.py", MOLE_COMFY_SD15=str(folder))
+    yield folder
+    shutil.rmtree(folder)  # gigabytes
+
+
+@pytest.fixture(scope="session")
+def server(comfyui: ComfyInstallation, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    """ComfyUI with our nodes as a symlink of `comfy_nodes/`, one for the whole run."""
+    with ComfyServer(comfyui, tmp_path_factory.mktemp("comfyui"), ROOT / "comfy_nodes") as running:
+        yield running

@@ -29,8 +29,8 @@ QUICK = TrainingConfig(
 def write_starter(folder: Path) -> None:
     """Train gates for three experts of the starter, shortly, and write what that gives.
 
-    `training.json` (settings), `losses.json`, `gates.safetensors`, and `starter.safetensors` with inputs of the
-    networks and what they make of them.
+    `training.json` (settings), `losses.json`, `gates.safetensors`, and `starter.safetensors` with inputs of
+    the networks and what they make of them.
     """
     pipe = StableDiffusionMoLEPipeline.from_starter(experts=["boot", "monster", "clock"])
     result = pipe.train_gates(PROMPT, config=QUICK)

@@ -1,0 +1,177 @@
+"""The example workflows as API prompts; `python tests/comfy/workflows.py` writes them to example_workflows.
+
+The files are what the front end makes of the prompts, with its own layout, so they are written by a browser,
+which also draws the README's pictures of them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from comfy_environment import install
+from comfy_server import ROOT, ComfyServer, Prompt
+from prompts import TEXT, node, sampling, starter
+
+_PAIR = "a zor boot and a kip clock on the beach"
+
+
+def masked_inference() -> Prompt:
+    """Three experts with trained gates, and the same seed with one of them left out."""
+    prompt = starter("boot", "monster", "clock")
+    prompt["9"] = node("MoLELoadGates", gates="starter: boot + monster + clock")
+    gates = {"gates": ["9", 0]}
+    prompt["10"] = node("MoLEApply", model=["1", 0], clip=["1", 1], experts=["4", 0], **gates)
+    strengths = "clock = 1.0"
+    prompt["11"] = node("MoLEMaskExperts", experts=["4", 0], active="boot, clock", strengths=strengths)
+    prompt["12"] = node("MoLEApply", model=["1", 0], clip=["1", 1], experts=["11", 0], **gates)
+    prompt = sampling(prompt, ["10", 0], ["10", 1], steps=20, at=20)
+    return sampling(prompt, ["12", 0], ["12", 1], steps=20, at=30)
+
+
+def train_and_save(iterations: int = 200) -> Prompt:
+    """Gates for three experts, their picture, the heat map of its run, the loss, and a plain LoRA."""
+    prompt = starter("boot", "monster", "clock")
+    prompt["10"] = node(
+        "MoLETrainGates",
+        model=["1", 0],
+        clip=["1", 1],
+        vae=["1", 2],
+        experts=["4", 0],
+        prompt=TEXT,
+        concepts="",
+        objective="collage",
+        iterations=iterations,
+        batch=8,
+        seed=0,
+        size=0,
+        pictures=12,
+        preview_every=50,
+        clip_model="starter",
+    )
+    prompt["11"] = node("MoLESaveGates", gates=["10", 0], filename_prefix="mole_gates/boot+monster+clock")
+    prompt["12"] = node("MoLEApply", model=["1", 0], clip=["1", 1], experts=["4", 0], gates=["10", 0])
+    prompt = sampling(prompt, ["12", 0], ["12", 1], steps=20, at=20)
+    prompt["30"] = node("MoLEGateHeatMap", model=["12", 0], after=["23", 0])
+    prompt["31"] = node("PreviewImage", images=["30", 0])
+    prompt["32"] = node("LossGraphNode", loss=["10", 1], filename_prefix="loss_graph")
+    prompt["33"] = node(
+        "MoLEExportLoRA", model=["12", 0], after=["23", 0], filename_prefix="loras/boot+monster+clock", rank=0
+    )
+    return prompt
+
+
+def region_masks() -> Prompt:
+    """Two experts, each in its half of the picture."""
+    prompt = starter("boot", "clock")
+    prompt["10"] = node("SolidMask", value=0.0, width=128, height=128)
+    prompt["11"] = node("SolidMask", value=1.0, width=64, height=128)
+    prompt["12"] = _half(0)
+    prompt["13"] = _half(64)
+    prompt["14"] = node(
+        "MoLERegionMasks", experts=["3", 0], names="boot, clock", mask_1=["12", 0], mask_2=["13", 0]
+    )
+    prompt["15"] = node("MoLEApply", model=["1", 0], clip=["1", 1], experts=["14", 0])
+    return sampling(prompt, ["15", 0], ["15", 1], steps=20, text=_PAIR, at=20)
+
+
+def _half(x: int) -> dict[str, Any]:
+    return node("MaskComposite", destination=["10", 0], source=["11", 0], x=x, y=0, operation="add")
+
+
+def sd15_lora_controlnet(size: int = 512, steps: int = 20) -> Prompt:
+    """Stable Diffusion 1.5 with two experts, a LoRA of the core loader and a ControlNet."""
+    prompt: Prompt = {
+        "1": node("CheckpointLoaderSimple", ckpt_name="sd15.safetensors"),
+        "2": node(
+            "LoraLoader",
+            model=["1", 0],
+            clip=["1", 1],
+            lora_name="style.safetensors",
+            strength_model=0.8,
+            strength_clip=0.8,
+        ),
+        "3": node("MoLELoadExpert", lora="dog.safetensors", strength=1.0, name=""),
+        "4": node("MoLELoadExpert", lora="cat.safetensors", strength=1.0, name="", experts=["3", 0]),
+        "5": node("MoLEApply", model=["2", 0], clip=["2", 1], experts=["4", 0]),
+        "6": node("CLIPTextEncode", text="a sks dog and a ohwx cat on the beach", clip=["5", 1]),
+        "7": node("CLIPTextEncode", text="", clip=["5", 1]),
+        "8": node("ControlNetLoader", control_net_name="control.safetensors"),
+        "9": node("LoadImage", image="control.png"),
+        "10": node(
+            "ControlNetApplyAdvanced",
+            positive=["6", 0],
+            negative=["7", 0],
+            control_net=["8", 0],
+            image=["9", 0],
+            strength=0.8,
+            start_percent=0.0,
+            end_percent=1.0,
+        ),
+        "11": node("EmptyLatentImage", width=size, height=size, batch_size=1),
+        "12": node(
+            "KSampler",
+            model=["5", 0],
+            positive=["10", 0],
+            negative=["10", 1],
+            latent_image=["11", 0],
+            seed=1,
+            steps=steps,
+            cfg=7.0,
+            sampler_name="euler",
+            scheduler="normal",
+            denoise=1.0,
+        ),
+        "13": node("VAEDecode", samples=["12", 0], vae=["1", 2]),
+        "14": node("SaveImage", images=["13", 0], filename_prefix="mole_sd15"),
+    }
+    return prompt
+
+
+#: File name -> the prompt.
+WORKFLOWS = {
+    "1_masked_inference": masked_inference,
+    "2_train_and_save": train_and_save,
+    "3_region_masks": region_masks,
+    "4_sd15_lora_controlnet": sd15_lora_controlnet,
+}
+#: Those that need nothing but the starter.
+RUNNABLE = ("1_masked_inference", "2_train_and_save", "3_region_masks")
+EXAMPLES = ROOT / "example_workflows"
+PICTURES = ROOT / "assets" / "comfyui"
+#: The part of the page with the workflow.
+_PART = (190, 190, 1420, 700)
+
+
+def write_examples() -> None:
+    """Write the workflows, run those that need no download, and keep pictures of them."""
+    from comfy_browser import front_end, load_workflow, queue_and_wait, show_whole_graph, workflow_of
+    from PIL import Image
+
+    EXAMPLES.mkdir(exist_ok=True)
+    PICTURES.mkdir(exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ComfyServer(install(), Path(folder), ROOT / "comfy_nodes") as server,
+    ):
+        with front_end(server.url) as page:
+            for name, make in WORKFLOWS.items():
+                workflow = workflow_of(page, make(), name)
+                workflow.get("extra", {}).pop("ds", None)
+                (EXAMPLES / f"{name}.json").write_text(json.dumps(workflow, indent=1) + "\n")
+        for name in WORKFLOWS:
+            with front_end(server.url) as page:
+                load_workflow(page, EXAMPLES / f"{name}.json")
+                if name in RUNNABLE:
+                    queue_and_wait(page, seconds=3600)
+                show_whole_graph(page)
+                picture = Image.open(io.BytesIO(page.screenshot()))
+                picture.convert("RGB").crop(_PART).save(PICTURES / f"{name}.webp", quality=82)
+
+
+if __name__ == "__main__":
+    sys.exit(write_examples())
