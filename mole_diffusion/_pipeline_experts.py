@@ -132,6 +132,7 @@ class ExpertsMixin:
         *,
         weight_name: str | None = None,
         rank: int | None = None,
+        check_base: bool = True,
         **hub_options: Any,
     ) -> Expert:
         """Load a LoRA file as one more expert.
@@ -145,6 +146,8 @@ class ExpertsMixin:
             scale: factor on everything this expert does.
             weight_name: which file of a folder or hub repository.
             rank: compress deltas of higher rank to this one; None keeps them exact (`Expert.report.errors`).
+            check_base: False loads a file whose header names another prediction type than the base's, for
+                headers that are wrong. Shapes are checked in any case.
             hub_options: for `huggingface_hub.snapshot_download` (revision, cache_dir, local_files_only, ...).
 
         Raises:
@@ -159,9 +162,9 @@ class ExpertsMixin:
         """
         path, own_name = find_expert_file(source, weight_name, **hub_options)
         expert = load_expert(path, name=name or own_name, scale=scale, rank=rank)
-        return self.add_expert(expert)
+        return self.add_expert(expert, check_base=check_base)
 
-    def add_expert(self, expert: Expert) -> Expert:
+    def add_expert(self, expert: Expert, *, check_base: bool = True) -> Expert:
         """`load_expert` for an `Expert` that is in memory already."""
         experts = self._state.experts
         if expert.name in experts:
@@ -175,7 +178,7 @@ class ExpertsMixin:
                 f" the networks of this pipeline are {sorted(self._networks())}"
             )
         scheduler = getattr(self, "scheduler", None)
-        if scheduler is not None and scheduler.config.get("prediction_type"):
+        if check_base and scheduler is not None and scheduler.config.get("prediction_type"):
             check_prediction(expert, scheduler.config["prediction_type"])
         self._rebuild({**experts, expert.name: expert}, self._state.config)
         unused = _unused(expert, self._state.mixtures, self._tokenizers())
@@ -332,8 +335,10 @@ class ExpertsMixin:
                 finish(new)
         except BaseException:
             _detach(new, new_words)
-            for part in (*old.values(), *old_words):
-                part.attach()
+            for mixture in old.values():
+                mixture.attach()
+            for words in old_words:
+                words.attach()
             raise
         trained = [part for part, mixture in old.items() if _is_trained(mixture)]
         if trained and finish is None and experts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from mole_diffusion._pipeline_gates import GatesMixin
 from mole_diffusion._pipeline_records import GateWeight
+from mole_diffusion.architectures import TEXT_ENCODER_2
 from mole_diffusion.config import MoLEConfig
 from mole_diffusion.errors import ConfigError
 from mole_diffusion.experts import Expert
@@ -102,9 +104,11 @@ class ExportMixin(GatesMixin):
         Raises:
             NoExpertsError: no experts are loaded.
             UnknownExpertError, AllExpertsMaskedError: see `active_experts` of `__call__`.
-            ConfigError: no prompt, an unknown format, or a number out of range.
+            ConfigError: no prompt, an unknown format, a number out of range, or a pipeline that draws from
+                pictures (`StableDiffusionMoLEPipeline.from_pipe(pipe)` shares its experts and gates).
         """
         self._need_experts("export_lora")
+        self._need_text_to_image()
         target = check_target(path, format, rank)
         texts = _check_calibration(prompts, steps)
         names = tuple(name for name in self.experts if active_experts is None or name in active_experts)
@@ -119,7 +123,7 @@ class ExportMixin(GatesMixin):
         factors, error = static_factors(self.mixtures, frozen, names), 0.0
         if rank is not None:
             factors, error = compress(factors, rank)
-        tensors = lora_tensors(factors, format, dtype)
+        tensors = lora_tensors(factors, format, dtype, xl=hasattr(self, TEXT_ENCODER_2))
         metadata = self._export_metadata(names, texts, steps)
         static = Expert.from_state_dict(tensors, name="static", metadata=metadata)
         noise, effect = self._distance(runs, static, ticker)
@@ -189,13 +193,33 @@ class ExportMixin(GatesMixin):
     def _replay(self, run: _Calibration, ticker: _Ticker) -> list[Tensor]:
         """The noise predictions for the same latents and steps with the networks as they are now."""
         pipe: Any = self
-        prompt, negative = pipe.encode_prompt(run.prompt, pipe._execution_device, 1, run.guided)[:2]
-        text = torch.cat([negative, prompt]) if run.guided else prompt
+        encoded = pipe.encode_prompt(
+            run.prompt,
+            device=pipe._execution_device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=run.guided,
+        )
+        # Prompt and negative; for SDXL the same of the pooled text.
+        text, *pooled = [
+            torch.cat([negative, prompt]) if run.guided else prompt
+            for prompt, negative in zip(encoded[::2], encoded[1::2], strict=True)
+        ]
         predictions = []
-        for args, kwargs in run.inputs:
-            predictions.append(_noise(pipe.unet(*args, **{**kwargs, "encoder_hidden_states": text})))
+        for args, given in run.inputs:
+            kwargs = {**given, "encoder_hidden_states": text}
+            if pooled:
+                kwargs["added_cond_kwargs"] = {**given["added_cond_kwargs"], "text_embeds": pooled[0]}
+            predictions.append(_noise(pipe.unet(*args, **kwargs)))
             ticker.tick()
         return predictions
+
+    def _need_text_to_image(self) -> None:
+        pipe: Any = self
+        if "image" in inspect.signature(pipe.diffusers_class.__call__).parameters:
+            raise ConfigError(
+                f"export_lora draws from text, and {type(self).__name__} draws from a picture; make a"
+                " text-to-image pipeline of it with from_pipe: it shares experts and gates"
+            )
 
     @contextmanager
     def _in_place_of_the_mixture(self, expert: Expert) -> Iterator[None]:

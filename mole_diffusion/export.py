@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mole_diffusion._pipeline_records import GateWeight
+from mole_diffusion.architectures import TEXT_ENCODER_2
 from mole_diffusion.checkpoint import write_safetensors
 from mole_diffusion.errors import ConfigError
 from mole_diffusion.factors import LoraFactors
@@ -178,7 +179,9 @@ def _squared_norm(pair: LoraFactors) -> float:
     return float(((up.T @ up) * (down @ down.T)).sum()) * pair.scaling**2
 
 
-def lora_tensors(factors: StaticFactors, dialect: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def lora_tensors(
+    factors: StaticFactors, dialect: str, dtype: torch.dtype, *, xl: bool = False
+) -> dict[str, Tensor]:
     """The tensors of a LoRA file.
 
     All matrices of a network get one rank, smaller ones are filled up with zeros: without alphas, older
@@ -188,8 +191,10 @@ def lora_tensors(factors: StaticFactors, dialect: str, dtype: torch.dtype) -> di
         factors: with weights and scaling inside.
         dialect: "diffusers" or "kohya".
         dtype: type of the factors.
+        xl: whether the base has two text encoders; factors for the second one say so too.
     """
     tensors: dict[str, Tensor] = {}
+    xl = xl or TEXT_ENCODER_2 in factors
     for network, matrices in factors.items():
         rank = max(pair.rank for pair in matrices.values())
         for name, pair in matrices.items():
@@ -200,7 +205,7 @@ def lora_tensors(factors: StaticFactors, dialect: str, dtype: torch.dtype) -> di
                 "up": nn.functional.pad(pair.up, [*rest, 0, missing]),
                 "alpha": torch.tensor(float(rank)),
             }
-            for role, key in factor_keys(network, name, dialect).items():
+            for role, key in factor_keys(network, name, dialect, xl=xl).items():
                 tensors[key] = padded[role].to(dtype).contiguous()
     return tensors
 

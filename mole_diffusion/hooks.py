@@ -185,7 +185,9 @@ class BlockHook:
             self.group.solo = i
             fresh = (a.clone() if isinstance(a, Tensor) else a for a in args)
             named = {k: v.clone() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-            deltas[i] = _primary(module(*fresh, **named)) - base
+            # Not module(...): hooks of others on the block, such as those by which transformers 5 collects
+            # hidden states, are to see the mixed output, once.
+            deltas[i] = _primary(module.forward(*fresh, **named)) - base
         return deltas
 
     def _logits(self, deltas: dict[int, Tensor], hidden: Tensor) -> Tensor | None:

@@ -255,7 +255,9 @@ class Mixture:
             if group.block is not None:
                 block = BlockHook(group, self._context)
                 self._handles.append(group.block.register_forward_pre_hook(block.before, with_kwargs=True))
-                self._handles.append(group.block.register_forward_hook(block.after, with_kwargs=True))
+                # Before the hooks of others, which are to see the mixed output.
+                after = group.block.register_forward_hook(block.after, with_kwargs=True, prepend=True)
+                self._handles.append(after)
         _injected.add(self.network)
 
 

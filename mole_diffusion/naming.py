@@ -128,9 +128,10 @@ _PREFIXES = (
 
 # Dialects that can be written.
 DIALECTS = ("diffusers", "kohya")
-# Loaders of every age know the text encoder's matrices with this prefix, some without it too.
-_WRITTEN_PREFIXES = {UNET: "", TEXT_ENCODER: "text_model."}
+# Loaders of every age know the layers of text encoders with this prefix, some without it too.
+_LAYERS_PREFIX = "text_model."
 _KOHYA_PREFIXES = {UNET: "lora_unet_", TEXT_ENCODER: "lora_te_"}
+_KOHYA_XL_PREFIXES = {UNET: "lora_unet_", TEXT_ENCODER: "lora_te1_", TEXT_ENCODER_2: "lora_te2_"}
 
 
 @dataclass(frozen=True)
@@ -184,19 +185,23 @@ def relocate(matrix: str, ldm: tuple[str, int], layers: Sequence[int]) -> str:
     return ".".join([block, kind, "0" if sampled and kind.endswith("samplers") else str(position), *leaf])
 
 
-def factor_keys(network: str, matrix: str, dialect: str) -> dict[str, str]:
+def factor_keys(network: str, matrix: str, dialect: str, *, xl: bool = False) -> dict[str, str]:
     """Keys under which a file holds one matrix; the reverse of `parse_key`.
 
     Args:
-        network: "unet" or "text_encoder".
+        network: "unet", "text_encoder" or, with `xl`, "text_encoder_2".
         matrix: canonical matrix name.
         dialect: one of `DIALECTS`.
+        xl: whether the base has two text encoders; kohya then numbers them.
     Returns:
         role ("down", "up", and "alpha" where the dialect has it) -> key.
     """
-    name = f"{_WRITTEN_PREFIXES[network]}{matrix}"
+    # A text projection stands beside the layers.
+    inside = network != UNET and matrix.startswith("encoder.")
+    name = f"{_LAYERS_PREFIX if inside else ''}{matrix}"
     if dialect == "kohya":
-        module = f"{_KOHYA_PREFIXES[network]}{name.replace('.', '_')}"
+        prefixes = _KOHYA_XL_PREFIXES if xl else _KOHYA_PREFIXES
+        module = f"{prefixes[network]}{name.replace('.', '_')}"
         roles = {"down": "lora_down.weight", "up": "lora_up.weight", "alpha": "alpha"}
     else:
         module = f"{network}.{name}"

@@ -43,6 +43,7 @@ def merged(plain, pipe, rows):
     with torch.no_grad():
         for part, mixture in pipe.mixtures.items():
             network = getattr(plain, part)
+            network = getattr(network, "text_model", network)
             for group in mixture.groups:
                 total = len(pipe.experts)
                 strength = float(effective_strength(group.gate.strength, float(total), total))

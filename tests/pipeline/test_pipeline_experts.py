@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from pipeline_helpers import build, train_a_little
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mole_diffusion import MoLEConfig
@@ -203,3 +204,19 @@ def test_expert_for_other_networks_is_refused(pipe, tmp_path) -> None:
     with pytest.raises(MoLEError, match="xl"):
         pipe.load_expert(tmp_path / "xl.safetensors")
     assert not pipe.experts
+
+
+def test_a_wrong_header_can_be_overruled(pipe, lora_files, tmp_path, draw) -> None:
+    """The base predicts v; a file says of itself that it does not, and the user knows better."""
+    with safe_open(lora_files["cat"], framework="pt") as file:
+        metadata = file.metadata()
+    path = tmp_path / "cat.safetensors"
+    save_file(load_file(lora_files["cat"]), path, {**metadata, "modelspec.prediction_type": "epsilon"})
+    with pytest.raises(ExpertLoadError, match=r"predicts 'epsilon' .*this base predicts 'v_prediction'"):
+        pipe.load_expert(path)
+    assert not pipe.experts
+    pipe.load_expert(path, check_base=False)
+    expected = draw(pipe)
+    pipe.eject()
+    pipe.load_expert(lora_files["cat"])
+    torch.testing.assert_close(draw(pipe), expected, rtol=0, atol=0)

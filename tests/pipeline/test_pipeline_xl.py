@@ -104,3 +104,17 @@ def test_region_masks_and_picture_size(xl_loaded, draw) -> None:
     masked = draw(xl_loaded, height=32, width=48, region_masks=masks)
     assert masked.shape == (1, 3, 32, 48)
     assert (masked - draw(xl_loaded, height=32, width=48)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("first", ["experts", "hidden states"])
+def test_block_outputs_of_text_encoders(xl_components, xl_lora_files, xl_plain, draw, first) -> None:
+    """transformers 5 collects hidden states by hooks on the very blocks that run once per expert."""
+    pipe = build(StableDiffusionXLMoLEPipeline, xl_components)
+    if first == "hidden states":
+        draw(pipe)
+    pipe.configure(MoLEConfig(composition="output"))
+    for name, path in xl_lora_files.items():
+        pipe.load_expert(path, name=name)
+    train_a_little(pipe)
+    expected = draw(with_adapters(xl_plain, xl_lora_files, {"cat": 1.0}))
+    torch.testing.assert_close(draw(pipe, active_experts=["cat"]), expected, **CLOSE)
