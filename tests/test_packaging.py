@@ -31,6 +31,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 def test_wheel_holds_every_module_the_type_marker_and_the_licences(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
     modules = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")}
+    modules |= {path.relative_to(ROOT).as_posix() for path in (PACKAGE / "evaluation").rglob("*.yaml")}
     assert modules <= names
     assert "mole_diffusion/py.typed" in names
     for name in ("LICENSE", "NOTICE"):

@@ -41,7 +41,7 @@ from mole_diffusion.evaluation.results import (
 from mole_diffusion.evaluation.scorers import ClipScorer, Scorer, make_scorers
 from mole_diffusion.evaluation.sets import Scene, make_scene
 from mole_diffusion.evaluation.stage import Drawn, Stage, check_methods, needs_preparation
-from mole_diffusion.evaluation.table import Table, make_table, to_csv, to_markdown
+from mole_diffusion.evaluation.table import Table, concepts_csv, make_table, to_csv, to_markdown
 from mole_diffusion.opening import pick_device
 
 __all__ = ["Batch", "evaluate", "rescore", "write_report"]
@@ -127,10 +127,11 @@ def evaluate(
 
 
 def write_tables(protocol: Protocol, out: Path, rows: Sequence[Row]) -> Table:
-    """Write `table.md`, `table.csv` and `cost.md` of what there is."""
+    """Write `table.md`, `table.csv`, `concepts.csv` and `cost.md` of what there is."""
     table = make_table(protocol, rows)
     write_text(out / "table.md", to_markdown(protocol, table))
     write_text(out / "table.csv", to_csv(table))
+    write_text(out / "concepts.csv", concepts_csv(protocol, rows))
     if costs := cost_markdown(protocol, out):
         write_text(out / "cost.md", costs)
     return table

@@ -169,3 +169,23 @@ def to_csv(table: Table) -> str:
                 wins = "" if entry.wins is None else f"{entry.wins:.4g}"
                 writer.writerow([place, method, measure, *numbers, entry.pictures, wins])
     return text.getvalue()
+
+
+def concepts_csv(protocol: Protocol, rows: Sequence[Mapping[str, Any]]) -> str:
+    """One line per set, method, concept and measure, with the mean; concepts in the order of their set."""
+    found: dict[tuple[str, str, str, str], list[float]] = {}
+    for row in rows:
+        for measure, value in row["scores"].items():
+            for concept, number in value.items() if isinstance(value, Mapping) else ():
+                found.setdefault((row["set"], row["method"], concept, measure), []).append(float(number))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["set", "method", "concept", "measure", "mean", "pictures"])
+    for chosen in protocol.sets:
+        for method in protocol.methods:
+            for concept in chosen.experts:
+                for measure in HEADINGS:
+                    key = chosen.label, method.name, concept, measure
+                    if key in found:
+                        writer.writerow([*key, f"{sum(found[key]) / len(found[key]):.6g}", len(found[key])])
+    return text.getvalue()

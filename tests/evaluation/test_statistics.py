@@ -7,7 +7,7 @@ import pytest
 
 from mole_diffusion.evaluation import statistics
 from mole_diffusion.evaluation.protocol import Protocol
-from mole_diffusion.evaluation.table import make_table, to_csv, to_markdown
+from mole_diffusion.evaluation.table import concepts_csv, make_table, to_csv, to_markdown
 
 
 def row(method: str, prompt: int, seed: int, text: float, chosen: str = "a+b", **more: Any) -> dict[str, Any]:
@@ -115,6 +115,12 @@ def test_the_table_has_every_set_and_their_mean_with_the_limit_and_the_wins() ->
     text = to_markdown(protocol, table)
     assert "| gates | 50 % (0–100) |" in text
     assert "the limit (50 %):\n\n- nla: 0 %\n- gates: 100 %" in text
+    concepts = concepts_csv(protocol, rows).splitlines()
+    assert concepts[0] == "set,method,concept,measure,mean,pictures"
+    assert concepts[1:] == [
+        *("a+b,limit,a,present,0.5,2", "a+b,nla,a,present,0,2", "a+b,gates,a,present,1,2"),
+        *("c+d,limit,c,present,0.5,2", "c+d,nla,c,present,0,2", "c+d,gates,c,present,0,2"),
+    ]
     lines = to_csv(table).splitlines()
     assert lines[0] == "set,method,measure,mean,low,high,pictures,wins"
     assert "a+b,gates,present,1,1,1,2,1" in lines
