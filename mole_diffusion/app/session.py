@@ -75,12 +75,11 @@ class Picture:
 class Training:
     """A training of gates, running or ended; what the Train tab shows after a reload."""
 
-    job: Job
     names: tuple[str, ...]
-    prompt: str
     request: Any
     folder: Path
     iterations: int
+    job: Job = field(init=False)
     history: list[dict[str, Any]] = field(default_factory=list)
     previews: list[tuple[str, str]] = field(default_factory=list)
 

@@ -87,14 +87,7 @@ def start_training(studio: Studio, session: Session, request: TrainRequest) -> T
         if not card.text:
             raise ConfigError(f"the file of {card.name!r} names no trigger: write its phrase under Concepts")
     folder = session.new_path("training", "")
-    training = Training(
-        Job("train", lambda job: None),
-        session.chosen,
-        request.prompts[0],
-        request,
-        folder,
-        request.iterations,
-    )
+    training = Training(session.chosen, request, folder, request.iterations)
     training.job = studio.submit(session, "train", _work(studio, session, training, resume=False))
     session.training = training
     return training

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import Server, running
+from app_tools import Server, running
 from gradio_client import Client, handle_file
 from PIL import Image
 from safetensors import safe_open
