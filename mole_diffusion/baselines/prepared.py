@@ -145,7 +145,7 @@ class Prepared:
         differences = base_differences(self.record["base"], describe_base(pipe))
         if self.needs_experts:
             theirs, ours = self.record["experts"], describe_experts(pipe)
-            if theirs != ours:
+            if sorted(theirs, key=_name) != sorted(ours, key=_name):
                 differences.append(f"experts: {_listed(theirs)} there, {_listed(ours)} here")
         if differences:
             raise GateMismatchError(
@@ -176,6 +176,11 @@ class PreparedMixture(Prepared):
             mixture=self.details["mixture"], **request.arguments()
         )
         return composing
+
+
+def _name(expert: Mapping[str, Any]) -> str:
+    name: str = expert["name"]
+    return name
 
 
 def _listed(experts: Sequence[Mapping[str, Any]]) -> str:

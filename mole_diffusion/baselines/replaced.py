@@ -75,8 +75,11 @@ class Wording:
 
 @contextmanager
 def worded(pipe: Any, wording: Callable[[str], str]) -> Iterator[None]:
-    """Let the pipeline read every prompt in other words, by a copy of its tokenizer, inside the block."""
-    tokenizer, encode = pipe.tokenizer, pipe.encode_prompt
+    """Let the pipeline read every prompt in other words, by a copy of its tokenizer, inside the block.
+
+    Words that experts bring along are not known there: new ones take their numbers.
+    """
+    tokenizer, encode, state = pipe.tokenizer, pipe.encode_prompt, pipe._state
 
     def encode_worded(prompt: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(prompt, str):
@@ -84,15 +87,20 @@ def worded(pipe: Any, wording: Callable[[str], str]) -> Iterator[None]:
         return encode(None if prompt is None else [wording(text) for text in prompt], *args, **kwargs)
 
     before = vars(pipe).get("encode_prompt")
-    pipe.tokenizer = copy.deepcopy(tokenizer)
-    pipe.encode_prompt = encode_worded  # hides the method of the class
+    for words in state.triggers:
+        words.detach()
     try:
+        pipe.tokenizer = copy.deepcopy(tokenizer)
+        pipe.encode_prompt = encode_worded  # hides the method of the class
         yield
     finally:
         pipe.tokenizer = tokenizer
-        del pipe.encode_prompt
+        vars(pipe).pop("encode_prompt", None)
         if before is not None:
             pipe.encode_prompt = before
+        for words in state.triggers:
+            words.attach()
+            words.show(not state.composition.base_only)
 
 
 @contextmanager

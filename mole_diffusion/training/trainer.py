@@ -140,7 +140,7 @@ class GateTrainer:
             if saved is not None:
                 self._restore(run, saved)
             else:
-                self._pictures.prepare(backgrounds=_needs_backgrounds(self.config))
+                self._pictures.prepare(backgrounds=self.config.needs_backgrounds)
                 self._objective.prepare()
             self._iterate(run)
         return TrainingResult(
@@ -329,10 +329,6 @@ class _Run:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _needs_backgrounds(config: TrainingConfig) -> bool:
-    return config.uses_collages and "scene" in config.collage_layouts and config.collage_background == "base"
 
 
 def _decoder(pipe: Any, config: TrainingConfig) -> Any:

@@ -1,6 +1,7 @@
 """SVDiff, Textual Inversion and Custom Diffusion on a tiny pipeline."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from mole_diffusion import load_expert
 from mole_diffusion.baselines import PrepareOptions, load_prepared, prepare
 from mole_diffusion.baselines.custom_diffusion import constrained, trained_processors, wording_of
 from mole_diffusion.baselines.replaced import Wording, attention
@@ -190,6 +192,27 @@ def test_the_new_word_takes_the_phrase_s_place(pipe, plain, draw, concepts, tiny
         plain.load_textual_inversion({word: vector}, token=word)
     expected = draw(plain, prompt="a <boot> a <cat> a <clock>")
     torch.testing.assert_close(draw(pipe, mixture=prepared), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["textual_inversion", "custom_diffusion"])
+def test_words_that_experts_bring_along_are_not_in_the_way(
+    pipe, draw, concepts, tiny, cache, lora_files, method, tmp_path
+) -> None:
+    options = options_for(method, cache)
+    prepared = prepare(method, pipe, concepts=concepts, config=tiny(), folder=tmp_path, options=options)
+    expected = draw(pipe, mixture=prepared)
+    pipe.eject()
+    for name, path in lora_files.items():
+        expert = load_expert(path, name=name)
+        vectors = {"text_encoder": torch.ones(1, 24)} if name == "cat" else {}
+        pipe.add_expert(replace(expert, embeddings={"zip": vectors} if vectors else {}))
+    before = draw(pipe, prompt="a zip cat")
+    torch.testing.assert_close(draw(pipe, mixture=prepared), expected, rtol=0, atol=0)
+    torch.testing.assert_close(draw(pipe, prompt="a zip cat"), before, rtol=0, atol=0)
+    again = prepare(
+        method, pipe, concepts=concepts, config=tiny(), options=options_for(method, tmp_path / "x")
+    )
+    torch.testing.assert_close(draw(pipe, mixture=again), expected, rtol=0, atol=0)
 
 
 def test_untrained_attention_is_the_base(pipe, draw) -> None:

@@ -136,6 +136,17 @@ def test_other_experts_and_another_base_are_refused(pipe, draw, tmp_path, lora_f
         draw(pipe, mixture=prepared)
 
 
+def test_the_order_of_the_experts_does_not_matter(pipe, draw, concepts, tiny, lora_files) -> None:
+    prepared = prepare("gates", pipe, PROMPT, concepts, tiny(iterations=8))
+    expected = draw(pipe, mixture=prepared)
+    pipe.eject()
+    for name in ("clock", "boot", "cat"):
+        pipe.load_expert(lora_files[name], name=name)
+    torch.testing.assert_close(
+        draw(pipe, mixture=load_prepared(prepared.folder)), expected, rtol=0, atol=2e-4
+    )
+
+
 def test_the_same_base_in_half_precision_is_accepted(pipe, tmp_path) -> None:
     prepared = prepare("svd", pipe, folder=tmp_path)
     pipe.to(torch.bfloat16)
