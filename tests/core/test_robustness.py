@@ -269,3 +269,15 @@ def test_tolerances_can_fail(unet: nn.Module) -> None:
     for dtype in TOLERANCE:
         with pytest.raises(AssertionError):
             assert_close(run(unet), nla, dtype)
+
+
+def test_released_factors_are_made_again() -> None:
+    unet = make_unet()
+    mixture = inject(unet, make_experts(3, unet), MoLEConfig())
+    randomise(mixture)
+    expected = run(unet)
+    caches = [slot.cache for group in mixture.groups for slot in group.slots]
+    assert any(cache._values for cache in caches)
+    mixture.release()
+    assert not any(cache._values for cache in caches)
+    assert torch.equal(run(unet), expected)
