@@ -100,6 +100,8 @@ def test_batches_hires_fix_and_img2img(host: Host) -> None:
     pictures = draw(host, TWO, n_iter=2)[2]
     assert len(pictures) >= 2
     hires = {"enable_hr": True, "hr_scale": 1.5, "hr_second_pass_steps": 1, "denoising_strength": 0.7}
+    # Forge's API fails without it; the others pass over it.
+    hires["hr_additional_modules"] = ["Use same choices"]
     left = {**TWO, "experts": [{"name": A, "region": [0, 0, 0.4, 1]}, {"name": B}]}
     assert draw(host, left, **hires)[0] != draw(host, **hires)[0]
     source = {"init_images": [plain[2][0]], "denoising_strength": 0.8}
