@@ -1,5 +1,9 @@
 """Kinds of files that diffusers cannot load or loads only in part, against ComfyUI's own loader.
 
+diffusers 0.42.1 stops at Tucker cores, LoHa, LoKr and full differences ("keys have not been correctly
+renamed"), loses alphas that differ from matrix to matrix, and reads magnitudes of columns as those of rows.
+ComfyUI loads them all.
+
 Of a DoRA both take a share of the whole change for a strength other than 1, where PEFT puts the strength on
 the low-rank product. In one thing they differ: where the magnitudes belong to output rows, this ComfyUI
 divides by the norms of the base's rows, W' = m (W + D) / |W|; the paper (arXiv 2402.09353), PEFT, LyCORIS and
