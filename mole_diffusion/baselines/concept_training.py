@@ -77,7 +77,9 @@ class ConceptTrainer:
         from mole_diffusion.training.workbench import Workbench
 
         self.method, self.job, self.recipe = method, job, recipe
-        kept = {name: getattr(job.config, name) for name in ("resolution", "guidance", "autocast")}
+        # What decides the pictures that the base draws.
+        self._drawing = {name: getattr(job.config, name) for name in ("guidance", "sampling_steps")}
+        kept = {**self._drawing, "resolution": job.config.resolution, "autocast": job.config.autocast}
         config = TrainingConfig(seed=recipe.seed, **kept)
         self.bench = Workbench(job.pipe, (), job.concepts, config, job.pipe.vae)
         #: Loss of every step of the last training.
@@ -225,6 +227,7 @@ class ConceptTrainer:
             "concept": [concept.name, concept.text, concept.class_text],
             "pictures": pictures_digest(self.job.captioned(concept)),
             "size": self.bench.picture_size,
+            "prior": self._drawing if self.recipe.prior else None,
         }
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         return cache_folder(self.job.options.cache) / self.method / f"{concept.name}-{digest}.safetensors"
