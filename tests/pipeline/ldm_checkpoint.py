@@ -1,4 +1,4 @@
-"""A pipeline's weights in one file, named and shaped as in the original Stable Diffusion 1.x (LDM)."""
+"""A pipeline's weights in one file, named and shaped as in the original Stable Diffusion 1.x or XL (LDM)."""
 
 import re
 from pathlib import Path
@@ -16,23 +16,75 @@ RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
-UNET = {"time_embed.linear_1": "time_embed.0", "time_embed.linear_2": "time_embed.2"}
+UNET = {
+    "time_embed.linear_1": "time_embed.0",
+    "time_embed.linear_2": "time_embed.2",
+}
+OPENCLIP = {
+    "encoder.layers.": "transformer.resblocks.",
+    "self_attn.": "attn.",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm": "ln_final",
+}
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
 def write_ldm_checkpoint(path: Path, pipe: Any) -> Path:
     """UNet, autoencoder and text encoder of `pipe` under LDM's names."""
-    state = {}
-    for name, value in LDMUNet(pipe.unet).state_dict().items():
-        state["model.diffusion_model." + _unet_name(name)] = value
-    for name, value in pipe.vae.state_dict().items():
-        new = _vae_name(name, len(pipe.vae.decoder.up_blocks))
-        convolution = ".attn_1." in new and new.endswith("weight") and value.ndim == 2
-        state["first_stage_model." + new] = value[:, :, None, None] if convolution else value
+    state = _unet_and_vae(pipe)
     for name, value in pipe.text_encoder.state_dict().items():
         state["cond_stage_model.transformer.text_model." + name.removeprefix("text_model.")] = value
     save_file({k: v.detach().clone().contiguous() for k, v in state.items()}, path)
     return path
+
+
+def write_sdxl_checkpoint(path: Path, pipe: Any) -> Path:
+    """The same for SDXL: two text encoders, the second one under OpenCLIP's names."""
+    state = _unet_and_vae(pipe)
+    for name, value in pipe.text_encoder.state_dict().items():
+        state["conditioner.embedders.0.transformer.text_model." + name.removeprefix("text_model.")] = value
+    for name, value in _openclip(pipe.text_encoder_2.state_dict()).items():
+        state["conditioner.embedders.1.model." + name] = value
+    save_file({k: v.detach().clone().contiguous() for k, v in state.items()}, path)
+    return path
+
+
+def _openclip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """transformers' names to OpenCLIP's: q, k and v in one, the projection the other way round."""
+    found: dict[str, torch.Tensor] = {}
+    for key, value in state.items():
+        name = key.removeprefix("text_model.")
+        for old, new in OPENCLIP.items():
+            name = name.replace(old, new)
+        if name == "text_projection.weight":
+            found["text_projection"] = value.T
+        elif ".q_proj." in key:
+            parts = [state[key.replace(".q_proj.", f".{x}_proj.")] for x in "qkv"]
+            found[name.replace("q_proj.", "in_proj_")] = torch.cat(parts)
+        elif ".k_proj." not in key and ".v_proj." not in key:
+            found[name] = value
+    return found
+
+
+def _unet_and_vae(pipe: Any) -> dict[str, torch.Tensor]:
+    state = {}
+    for name, value in LDMUNet(pipe.unet).state_dict().items():
+        state["model.diffusion_model." + _unet_name(name)] = value
+    added = getattr(pipe.unet, "add_embedding", None)
+    for name, value in added.state_dict().items() if added is not None else ():
+        place = {"linear_1": "0", "linear_2": "2"}
+        layer, _, leaf = name.partition(".")
+        state[f"model.diffusion_model.label_emb.0.{place[layer]}.{leaf}"] = value
+    for name, value in pipe.vae.state_dict().items():
+        new = _vae_name(name, len(pipe.vae.decoder.up_blocks))
+        convolution = ".attn_1." in new and new.endswith("weight") and value.ndim == 2
+        state["first_stage_model." + new] = value[:, :, None, None] if convolution else value
+    return state
 
 
 def _unet_name(name: str) -> str:
