@@ -43,7 +43,7 @@ def _panel(part: str, gates: Mapping[str, Sequence[float]], experts: Sequence[st
                 f"fill='{_colour(values[row] / top)}'><title>{title}</title></rect>"
             )
     title = (
-        f"{_TITLES.get(part, part)}: {len(gates)} gates in the order in which they run; brightest = {top:.2f}"
+        f"{_TITLES.get(part, part)}: {len(gates)} gates in running order, brightest = {top:.2f}"
     )
     cells.append(_text(LEFT, 15, title, "start"))
     return (
