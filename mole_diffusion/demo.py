@@ -92,7 +92,8 @@ def run_demo(options: DemoOptions, say: Say = print) -> DemoResult:
         pipe = StableDiffusionMoLEPipeline.from_starter(experts=list(chosen))
         pipe.set_progress_bar_config(disable=True)
     say(f'Prompt: "{prompt}"')
-    artist = _Artist(pipe, prompt, options, say)
+    # Four rows before the training; after it the gates, each expert masked in turn, and the regions.
+    artist = _Artist(pipe, prompt, options, say, rows=len(chosen) + 6)
     rows = [_reference_row(chosen), *_rows_before(artist, len(chosen))]
     history = _train(pipe, prompt, chosen, options, say)
     rows.append(artist.row("trained gates", f"{options.iterations} iterations; all experts active"))
@@ -138,25 +139,35 @@ def region_strips(names: Sequence[str], height: int, width: int) -> dict[str, Im
 
 
 class _Artist:
-    """Draws the same prompt on the same seeds, with whatever mixture is asked for."""
+    """Draws the same prompt on the same seeds, with whatever mixture is asked for.
+
+    Args:
+        pipe, prompt, options, say: as in `run_demo`.
+        rows: how many rows there will be, for the time that is left.
+    """
 
     def __init__(
-        self, pipe: StableDiffusionMoLEPipeline, prompt: str, options: DemoOptions, say: Say
+        self, pipe: StableDiffusionMoLEPipeline, prompt: str, options: DemoOptions, say: Say, rows: int
     ) -> None:
         self.pipe, self.prompt, self.options, self.say = pipe, prompt, options, say
+        self._rows, self._done, self._seconds = rows, 0, 0.0
 
     def row(self, label: str, note: str, captions: Sequence[str] = (), **settings: Any) -> GridRow:
         seeds = self.options.seeds
-        with _timed(self.say, f"Drawing {len(seeds)} pictures: {label}"):
-            pictures = draw(
-                self.pipe,
-                [self.prompt] * len(seeds),
-                seeds,
-                num_inference_steps=self.options.steps,
-                guidance_scale=GUIDANCE,
-                guidance_rescale=RESCALE,
-                **settings,
-            )
+        start = time.monotonic()
+        self.say(f"Drawing {len(seeds)} pictures: {label} ...")
+        pictures = draw(
+            self.pipe,
+            [self.prompt] * len(seeds),
+            seeds,
+            num_inference_steps=self.options.steps,
+            guidance_scale=GUIDANCE,
+            guidance_rescale=RESCALE,
+            **settings,
+        )
+        self._done, self._seconds = self._done + 1, self._seconds + time.monotonic() - start
+        left = (self._rows - self._done) * self._seconds / self._done
+        self.say(f"  row {self._done} of {self._rows}, about {left:.0f} s of drawing left")
         return GridRow(label, pictures, note, captions)
 
 

@@ -86,6 +86,8 @@ def test_demo_writes_grid_figures_and_gates(starter: Path, tmp_path: Path) -> No
     header = read_gates_header(result.files["gates"])
     assert header.expert_names("unet") == NAMES
     assert 'Prompt: "a red boot, a red cat and a red clock on the beach"' in lines
+    rows = [line.split(",")[0].strip() for line in lines if "of drawing left" in line]
+    assert rows == [f"row {i + 1} of {len(result.rows) - 1}" for i in range(len(result.rows) - 1)]
     assert any(str(result.files["gates"]) in line for line in result.next_steps)
 
 
