@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from typing import Annotated
 
@@ -61,12 +62,14 @@ def app(
 
 
 def _wait(local: str, public: str | None, *, trusted: bool) -> None:
-    """Say where the app is, and return after Ctrl-C."""
+    """Say where the app is, and return after Ctrl-C or when the system ends it."""
     say(f"The app is at {local}   (Ctrl-C ends it)")
     if public:
         say(f"For everybody, through Gradio's servers: {public}")
     if not trusted:
         say("Open to others without a password: they cannot name paths or hub ids. --auth allows it.")
+    # As Ctrl-C, so that the app's folder goes.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         threading.Event().wait()
     except KeyboardInterrupt:
