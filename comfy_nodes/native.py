@@ -116,11 +116,10 @@ class NativeUNet(nn.Module):
         self.device = device
         self.dtype = torch.float32
         self.config = SimpleNamespace(in_channels=network.in_channels, sample_size=size)
-        self.may_stop = True
 
     def forward(self, latents: Tensor, timestep: Any, encoder_hidden_states: Tensor) -> Any:
-        """Prediction in `.sample`; stops with ComfyUI's own exception where nothing would be lost."""
-        if self.may_stop and not torch.is_grad_enabled():
+        """Prediction in `.sample`; without gradient it stops with ComfyUI's own exception when asked to."""
+        if not torch.is_grad_enabled():
             comfy.model_management.throw_exception_if_processing_interrupted()
         timesteps = torch.as_tensor(timestep, device=latents.device).float().expand(len(latents))
         options = {"optimized_attention_override": _plain_attention}

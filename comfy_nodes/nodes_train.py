@@ -20,6 +20,7 @@ from mole_diffusion.config import MoLEConfig
 from mole_diffusion.errors import ConfigError
 from mole_diffusion.training import Concept, GateTrainer, TrainingConfig, TrainingEvent, TrainingResult
 from mole_diffusion.training.concepts import concepts_from_experts
+from mole_diffusion.training.state import GATES_FILE
 from mole_diffusion.training.workbench import tensor_picture
 
 from .experts import ExpertSet, GatesFile, read_assignments
@@ -167,7 +168,7 @@ class TrainGates(io.ComfyNode):  # type: ignore[misc]
             result = train(pipe, prompts, known, config, folder, _say(cls.hidden.unique_id))
         comfy.model_management.throw_exception_if_processing_interrupted()
         losses = [row["loss"] for row in result.history]
-        return io.NodeOutput(GatesFile(folder / "gates.safetensors"), {"loss": losses})
+        return io.NodeOutput(GatesFile(folder / GATES_FILE), {"loss": losses})
 
 
 def train(
@@ -185,9 +186,11 @@ def train(
         say: shows a line of text.
     """
     bar = ProgressBar(config.iterations)
+    done = 0
 
     def report(event: TrainingEvent) -> bool:
-        pipe.unet.may_stop = not config.uses_clip
+        nonlocal done
+        done = event.iteration
         preview = None if event.preview is None else ("JPEG", event.preview, None)
         bar.update_absolute(event.iteration, event.iterations, preview)
         row = event.row
@@ -196,7 +199,13 @@ def train(
 
     say("drawing pictures of the experts ...")
     trainer = GateTrainer(pipe, prompts, concepts, config, callback=report, checkpoint_dir=folder)
-    return trainer.train()
+    try:
+        return trainer.train()
+    except comfy.model_management.InterruptProcessingException:
+        # In the middle of an iteration: the trainer keeps its last checkpoint, and the gates are as good.
+        if done:
+            pipe.save_gates(folder / GATES_FILE, {"training": config.to_json(), "iterations": str(done)})
+        raise
 
 
 def read_concepts(text: str, experts: ExpertSet, references: Mapping[str, Any]) -> dict[str, Concept]:

@@ -1,5 +1,6 @@
 """Training on ComfyUI's objects: the same gates as with diffusers, and a shared model that nobody touched."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,6 +100,27 @@ def test_interrupt_keeps_what_there_is_and_the_same_training_goes_on(
     comfy.model_management.interrupt_current_processing(False)
     rest = train(starter, experts, settings, tmp_path / "parts")
     assert [row["loss"] for row in rest.history] == pytest.approx([row["loss"] for row in whole.history])
+
+
+def test_interrupt_in_the_middle_of_an_iteration_keeps_the_gates(
+    starter: Any, experts: Any, settings: TrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    processing_interrupted = comfy.model_management.processing_interrupted
+
+    def asked_too_late() -> bool:
+        if lines and lines[-1].startswith("iteration 2 "):
+            comfy.model_management.interrupt_current_processing()
+            return False
+        return bool(processing_interrupted())
+
+    monkeypatch.setattr(comfy.model_management, "processing_interrupted", asked_too_late)
+    # The distance to the base is measured without gradient, inside the iteration.
+    config = dataclasses.replace(settings, prior_weight=0.1)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        train(starter, experts, config, tmp_path, lines)
+    header = part("experts").GatesFile(tmp_path / "gates.safetensors").header
+    assert header.metadata["iterations"] == "2"
 
 
 def test_interrupt_while_pictures_are_drawn_stops_at_once(
