@@ -30,6 +30,8 @@ FILE = "custom_diffusion.safetensors"
 #: The paper: 250 steps of batch 8 at 8e-5, with pictures of the class.
 RECIPE = ConceptRecipe(steps=100, rate=3e-3)
 _WORD = "word"
+#: Without it, weights grow without bound where no other text has a component, and longer prompts have some.
+RIDGE = 0.1
 #: Words of the texts whose keys and values the merge keeps, when there are no captions to take them from.
 _PLACES = ("on the beach", "in the snow", "on the grass", "on the floor", "at night", "")
 
@@ -118,7 +120,7 @@ def merge(
     wording = Wording(dict(map(wording_of, concepts.values())))
     with new_words(pipe, words, wording):
         own = {
-            name: torch.cat([_tokens(pipe, wording(text)) for text in (c.text, f"photo of {c.text}")])
+            name: torch.cat([_own_tokens(pipe, wording(text), word_of(name)) for text in _texts(c)])
             for name, c in concepts.items()
         }
     targets = torch.cat(list(own.values()))
@@ -130,7 +132,9 @@ def merge(
     return merged
 
 
-def constrained(base: Tensor, others: Tensor, targets: Tensor, wanted: Tensor) -> Tensor:
+def constrained(
+    base: Tensor, others: Tensor, targets: Tensor, wanted: Tensor, ridge: float = RIDGE
+) -> Tensor:
     """The weight nearest to the base on some inputs that gives wanted outputs on others.
 
     argmin_W |others W^T - others W0^T| subject to targets W^T = wanted, by Lagrange multipliers:
@@ -141,18 +145,29 @@ def constrained(base: Tensor, others: Tensor, targets: Tensor, wanted: Tensor) -
         others: (n, in).
         targets: (m, in), m at most in.
         wanted: (m, out).
+        ridge: how much directions count in which the other texts have nothing, as a share of their mean.
 
     Returns:
         (out, in). Inputs that repeat each other are fulfilled in the sense of least squares.
     """
     gram = others.T @ others
-    # Fewer texts than dimensions leave directions free; a little of the identity decides those.
-    gram = gram + 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    gram = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
     d = torch.linalg.solve(gram, targets.T).T
     missing = wanted - targets @ base.T
-    multipliers = torch.linalg.pinv(d @ targets.T, hermitian=True) @ missing
+    multipliers = torch.linalg.pinv(d @ targets.T, rtol=1e-4, hermitian=True) @ missing
     nearest: Tensor = base + multipliers.T @ d
     return nearest
+
+
+def _texts(concept: Concept) -> tuple[str, str]:
+    """The texts whose keys and values are the concept's own."""
+    return concept.text, f"photo of {concept.text}"
+
+
+def _own_tokens(pipe: Any, text: str, word: str) -> Tensor:
+    """Features of the tokens from a concept's word on: those before it are the same for every concept."""
+    ids = pipe.tokenizer(text, truncation=True).input_ids
+    return _tokens(pipe, text)[ids.index(pipe.tokenizer.convert_tokens_to_ids(word)) - 1 :]
 
 
 @torch.no_grad()
