@@ -76,7 +76,17 @@ def test_version() -> None:
 def test_help_lists_the_commands_and_each_command_has_an_example() -> None:
     overview = run("--help")
     assert overview.exit_code == 0
-    for command in ("demo", "generate", "train-gates", "train-expert", "export", "inspect", "app", "doctor"):
+    for command in (
+        "demo",
+        "generate",
+        "train-gates",
+        "train-expert",
+        "baseline",
+        "export",
+        "inspect",
+        "app",
+        "doctor",
+    ):
         assert command in overview.output
         details = run(command, "--help")
         assert details.exit_code == 0

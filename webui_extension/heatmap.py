@@ -42,9 +42,7 @@ def _panel(part: str, gates: Mapping[str, Sequence[float]], experts: Sequence[st
                 f"<rect x='{LEFT + CELL * column}' y='{y + 1}' width='{CELL - 1}' height='{HEIGHT - 2}' "
                 f"fill='{_colour(values[row] / top)}'><title>{title}</title></rect>"
             )
-    title = (
-        f"{_TITLES.get(part, part)}: {len(gates)} gates in running order, brightest = {top:.2f}"
-    )
+    title = f"{_TITLES.get(part, part)}: {len(gates)} gates in running order, brightest = {top:.2f}"
     cells.append(_text(LEFT, 15, title, "start"))
     return (
         f"<svg viewBox='0 0 {width} {height}' width='{width}' height='{height}' role='img' "
