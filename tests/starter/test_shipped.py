@@ -44,9 +44,10 @@ def test_the_figures_on_record_meet_what_the_model_card_promises() -> None:
     assert set(figures["experts"]) == set(world.SUBJECTS)
 
 
-def test_the_guidance_clip_tells_a_caption_from_one_with_a_wrong_object() -> None:
-    model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{starter_dir() / 'clip'}")
-    tokenise = open_clip.get_tokenizer(f"local-dir:{starter_dir() / 'clip'}")
+@pytest.mark.parametrize(("name", "least"), [("clip", 0.8), ("clip_eval", 0.9)])
+def test_clips_tell_a_caption_from_one_with_a_wrong_object(name: str, least: float) -> None:
+    model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{starter_dir() / name}")
+    tokenise = open_clip.get_tokenizer(f"local-dir:{starter_dir() / name}")
     rng = np.random.default_rng(5)
     pairs = [guidance.captioned_scene(rng) for _ in range(48)]
     wrong = [guidance.exchange(caption, rng) for _, caption in pairs]
@@ -57,7 +58,7 @@ def test_the_guidance_clip_tells_a_caption_from_one_with_a_wrong_object() -> Non
         right = model.encode_text(tokenise([caption for _, caption in pairs]), normalize=True)
         other = model.encode_text(tokenise(wrong), normalize=True)
     better = (image * right).sum(-1) > (image * other).sum(-1)
-    assert better.float().mean() > 0.8
+    assert better.float().mean() > least
 
 
 def test_the_papers_settings_train_on_it() -> None:
