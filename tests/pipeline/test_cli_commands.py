@@ -78,7 +78,7 @@ def test_generate_draws_what_the_library_draws(ours, options, tmp_path):
     [
         (("--size", "30"), 2, "multiples of 8"),
         (("--out", "picture.txt"), 2, "ends in none of"),
-        (("--mixture", "mean"), 2, "'mean' is not one of"),
+        (("--mixture", "mean"), 2, "'mean' is none of"),
         (("-e", "cat=much"), 2, "'much' in 'cat=much' is no number"),
         (("-e", "boott"), 1, "Did you mean 'boot'?"),
         (("-e", "there/is/none.safetensors"), 1, "no expert at"),
