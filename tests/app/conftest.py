@@ -20,7 +20,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """The browser. Not for the whole run: Playwright allows one at a time, and other tests start their own."""
+    """The browser. Not for the whole run: Playwright allows one at a time, and other tests start theirs."""
     if CHROMIUM is None:
         if os.environ.get("CI"):
             pytest.fail("CI needs a browser: apt-get install chromium")

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mole_diffusion.app.metadata import read_settings
-from mole_diffusion.starter.location import starter_experts
+from mole_diffusion.starter.location import starter_dir, starter_experts
 
 TABS = ("Compose", "Train", "Inspect", "Compare", "Export", "Models")
 # Controls whose name a screen reader would not find.
@@ -193,6 +193,48 @@ def test_wrong_files_are_refused_and_right_ones_taken(visit: Any, tmp_path: Path
     Image.new("RGB", (8, 8)).save(plain)
     page.locator("#drop input[type=file]").set_input_files(plain)
     visitor.message("carries no settings")
+
+
+def test_another_model_is_opened_and_draws_with_a_lora_named_by_its_path(visit: Any) -> None:
+    visitor = visit()
+    page = visitor.tab("Models")
+    page.locator("label", has_text="Another Stable Diffusion").click()
+    page.locator("#model-source textarea, #model-source input").fill(str(starter_dir()))
+    page.click("#open-model")
+    page.locator("#model-now", has_text=starter_dir().name).wait_for()
+    page.locator("#lora-source textarea, #lora-source input").fill(str(starter_experts()["wolf"].path))
+    page.locator("#lora-name textarea, #lora-name input").fill("grey wolf")
+    page.click("#add-lora")
+    page.locator("#library-said", has_text="Added: grey wolf").wait_for()
+    visitor.tab("Compose")
+    page.locator("#prompt textarea").fill("a wolf in the snow")
+    if not page.locator("#mix input[data-tile='grey wolf']").count():
+        visitor.unfold("#library-box")
+        page.locator("#library input[data-tile='grey wolf']").check(force=True)
+        page.locator("#mix [data-tile='grey wolf']").wait_for(state="attached")
+    draw(visitor, steps=2)
+
+
+def test_reference_pictures_and_phrases_of_a_concept(visit: Any) -> None:
+    visitor = visit()
+    page = visitor.tab("Train")
+    visitor.unfold("#concepts-box")
+    page.locator("#concept label", has_text="boot").click()
+    shown = "(n) => document.querySelectorAll('#references .thumbnail-item').length === n"
+    page.wait_for_function(shown, arg=5)
+    page.click("#clear-references")
+    page.wait_for_function(shown, arg=0)
+    page.locator("#reference-upload input[type=file]").set_input_files(
+        starter_experts()["boot"].references[:2]
+    )
+    page.wait_for_function(shown, arg=2)
+    page.locator("#concept-class textarea, #concept-class input").fill("a red boot")
+    page.click("#save-concept")
+    page.locator("#concept label", has_text="clock").click()
+    page.wait_for_function(shown, arg=5)
+    page.locator("#concept label", has_text="boot").click()
+    page.wait_for_function(shown, arg=2)
+    assert page.locator("#concept-class textarea, #concept-class input").input_value() == "a red boot"
 
 
 def test_two_visitors_do_not_see_each_others_experts(visit: Any) -> None:
