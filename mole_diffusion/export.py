@@ -112,9 +112,17 @@ def static_factors(
         mixtures: part -> mixture.
         weights: mean gate weights for every gate of the mixtures.
         active: experts that were active when the weights were recorded; None for all.
+
+    Raises:
+        ConfigError: sigmoid gates, whose strength changes from token to token and is not recorded.
     """
     factors: StaticFactors = {}
     for part, mixture in mixtures.items():
+        if mixture.config.gate_function == "sigmoid":
+            raise ConfigError(
+                f"the gates of the {part} have gate_function='sigmoid', which has no static mixture; allowed "
+                "is 'softmax'"
+            )
         names = mixture.expert_names
         chosen = tuple(i for i, name in enumerate(names) if active is None or name in set(active))
         scales = [expert.scale for expert in mixture.experts]

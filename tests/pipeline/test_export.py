@@ -285,3 +285,10 @@ def test_refusals(pipe, loaded, tmp_path):
     with pytest.raises(NoExpertsError):
         loaded.export_lora(path, prompts="a boot")
     assert not path.exists()
+
+
+def test_sigmoid_gates_have_no_static_mixture(pipe, tmp_path) -> None:
+    pipe.configure(MoLEConfig(gate_function="sigmoid"))
+    with pytest.raises(ConfigError, match="gate_function='sigmoid', which has no static mixture"):
+        pipe.export_lora(tmp_path / "static.safetensors", prompts=PROMPTS, steps=1)
+    assert list(tmp_path.iterdir()) == []
