@@ -287,8 +287,8 @@ def test_refusals(pipe, loaded, tmp_path):
     assert not path.exists()
 
 
-def test_sigmoid_gates_have_no_static_mixture(pipe, tmp_path) -> None:
-    pipe.configure(MoLEConfig(gate_function="sigmoid"))
+def test_sigmoid_gates_have_no_static_mixture(loaded, tmp_path):
+    loaded.configure(MoLEConfig(gate_function="sigmoid"))
     with pytest.raises(ConfigError, match="gate_function='sigmoid', which has no static mixture"):
-        pipe.export_lora(tmp_path / "static.safetensors", prompts=PROMPTS, steps=1)
+        loaded.export_lora(tmp_path / "static.safetensors", prompts=PROMPTS, steps=1)
     assert list(tmp_path.iterdir()) == []
