@@ -213,6 +213,7 @@ def test_another_model_is_opened_and_draws_with_a_lora_named_by_its_path(visit: 
         page.locator("#library input[data-tile='grey wolf']").check(force=True)
         page.locator("#mix [data-tile='grey wolf']").wait_for(state="attached")
     draw(visitor, steps=2)
+    assert page.locator("#gallery .thumbnail-item").count() == 1
 
 
 def test_reference_pictures_and_phrases_of_a_concept(visit: Any) -> None:

@@ -1,59 +1,24 @@
 """A tiny pipeline with three experts, one without a text encoder part, and pictures of what they know."""
 
-import importlib.util
-import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import open_clip
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from PIL import Image, ImageDraw
-from safetensors.torch import save_model
+from tiny_pipeline import TRIGGERS, build, drawing, make_clip, make_components, write_lora
 
 from mole_diffusion import StableDiffusionMoLEPipeline
 from mole_diffusion.training import Concept, TrainingConfig
 
-COLOURS = {"boot": (220, 30, 40), "cat": (250, 200, 40), "clock": (40, 160, 60)}
-TRIGGERS = {"boot": "zor", "cat": "vim", "clock": "kip"}
 PROMPT = "a zor boot a vim cat a kip clock"
-
-
-def _tiny_pipeline() -> ModuleType:
-    """The builders of the pipeline's tests: the same real classes, the same tiny sizes."""
-    path = Path(__file__).parents[1] / "pipeline" / "conftest.py"
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
-    spec = importlib.util.spec_from_file_location("tiny_pipeline_of_baselines", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    module.WORDS.extend(TRIGGERS.values())
-    return module
-
-
-TINY = _tiny_pipeline()
-
-
-def drawing(name: str, x: int, background: tuple[int, int, int], size: int = 64) -> Image.Image:
-    """One filled shape, `size` / 2 wide, whose left side is at `x`."""
-    picture = Image.new("RGB", (size, size), background)
-    box = (x, size // 4, x + size // 2, 3 * size // 4)
-    pen = ImageDraw.Draw(picture)
-    (pen.ellipse if name == "cat" else pen.rectangle)(box, fill=COLOURS[name])
-    return picture
 
 
 @pytest.fixture(scope="session")
 def components(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The tiny networks; the pipelines copy them."""
-    return TINY.make_components(tmp_path_factory.mktemp("tokenizer"))
+    return make_components(tmp_path_factory.mktemp("tokenizer"), TRIGGERS.values())
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +26,7 @@ def lora_files(tmp_path_factory: pytest.TempPathFactory, components: dict[str, A
     """Three experts of one rank; the clock has no text encoder part."""
     folder = tmp_path_factory.mktemp("loras")
     return {
-        name: TINY.write_lora(folder / f"{name}.safetensors", components, seed, 3, text=name != "clock")
+        name: write_lora(folder / f"{name}.safetensors", components, seed, 3, text=name != "clock")
         for seed, name in enumerate(TRIGGERS, start=1)
     }
 
@@ -69,19 +34,19 @@ def lora_files(tmp_path_factory: pytest.TempPathFactory, components: dict[str, A
 @pytest.fixture(scope="session")
 def other_rank(tmp_path_factory: pytest.TempPathFactory, components: dict[str, Any]) -> Path:
     """An expert of another rank than the three."""
-    return TINY.write_lora(tmp_path_factory.mktemp("other") / "other.safetensors", components, 9, 2)
+    return write_lora(tmp_path_factory.mktemp("other") / "other.safetensors", components, 9, 2)
 
 
 @pytest.fixture
 def plain(components: dict[str, Any]) -> StableDiffusionPipeline:
     """The diffusers pipeline: the oracle."""
-    return TINY.build(StableDiffusionPipeline, components)
+    return build(StableDiffusionPipeline, components)
 
 
 @pytest.fixture
 def empty(components: dict[str, Any]) -> StableDiffusionMoLEPipeline:
     """Our pipeline without experts."""
-    return TINY.build(StableDiffusionMoLEPipeline, components)
+    return build(StableDiffusionMoLEPipeline, components)
 
 
 @pytest.fixture
@@ -132,18 +97,7 @@ def tiny() -> Callable[..., TrainingConfig]:
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny CLIP of random weights in open_clip's own format."""
-    folder = tmp_path_factory.mktemp("clip")
-    model = {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
-        "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-    }
-    means = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": means}))
-    torch.manual_seed(3)
-    network = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
-    save_model(network, str(folder / "open_clip_model.safetensors"))
-    return f"local-dir:{folder}"
+    return make_clip(tmp_path_factory.mktemp("clip"), 3)
 
 
 Draw = Callable[..., torch.Tensor]

@@ -1,121 +1,16 @@
 """A Stable Diffusion of a few hundred thousand weights, of the real classes, and LoRA files for it."""
 
-import copy
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
-from peft import LoraConfig, get_peft_model_state_dict
-from pipeline_helpers import build
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from tiny_pipeline import build, make_components, make_tokenizer, write_lora
 from xl_components import make_xl_components, write_xl_lora
 
 from mole_diffusion import StableDiffusionMoLEPipeline, StableDiffusionXLMoLEPipeline
-
-PICTURE = 32  # pixels; the autoencoder halves three times, so latents are 4 x 4
-WORDS = ["a", "and", "boot", "cat", "clock", "on", "the", "beach", "snow", "red", "dull"]
-UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
-TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
-
-
-def make_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A CLIP tokenizer whose vocabulary is the alphabet and the words above, each one token."""
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    merges: list[str] = []
-    for word in WORDS:
-        pieces = [*word[:-1], f"{word[-1]}</w>"]
-        while len(pieces) > 1:
-            merge = f"{pieces[-2]} {pieces[-1]}"
-            pieces[-2:] = ["".join(pieces[-2:])]
-            if merge not in merges:
-                merges.append(merge)
-                tokens.append(pieces[-1])
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(
-        json.dumps({token: i for i, token in enumerate(dict.fromkeys(tokens))})
-    )
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    return CLIPTokenizer.from_pretrained(folder, model_max_length=12)
-
-
-def make_components(folder: Path) -> dict[str, Any]:
-    """Networks with random weights, the same for the same seed."""
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer(folder)
-    unet = UNet2DConditionModel(
-        sample_size=PICTURE // 8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=24,
-        attention_head_dim=2,
-        norm_num_groups=8,
-        use_linear_projection=True,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=4,
-        sample_size=PICTURE,
-    )
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=24,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=12,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False, steps_offset=1)
-    networks = {"unet": unet.eval(), "vae": vae.eval(), "text_encoder": text_encoder.eval()}
-    rest = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
-    return {**networks, **rest, "tokenizer": tokenizer, "scheduler": scheduler}
-
-
-def write_lora(path: Path, components: dict[str, Any], seed: int, rank: int, text: bool = True) -> Path:
-    """A LoRA of random factors, strong enough to change the picture, made by PEFT and saved by diffusers."""
-    torch.manual_seed(seed)
-    states, metadata = {}, {}
-    targets = {"unet": UNET_TARGETS, **({"text_encoder": TEXT_TARGETS} if text else {})}
-    for part, names in targets.items():
-        network = copy.deepcopy(components[part])
-        network.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names), "new")
-        for name, parameter in network.named_parameters():
-            if "lora_" in name:
-                torch.nn.init.normal_(parameter, std=0.2)
-        states[part] = get_peft_model_state_dict(network, adapter_name="new")
-        # alpha is twice the rank: diffusers keeps it in the file's header, where load_lora_weights finds it.
-        metadata[f"{part}_lora_adapter_metadata"] = network.peft_config["new"].to_dict()
-    StableDiffusionPipeline.save_lora_weights(
-        path.parent,
-        unet_lora_layers=states["unet"],
-        text_encoder_lora_layers=states.get("text_encoder"),
-        weight_name=path.name,
-        **metadata,
-    )
-    return path
 
 
 @pytest.fixture(scope="session")

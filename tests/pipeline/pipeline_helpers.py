@@ -1,25 +1,16 @@
 """What several test files of the pipeline share."""
 
-import copy
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from tiny_pipeline import build as build
 
 from mole_diffusion._pipeline_call import MoLEPipelineMixin
 
 # Largest difference of a pixel (0..1) between our path and diffusers' in float32.
 CLOSE = {"atol": 2e-4, "rtol": 0.0}
-
-
-def build(cls: type[DiffusionPipeline], components: dict[str, Any]) -> Any:
-    """A pipeline of `cls` on copies of the components, silent."""
-    option = "add_watermarker" if "text_encoder_2" in components else "requires_safety_checker"
-    pipe = cls(**copy.deepcopy(components), **{option: False})
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def with_adapters(plain: Any, lora_files: dict[str, Path], weights: dict[str, float]) -> Any:

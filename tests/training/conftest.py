@@ -1,59 +1,24 @@
 """A tiny pipeline with two experts, pictures of single objects, and a tiny open_clip folder."""
 
-import importlib.util
-import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
-import open_clip
 import pytest
 import torch
-from PIL import Image, ImageDraw
-from safetensors.torch import save_model
+from tiny_pipeline import build, drawing, make_clip, make_components, write_lora
 
 from mole_diffusion import MoLEConfig, StableDiffusionMoLEPipeline
 from mole_diffusion.training import Concept, TrainingConfig
 
 PROMPT = "a zor boot and a vim cat"
-COLOURS = {"boot": (220, 30, 40), "cat": (250, 200, 40)}
-
-
-def _tiny_pipeline() -> ModuleType:
-    """The builders of the pipeline's tests: the same real classes, the same tiny sizes."""
-    path = Path(__file__).parents[1] / "pipeline" / "conftest.py"
-    # pytest does the same when it loads that file itself: it imports its helpers from beside it.
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
-    spec = importlib.util.spec_from_file_location("tiny_pipeline", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["tiny_pipeline"] = module
-    spec.loader.exec_module(module)
-    module.WORDS.extend(["zor", "vim"])
-    return module
-
-
-TINY = _tiny_pipeline()
-
-
-def drawing(name: str, x: int, background: tuple[int, int, int], size: int = 64) -> Image.Image:
-    """One filled shape, ``size`` / 2 wide, whose left side is at ``x``."""
-    picture = Image.new("RGB", (size, size), background)
-    box = (x, size // 4, x + size // 2, 3 * size // 4)
-    pen = ImageDraw.Draw(picture)
-    (pen.rectangle if name == "boot" else pen.ellipse)(box, fill=COLOURS[name])
-    return picture
 
 
 @pytest.fixture(scope="session")
 def components(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The tiny networks; `pipe` copies them."""
-    return TINY.make_components(tmp_path_factory.mktemp("tokenizer"))
+    return make_components(tmp_path_factory.mktemp("tokenizer"), ("zor", "vim"))
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +26,7 @@ def lora_files(tmp_path_factory: pytest.TempPathFactory, components: dict[str, A
     """Two experts of different ranks for UNet and text encoder."""
     folder = tmp_path_factory.mktemp("loras")
     return {
-        name: TINY.write_lora(folder / f"{name}.safetensors", components, seed, rank)
+        name: write_lora(folder / f"{name}.safetensors", components, seed, rank)
         for seed, (name, rank) in enumerate([("boot", 2), ("cat", 3)], start=1)
     }
 
@@ -69,7 +34,7 @@ def lora_files(tmp_path_factory: pytest.TempPathFactory, components: dict[str, A
 @pytest.fixture
 def pipe(components: dict[str, Any], lora_files: dict[str, Path]) -> StableDiffusionMoLEPipeline:
     """A pipeline with two experts and fresh token gates."""
-    built = TINY.build(StableDiffusionMoLEPipeline, components)
+    built = build(StableDiffusionMoLEPipeline, components)
     built.configure(MoLEConfig())
     for name, path in lora_files.items():
         built.load_expert(path, name=name)
@@ -90,18 +55,7 @@ def concepts() -> list[Concept]:
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny CLIP of random weights in open_clip's own format, as the starter ships one."""
-    folder = tmp_path_factory.mktemp("clip")
-    model = {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
-        "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-    }
-    means = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": means}))
-    torch.manual_seed(3)
-    network = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
-    save_model(network, str(folder / "open_clip_model.safetensors"))
-    return f"local-dir:{folder}"
+    return make_clip(tmp_path_factory.mktemp("clip"), 3)
 
 
 def tiny_config(**changes: Any) -> TrainingConfig:
@@ -138,7 +92,6 @@ def drawing_tensor(name: str, x: int, background: tuple[int, int, int]) -> torch
 @pytest.fixture
 def tiny_build() -> Callable[..., Any]:
     """`tiny_build(cls, components)`: a silent pipeline on copies of the components."""
-    build: Callable[..., Any] = TINY.build
     return build
 
 
