@@ -15,6 +15,7 @@ from torch import Tensor
 from mole_diffusion.checkpoint import GatesHeader, read_gates_header
 from mole_diffusion.errors import ConfigError, UnknownExpertError
 from mole_diffusion.experts import Expert
+from mole_diffusion.files import replacing
 
 _SEPARATORS = re.compile(r"[,;\n]")
 
@@ -97,13 +98,8 @@ class GatesFile:
 
     def copy_to(self, path: Path) -> None:
         """Write the file to another place; it appears there whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
+        with replacing(path) as temporary:
             shutil.copyfile(self.path, temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def read_names(text: str) -> list[str] | None:

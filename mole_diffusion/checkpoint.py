@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from .config import MoLEConfig
 from .errors import GateMismatchError
+from .files import replacing
 from .inject import Mixture
 
 logger = logging.getLogger(__name__)
@@ -88,14 +88,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         tensors: contiguous tensors by key.
         metadata: the file's header.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Neither mkstemp nor save_file: their files can be read by the owner alone, and these are to be shared.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
+    with replacing(path) as temporary:
+        # Not save_file: its files can be read by the owner alone.
         temporary.write_bytes(save(dict(tensors), metadata=dict(metadata)))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_gates_header(path: str | Path) -> GatesHeader:

@@ -13,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from mole_diffusion.errors import ConfigError
+from mole_diffusion.files import replacing
 
 KEY = "mole_diffusion"
 FORMAT_VERSION = 1
@@ -104,13 +105,8 @@ def save_picture(picture: Image.Image, path: Path, settings: PictureSettings) ->
     info = PngInfo()
     info.add_text(KEY, settings.to_json())
     info.add_text("parameters", settings.summary())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    try:
+    with replacing(path) as temporary:
         picture.save(temporary, format="PNG", pnginfo=info)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_settings(path: str | Path) -> PictureSettings:

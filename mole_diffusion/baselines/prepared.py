@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import nn
 from mole_diffusion.architectures import map_network
 from mole_diffusion.baselines.methods import METHODS
 from mole_diffusion.errors import ConfigError, GateMismatchError
+from mole_diffusion.files import replacing
 from mole_diffusion.matrices import base_layer, fingerprint
 
 FORMAT = "mole-baseline"
@@ -189,13 +189,8 @@ def _listed(experts: Sequence[Mapping[str, Any]]) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ from mole_diffusion.evaluation.protocol import SHEET_SEEDS, ExpertSet, Protocol
 from mole_diffusion.evaluation.results import Row
 from mole_diffusion.evaluation.stage import PREPARED
 from mole_diffusion.evaluation.table import ALL, HEADINGS, Table
+from mole_diffusion.files import replacing
 from mole_diffusion.plots import GridRow, gate_heat_map, picture_grid
 
 _HISTORY = "history.jsonl"
@@ -167,10 +168,9 @@ def _open(path: Path) -> Image.Image:
 
 def _save(figure: Any, path: Path) -> Path:
     """A matplotlib figure or a picture, as PNG that appears whole."""
-    temporary = path.with_name(f".{path.name}")
-    if isinstance(figure, Image.Image):
-        figure.save(temporary, format="png")
-    else:
-        figure.savefig(temporary, dpi=110, format="png")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        if isinstance(figure, Image.Image):
+            figure.save(temporary, format="png")
+        else:
+            figure.savefig(temporary, dpi=110, format="png")
     return path

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mole_diffusion.evaluation.protocol import Variant
 from mole_diffusion.evaluation.stage import Stage
+from mole_diffusion.files import replacing
 from mole_diffusion.plots import GridRow, picture_grid
 
 FOLDER = "masks"
@@ -31,8 +32,6 @@ def write_masks(stage: Stage, method: Variant, seeds: range, out: Path) -> Path:
     rows = [GridRow(label, stage.draw(method, 0, seeds, active=active).pictures) for label, active in chosen]
     captions = [f"seed {seed}" for seed in seeds]
     rows[0] = GridRow(rows[0].label, rows[0].pictures, stage.scene.prompts[0], captions)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    picture_grid(rows, title=f"{stage.scene.name}, {method.name}", cell=160).save(temporary, format="png")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        picture_grid(rows, title=f"{stage.scene.name}, {method.name}", cell=160).save(temporary, format="png")
     return path

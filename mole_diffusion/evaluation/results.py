@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mole_diffusion.errors import ConfigError
+from mole_diffusion.files import replacing
 
 Row = dict[str, Any]
 Key = tuple[str, str, int, int, str]
@@ -26,13 +27,8 @@ def key_of(row: Mapping[str, Any]) -> Key:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from mole_diffusion.checkpoint import write_safetensors
 
 from . import base, loop, text, world
 
@@ -139,8 +139,7 @@ def write_expert(path: Path, name: str, unet: nn.Module, encoder: nn.Module) -> 
         "mole.kind": row["kind"],
         "mole.base": "mole-diffusion starter",
     }
-    save_file(tensors, path.with_suffix(".tmp"), metadata)
-    os.replace(path.with_suffix(".tmp"), path)
+    write_safetensors(path, tensors, metadata)
 
 
 def write_references(name: str, out: Path) -> None:

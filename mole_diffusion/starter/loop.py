@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+
+from mole_diffusion.files import replacing
 
 
 def cosine(step: int, steps: int, warmup: int = 100, floor: float = 0.02) -> float:
@@ -96,8 +97,8 @@ def _save(
         "average": average.values if average else {},
         "count": average.count if average else 0,
     }
-    torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
 
 
 def _restore(path: Path, module: nn.Module, optimiser: torch.optim.Optimizer, average: Average | None) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import nn
 
 from mole_diffusion.architectures import UNET
 from mole_diffusion.errors import TrainingError
+from mole_diffusion.files import replacing
 from mole_diffusion.training.config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -111,13 +111,8 @@ def full_precision(decoders: Iterable[Any]) -> Iterator[None]:
 
 def save_state(folder: Path, state: Mapping[str, Any]) -> None:
     """Write a training state; a reader sees the old one or the new one, never half of it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{STATE_FILE}.{os.getpid()}.tmp"
-    try:
+    with replacing(folder / STATE_FILE) as temporary:
         torch.save({"format_version": FORMAT_VERSION, **state}, temporary)
-        os.replace(temporary, folder / STATE_FILE)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_state(folder: Path) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ import mole_diffusion
 PACKAGE = Path(mole_diffusion.__file__).parent
 CORE = """
 errors config functional context gates hooks matrices architectures naming factors lycoris bundled experts
-bases inject checkpoint
+bases inject files checkpoint
 """.split()
 HOSTS = "comfy comfy_api comfy_extras nodes modules modules_forge comfy_nodes webui_extension".split()
 BLOCKED = "diffusers transformers peft accelerate open_clip gradio timm matplotlib".split()
