@@ -23,7 +23,7 @@ from mole_diffusion.training import Concept, TrainingConfig
 
 __all__ = ["DemoOptions", "DemoResult", "region_strips", "run_demo"]
 
-GUIDANCE = 5.0
+GUIDANCE = 3.0
 # The starter has zero terminal SNR: plain guidance overexposes its pictures (Lin et al. 2023, section 3.4).
 RESCALE = 0.7
 

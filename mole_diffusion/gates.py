@@ -33,7 +33,7 @@ class Gate(nn.Module):
         features: d, outputs (gate_input "experts") or inputs ("hidden") of the matrix that computes the gate.
         context_features: the same for the gate of the text tokens in a group that has both streams.
         tokens: L for pooling "flatten".
-        timed: whether the network has timesteps for config.timestep to read.
+        part: of the pipeline: text encoders have a strength of their own, and no timesteps to read.
 
     Attributes:
         projection: (N, d, N) for "experts", (d, N) for "hidden"; with a leading L for "flatten".
@@ -56,7 +56,7 @@ class Gate(nn.Module):
         features: int,
         context_features: int | None = None,
         tokens: int | None = None,
-        timed: bool = False,
+        part: str = UNET,
     ) -> None:
         super().__init__()
         self.config = config
@@ -67,10 +67,11 @@ class Gate(nn.Module):
         if context_features is not None:
             self.context_projection = nn.Parameter(torch.zeros(self._shape(context_features, None)))
         self.timestep_projection = None
-        if config.timestep and timed:
+        if config.timestep and part == UNET:
             self.timestep_projection = nn.Parameter(torch.zeros(functional.TIMESTEP_FEATURES, experts))
         self._scalar("log_temperature", math.log(config.temperature), learn=config.learn_temperature)
-        self._scalar("strength", config.strength, learn=config.learn_strength)
+        strength = config.strength if part == UNET else config.text_strength
+        self._scalar("strength", experts if strength is None else strength, learn=config.learn_strength)
 
     def _shape(self, features: int, tokens: int | None) -> tuple[int, ...]:
         body = (features, self.experts)
@@ -230,12 +231,11 @@ def build_groups(
         if config.pooling == "flatten":
             tokens = _count_tokens(first, network, layout.part, flatten_tokens)
         own = [slots[site.name] for site in sites]
-        timed = layout.part == UNET
         if block is not None:
             width = _block_width(network, layout, first, config.granularity)
-            gate = Gate(config, experts, width, tokens=tokens, timed=timed)
+            gate = Gate(config, experts, width, tokens=tokens, part=layout.part)
         else:
-            gate = _matrix_gate(own, config, experts, tokens, timed)
+            gate = _matrix_gate(own, config, experts, tokens, layout.part)
         groups.append(Group(name, own, gate, block))
     return groups
 
@@ -248,7 +248,7 @@ def _group_name(site: MatrixSite, config: MoLEConfig, part: str) -> str:
 
 
 def _matrix_gate(
-    slots: list[MatrixSlot], config: MoLEConfig, experts: int, tokens: int | None, timed: bool
+    slots: list[MatrixSlot], config: MoLEConfig, experts: int, tokens: int | None, part: str
 ) -> Gate:
     """The gate of a group whose first matrix computes it; token gates have one more for the text stream."""
     streams = {slot.stream for slot in slots}
@@ -259,7 +259,7 @@ def _matrix_gate(
     features = [matrix_shape(leader.module)[side] for leader in leaders]
     for leader in leaders:
         leader.leads = config.gate_input == "experts"
-    return Gate(config, experts, features[0], features[1] if len(features) > 1 else None, tokens, timed)
+    return Gate(config, experts, features[0], features[1] if len(features) > 1 else None, tokens, part)
 
 
 def _block_width(network: nn.Module, layout: NetworkMap, first: MatrixSite, granularity: str) -> int:

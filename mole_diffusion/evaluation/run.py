@@ -194,9 +194,10 @@ def score(
 ) -> list[dict[str, Any]]:
     """All measures of pictures of one prompt; of an expert alone only its own concept's."""
     concepts = {name: c for name, c in scene.concepts.items() if alone in (None, name)}
+    captions = scene.captions(prompt, alone)
     rows: list[dict[str, Any]] = [{} for _ in pictures]
     for scorer in scorers:
-        for row, found in zip(rows, scorer(pictures, scene.class_prompts[prompt], concepts), strict=True):
+        for row, found in zip(rows, scorer(pictures, captions, concepts), strict=True):
             row.update(found)
     if alone is not None:
         for row in rows:

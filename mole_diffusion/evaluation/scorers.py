@@ -23,9 +23,12 @@ from mole_diffusion.evaluation.metrics import (
     verdict,
 )
 from mole_diffusion.evaluation.protocol import Clip, Metrics
+from mole_diffusion.evaluation.sets import CLASS_WORDS, DESCRIBED
 from mole_diffusion.starter.location import starter_dir
 from mole_diffusion.training.concepts import Concept
 
+#: Measures that compare a picture with its prompt.
+CAPTIONS = (CLASS_WORDS, DESCRIBED)
 #: Pictures per forward of a scoring network.
 _BATCH = 64
 
@@ -45,8 +48,16 @@ class Scorer(Protocol):
     def hashes(self) -> frozenset[str]:
         """The network's numbers; see `tower_hashes`."""
 
-    def __call__(self, pictures: Sequence[Image], text: str, concepts: Mapping[str, Concept]) -> list[Scores]:
-        """One dictionary per picture: measure -> number, or measure -> concept -> number."""
+    def __call__(
+        self, pictures: Sequence[Image], captions: Mapping[str, str], concepts: Mapping[str, Concept]
+    ) -> list[Scores]:
+        """One dictionary per picture: measure -> number, or measure -> concept -> number.
+
+        Args:
+            pictures: of one prompt.
+            captions: the prompt in words, by the measure that compares with it ("text", "described").
+            concepts: what to look for, by name.
+        """
 
 
 def make_scorers(metrics: Metrics, device: torch.device) -> list[Scorer]:
@@ -147,7 +158,8 @@ class ClipScorer(_Features):
         self.clip = clip
         model, preprocess, self._tokenise = load_clip(clip, device)
         super().__init__(model, device, preprocess)
-        self.measures = tuple(f"{name}{suffix}" for name in ("text", "image", "crop")[: 3 if crops else 2])
+        self._suffix = suffix
+        self.measures = tuple(f"{name}{suffix}" for name in (*CAPTIONS, "image", "crop")[: 4 if crops else 3])
         self._texts: dict[str, Tensor] = {}
 
     def _encode(self, batch: Tensor) -> Tensor:
@@ -162,11 +174,16 @@ class ClipScorer(_Features):
             self._texts[text] = features.float().cpu()
         return self._texts[text]
 
-    def __call__(self, pictures: Sequence[Image], text: str, concepts: Mapping[str, Concept]) -> list[Scores]:
-        """See `Scorer`: "text", "image" and "crop"."""
-        whole, scores = self.alignments(pictures, concepts, self.measures[1:])
-        alignment = text_alignment(whole, self.of_text(text).expand_as(whole))
-        return [{self.measures[0]: float(value), **row} for value, row in zip(alignment, scores, strict=True)]
+    def __call__(
+        self, pictures: Sequence[Image], captions: Mapping[str, str], concepts: Mapping[str, Concept]
+    ) -> list[Scores]:
+        """See `Scorer`: "text", "described", "image" and "crop"."""
+        whole, scores = self.alignments(pictures, concepts, self.measures[len(CAPTIONS) :])
+        for measure, text in captions.items():
+            alignment = text_alignment(whole, self.of_text(text).expand_as(whole)).tolist()
+            for row, value in zip(scores, alignment, strict=True):
+                row[f"{measure}{self._suffix}"] = value
+        return scores
 
 
 class DinoScorer(_Features):
@@ -191,7 +208,9 @@ class DinoScorer(_Features):
         features: Tensor = self.model(batch)
         return features
 
-    def __call__(self, pictures: Sequence[Image], text: str, concepts: Mapping[str, Concept]) -> list[Scores]:
+    def __call__(
+        self, pictures: Sequence[Image], captions: Mapping[str, str], concepts: Mapping[str, Concept]
+    ) -> list[Scores]:
         """See `Scorer`: "dino" and "dino_crop"."""
         return self.alignments(pictures, concepts, self.measures)[1]
 
@@ -214,7 +233,9 @@ class JudgeScorer:
         """See `tower_hashes`."""
         return tower_hashes(self._judge.network)
 
-    def __call__(self, pictures: Sequence[Image], text: str, concepts: Mapping[str, Concept]) -> list[Scores]:
+    def __call__(
+        self, pictures: Sequence[Image], captions: Mapping[str, str], concepts: Mapping[str, Concept]
+    ) -> list[Scores]:
         """See `Scorer`; concepts whose subject the judge does not know have no entry."""
         known = [name for name in concepts if f"subject:{name}" in self._judge.labels]
         rows = []

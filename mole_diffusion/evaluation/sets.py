@@ -16,6 +16,10 @@ from mole_diffusion.training.concepts import Concept
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
+#: Measures that compare a picture with its prompt: in class words, and with the subjects described.
+CLASS_WORDS, DESCRIBED = "text", "described"
+
+
 @dataclass(frozen=True)
 class Scene:
     """A set of experts with everything that drawing and measuring it needs.
@@ -26,6 +30,7 @@ class Scene:
         concepts: phrases and reference pictures, by expert name, in the set's order.
         prompts: the prompts in trigger words.
         class_prompts: the same in words that any CLIP knows.
+        descriptions: what the experts' subjects look like, in a CLIP's words, by expert name.
         training_prompts: what methods are trained with.
         templates: the templates of `prompts`.
     """
@@ -35,8 +40,25 @@ class Scene:
     concepts: Mapping[str, Concept]
     prompts: tuple[str, ...]
     class_prompts: tuple[str, ...]
+    descriptions: Mapping[str, str]
     training_prompts: tuple[str, ...]
     templates: tuple[str, ...]
+
+    def captions(self, prompt: int, alone: str | None = None) -> dict[str, str]:
+        """A prompt as CLIPs are asked about it, by measure: in class words, and with subjects described.
+
+        Args:
+            prompt: its number.
+            alone: the only expert that was active; the others' class words stay.
+        """
+        classes = self.class_prompts[prompt]
+        if not self.descriptions:
+            return {CLASS_WORDS: classes}
+        words = [
+            self.descriptions.get(name, concept.class_text) if alone in (None, name) else concept.class_text
+            for name, concept in self.concepts.items()
+        ]
+        return {CLASS_WORDS: classes, DESCRIBED: fill(self.templates[prompt], words)}
 
     def training_concepts(self, references: int | None) -> dict[str, Concept]:
         """The concepts with only so many of their reference pictures."""
@@ -79,6 +101,7 @@ def make_scene(protocol: Protocol, chosen: ExpertSet) -> Scene:
         concepts=concepts,
         prompts=tuple(fill(template, texts) for template in protocol.prompts),
         class_prompts=tuple(fill(template, classes) for template in protocol.prompts),
+        descriptions={name: source.description for name, source in found.items() if source.description},
         training_prompts=tuple(
             fill(template, texts) for template in protocol.training_prompts or protocol.prompts
         ),
@@ -97,6 +120,7 @@ def _source(protocol: Protocol, name: str) -> ExpertSource:
         file=str(expert.path),
         text=expert.text,
         class_text=expert.class_text,
+        description=expert.description,
         references=tuple(str(path) for path in expert.references),
     )
 

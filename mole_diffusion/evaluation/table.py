@@ -20,15 +20,17 @@ HEADINGS = {
     CONFUSED: ("confused", True),
     OMITTED: ("omitted", True),
     "text": ("text", False),
+    "described": ("text, described", False),
     "image": ("image", False),
     "crop": ("best crop", False),
     "text_2": ("text (2nd CLIP)", False),
+    "described_2": ("text, described (2nd CLIP)", False),
     "image_2": ("image (2nd CLIP)", False),
     "dino": ("DINO", False),
     "dino_crop": ("DINO, best crop", False),
 }
 #: Measures whose win rates stand in the table.
-_WINS = (PRESENT, "text", "image")
+_WINS = (PRESENT, "text", "described", "image")
 
 Table = dict[str, dict[str, dict[str, Estimate]]]
 
@@ -111,9 +113,9 @@ def _legend(protocol: Protocol, methods: Mapping[str, Mapping[str, Estimate]]) -
     lines = [
         "Mean and 95 % bootstrap interval over sets and prompts. *present*: the expert's own subject is in "
         "the picture, *confused*: a thing of its class but not the subject, *omitted*: neither; *text*, "
-        "*image*, *best crop*: cosine of CLIP features with the prompt in class words, and with the "
-        f"reference pictures of each concept. *wins*: share of pictures above {protocol.baseline} on the "
-        "same set, prompt and seed; ties half.",
+        "*image*, *best crop*: cosine of CLIP features with the prompt (in class words, and with the "
+        "subjects described) and with the reference pictures of each concept. *wins*: share of pictures "
+        f"above {protocol.baseline} on the same set, prompt and seed; ties half.",
     ]
     single = {entry.kind: entry.name for entry in reversed(protocol.methods) if entry.name in methods}
     names = [method.name for method in protocol.methods if method.single]

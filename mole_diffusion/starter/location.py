@@ -31,6 +31,13 @@ class StarterExpert:
     path: Path
     references: tuple[Path, ...]
 
+    @property
+    def description(self) -> str:
+        """The subject in words of the starter's CLIPs, e.g. "a glossy 3d boot"; "" for a style."""
+        if self.kind != "concept":
+            return ""
+        return self.class_text.removesuffix(self.class_name) + f"glossy 3d {self.class_name}"
+
 
 def starter_dir() -> Path:
     """The starter's folder: the copy inside an installed wheel, else `assets/starter` of the repository.

@@ -48,10 +48,11 @@ class Cutout:
 
 @dataclass(frozen=True)
 class Collage:
-    """A mixed picture: ``pixels`` (3, H, W) in 0..1, and ``inside`` (1, H, W), 1 where an object was put."""
+    """A mixed picture: ``pixels`` (3, H, W) in 0..1, and ``owners`` (sources, H, W), the share of each pixel
+    that comes from each source; the rest is background."""
 
     pixels: Tensor
-    inside: Tensor
+    owners: Tensor
 
 
 def scene_boxes(count: int) -> tuple[Box, ...]:
@@ -194,11 +195,11 @@ def mix_scene(background: Tensor, cutouts: Sequence[Cutout], boxes: Sequence[Box
     """
     if len(cutouts) != len(boxes):
         raise ValueError(f"{len(cutouts)} objects need as many boxes, got {len(boxes)}")
-    pixels, inside = background, torch.zeros_like(background[:1])
+    pixels, owners = background, torch.zeros(0, *background.shape[1:])
     for cutout, box in zip(cutouts, boxes, strict=True):
         pixels, cover = paste(pixels, cutout, box, seam)
-        inside = torch.maximum(inside, cover)
-    return Collage(pixels, inside)
+        owners = torch.cat([owners * (1 - cover), cover])
+    return Collage(pixels, owners)
 
 
 def mix_strips(pictures: Sequence[Tensor], seam: float) -> Collage:
@@ -210,14 +211,17 @@ def mix_strips(pictures: Sequence[Tensor], seam: float) -> Collage:
     """
     width, count = pictures[0].shape[-1], len(pictures)
     position = (torch.arange(width, dtype=torch.float32) + 0.5) / width
-    pixels, total = torch.zeros_like(pictures[0]), torch.zeros(1, 1, width)
+    mixed, weights = torch.zeros_like(pictures[0]), []
     for i, picture in enumerate(pictures):
         # The middle of the strip shows the middle of the picture.
         moved = torch.roll(picture, round((i + 0.5) / count * width - width / 2), dims=-1)
         distance = torch.minimum(position - i / count, (i + 1) / count - position)
-        weight = (distance / max(seam, 1e-6) + 0.5).clamp(0, 1)[None, None]
-        pixels, total = pixels + moved * weight, total + weight
-    return Collage(pixels / total, torch.ones_like(pictures[0][:1]))
+        weights.append((distance / max(seam, 1e-6) + 0.5).clamp(0, 1))
+        mixed = mixed + moved * weights[-1]
+    shares = torch.stack(weights)
+    total = shares.sum(dim=0)
+    owners = (shares / total)[:, None].expand(-1, *pictures[0].shape[1:])
+    return Collage(mixed / total, owners)
 
 
 def jitter_boxes(boxes: Sequence[Box], amount: float, rng: random.Random) -> tuple[Box, ...]:

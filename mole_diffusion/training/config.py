@@ -33,6 +33,7 @@ _NOT_NEGATIVE = (
     "contrast_weight",
     "clip_weight",
     "prior_weight",
+    "route_weight",
     "preview_every",
     "guidance",
 )
@@ -57,7 +58,8 @@ class TrainingConfig:
         alpha: Weight of the balance loss, which is 0 when all experts are used equally (paper: Eq. 16).
         balance: ``"average"`` balances the weights averaged over all gates, so that a gate may choose one
             expert where another chooses the next (paper: Eq. 15); ``"per_gate"`` balances every gate alone.
-        text_encoder_gates: Whether the gates of text encoders are trained; they stay uniform otherwise.
+        text_encoder_gates: Whether the gates of text encoders are trained; they stay as they are otherwise:
+            fresh ones let every expert count in full there.
         gate_lr: Learning rate of the projections of pooled and token gates. Adam moves a gate on normalised
             features by at most ``lr * sqrt(features)`` a step, so 1e-5 would leave it uniform.
         flatten_lr: Learning rate of the projections of flattened gates, which have ``L`` times more inputs.
@@ -99,6 +101,8 @@ class TrainingConfig:
         pool_size: Collages kept ready as latents.
         redraw_every: Iterations after which ``collage_batch`` collages of the pool are made anew.
         empty_prompts: Share of collages that are captioned with the empty prompt.
+        route_weight: Weight of the routing loss of collages: the gates of tokens inside an object, and those
+            of the words that name it, are asked to choose that object's expert.
         prior_weight: Weight of the distance to the prediction of the base alone outside the boxes of a scene.
         preview_every: Iterations between preview pictures; 0 draws none.
         progress: Show a progress bar.
@@ -113,7 +117,7 @@ class TrainingConfig:
     collage_batch: int = 8
     alpha: float = 0.5
     balance: Literal["average", "per_gate"] = "average"
-    text_encoder_gates: bool = True
+    text_encoder_gates: bool = False
     gate_lr: float = 1e-2
     flatten_lr: float = 1e-5
     scalar_lr: float = 1e-2
@@ -147,6 +151,7 @@ class TrainingConfig:
     pool_size: int = 96
     redraw_every: int = 8
     empty_prompts: float = 0.0
+    route_weight: float = 0.3
     prior_weight: float = 0.0
     preview_every: int = 0
     progress: bool = True
@@ -167,6 +172,7 @@ class TrainingConfig:
             "iterations": 400,
             "batch_size": 2,
             "alpha": 0.5,
+            "text_encoder_gates": True,
             "gate_lr": 1e-5,
             "flatten_lr": 1e-5,
             "scalar_lr": 1e-5,

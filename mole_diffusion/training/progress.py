@@ -96,8 +96,8 @@ def _rich_bar(iterations: int, done: int) -> tuple[Any, Any]:
 
 
 def describe(row: Mapping[str, Any]) -> str:
-    """The losses and the entropy of a history row in one line."""
-    parts = {"loss": row["loss"], **row["parts"], "balance": row["balance"], "entropy": row["entropy"]}
+    """The loss, its parts and the entropy of a history row in one line."""
+    parts = {"loss": row["loss"], **row["parts"], "entropy": row["entropy"]}
     return " ".join(f"{name} {value:.3f}" for name, value in parts.items())
 
 

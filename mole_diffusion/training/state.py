@@ -25,8 +25,19 @@ HISTORY_FILE = "history.jsonl"
 FORMAT_VERSION = 1
 
 
+def trained(mixtures: Mapping[str, Mixture], config: TrainingConfig) -> dict[str, Mixture]:
+    """The mixtures whose gates train: the UNet's, and the text encoders' where wanted or all there is."""
+    if config.text_encoder_gates or UNET not in mixtures:
+        return dict(mixtures)
+    return {UNET: mixtures[UNET]}
+
+
 def parameter_groups(mixtures: Mapping[str, Mixture], config: TrainingConfig) -> list[dict[str, Any]]:
     """Groups for the optimiser, each with its learning rate: projections and scalars (strength, temperature).
+
+    Args:
+        mixtures: those that train, see `trained`.
+        config: the settings.
 
     Raises:
         TrainingError: if no gate has anything to train, or one is not float32.
@@ -34,7 +45,7 @@ def parameter_groups(mixtures: Mapping[str, Mixture], config: TrainingConfig) ->
     groups: dict[float, list[nn.Parameter]] = {}
     for part, mixture in mixtures.items():
         for name, parameter in mixture.gates.named_parameters():
-            if not parameter.requires_grad or (part != UNET and not config.text_encoder_gates):
+            if not parameter.requires_grad:
                 continue
             if parameter.dtype != torch.float32:
                 raise TrainingError(
@@ -77,6 +88,22 @@ def only_gates_train(modules: Iterable[nn.Module], gates: Iterable[nn.Parameter]
             parameter.requires_grad_(flag)
         for module, mode in modes:
             module.train(mode)
+
+
+@contextmanager
+def resting(mixtures: Mapping[str, Mixture], training: Mapping[str, Mixture]) -> Iterator[None]:
+    """Ask no gradient of gates that do not train; undone afterwards."""
+    parameters = [
+        p for part, mixture in mixtures.items() if part not in training for p in mixture.parameters()
+    ]
+    flags = [parameter.requires_grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in zip(parameters, flags, strict=True):
+            parameter.requires_grad_(flag)
 
 
 @contextmanager

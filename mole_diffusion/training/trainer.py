@@ -126,10 +126,12 @@ class GateTrainer:
         """
         saved = self._saved(resume)
         self._stopping = False
-        groups = training_state.parameter_groups(self._pipe.mixtures, self.config)
+        mixtures = training_state.trained(self._pipe.mixtures, self.config)
+        groups = training_state.parameter_groups(mixtures, self.config)
         gates = [parameter for group in groups for parameter in group["params"]]
         with ExitStack() as stack:
             stack.enter_context(training_state.only_gates_train(self._frozen(), gates))
+            stack.enter_context(training_state.resting(self._pipe.mixtures, mixtures))
             wanted = self.config.gradient_checkpointing
             networks = [self._pipe.unet, self._bench.decoder] if self.config.uses_clip else [self._pipe.unet]
             stack.enter_context(training_state.gradient_checkpointing(networks, wanted))
@@ -217,8 +219,9 @@ class GateTrainer:
         return torch.stack([balance_loss(gate, normalised=True) for gate in weights]).mean()
 
     def _live_weights(self) -> list[Tensor]:
-        """Weights (batch, experts) of every gate in the last forward, with gradient."""
-        return [gate for mixture in self._pipe.mixtures.values() for gate in mixture.live_weights().values()]
+        """Weights (batch, experts) of every trained gate in the last forward, with gradient."""
+        mixtures = training_state.trained(self._pipe.mixtures, self.config)
+        return [gate for mixture in mixtures.values() for gate in mixture.live_weights().values()]
 
     def _tell(self, row: HistoryRow, left: float) -> Any:
         """Draw a preview where one is due and call the callback; returns what it says."""

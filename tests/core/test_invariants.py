@@ -89,8 +89,20 @@ def test_fresh_gates_are_nla(kind: str, count: int, dtype: torch.dtype) -> None:
     assert differs(expected, run(network))
     for host in hosts(network):
         host.to(dtype)
-        inject(host, to_experts(loras, part_of(network)), MoLEConfig(strength=1.0))
+        inject(host, to_experts(loras, part_of(network)), MoLEConfig(strength=1.0, text_strength=1.0))
         assert_close(run(host), expected, dtype)
+
+
+@counts
+def test_experts_count_in_full_in_text_encoders_that_nothing_was_told(count: int) -> None:
+    network = NETWORKS["clip"]()
+    loras = states(count, network)
+    expected = run(with_peft(network, loras, dict.fromkeys(loras, 1.0)))
+    mixture = inject(network, to_experts(loras, "text_encoder"), MoLEConfig())
+    assert_close(run(network), expected)
+    some = dict(list(loras.items())[-2:])
+    mixture.activate(list(some))
+    assert_close(run(network), run(with_peft(NETWORKS["clip"](), some, dict.fromkeys(some, 1.0))))
 
 
 @forms

@@ -47,7 +47,7 @@ def test_the_judge_tells_the_subject_from_its_class_and_from_nothing(world: Path
         picture_of(("boot", subject), ("cat", "noto")),
         picture_of(("car", "noto"), ("clock", subject)),
     ]
-    first, second = JudgeScorer()(pictures, "unused", concepts(world, "boot", "cat", "clock"))
+    first, second = JudgeScorer()(pictures, {}, concepts(world, "boot", "cat", "clock"))
     assert first["present"] == {"boot": 1, "cat": 0, "clock": 0}
     assert first["confused"] == {"boot": 0, "cat": 1, "clock": 0}
     assert first["omitted"] == {"boot": 0, "cat": 0, "clock": 1}
@@ -57,7 +57,7 @@ def test_the_judge_tells_the_subject_from_its_class_and_from_nothing(world: Path
 
 def test_the_judge_says_nothing_of_subjects_it_does_not_know(world: Path) -> None:
     other = {"marble": Concept("marble", "a zor marble", "a marble")}
-    row = JudgeScorer()([picture_of(("boot", "noto"))], "unused", other)[0]
+    row = JudgeScorer()([picture_of(("boot", "noto"))], {}, other)[0]
     assert row == {"present": {}, "confused": {}, "omitted": {}, "others": 1}
 
 
@@ -65,16 +65,18 @@ def test_clip_scores_are_those_of_open_clip_itself(world: Path) -> None:
     name = f"local-dir:{world / 'clip_score'}"
     known = concepts(world, "boot", "cat")
     pictures = [opened(world / "clock" / "4.png"), opened(world / "boot" / "10.png")]
-    rows = ClipScorer(name, CPU)(pictures, "a boot and a cat", known)
+    captions = {"text": "a boot and a cat", "described": "a glossy 3d boot and a cat"}
+    rows = ClipScorer(name, CPU)(pictures, captions, known)
     model, preprocess = open_clip.create_model_from_pretrained(name)
     with torch.no_grad():
         image = model.encode_image(torch.stack([preprocess(p) for p in pictures]), normalize=True)
-        text = model.encode_text(open_clip.get_tokenizer(name)(["a boot and a cat"]), normalize=True)
+        text = model.encode_text(open_clip.get_tokenizer(name)(list(captions.values())), normalize=True)
         cats = model.encode_image(
             torch.stack([preprocess(p) for p in known["cat"].references]), normalize=True
         )
     for row, features in zip(rows, image, strict=True):
         assert row["text"] == pytest.approx(float(features @ text[0]), abs=1e-5)
+        assert row["described"] == pytest.approx(float(features @ text[1]), abs=1e-5)
         assert row["image"]["cat"] == pytest.approx(float((cats @ features).mean()), abs=1e-5)
         assert row["crop"]["cat"] >= row["image"]["cat"] - 1e-6
     # It is itself one of the references of the boot.
@@ -83,8 +85,8 @@ def test_clip_scores_are_those_of_open_clip_itself(world: Path) -> None:
 
 def test_a_second_clip_and_no_crops_change_the_names_of_the_measures(world: Path) -> None:
     scorer = ClipScorer(f"local-dir:{world / 'clip_score'}", CPU, suffix="_2", crops=False)
-    assert scorer.measures == ("text_2", "image_2")
-    row = scorer([opened(world / "clock" / "4.png")], "a boot", concepts(world, "boot"))[0]
+    assert scorer.measures == ("text_2", "described_2", "image_2")
+    row = scorer([opened(world / "clock" / "4.png")], {"text": "a boot"}, concepts(world, "boot"))[0]
     assert set(row) == {"text_2", "image_2"}
 
 
@@ -93,7 +95,7 @@ def test_the_best_crop_finds_a_subject_in_a_corner(world: Path) -> None:
     cornered = Image.new("RGB", (80, 80), (250, 250, 250))
     cornered.paste(reference.resize((36, 36)), (0, 44))
     known = {"boot": Concept("boot", "a zor boot", "a boot", [reference])}
-    row = ClipScorer(f"local-dir:{world / 'clip_score'}", CPU)([cornered], "a boot", known)[0]
+    row = ClipScorer(f"local-dir:{world / 'clip_score'}", CPU)([cornered], {"text": "a boot"}, known)[0]
     # 36 of 80 pixels are the smaller crop, in the lower left corner.
     assert row["crop"]["boot"] > 0.98 > row["image"]["boot"]
 
@@ -106,9 +108,9 @@ def test_dino_scores_with_any_model_of_timm(world: Path, tmp_path: Path) -> None
     known = concepts(world, "boot", "cat")
     scorer = DinoScorer(f"local-dir:{tmp_path}", CPU)
     itself = opened(world / "boot" / "4.png")
-    row = scorer([itself], "unused", {"boot": Concept("boot", "a zor boot", "a boot", [itself])})[0]
+    row = scorer([itself], {}, {"boot": Concept("boot", "a zor boot", "a boot", [itself])})[0]
     assert row["dino"]["boot"] == pytest.approx(1, abs=1e-5)
-    row = scorer([itself], "unused", known)[0]
+    row = scorer([itself], {}, known)[0]
     assert set(row) == {"dino", "dino_crop"}
     assert row["dino"]["boot"] > row["dino"]["cat"]
     with pytest.raises(ConfigError, match="dino is 'vit_of_nobody', which timm cannot load"):

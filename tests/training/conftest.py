@@ -70,6 +70,7 @@ def tiny_config(**changes: Any) -> TrainingConfig:
         "views": 2,
         "crops": 4,
         "collage_background": "sources",
+        "text_encoder_gates": True,
         "progress": False,
     }
     return TrainingConfig(**{**settings, **changes})

@@ -14,7 +14,7 @@ from PIL import Image
 from mole_diffusion import MoLEConfig, StableDiffusionMoLEPipeline
 from mole_diffusion.errors import ConfigError, NoExpertsError, TrainingError
 from mole_diffusion.training import Concept, GateTrainer, TrainingConfig, TrainingEvent
-from mole_diffusion.training.state import learning_rate_factor, parameter_groups
+from mole_diffusion.training.state import learning_rate_factor, parameter_groups, trained
 
 PROMPT = "a zor boot and a vim cat"
 Tiny = Callable[..., TrainingConfig]
@@ -88,10 +88,22 @@ def test_the_optimiser_holds_exactly_the_gates(pipe: Any, tiny: Tiny) -> None:
     assert held == expected
 
 
-def test_gates_of_the_text_encoder_can_stay_as_they_are(pipe: Any, tiny: Tiny) -> None:
-    groups = parameter_groups(pipe.mixtures, tiny(text_encoder_gates=False))
-    held = {id(p) for group in groups for p in group["params"]}
-    assert held == {id(p) for p in pipe.mixtures["unet"].parameters()}
+def test_gates_of_the_text_encoder_can_stay_as_they_are(
+    pipe: Any, concepts: list[Concept], tiny: Tiny
+) -> None:
+    before = {name: value.clone() for name, value in pipe.mixtures["text_encoder"].gates.state_dict().items()}
+    result = GateTrainer(pipe, PROMPT, concepts, tiny(iterations=2, text_encoder_gates=False)).train()
+    assert len(result.history) == 2
+    after = pipe.mixtures["text_encoder"].gates.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert all(p.requires_grad for p in pipe.mixtures["text_encoder"].parameters()), "flags are put back"
+    assert any(p.abs().sum() > 0 for p in pipe.mixtures["unet"].parameters() if p.dim() > 1)
+
+
+def test_gates_of_a_text_encoder_train_where_there_are_no_others(pipe: Any, tiny: Tiny) -> None:
+    alone = {"text_encoder": pipe.mixtures["text_encoder"]}
+    assert trained(alone, tiny(text_encoder_gates=False)) == alone
+    assert list(trained(pipe.mixtures, tiny(text_encoder_gates=False))) == ["unet"]
 
 
 def test_balance_of_every_gate_sees_what_the_average_does_not(
@@ -241,7 +253,9 @@ def test_files_and_reports(
     assert rows[0]["weights"] == pytest.approx({"boot": 0.5, "cat": 0.5}, abs=1e-3)
     assert rows[0]["balance"] == pytest.approx(0, abs=1e-5)
     assert sum(rows[-1]["weights"].values()) == pytest.approx(1)
-    assert rows[-1]["loss"] == pytest.approx(rows[-1]["parts"]["collage"] + 0.5 * rows[-1]["balance"])
+    assert rows[-1]["loss"] == pytest.approx(
+        rows[-1]["parts"]["collage"] + 0.3 * rows[-1]["parts"]["routing"] + 0.5 * rows[-1]["balance"]
+    )
     assert [event.preview is not None for event in events] == [False, True, False, True]
     with Image.open(tmp_path / "previews" / "00004.png") as preview:
         assert preview.size == (32, 32)
@@ -325,7 +339,7 @@ def test_balance_loss_keeps_experts_in_use(
 ) -> None:
     spread = {}
     for alpha in (0.0, 5.0):
-        config = tiny(iterations=40, gate_lr=5e-2, alpha=alpha, redraw_every=100)
+        config = tiny(iterations=40, gate_lr=5e-2, alpha=alpha, redraw_every=100, route_weight=0.0)
         row = GateTrainer(fresh(), PROMPT, concepts, config).train().history[-1]
         spread[alpha] = abs(row["weights"]["boot"] - 0.5)
     assert spread[5.0] < spread[0.0]

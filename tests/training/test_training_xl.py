@@ -8,7 +8,7 @@ import pytest
 import torch
 from xl_components import make_xl_components, write_xl_lora
 
-from mole_diffusion import StableDiffusionXLMoLEImg2ImgPipeline, StableDiffusionXLMoLEPipeline
+from mole_diffusion import MoLEConfig, StableDiffusionXLMoLEImg2ImgPipeline, StableDiffusionXLMoLEPipeline
 from mole_diffusion.errors import TrainingError
 from mole_diffusion.training import Concept, GateTrainer, TrainingConfig
 from mole_diffusion.training.state import full_precision
@@ -78,7 +78,9 @@ def test_collages_teach_the_gates(make_xl: Any, concepts: list[Concept], tiny: T
 
 def test_clip_teaches_the_gates(make_xl: Any, concepts: list[Concept], clip_folder: str, tiny: Tiny) -> None:
     config = tiny(objective="clip", clip=clip_folder, iterations=20, alpha=0.0, gate_lr=0.2)
-    before, after = losses_before_and_after(make_xl(), concepts, config)
+    pipe = make_xl()
+    pipe.configure(MoLEConfig(strength=1.5, text_strength=1.5))
+    before, after = losses_before_and_after(pipe, concepts, config)
     assert after < before - 0.005
 
 
