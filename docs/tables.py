@@ -1,6 +1,7 @@
 """Puts measured tables into the pages: `python docs/tables.py` (with `--check`: says what is out of date).
 
 Between `<!-- table: FILE -->` and `<!-- end -->` stands what the file's tables say; a command wrote the file.
+`<!-- table: FILE; method, text -->` shows only these columns.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-_PLACE = re.compile(r"(<!-- table: (?P<file>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_PLACE = re.compile(
+    r"(?P<start><!-- table: (?P<file>[^\s;]+)(?:; (?P<columns>[^>]+?))? -->\n).*?(?P<end><!-- end -->)", re.DOTALL
+)
 
 
 def filled(page: str) -> str:
@@ -21,9 +24,20 @@ def filled(page: str) -> str:
         rows = [line for line in lines if line.startswith("|")]
         if not rows:
             raise SystemExit(f"{place['file']} has no table")
-        return "\n".join([place[1].rstrip("\n"), *rows, place[3]])
+        if place["columns"]:
+            rows = _chosen(rows, place["columns"].split(", "), place["file"])
+        return "\n".join([place["start"].rstrip("\n"), *rows, place["end"]])
 
     return _PLACE.sub(table_of, page)
+
+
+def _chosen(rows: list[str], columns: list[str], file: str) -> list[str]:
+    """The rows of one table with only these columns."""
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    if missing := [name for name in columns if name not in cells[0]]:
+        raise SystemExit(f"{file} has no columns {missing}; it has {cells[0]}")
+    places = [cells[0].index(name) for name in columns]
+    return ["| " + " | ".join(row[place] for place in places) + " |" for row in cells]
 
 
 def main() -> None:

@@ -18,14 +18,16 @@ from mole_diffusion.drawing import draw
 from mole_diffusion.errors import ConfigError, UnknownExpertError
 from mole_diffusion.pipeline import StableDiffusionMoLEPipeline
 from mole_diffusion.plots import GridRow, entropy_curve, gate_heat_map, mean_gate_weights, picture_grid
-from mole_diffusion.starter.location import StarterExpert, default_experts, starter_experts
+from mole_diffusion.starter.location import (
+    GUIDANCE,
+    RESCALE,
+    StarterExpert,
+    default_experts,
+    starter_experts,
+)
 from mole_diffusion.training import Concept, TrainingConfig
 
 __all__ = ["DemoOptions", "DemoResult", "region_strips", "run_demo"]
-
-GUIDANCE = 3.0
-# The starter has zero terminal SNR: plain guidance overexposes its pictures (Lin et al. 2023, section 3.4).
-RESCALE = 0.7
 
 Say = Callable[[str], None]
 

@@ -80,7 +80,7 @@ def drawing_settings(model: str, guidance: float | None) -> dict[str, Any]:
     """Guidance for a model: the starter's own, else the pipeline's default; a given scale goes first."""
     settings: dict[str, Any] = {}
     if model == STARTER:
-        from mole_diffusion.demo import GUIDANCE, RESCALE
+        from mole_diffusion.starter.location import GUIDANCE, RESCALE
 
         settings = {"guidance_scale": GUIDANCE, "guidance_rescale": RESCALE}
     if guidance is not None:

@@ -16,6 +16,7 @@ from mole_diffusion.app.session import Session
 from mole_diffusion.app.studio import Studio
 from mole_diffusion.app.training import TrainRequest, start_training
 from mole_diffusion.errors import ConfigError
+from mole_diffusion.starter.location import GUIDANCE
 
 
 def connect(studio: Studio) -> None:
@@ -40,7 +41,7 @@ def connect(studio: Studio) -> None:
                 ("rank", 0),
             )
         }
-        guidance = gr.Number(5.0, label="guidance")
+        guidance = gr.Number(GUIDANCE, label="guidance")
         drawn = gr.Checkbox(True, label="backgrounds: the base draws them first")
         upload = gr.File(label="file", file_types=[".safetensors"])
         name = gr.Textbox("", label="name")

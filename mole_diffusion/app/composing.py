@@ -16,6 +16,7 @@ from mole_diffusion.app.session import Picture, Session
 from mole_diffusion.app.studio import Studio
 from mole_diffusion.errors import ConfigError
 from mole_diffusion.opening import drawing_settings
+from mole_diffusion.starter.location import GUIDANCE
 
 #: Previews may take this share of the time of drawing.
 _PREVIEW_SHARE = 0.2
@@ -43,7 +44,7 @@ class ComposeRequest:
     negative: str = ""
     seed: int = 0
     steps: int = 25
-    guidance: float = 5.0
+    guidance: float = GUIDANCE
     width: int = 0
     height: int = 0
     mixture: str = "gates"

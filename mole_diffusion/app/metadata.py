@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from mole_diffusion.errors import ConfigError
 from mole_diffusion.files import replacing
+from mole_diffusion.starter.location import GUIDANCE
 
 KEY = "mole_diffusion"
 FORMAT_VERSION = 1
@@ -50,7 +51,7 @@ class PictureSettings:
     negative: str = ""
     seed: int = 0
     steps: int = 25
-    guidance: float = 5.0
+    guidance: float = GUIDANCE
     width: int = 128
     height: int = 128
     mixture: str = "gates"

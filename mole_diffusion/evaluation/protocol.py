@@ -89,22 +89,25 @@ class Variant(_Part):
         base: what it is a variant of, by default `name`: a word of `baselines.METHODS`; or, for limits, one
             expert at a time: "alone" (the only one with a weight), "masked" (all others masked out of the
             trained gates of the method `of`), "plain" (in diffusers' own pipeline, through PEFT).
-        of: the method whose gates "masked" uses.
+        of: with gates, the method whose trained gates are used; by default its own, with "masked" those of
+            "gates".
         mole: settings of `MoLEConfig` that differ; `preset: paper` or `uniform` starts from that preset.
         training: settings of `TrainingConfig` that differ; `preset: paper` likewise.
         options: settings of `baselines.PrepareOptions`.
         references: train with only the first so many reference pictures; all are scored against.
         seeds: only the first so many seeds, for rows that cost more than they tell.
+        guidance: in place of the protocol's.
     """
 
     name: str = Field(min_length=1, pattern=r"^[^/\\]+$")
     base: str = ""
-    of: str = "gates"
+    of: str = ""
     mole: dict[str, Any] = {}
     training: dict[str, Any] = {}
     options: dict[str, Any] = {}
     references: int | None = Field(default=None, ge=1)
     seeds: int | None = Field(default=None, ge=1)
+    guidance: float | None = Field(default=None, ge=0)
 
     @property
     def kind(self) -> str:
@@ -215,20 +218,21 @@ class Protocol(_Part):
         return TrainingConfig.from_dict({**start.to_dict(), "progress": False, **settings})
 
     def prepared_as(self, method: Variant) -> Variant:
-        """The method whose preparation it draws with: itself, but for "masked".
+        """The method whose preparation it draws with: itself, but for "masked" and where `of` names one.
 
         Raises:
-            ConfigError: a masked method is of no method with gates.
+            ConfigError: that method is not here, or has no gates of its own.
         """
-        if method.kind != MASKED:
+        wanted = method.of or ("gates" if method.kind == MASKED else "")
+        if not wanted:
             return method
-        found = [entry for entry in self.methods if entry.name == method.of and entry.kind == "gates"]
-        if not found:
+        found = {entry.name: entry for entry in self.methods if entry.kind == "gates" and not entry.of}
+        if wanted not in found or method.kind not in (MASKED, "gates"):
             raise ConfigError(
-                f"method {method.name!r} masks experts of {method.of!r}, which is no method with gates here; "
-                f"those are {[entry.name for entry in self.methods if entry.kind == 'gates']}"
+                f"method {method.name!r} uses the gates of {wanted!r}, which is no method with gates here; "
+                f"those are {[*found]}, and only methods with gates use them"
             )
-        return found[0]
+        return found[wanted]
 
     def method_seeds(self, method: Variant) -> range:
         """The seeds this method draws."""

@@ -221,13 +221,13 @@ def settings_of(protocol: Protocol, scenes: Sequence[Scene]) -> dict[str, Any]:
 
 
 def _method_settings(protocol: Protocol, method: Variant) -> dict[str, Any]:
-    kind = method.kind
+    drawing = {"base": method.kind} | ({} if method.guidance is None else {"guidance": method.guidance})
     if not needs_preparation(method):
-        return {"base": kind}
+        return drawing
     method = protocol.prepared_as(method)
     training = protocol.training_config(method).to_dict()
     return {
-        "base": kind,
+        **drawing,
         "mole": protocol.mole_config(method).to_dict(),
         "training": {k: v for k, v in training.items() if k not in COSMETIC},
         "options": method.options,

@@ -139,7 +139,7 @@ class Stage:
                 seeds,
                 **options,
                 num_inference_steps=self.protocol.steps,
-                guidance_scale=self.protocol.guidance,
+                guidance_scale=self.protocol.guidance if method.guidance is None else method.guidance,
                 guidance_rescale=self.protocol.guidance_rescale,
                 height=self.protocol.size,
                 width=self.protocol.size,

@@ -87,6 +87,24 @@ def test_one_expert_of_the_gated_set_draws_what_it_draws_alone_in_diffusers(
     assert np.abs(pixels("plain") - pixels("plain")[::-1]).max() > 10  # other experts draw other pictures
 
 
+def test_a_variant_draws_the_gates_of_another_with_a_guidance_of_its_own(
+    write_protocol: Write, tmp_path: Path
+) -> None:
+    methods = [
+        {"name": "few", "base": "gates"},
+        {"name": "unguided", "base": "gates", "of": "few", "guidance": 1.0},
+        {"name": "same", "base": "gates", "of": "few", "guidance": 7.5},
+    ]
+    protocol = load_protocol(write_protocol(methods=methods, baseline="few", cost_rounds=0))
+    evaluated(protocol.restricted(("boot+cat",), None, 1), tmp_path)
+    assert [path.name for path in (tmp_path / "prepared" / "boot+cat").iterdir()] == ["few"]
+    pictures = {
+        row["method"]: (tmp_path / row["picture"]).read_bytes()
+        for row in read_rows(tmp_path / "results.jsonl")
+    }
+    assert pictures["same"] == pictures["few"] != pictures["unguided"]
+
+
 def test_figures_and_costs_are_written(finished: tuple[Protocol, Path]) -> None:
     protocol, out = finished
     with Image.open(out / "grid.png") as sheet:

@@ -17,6 +17,7 @@ from mole_diffusion.app.metadata import PictureSettings, mask_from_text, read_se
 from mole_diffusion.app.session import Session
 from mole_diffusion.app.studio import Studio
 from mole_diffusion.errors import MoLEError
+from mole_diffusion.starter.location import GUIDANCE
 
 MIXTURES = {
     "Gates": "gates",
@@ -110,7 +111,15 @@ class ComposeTab:
                 self.dice = gr.Button("New seed", elem_id="dice", elem_classes="slim", min_width=110, scale=0)
             with gr.Row():
                 self.steps = gr.Slider(1, MAX_STEPS, 25, step=1, label="Steps", elem_id="steps")
-                self.guidance = gr.Slider(0, 20, 5.0, step=0.5, label="Guidance", elem_id="guidance")
+                self.guidance = gr.Slider(
+                    0,
+                    20,
+                    GUIDANCE,
+                    step=0.5,
+                    label="Guidance",
+                    info="3 suits the starter, 7.5 most other models",
+                    elem_id="guidance",
+                )
             with gr.Row():
                 self.width = gr.Number(
                     0,
