@@ -24,7 +24,7 @@ def test_a_table_is_replaced_and_nothing_else() -> None:
     found = filled(page)
     assert "| old |" not in found
     assert "| bare UNet |" in found
-    chosen = filled(page.replace("step.md -->", "step.md; variant, x bare -->"))
-    assert "| variant | x bare |\n| --- | --- |\n| bare UNet | 1.00 |" in chosen
+    chosen = filled(page.replace("step.md -->", "step.md; variant, x bare UNet -->"))
+    assert "| variant | x bare UNet |\n| --- | --- |\n| bare UNet | 1.00 |" in chosen
     assert found.startswith("before\n<!-- table:")
     assert found.endswith("<!-- end -->\nafter\n")
