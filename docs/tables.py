@@ -12,7 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 _PLACE = re.compile(
-    r"(?P<start><!-- table: (?P<file>[^\s;]+)(?:; (?P<columns>[^>]+?))? -->\n).*?(?P<end><!-- end -->)", re.DOTALL
+    r"(?P<start><!-- table: (?P<file>[^\s;]+)(?:; (?P<columns>[^>]+?))? -->\n).*?(?P<end><!-- end -->)",
+    re.DOTALL,
 )
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mole_diffusion.architectures import TOKENS, UNET
+from mole_diffusion.architectures import TEXT_ENCODER, TOKENS, UNET
 from mole_diffusion.training.losses import routing_loss
 from mole_diffusion.training.workbench import Workbench, encoded_once
 
@@ -47,7 +46,9 @@ class Router:
                     size = mixture.token_grid(tokens)
                     belongs = F.interpolate(owners, size=size, mode="area").flatten(2).transpose(1, 2)
                 else:
-                    belongs = self._words(captions, "text_encoder", tokens)
+                    belongs = self._words(captions, TEXT_ENCODER, tokens)
+                if len(belongs) != len(weights):
+                    continue  # Long texts are several rows of a text encoder's batch.
                 terms.append(routing_loss(weights, belongs.to(weights.device)))
         return torch.stack(terms).mean() if terms else None
 
@@ -67,13 +68,8 @@ class Router:
         mentions = [m for prompt in self._bench.prompts if prompt.text == caption for m in prompt.mentions]
         for mention in mentions:
             # The first token marks the start of the text.
-            first, last = (1 + self._length(caption[:end], part) for end in (mention.start, mention.end))
+            first, last = (
+                1 + self._bench.pipe.count_tokens(caption[:end], part) for end in (mention.start, mention.end)
+            )
             row[first:last, names.index(mention.name)] = 1
         return row
-
-    def _length(self, text: str, part: str) -> int:
-        """Tokens of the beginning of a caption."""
-        pipe: Any = self._bench.pipe
-        tokenizer = pipe.tokenizer_2 if part == "text_encoder_2" else pipe.tokenizer
-        text = pipe.maybe_convert_prompt(text, tokenizer)
-        return len(tokenizer(text, add_special_tokens=False).input_ids)
