@@ -12,6 +12,7 @@ from timm.models import save_for_hf
 
 from mole_diffusion import ConfigError
 from mole_diffusion.evaluation.scorers import ClipScorer, DinoScorer, JudgeScorer
+from mole_diffusion.starter import starter_experts
 from mole_diffusion.starter import world as starter_world
 from mole_diffusion.training import Concept
 
@@ -81,6 +82,21 @@ def test_clip_scores_are_those_of_open_clip_itself(world: Path) -> None:
         assert row["crop"]["cat"] >= row["image"]["cat"] - 1e-6
     # It is itself one of the references of the boot.
     assert rows[1]["image"]["boot"] > rows[0]["image"]["boot"]
+
+
+@pytest.mark.parametrize("kinds", [("cat", "wolf", "can"), ("backpack", "bowl", "teapot")])
+def test_descriptions_tell_subjects_from_their_classes_and_class_words_do_not(kinds: tuple[str, ...]) -> None:
+    known = starter_experts()
+    template = "{}, {} and {} on the beach"
+    captions = {
+        "text": template.format(*(known[kind].class_text for kind in kinds)),
+        "described": template.format(*(known[kind].description for kind in kinds)),
+    }
+    styles = (starter_world.SUBJECT_STYLE, *starter_world.FLAT_STYLES)
+    pictures = [picture_of(*((kind, style) for kind in kinds)) for style in styles]
+    subjects, *flat = ClipScorer("starter", CPU, crops=False)(pictures, captions, {})
+    assert subjects["described"] > max(row["described"] for row in flat) + 0.05
+    assert subjects["text"] < max(row["text"] for row in flat) + 0.01
 
 
 def test_a_second_clip_and_no_crops_change_the_names_of_the_measures(world: Path) -> None:
