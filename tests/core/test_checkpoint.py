@@ -296,7 +296,7 @@ def test_frozen_files_still_load(version: int, caplog: pytest.LogCaptureFixture)
     assert "base network" not in caplog.text
     header = read_gates_header(path)
     assert header.version == version
-    assert header.config("unet") == MoLEConfig()
+    assert header.config("unet") == MoLEConfig(strength=1.5)
     group = mixtures["unet"].groups[0]
     assert group.gate.strength.item() == pytest.approx(1.75)
     assert group.gate.log_temperature.item() == pytest.approx(-0.25)
