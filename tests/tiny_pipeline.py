@@ -66,7 +66,17 @@ def make_components(folder: Path, words: Iterable[str] = ()) -> dict[str, Any]:
         norm_num_groups=8,
         use_linear_projection=True,
     )
-    vae = AutoencoderKL(
+    vae = make_vae()
+    text_encoder = CLIPTextModel(text_config(tokenizer, 24, 2))
+    scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False, steps_offset=1)
+    networks = {"unet": unet.eval(), "vae": vae.eval(), "text_encoder": text_encoder.eval()}
+    rest = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+    return {**networks, **rest, "tokenizer": tokenizer, "scheduler": scheduler}
+
+
+def make_vae(**changes: Any) -> AutoencoderKL:
+    """An autoencoder of random weights that halves three times, with other settings where `changes` says."""
+    return AutoencoderKL(
         block_out_channels=(8, 8, 8, 8),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -74,40 +84,47 @@ def make_components(folder: Path, words: Iterable[str] = ()) -> dict[str, Any]:
         norm_num_groups=4,
         latent_channels=4,
         sample_size=PICTURE,
+        **changes,
     )
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=24,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=12,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+
+
+def text_config(tokenizer: Any, width: int, layers: int, **changes: Any) -> CLIPTextConfig:
+    """A CLIP text encoder for the tokenizer, of two heads."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        max_position_embeddings=12,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **changes,
     )
-    scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False, steps_offset=1)
-    networks = {"unet": unet.eval(), "vae": vae.eval(), "text_encoder": text_encoder.eval()}
-    rest = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
-    return {**networks, **rest, "tokenizer": tokenizer, "scheduler": scheduler}
+
+
+def random_lora(network: Any, targets: list[str], rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Factors of a random LoRA, strong enough to change the picture, made by PEFT, and its settings.
+
+    The alpha is twice the rank: diffusers keeps it in the file's header, where load_lora_weights finds it.
+    """
+    network = copy.deepcopy(network)
+    network.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), "new")
+    for name, parameter in network.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return get_peft_model_state_dict(network, adapter_name="new"), network.peft_config["new"].to_dict()
 
 
 def write_lora(path: Path, components: dict[str, Any], seed: int, rank: int, text: bool = True) -> Path:
-    """A LoRA of random factors, strong enough to change the picture, made by PEFT and saved by diffusers."""
+    """A LoRA of random factors, saved by diffusers."""
     torch.manual_seed(seed)
     states, metadata = {}, {}
     targets = {"unet": UNET_TARGETS, **({"text_encoder": TEXT_TARGETS} if text else {})}
     for part, names in targets.items():
-        network = copy.deepcopy(components[part])
-        network.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names), "new")
-        for name, parameter in network.named_parameters():
-            if "lora_" in name:
-                torch.nn.init.normal_(parameter, std=0.2)
-        states[part] = get_peft_model_state_dict(network, adapter_name="new")
-        # alpha is twice the rank: diffusers keeps it in the file's header, where load_lora_weights finds it.
-        metadata[f"{part}_lora_adapter_metadata"] = network.peft_config["new"].to_dict()
+        states[part], settings = random_lora(components[part], names, rank)
+        metadata[f"{part}_lora_adapter_metadata"] = settings
     StableDiffusionPipeline.save_lora_weights(
         path.parent,
         unet_lora_layers=states["unet"],
