@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mole_diffusion.errors import ConfigError
+from mole_diffusion.starter.location import GUIDANCE, RESCALE
 
 if TYPE_CHECKING:
     from mole_diffusion.pipeline import StableDiffusionMoLEPipeline
@@ -80,8 +81,6 @@ def drawing_settings(model: str, guidance: float | None) -> dict[str, Any]:
     """Guidance for a model: the starter's own, else the pipeline's default; a given scale goes first."""
     settings: dict[str, Any] = {}
     if model == STARTER:
-        from mole_diffusion.starter.location import GUIDANCE, RESCALE
-
         settings = {"guidance_scale": GUIDANCE, "guidance_rescale": RESCALE}
     if guidance is not None:
         settings["guidance_scale"] = guidance

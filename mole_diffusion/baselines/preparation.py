@@ -42,11 +42,6 @@ if TYPE_CHECKING:
 
     from mole_diffusion.training import Concept, TrainingConfig
 
-#: Settings of the trainer that change nothing of what is trained.
-#: What the experts of the starter name as their base.
-STARTER_BASE = "mole-diffusion starter"
-_COSMETIC = ("progress", "preview_every", "checkpoint_every")
-
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareOptions:
@@ -250,21 +245,21 @@ def _concepts(pipe: Any, concepts: Any, *, needed: bool) -> Mapping[str, Concept
 
 def _starter_scenes(pipe: Any, concept: Concept) -> list[tuple[Image, str]] | None:
     """The scenes that an expert of the starter was trained on; None for other experts, or without artwork."""
+    from mole_diffusion.starter.location import BASE_NAME
     from mole_diffusion.starter.scenes import expert_scenes
 
     expert = pipe.experts.get(concept.name)
-    if expert is None or expert.metadata.get("mole.base") != STARTER_BASE:
+    if expert is None or expert.metadata.get("mole.base") != BASE_NAME:
         return None
     return expert_scenes(concept.name)
 
 
 def _facts(recipe: _Recipe, job: Job) -> dict[str, Any]:
     """What a preparation depends on beside base and experts, as JSON gives it back."""
-    config = {k: v for k, v in job.config.to_dict().items() if k not in _COSMETIC}
     known: dict[str, Callable[[], Any]] = {
         "prompts": lambda: job.prompts,
         "concepts": lambda: {name: _describe_concept(concept) for name, concept in job.concepts.items()},
-        "config": lambda: config,
+        "config": job.config.facts,
         "gates": lambda: job.pipe.mole_config.to_dict(),
         "weights": lambda: dict(job.options.weights) if job.options.weights else None,
         "density": lambda: job.options.density,

@@ -47,8 +47,6 @@ from mole_diffusion.opening import pick_device
 __all__ = ["Batch", "evaluate", "rescore", "write_report"]
 
 PICTURES = "pictures"
-#: Settings of trainings that change nothing of what is trained.
-COSMETIC = ("progress", "preview_every", "checkpoint_every")
 #: Other processes wait while one trains gates for hours.
 _PATIENCE = timedelta(days=7)
 
@@ -225,11 +223,10 @@ def _method_settings(protocol: Protocol, method: Variant) -> dict[str, Any]:
     if not needs_preparation(method):
         return drawing
     method = protocol.prepared_as(method)
-    training = protocol.training_config(method).to_dict()
     return {
         **drawing,
         "mole": protocol.mole_config(method).to_dict(),
-        "training": {k: v for k, v in training.items() if k not in COSMETIC},
+        "training": protocol.training_config(method).facts(),
         "options": method.options,
         "references": method.references,
         "training_prompts": list(protocol.training_prompts or protocol.prompts),

@@ -23,12 +23,10 @@ from mole_diffusion.evaluation.metrics import (
     verdict,
 )
 from mole_diffusion.evaluation.protocol import Clip, Metrics
-from mole_diffusion.evaluation.sets import CLASS_WORDS, DESCRIBED
+from mole_diffusion.evaluation.sets import CAPTIONS
 from mole_diffusion.starter.location import starter_dir
 from mole_diffusion.training.concepts import Concept
 
-#: Measures that compare a picture with its prompt.
-CAPTIONS = (CLASS_WORDS, DESCRIBED)
 #: Pictures per forward of a scoring network.
 _BATCH = 64
 

@@ -17,7 +17,7 @@ _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 #: Measures that compare a picture with its prompt: in class words, and with the subjects described.
-CLASS_WORDS, DESCRIBED = "text", "described"
+CAPTIONS = CLASS_WORDS, DESCRIBED = "text", "described"
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,8 @@ class Scene:
         classes = self.class_prompts[prompt]
         if not self.descriptions:
             return {CLASS_WORDS: classes}
-        words = [
-            self.descriptions.get(name, concept.class_text) if alone in (None, name) else concept.class_text
-            for name, concept in self.concepts.items()
-        ]
-        return {CLASS_WORDS: classes, DESCRIBED: fill(self.templates[prompt], words)}
+        described = {name: words for name, words in self.descriptions.items() if alone in (None, name)}
+        return {CLASS_WORDS: classes, DESCRIBED: self._worded(prompt, described)}
 
     def training_concepts(self, references: int | None) -> dict[str, Concept]:
         """The concepts with only so many of their reference pictures."""
@@ -69,10 +66,14 @@ class Scene:
 
     def alone_prompt(self, index: int, name: str) -> str:
         """Prompt `index` with one concept by its trigger and all others by their class."""
-        phrases = [
-            concept.text if concept.name == name else concept.class_text for concept in self.concepts.values()
-        ]
-        return fill(self.templates[index], phrases)
+        return self._worded(index, {name: self.concepts[name].text})
+
+    def _worded(self, prompt: int, phrases: Mapping[str, str]) -> str:
+        """A prompt with these phrases, by expert name, and class words for the other concepts."""
+        concepts = self.concepts.items()
+        return fill(
+            self.templates[prompt], [phrases.get(name, concept.class_text) for name, concept in concepts]
+        )
 
 
 def fill(template: str, phrases: Sequence[str]) -> str:

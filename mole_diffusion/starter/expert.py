@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mole_diffusion.checkpoint import write_safetensors
 
 from . import base, loop, text, world
+from .location import BASE_NAME
 
 SEED = 37
 RANK, STEPS, RATE = 8, 260, 2e-3
@@ -137,7 +138,7 @@ def write_expert(path: Path, name: str, unet: nn.Module, encoder: nn.Module) -> 
         "mole.trigger": row["trigger"],
         "mole.class": row["class"],
         "mole.kind": row["kind"],
-        "mole.base": "mole-diffusion starter",
+        "mole.base": BASE_NAME,
     }
     write_safetensors(path, tensors, metadata)
 

@@ -8,6 +8,9 @@ from pathlib import Path
 #: with several. Plain guidance overexposes pictures of a model with zero terminal SNR (Lin et al. 2023, 3.4).
 GUIDANCE, RESCALE = 3.0, 0.7
 
+#: What the experts of the starter name as their base, in their files' headers.
+BASE_NAME = "mole-diffusion starter"
+
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 

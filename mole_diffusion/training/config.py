@@ -37,6 +37,8 @@ _NOT_NEGATIVE = (
     "preview_every",
     "guidance",
 )
+#: Settings that change what is shown and kept, and nothing of what is trained.
+_COSMETIC = ("progress", "preview_every", "checkpoint_every")
 _SHARES = ("clip_from", "seam", "box_jitter", "outside_weight", "empty_prompts")
 
 
@@ -200,6 +202,10 @@ class TrainingConfig:
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values."""
         return dataclasses.asdict(self)
+
+    def facts(self) -> dict[str, Any]:
+        """The fields that the trained gates depend on."""
+        return {name: value for name, value in self.to_dict().items() if name not in _COSMETIC}
 
     def to_json(self) -> str:
         """All fields as one line of JSON."""

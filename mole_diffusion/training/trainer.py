@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mole_diffusion.architectures import PARTS
 from mole_diffusion.errors import NoExpertsError, TrainingError
 from mole_diffusion.functional import balance_loss, entropy
+from mole_diffusion.inject import Mixture
 from mole_diffusion.training import state as training_state
 from mole_diffusion.training.clip_guidance import ClipGuide
 from mole_diffusion.training.clip_objective import BothObjectives, ClipObjective
@@ -35,9 +36,6 @@ from mole_diffusion.training.sources import ConceptPictures
 from mole_diffusion.training.workbench import Workbench, tensor_picture
 
 logger = logging.getLogger(__name__)
-
-#: Settings that change what is shown and kept, and nothing of the training.
-_COSMETIC = ("progress", "preview_every", "checkpoint_every")
 
 
 @dataclass(frozen=True)
@@ -126,12 +124,11 @@ class GateTrainer:
         """
         saved = self._saved(resume)
         self._stopping = False
-        mixtures = training_state.trained(self._pipe.mixtures, self.config)
-        groups = training_state.parameter_groups(mixtures, self.config)
+        groups = training_state.parameter_groups(self._trained, self.config)
         gates = [parameter for group in groups for parameter in group["params"]]
         with ExitStack() as stack:
             stack.enter_context(training_state.only_gates_train(self._frozen(), gates))
-            stack.enter_context(training_state.resting(self._pipe.mixtures, mixtures))
+            stack.enter_context(training_state.resting(self._pipe.mixtures, self._trained))
             wanted = self.config.gradient_checkpointing
             networks = [self._pipe.unet, self._bench.decoder] if self.config.uses_clip else [self._pipe.unet]
             stack.enter_context(training_state.gradient_checkpointing(networks, wanted))
@@ -218,10 +215,14 @@ class GateTrainer:
             return balance_loss(weights, normalised=True)
         return torch.stack([balance_loss(gate, normalised=True) for gate in weights]).mean()
 
+    @property
+    def _trained(self) -> dict[str, Mixture]:
+        """The mixtures whose gates train."""
+        return training_state.trained(self._pipe.mixtures, self.config)
+
     def _live_weights(self) -> list[Tensor]:
         """Weights (batch, experts) of every trained gate in the last forward, with gradient."""
-        mixtures = training_state.trained(self._pipe.mixtures, self.config)
-        return [gate for mixture in mixtures.values() for gate in mixture.live_weights().values()]
+        return [gate for mixture in self._trained.values() for gate in mixture.live_weights().values()]
 
     def _tell(self, row: HistoryRow, left: float) -> Any:
         """Draw a preview where one is due and call the callback; returns what it says."""
@@ -303,9 +304,8 @@ class GateTrainer:
 
     def _facts(self) -> dict[str, Any]:
         """What makes this training this training; equal facts and a checkpoint go on to equal gates."""
-        config = {name: value for name, value in self.config.to_dict().items() if name not in _COSMETIC}
         return {
-            **config,
+            **self.config.facts(),
             "prompts": [prompt.text for prompt in self.prompts],
             "concepts": [[c.name, c.text, c.class_text, len(c.references)] for c in self.concepts.values()],
             "experts": [[name, expert.sha256, expert.scale] for name, expert in self._pipe.experts.items()],

@@ -117,7 +117,7 @@ class ComposeTab:
                     GUIDANCE,
                     step=0.5,
                     label="Guidance",
-                    info="3 suits the starter, 7.5 most other models",
+                    info=f"{GUIDANCE:g} suits the starter, 7.5 most other models",
                     elem_id="guidance",
                 )
             with gr.Row():
