@@ -36,9 +36,9 @@ class MoLEConfig:
         temperature: initial tau of Eq. 11, above 0.
         learn_temperature: whether tau is trained.
         strength: initial factor of the mixed delta in UNets, above 0; the paper has 1.
-        text_strength: the same in text encoders; None is the number of experts, so that each counts in full
-            as long as the gates weigh them equally: an expert changes little but its own words.
-        learn_strength: whether the strength of each group is trained.
+        text_strength: the same in text encoders, where it is never trained: with 1, words that the gates give
+            to their expert come out as if it were alone.
+        learn_strength: whether the strength of each group of a UNet is trained.
 
     Raises:
         ConfigError: a value is not allowed, or two settings contradict each other.
@@ -52,8 +52,8 @@ class MoLEConfig:
     timestep: bool = False
     temperature: float = 1.0
     learn_temperature: bool = True
-    strength: float = 1.3
-    text_strength: float | None = None
+    strength: float = 1.6
+    text_strength: float = 1.0
     learn_strength: bool = True
 
     def __post_init__(self) -> None:
@@ -69,8 +69,6 @@ class MoLEConfig:
                 raise ConfigError(f"{field}={value!r} is not allowed; choose one of {', '.join(allowed)}.")
         for field in ("temperature", "strength", "text_strength"):
             value = getattr(self, field)
-            if field == "text_strength" and value is None:
-                continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ConfigError(f"{field}={value!r} is not a number.")
             if not (math.isfinite(value) and value > 0):
@@ -92,14 +90,12 @@ class MoLEConfig:
     @classmethod
     def paper(cls) -> MoLEConfig:
         """The paper's literal form: outputs of whole blocks, flattened gates, weights that sum to 1."""
-        return cls(
-            pooling="flatten", composition="output", strength=1.0, text_strength=1.0, learn_strength=False
-        )
+        return cls(pooling="flatten", composition="output", strength=1.0, learn_strength=False)
 
     @classmethod
     def uniform(cls) -> MoLEConfig:
         """Pooled gates of fixed strength 1: untrained, they are normalised linear arithmetic (1/N each)."""
-        return cls(pooling="mean", strength=1.0, text_strength=1.0, learn_strength=False)
+        return cls(pooling="mean", strength=1.0, learn_strength=False)
 
     def to_dict(self) -> dict[str, Any]:
         """All settings by name."""

@@ -70,8 +70,11 @@ class Gate(nn.Module):
         if config.timestep and part == UNET:
             self.timestep_projection = nn.Parameter(torch.zeros(functional.TIMESTEP_FEATURES, experts))
         self._scalar("log_temperature", math.log(config.temperature), learn=config.learn_temperature)
-        strength = config.strength if part == UNET else config.text_strength
-        self._scalar("strength", experts if strength is None else strength, learn=config.learn_strength)
+        if part == UNET:
+            self._scalar("strength", config.strength, learn=config.learn_strength)
+        else:
+            # A word that has found its expert needs that expert's strength, and no more.
+            self._scalar("strength", config.text_strength, learn=False)
 
     def _shape(self, features: int, tokens: int | None) -> tuple[int, ...]:
         body = (features, self.experts)

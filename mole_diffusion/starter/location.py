@@ -6,7 +6,7 @@ from pathlib import Path
 
 #: How the starter draws best. More guidance drives colours too far and costs subjects, with one expert and
 #: with several. Plain guidance overexposes pictures of a model with zero terminal SNR (Lin et al. 2023, 3.4).
-GUIDANCE, RESCALE = 3.0, 0.7
+GUIDANCE, RESCALE = 2.0, 0.7
 
 #: What the experts of the starter name as their base, in their files' headers.
 BASE_NAME = "mole-diffusion starter"

@@ -60,8 +60,7 @@ class TrainingConfig:
         alpha: Weight of the balance loss, which is 0 when all experts are used equally (paper: Eq. 16).
         balance: ``"average"`` balances the weights averaged over all gates, so that a gate may choose one
             expert where another chooses the next (paper: Eq. 15); ``"per_gate"`` balances every gate alone.
-        text_encoder_gates: Whether the gates of text encoders are trained; they stay as they are otherwise:
-            fresh ones let every expert count in full there.
+        text_encoder_gates: Whether the gates of text encoders are trained; they stay as they are otherwise.
         gate_lr: Learning rate of the projections of pooled and token gates. Adam moves a gate on normalised
             features by at most ``lr * sqrt(features)`` a step, so 1e-5 would leave it uniform.
         flatten_lr: Learning rate of the projections of flattened gates, which have ``L`` times more inputs.
@@ -116,10 +115,10 @@ class TrainingConfig:
     objective: Objective = "collage"
     iterations: int = 400
     batch_size: int = 2
-    collage_batch: int = 8
+    collage_batch: int = 6
     alpha: float = 0.5
     balance: Literal["average", "per_gate"] = "average"
-    text_encoder_gates: bool = False
+    text_encoder_gates: bool = True
     gate_lr: float = 1e-2
     flatten_lr: float = 1e-5
     scalar_lr: float = 1e-2
@@ -174,7 +173,6 @@ class TrainingConfig:
             "iterations": 400,
             "batch_size": 2,
             "alpha": 0.5,
-            "text_encoder_gates": True,
             "gate_lr": 1e-5,
             "flatten_lr": 1e-5,
             "scalar_lr": 1e-5,

@@ -68,6 +68,13 @@ def test_gates_hold_the_only_parameters(unet: nn.Module) -> None:
     assert all(p.dtype == torch.float32 for p in mixture.parameters())
 
 
+def test_text_encoders_have_a_strength_of_their_own_that_is_not_trained(clip: nn.Module) -> None:
+    mixture = inject(clip, make_experts(3, clip), MoLEConfig(strength=1.3, text_strength=0.75))
+    names = {name.split(".")[-1] for name, _ in mixture.gates.named_parameters()}
+    assert names == {"projection", "log_temperature"}
+    assert {float(group.gate.strength) for group in mixture.groups} == {0.75}
+
+
 @pytest.mark.parametrize("form", FORMS, ids=form_id)
 @pytest.mark.parametrize("kind", ["unet", "clip"])
 def test_a_few_steps_learn_to_prefer_one_expert(form: MoLEConfig, kind: str) -> None:

@@ -89,7 +89,7 @@ def test_fresh_gates_are_nla(kind: str, count: int, dtype: torch.dtype) -> None:
     assert differs(expected, run(network))
     for host in hosts(network):
         host.to(dtype)
-        inject(host, to_experts(loras, part_of(network)), MoLEConfig(strength=1.0, text_strength=1.0))
+        inject(host, to_experts(loras, part_of(network)), MoLEConfig(strength=1.0))
         assert_close(run(host), expected, dtype)
 
 

@@ -60,7 +60,7 @@ def test_nla_of_two_active_is_a_half_each(loaded, plain, draw, lora_files) -> No
 
 
 def test_fresh_gates_of_strength_one_are_nla(loaded, plain, draw, lora_files) -> None:
-    loaded.configure(MoLEConfig(strength=1.0, text_strength=1.0))
+    loaded.configure(MoLEConfig(strength=1.0))
     expected = draw(with_adapters(plain, lora_files, dict.fromkeys(NAMES, 1 / 3)))
     torch.testing.assert_close(draw(loaded), expected, **CLOSE)
 
