@@ -51,7 +51,7 @@ def sampling(
         latent_image=[latent, 0],
         seed=seed,
         steps=steps,
-        cfg=5.0,
+        cfg=2.0,
         sampler_name="euler",
         scheduler="simple",
         denoise=1.0,

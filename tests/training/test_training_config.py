@@ -35,7 +35,7 @@ from mole_diffusion.training import TrainingConfig
             {"truncated_steps": 2, "gradient_checkpointing": True},
             "gradient_checkpointing recomputes one step of a rollout: truncated_steps must be 1, got 2",
         ),
-        ({"pool_size": 4}, "pool_size is 4; allowed is at least collage_batch (8)"),
+        ({"pool_size": 4}, "pool_size is 4; allowed is at least collage_batch (6)"),
     ],
 )
 def test_what_is_not_allowed_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
