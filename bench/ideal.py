@@ -1,0 +1,73 @@
+"""What the scoring CLIP and the judge give perfect scenes: how high the measures of an evaluation can go.
+
+    python bench/ideal.py           # writes docs/results/starter/ideal.md
+
+The starter's world paints the subjects themselves, and the plain things of the same classes that its base was
+trained on, on the backgrounds of `starter.yaml`. Nothing is generated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mole_diffusion.evaluation.protocol import load_protocol
+from mole_diffusion.evaluation.results import write_text
+from mole_diffusion.evaluation.run import score
+from mole_diffusion.evaluation.scorers import make_scorers
+from mole_diffusion.evaluation.sets import make_scene
+from mole_diffusion.starter.world import FLAT_STYLES, SUBJECT_STYLE, Thing, draw_scene
+
+ROOT = Path(__file__).resolve().parent.parent
+#: Backgrounds of the prompts of `starter.yaml`, in their order.
+BACKGROUNDS = ("beach", "snow", "night", "floor", "sunset")
+SEEDS = 4
+MEASURES = {"text": "text", "described": "described", "image": "image", "crop": "best crop"}
+KINDS: dict[str, Sequence[str]] = {
+    "the subjects": (SUBJECT_STYLE,),
+    "things of their classes": FLAT_STYLES,
+}
+
+
+def painted(kinds: Sequence[str], background: str, styles: Sequence[str]) -> list[Image.Image]:
+    """Scenes of these things in the world, every style with every seed."""
+    scenes = [
+        draw_scene([Thing(kind, style) for kind in kinds], background, np.random.default_rng(seed))
+        for style in styles
+        for seed in range(SEEDS)
+    ]
+    return [Image.fromarray(scene.pixels) for scene in scenes]
+
+
+def mean_of(rows: Sequence[Mapping[str, float | Mapping[str, float]]], measure: str) -> float:
+    """Mean over rows, and over concepts where a measure has a value for each."""
+    values = [row[measure] for row in rows]
+    return float(np.mean([list(v.values()) if isinstance(v, Mapping) else v for v in values]))
+
+
+def main() -> None:
+    """Score the scenes of all sets and write the table."""
+    protocol = load_protocol("starter")
+    scorers = make_scorers(protocol.metrics, torch.device("cpu"))
+    lines = [
+        "| painted | " + " | ".join(MEASURES.values()) + " |",
+        "|---" * (len(MEASURES) + 1) + "|",
+    ]
+    for label, styles in KINDS.items():
+        rows = []
+        for chosen in protocol.sets:
+            scene = make_scene(protocol, chosen)
+            for prompt, background in enumerate(BACKGROUNDS):
+                rows += score(scorers, painted(chosen.experts, background, styles), scene, prompt, None)
+        cells = [f"{mean_of(rows, measure):.3f}" for measure in MEASURES]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    write_text(ROOT / "docs/results/starter/ideal.md", "\n".join(["# Perfect scenes", "", *lines, ""]))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
