@@ -94,11 +94,11 @@ def test_fresh_gates_are_nla(kind: str, count: int, dtype: torch.dtype) -> None:
 
 
 @counts
-def test_experts_count_in_full_in_text_encoders_that_nothing_was_told(count: int) -> None:
+def test_a_text_strength_of_their_number_adds_experts_up(count: int) -> None:
     network = NETWORKS["clip"]()
     loras = states(count, network)
     expected = run(with_peft(network, loras, dict.fromkeys(loras, 1.0)))
-    mixture = inject(network, to_experts(loras, "text_encoder"), MoLEConfig())
+    mixture = inject(network, to_experts(loras, "text_encoder"), MoLEConfig(text_strength=count))
     assert_close(run(network), expected)
     some = dict(list(loras.items())[-2:])
     mixture.activate(list(some))

@@ -204,7 +204,7 @@ def test_a_text_encoder_wrapped_by_peft(clip: nn.Module) -> None:
     expected = run(with_peft(clip, loras, dict.fromkeys(loras, 0.5)))
     wrapped = with_peft(clip, {"other": lora_state(clip, 2, 5)}, {"other": 0.0})
     assert not isinstance(wrapped, PeftModel)
-    inject(wrapped, to_experts(loras, "text_encoder"))
+    inject(wrapped, to_experts(loras, "text_encoder"), MoLEConfig())
     assert_close(run(wrapped), expected)
 
 

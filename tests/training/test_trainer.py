@@ -70,7 +70,8 @@ def test_only_gates_change(
     assert_equal(weights(pipe), before)
     assert all(torch.equal(a, b) for a, b in zip(experts, factors(pipe), strict=True))
     changed = {name for name, value in gate_values(pipe).items() if not torch.equal(value, gates[name])}
-    assert changed == set(gates), "every gate has moved"
+    fixed = {name for name in gates if name.startswith("text_encoder") and name.endswith("strength")}
+    assert changed == set(gates) - fixed, "every gate has moved"
     assert {n: [p.requires_grad for p in m.parameters()] for n, m in networks(pipe).items()} == flags
     assert pipe.unet.training
     assert all(p.grad is None for m in networks(pipe).values() for p in m.parameters())
