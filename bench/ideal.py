@@ -1,4 +1,4 @@
-"""What the scoring CLIP and the judge give perfect scenes: how high the measures of an evaluation can go.
+"""What the scoring CLIP gives perfect scenes: how high the measures of an evaluation can go.
 
     python bench/ideal.py           # writes docs/results/starter/ideal.md
 
@@ -8,7 +8,7 @@ trained on, on the backgrounds of `starter.yaml`. Nothing is generated.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +20,15 @@ from mole_diffusion.evaluation.results import write_text
 from mole_diffusion.evaluation.run import score
 from mole_diffusion.evaluation.scorers import make_scorers
 from mole_diffusion.evaluation.sets import make_scene
+from mole_diffusion.evaluation.statistics import measures
+from mole_diffusion.evaluation.table import HEADINGS
 from mole_diffusion.starter.world import FLAT_STYLES, SUBJECT_STYLE, Thing, draw_scene
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Backgrounds of the prompts of `starter.yaml`, in their order.
 BACKGROUNDS = ("beach", "snow", "night", "floor", "sunset")
 SEEDS = 4
-MEASURES = {"text": "text", "described": "described", "image": "image", "crop": "best crop"}
+MEASURES = ("text", "described", "image", "crop")
 KINDS: dict[str, Sequence[str]] = {
     "the subjects": (SUBJECT_STYLE,),
     "things of their classes": FLAT_STYLES,
@@ -43,18 +45,12 @@ def painted(kinds: Sequence[str], background: str, styles: Sequence[str]) -> lis
     return [Image.fromarray(scene.pixels) for scene in scenes]
 
 
-def mean_of(rows: Sequence[Mapping[str, float | Mapping[str, float]]], measure: str) -> float:
-    """Mean over rows, and over concepts where a measure has a value for each."""
-    values = [row[measure] for row in rows]
-    return float(np.mean([list(v.values()) if isinstance(v, Mapping) else v for v in values]))
-
-
 def main() -> None:
     """Score the scenes of all sets and write the table."""
     protocol = load_protocol("starter")
-    scorers = make_scorers(protocol.metrics, torch.device("cpu"))
+    scorers = make_scorers(protocol.metrics.model_copy(update={"judge": None}), torch.device("cpu"))
     lines = [
-        "| painted | " + " | ".join(MEASURES.values()) + " |",
+        "| painted | " + " | ".join(HEADINGS[measure][0] for measure in MEASURES) + " |",
         "|---" * (len(MEASURES) + 1) + "|",
     ]
     for label, styles in KINDS.items():
@@ -62,8 +58,10 @@ def main() -> None:
         for chosen in protocol.sets:
             scene = make_scene(protocol, chosen)
             for prompt, background in enumerate(BACKGROUNDS):
-                rows += score(scorers, painted(chosen.experts, background, styles), scene, prompt, None)
-        cells = [f"{mean_of(rows, measure):.3f}" for measure in MEASURES]
+                pictures = painted(chosen.experts, background, styles)
+                found = score(scorers, pictures, scene, prompt, None)
+                rows += [measures({"scores": scores, "seconds": 0.0}) for scores in found]
+        cells = [f"{np.mean([row[measure] for row in rows]):.3f}" for measure in MEASURES]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     write_text(ROOT / "docs/results/starter/ideal.md", "\n".join(["# Perfect scenes", "", *lines, ""]))
     print("\n".join(lines))

@@ -85,7 +85,13 @@ class TrainGates(io.ComfyNode):  # type: ignore[misc]
                     "by a CLIP (the paper; needs open_clip_torch). both: collages first, CLIP on top.",
                 ),
                 io.Int.Input("iterations", default=400, min=1, max=100_000),
-                io.Int.Input("batch", default=6, min=1, max=64, tooltip="Pictures per iteration."),
+                io.Int.Input(
+                    "batch",
+                    default=TrainingConfig.collage_batch,
+                    min=1,
+                    max=64,
+                    tooltip="Pictures per iteration.",
+                ),
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF, control_after_generate=False),
                 io.Int.Input(
                     "size",

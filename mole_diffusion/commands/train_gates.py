@@ -66,7 +66,7 @@ def train_gates(
     ] = ObjectiveChoice.collage,
     iterations: Annotated[int, typer.Option(min=1, help="Iterations in total.")] = 400,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Pictures per iteration; default: 6 collages, 2 with CLIP.")
+        int | None, typer.Option(min=1, help="Pictures per iteration; default: the objective's own.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")] = 0,
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder for gates, history and state.")] = Path(
