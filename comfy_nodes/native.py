@@ -246,15 +246,6 @@ class NativePipeline:
         rows = [own.flatten(0, 1).repeat(max(counts) // len(own), 1) for own in encoded]
         return (torch.stack(rows),)
 
-    def count_tokens(self, text: str, _: str = "") -> int:
-        """Tokens of a text, without those that mark its start and end, up to the end of its first section."""
-        tokenizer = self._clip.tokenizer
-        end = getattr(tokenizer, tokenizer.clip).end_token
-        section = self._clip.tokenize(text, disable_weights=True)[self.text_encoder.clip_name][0]
-        ids = [token for token, _ in section]
-        ends = [place for place, token in enumerate(ids) if place and isinstance(token, int) and token == end]
-        return (ends[0] if ends else len(ids)) - 1
-
     def save_gates(self, path: Path, metadata: Mapping[str, str]) -> None:
         """Write the gates, with what they weighed in the last iteration."""
         usage = Usage()

@@ -104,12 +104,6 @@ class MoLEPipelineMixin(ExportMixin):
         with _old_text_model_name(self._networks().get(TEXT_ENCODER)):
             return parent.encode_prompt(*args, **kwargs)
 
-    def count_tokens(self, text: str, part: str = TEXT_ENCODER) -> int:
-        """Tokens of a text for one of the text encoders, without those that mark its start and end."""
-        tokenizer = self._tokenizers()[part]
-        pipe: Any = self
-        return len(tokenizer(pipe.maybe_convert_prompt(text, tokenizer), add_special_tokens=False).input_ids)
-
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in diffusers: the base model, without the trigger words that experts bring along."""
         parent: Any = super()

@@ -182,24 +182,6 @@ class Mixture:
         """
         return dict(self._context.live)
 
-    def token_weights(self) -> list[tuple[str, Tensor]]:
-        """Gate weights of the last forward, token by token, with gradient.
-
-        Returns:
-            Per gate the stream it reads ("tokens", "context" or "embedding") and (B, T, N); T is 1 for gates
-            that pool the tokens. Empty with fixed weights.
-        """
-        read = {group.label(slot.stream): slot.stream for group in self.groups for slot in group.slots[::-1]}
-        return [(read[label], self._context.values[label].weights) for label in self._context.live]
-
-    def token_grid(self, tokens: int) -> tuple[int, int]:
-        """(height, width) of the image tokens in the last forward of a UNet.
-
-        Raises:
-            RegionMaskError: the number of tokens does not fit the latent.
-        """
-        return self._context.token_grid(tokens)
-
     def balance_loss(self, *, normalised: bool = True) -> Tensor:
         """Balance loss (Eq. 14-15) of the last forward's gates over the active experts; 0 at uniform.
 

@@ -48,11 +48,11 @@ class Cutout:
 
 @dataclass(frozen=True)
 class Collage:
-    """A mixed picture: ``pixels`` (3, H, W) in 0..1, and ``owners`` (sources, H, W), the share of each pixel
-    that comes from each source; the rest is background."""
+    """A mixed picture: ``pixels`` (3, H, W) in 0..1, and ``inside`` (1, H, W), the share of each pixel
+    that comes from an object; the rest is background."""
 
     pixels: Tensor
-    owners: Tensor
+    inside: Tensor
 
 
 def scene_boxes(count: int) -> tuple[Box, ...]:
@@ -195,11 +195,11 @@ def mix_scene(background: Tensor, cutouts: Sequence[Cutout], boxes: Sequence[Box
     """
     if len(cutouts) != len(boxes):
         raise ValueError(f"{len(cutouts)} objects need as many boxes, got {len(boxes)}")
-    pixels, owners = background, torch.zeros(0, *background.shape[1:])
+    pixels, inside = background, torch.zeros_like(background[:1])
     for cutout, box in zip(cutouts, boxes, strict=True):
         pixels, cover = paste(pixels, cutout, box, seam)
-        owners = torch.cat([owners * (1 - cover), cover])
-    return Collage(pixels, owners)
+        inside = inside * (1 - cover) + cover
+    return Collage(pixels, inside)
 
 
 def mix_strips(pictures: Sequence[Tensor], seam: float) -> Collage:
@@ -218,10 +218,7 @@ def mix_strips(pictures: Sequence[Tensor], seam: float) -> Collage:
         distance = torch.minimum(position - i / count, (i + 1) / count - position)
         weights.append((distance / max(seam, 1e-6) + 0.5).clamp(0, 1))
         mixed = mixed + moved * weights[-1]
-    shares = torch.stack(weights)
-    total = shares.sum(dim=0)
-    owners = (shares / total)[:, None].expand(-1, *pictures[0].shape[1:])
-    return Collage(mixed / total, owners)
+    return Collage(mixed / torch.stack(weights).sum(dim=0), torch.ones_like(mixed[:1]))
 
 
 def jitter_boxes(boxes: Sequence[Box], amount: float, rng: random.Random) -> tuple[Box, ...]:

@@ -33,7 +33,6 @@ _NOT_NEGATIVE = (
     "contrast_weight",
     "clip_weight",
     "prior_weight",
-    "route_weight",
     "preview_every",
     "guidance",
 )
@@ -102,8 +101,6 @@ class TrainingConfig:
         pool_size: Collages kept ready as latents.
         redraw_every: Iterations after which ``collage_batch`` collages of the pool are made anew.
         empty_prompts: Share of collages that are captioned with the empty prompt.
-        route_weight: Weight of the routing loss of collages: the gates of tokens inside an object, and those
-            of the words that name it, are asked to choose that object's expert.
         prior_weight: Weight of the distance to the prediction of the base alone outside the boxes of a scene.
         preview_every: Iterations between preview pictures; 0 draws none.
         progress: Show a progress bar.
@@ -152,7 +149,6 @@ class TrainingConfig:
     pool_size: int = 96
     redraw_every: int = 8
     empty_prompts: float = 0.0
-    route_weight: float = 0.3
     prior_weight: float = 0.0
     preview_every: int = 0
     progress: bool = True

@@ -12,8 +12,6 @@ from torch.nn import functional as F
 CROP_TEMPERATURE = 0.05
 #: Temperature of the contrast between concepts, as CLIP was trained (a logit scale of about 1 / 0.07).
 CONTRAST_TEMPERATURE = 0.07
-#: Gate weights below this count as this in logarithms.
-_SMALLEST = 1e-6
 
 
 def mean_per_gate(weights: Sequence[Tensor]) -> Tensor:
@@ -122,19 +120,3 @@ def weighted_denoising_loss(
     weights = outside_weight + (1 - outside_weight) * inside
     squares = (prediction.float() - target.float()).square().mean(dim=1, keepdim=True)
     return (squares * weights).sum() / weights.sum().clamp_min(1e-6)
-
-
-def routing_loss(weights: Tensor, owners: Tensor) -> Tensor:
-    """Cross entropy of gate weights per token, where it is known which expert a token belongs to.
-
-    Args:
-        weights: (batch, tokens, experts), gate weights.
-        owners: The same shape (batch may be 1): the share of each token that belongs to each expert; 0 for
-            all of them where a token belongs to none.
-
-    Returns:
-        A scalar: nats, ``log N`` for uniform weights, 0 where every owner has all the weight.
-    """
-    owned = owners.expand_as(weights)
-    crossed = -(owned * weights.float().clamp_min(_SMALLEST).log()).sum()
-    return crossed / owned.sum().clamp_min(1e-6)

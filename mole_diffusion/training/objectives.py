@@ -12,7 +12,6 @@ from torch import Tensor
 from mole_diffusion.training import collage
 from mole_diffusion.training.losses import weighted_denoising_loss
 from mole_diffusion.training.rollout import denoising_target
-from mole_diffusion.training.routing import Router
 from mole_diffusion.training.sources import ConceptPictures
 from mole_diffusion.training.workbench import Workbench
 
@@ -60,9 +59,8 @@ class CollageObjective:
     def __init__(self, bench: Workbench, pictures: ConceptPictures) -> None:
         self._bench = bench
         self._pictures = pictures
-        self._router = Router(bench)
         self._latents = torch.zeros(0)
-        self._owners = torch.zeros(0)
+        self._inside = torch.zeros(0)
         self._prompts: list[int] = []
         self._next = 0
 
@@ -72,7 +70,7 @@ class CollageObjective:
         size = config.collage_batch
         channels, height, width = self._bench.latent_shape
         self._latents = torch.zeros(config.pool_size, channels, height, width)
-        self._owners = torch.zeros(config.pool_size, len(self._bench.concepts), height, width)
+        self._inside = torch.zeros(config.pool_size, 1, height, width)
         self._prompts = [0] * config.pool_size
         for first in range(0, config.pool_size, size):
             self._renew(range(first, min(first + size, config.pool_size)))
@@ -86,8 +84,7 @@ class CollageObjective:
             self._renew(entries)
         chosen = torch.randperm(config.pool_size, generator=bench.draws.tensors)[: config.collage_batch]
         latents = self._latents[chosen].to(bench.device)
-        owners = self._owners[chosen].to(bench.device)
-        inside = owners.sum(dim=1, keepdim=True)
+        inside = self._inside[chosen].to(bench.device)
         scheduler = bench.sampler.scheduler
         noise = torch.randn(latents.shape, generator=bench.draws.tensors).to(bench.device)
         steps = scheduler.config.num_train_timesteps
@@ -96,9 +93,7 @@ class CollageObjective:
         prompts = [self._prompts[i] for i in chosen.tolist()]
         prior = self._base_prediction(noisy, timesteps, prompts)
         with bench.autocast():
-            captions = self._captions(prompts)
-            prediction = self._predict(noisy, timesteps, captions)
-        routing = self._router.loss(owners, captions) if config.route_weight else None
+            prediction = self._predict(noisy, timesteps, self._captions(prompts))
         target = denoising_target(scheduler, latents, noise, timesteps)
         loss = weighted_denoising_loss(prediction, target, inside, config.outside_weight)
         parts = {"collage": float(loss.detach())}
@@ -106,23 +101,20 @@ class CollageObjective:
             distance = weighted_denoising_loss(prediction, prior, 1 - inside, 0.0)
             parts["prior"] = float(distance.detach())
             loss = loss + config.prior_weight * distance
-        if routing is not None:
-            parts["routing"] = float(routing.detach())
-            loss = loss + config.route_weight * routing
         yield LossTerms(loss, parts)
 
     def state_dict(self) -> dict[str, Any]:
         """The pool."""
         return {
             "latents": self._latents,
-            "owners": self._owners,
+            "inside": self._inside,
             "prompts": list(self._prompts),
             "next": self._next,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The pool of a checkpoint."""
-        self._latents, self._owners = state["latents"], state["owners"]
+        self._latents, self._inside = state["latents"], state["inside"]
         self._prompts, self._next = list(state["prompts"]), int(state["next"])
 
     def make_collage(self, prompt: int) -> collage.Collage:
@@ -149,21 +141,12 @@ class CollageObjective:
         prompts = [self._bench.draws.choices.randrange(len(self._bench.prompts)) for _ in entries]
         collages = [self.make_collage(prompt) for prompt in prompts]
         latents = self._bench.encode_pictures(torch.stack([made.pixels for made in collages]))
-        owners = torch.stack(
-            [self._by_expert(made, prompt) for made, prompt in zip(collages, prompts, strict=True)]
-        )
+        inside = torch.stack([made.inside for made in collages])
         size = self._latents.shape[-2:]
         self._latents[entries] = latents.cpu()
-        self._owners[entries] = torch.nn.functional.interpolate(owners, size=size, mode="area")
+        self._inside[entries] = torch.nn.functional.interpolate(inside, size=size, mode="area")
         for entry, prompt in zip(entries, prompts, strict=True):
             self._prompts[entry] = prompt
-
-    def _by_expert(self, made: collage.Collage, prompt: int) -> Tensor:
-        """The owners of a collage's pixels in the order of the experts: (experts, H, W)."""
-        names = list(self._bench.concepts)
-        owners = torch.zeros(len(names), *made.owners.shape[1:])
-        owners[[names.index(name) for name in self._bench.prompts[prompt].order]] = made.owners
-        return owners
 
     def _captions(self, prompts: list[int]) -> list[str]:
         share, choose = self._bench.config.empty_prompts, self._bench.draws.choices

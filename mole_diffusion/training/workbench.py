@@ -103,7 +103,7 @@ class Workbench:
 
         Equal texts are encoded once.
         """
-        unique = encoded_once(texts)
+        unique = list(dict.fromkeys(["", *texts]))
         encoded = encode(self.pipe, unique, self.picture_size, self.device)
         return encoded[[unique.index(text) for text in texts]], encoded[:1]
 
@@ -139,11 +139,6 @@ class Workbench:
             latents = self.sampler.sample(self.config.sampling_steps, text, empty, self.latent_shape, draws)
             pictures = _decode(self.pipe.vae, latents)
         return (pictures * 255).round().cpu() / 255
-
-
-def encoded_once(texts: Sequence[str]) -> list[str]:
-    """The rows of the batch that the text encoders see: the empty prompt, then each text once."""
-    return list(dict.fromkeys(["", *texts]))
 
 
 def _decode(decoder: Any, latents: Tensor) -> Tensor:

@@ -254,9 +254,7 @@ def test_files_and_reports(
     assert rows[0]["weights"] == pytest.approx({"boot": 0.5, "cat": 0.5}, abs=1e-3)
     assert rows[0]["balance"] == pytest.approx(0, abs=1e-5)
     assert sum(rows[-1]["weights"].values()) == pytest.approx(1)
-    assert rows[-1]["loss"] == pytest.approx(
-        rows[-1]["parts"]["collage"] + 0.3 * rows[-1]["parts"]["routing"] + 0.5 * rows[-1]["balance"]
-    )
+    assert rows[-1]["loss"] == pytest.approx(rows[-1]["parts"]["collage"] + 0.5 * rows[-1]["balance"])
     assert [event.preview is not None for event in events] == [False, True, False, True]
     with Image.open(tmp_path / "previews" / "00004.png") as preview:
         assert preview.size == (32, 32)
@@ -340,7 +338,7 @@ def test_balance_loss_keeps_experts_in_use(
 ) -> None:
     spread = {}
     for alpha in (0.0, 5.0):
-        config = tiny(iterations=40, gate_lr=5e-2, alpha=alpha, redraw_every=100, route_weight=0.0)
+        config = tiny(iterations=40, gate_lr=5e-2, alpha=alpha, redraw_every=100)
         row = GateTrainer(fresh(), PROMPT, concepts, config).train().history[-1]
         spread[alpha] = abs(row["weights"]["boot"] - 0.5)
     assert spread[5.0] < spread[0.0]
