@@ -25,9 +25,10 @@ def add_file(studio: Studio, session: Session, path: Path, name: str = "") -> Ex
     """A LoRA file as one more expert of the session; the file is copied into the session's folder.
 
     Raises:
-        ConfigError: no safetensors file, or too many experts.
+        ConfigError: no safetensors file, too many experts, or another base model is being opened.
         ExpertLoadError: no LoRA, or for another base model.
     """
+    session.check_settled()
     if check_upload(path) != "safetensors":
         raise ConfigError(f"{path.name!r} is no safetensors file")
     if sum(card.own for card in session.library.values()) >= MAX_OWN:
@@ -59,9 +60,10 @@ def add_gates(session: Session, path: Path) -> tuple[str, ...]:
         The experts' names.
 
     Raises:
-        ConfigError: no safetensors file.
+        ConfigError: no safetensors file, or another base model is being opened.
         GateMismatchError: no gates file, or for experts that are not in the library.
     """
+    session.check_settled()
     check_upload(path)
     header = read_gates_header(path)
     names = tuple(dict.fromkeys(name for part in header.parts for name in header.expert_names(part)))

@@ -129,6 +129,16 @@ class Session:
         self.parked = self.applied = self.weights = None
         self.prepared.clear()
 
+    def check_settled(self) -> None:
+        """Refuse what would be lost as soon as the base model that is being opened is there.
+
+        Raises:
+            ConfigError: another base model is being opened.
+        """
+        job = self.jobs.get("open")
+        if job is not None and not job.finished:
+            raise ConfigError("another base model is being opened, with a library of its own; wait for it")
+
     @property
     def cards(self) -> list[ExpertCard]:
         """The chosen experts, in the order of the library."""

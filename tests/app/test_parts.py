@@ -211,6 +211,23 @@ def test_what_users_bring_is_copied_and_checked(studio: Studio, tmp_path: Path) 
         session.remove("boot")
 
 
+def test_nothing_is_added_to_a_library_that_is_about_to_go(studio: Studio) -> None:
+    session = studio.session("opening")
+    opening, go = blocked()
+    session.jobs["open"] = studio.worker.submit(opening)
+    before = dict(session.library)
+    for add in (
+        lambda: add_file(studio, session, starter_experts()["cat"].path),
+        lambda: add_gates(session, starter_dir() / "experts" / "gates.safetensors"),
+    ):
+        with pytest.raises(ConfigError, match="another base model is being opened"):
+            add()
+    assert session.library == before
+    go.set()
+    opening.wait(10)
+    assert add_file(studio, session, starter_experts()["cat"].path).name == "cat 2"
+
+
 def test_sessions_share_the_base_and_nothing_else(studio: Studio) -> None:
     request = ComposeRequest(prompt="a zor boot and a fen cat", steps=2)
     alone, other = studio.session("one"), studio.session("two")

@@ -106,12 +106,12 @@ class ModelsTab:
         def work(job: Any) -> None:
             job.report(0, 0, f"Opening {model}")
             self.studio.base(model)
+            if session.model != model:
+                session.use_model(model)
 
         job = show.friendly(self.studio.submit)(session, "open", work)
         for _, bar in show.watch(self.studio, job):
             yield bar, gr.skip(), gr.skip(), gr.skip()
-        if job.state == "done" and session.model != model:
-            session.use_model(model)
         yield show.progress_bar(job), *_state(session)
         show.raise_if_failed(job)
 
