@@ -266,28 +266,44 @@ def shipped_protocols() -> list[str]:
 
 
 def load_protocol(source: str | Path) -> Protocol:
-    """A shipped protocol by name, or a YAML file.
+    """A shipped protocol by name, or a YAML file; `extends: OTHER` fills in what a file leaves out.
 
     Raises:
         ConfigError: no such protocol, or one with unknown or impossible settings, all of which are named.
     """
-    path = FOLDER / f"{source}.yaml" if str(source) in shipped_protocols() else Path(source)
+    path = _find(str(source), Path())
+    try:
+        protocol = Protocol.model_validate(_read(path, ()))
+    except ValidationError as error:
+        raise ConfigError(_explained(path, error)) from error
+    _check(protocol, path)
+    return protocol
+
+
+def _find(source: str, folder: Path) -> Path:
+    path = FOLDER / f"{source}.yaml" if source in shipped_protocols() else folder / source
     if not path.is_file():
         raise ConfigError(
-            f"protocol {str(source)!r} is neither a file nor one of those that ship: {shipped_protocols()}"
+            f"protocol {source!r} is neither a file nor one of those that ship: {shipped_protocols()}"
         )
+    return path
+
+
+def _read(path: Path, before: tuple[Path, ...]) -> dict[str, Any]:
+    """The settings of a file; those it leaves out are those of the protocol that it extends."""
+    if path.resolve() in before:
+        raise ConfigError(f"{path} extends itself, by way of {', '.join(p.name for p in before)}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path} holds {type(values).__name__}; allowed is a mapping of settings")
-    try:
-        protocol = Protocol.model_validate(dict(values))
-    except ValidationError as error:
-        raise ConfigError(_explained(path, error)) from error
-    _check(protocol, path)
-    return protocol
+    own = dict(values)
+    if "extends" not in own:
+        return own
+    extended = _find(str(own.pop("extends")), path.parent)
+    return {**_read(extended, (*before, path.resolve())), **own}
 
 
 def _explained(path: Path, error: ValidationError) -> str:

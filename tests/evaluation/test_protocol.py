@@ -58,6 +58,28 @@ def test_variants_change_settings_of_gates_and_training(write_protocol: Write) -
     assert list(protocol.method_seeds(nla)) == [0, 1]
 
 
+def test_a_protocol_extends_another(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "mine.yaml").write_text("extends: ablation\nsteps: 3\ntraining: {iterations: 7}\n")
+    (tmp_path / "own" / "more.yaml").write_text("extends: mine.yaml\nmethods: [nla, la]\n")
+    shipped = load_protocol("ablation")
+    mine, more = (load_protocol(tmp_path / "own" / f"{name}.yaml") for name in ("mine", "more"))
+    assert mine == shipped.model_copy(update={"steps": 3, "training": {"iterations": 7}})
+    assert more.steps == 3
+    assert [method.name for method in more.methods] == ["nla", "la"]
+
+
+@pytest.mark.parametrize(
+    ("extended", "message"),
+    [("b.yaml", "a.yaml extends itself, by way of a.yaml, b.yaml"), ("lost", "'lost' is neither a file nor")],
+)
+def test_a_protocol_that_extends_nothing_is_refused(tmp_path: Path, extended: str, message: str) -> None:
+    (tmp_path / "a.yaml").write_text(f"extends: {extended}\n")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
+    with pytest.raises(ConfigError, match=message):
+        load_protocol(tmp_path / "a.yaml")
+
+
 def test_a_run_can_be_restricted(write_protocol: Write) -> None:
     whole = load_protocol(write_protocol())
     part = whole.restricted(("cat+clock",), ("nla", "few"), 1)
