@@ -174,7 +174,7 @@ class ConceptTrainer:
         draws = torch.Generator().manual_seed(recipe.seed + 2)
         self.losses = []
         for _ in range(recipe.steps):
-            with torch.enable_grad(), engaged():
+            with torch.enable_grad(), self.bench.autocast(), engaged():
                 loss = self._loss(pictures, prior, draws)
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]

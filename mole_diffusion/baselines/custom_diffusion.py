@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 FILE = "custom_diffusion.safetensors"
 #: The paper: 250 steps of batch 8 at 8e-5, with pictures of the class.
-RECIPE = ConceptRecipe(steps=100, rate=3e-3)
+RECIPE = ConceptRecipe(steps=300, rate=3e-3)
 _WORD = "word"
 #: Without it, weights grow without bound where no other text has a component, and longer prompts have some.
 RIDGE = 0.1

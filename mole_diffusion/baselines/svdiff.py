@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 SHIFTS_FILE = "shifts.safetensors"
 #: The paper: a learning rate of 1e-3 for the shifts, 500 steps and more; prior preservation of weight 1.
-#: This rate does in 100 steps on the starter what its LoRAs needed 260 for; large bases want the paper's.
-RECIPE = ConceptRecipe(steps=100, rate=5e-2)
+#: The rate is for the starter, which learns little with less; large bases want the paper's.
+RECIPE = ConceptRecipe(steps=400, rate=5e-2, batch=4, prior=2)
 _KINDS = (nn.Linear, nn.Conv2d)
 
 

@@ -60,7 +60,7 @@ class ExpertSource(_Part):
 class ExpertSet(_Part):
     """Experts that are drawn together; written as a list of names, or with a name of its own."""
 
-    experts: tuple[str, ...] = Field(min_length=2)
+    experts: tuple[str, ...] = Field(min_length=1)
     name: str = ""
 
     @property
