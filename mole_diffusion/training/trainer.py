@@ -75,7 +75,7 @@ class GateTrainer:
     Raises:
         NoExpertsError: if the pipeline has no experts.
         ConfigError: if prompts and concepts do not fit together.
-        TrainingError: if the pipeline's scheduler cannot be trained with.
+        TrainingError: if the pipeline's scheduler cannot be trained with, or there is one expert alone.
     """
 
     def __init__(
@@ -91,6 +91,11 @@ class GateTrainer:
         if not pipe.mixtures:
             raise NoExpertsError(
                 "train_gates: no experts are loaded, and gates belong to experts: call load_expert() first"
+            )
+        if len(pipe.experts) == 1:
+            raise TrainingError(
+                f"train_gates: {next(iter(pipe.experts))!r} is the only expert and needs no gates;"
+                " load two or more"
             )
         self.config = config or TrainingConfig()
         if concepts is None:

@@ -101,7 +101,7 @@ def test_a_run_can_be_restricted(write_protocol: Write) -> None:
             r"methods.0.kind: unknown; allowed: name, base, of, mole",
         ),
         ({"steps": 0}, r"steps: .* got 0"),
-        ({"sets": [["boot"]]}, r"sets.0.experts"),
+        ({"sets": [[]]}, r"sets.0.experts"),
         ({"sets": [["boot", "boot"]]}, r"set 'boot\+boot': \['boot'\] more than once"),
         ({"methods": ["la", "la"]}, r"methods: \['la'\] more than once"),
         (

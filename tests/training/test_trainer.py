@@ -354,3 +354,6 @@ def test_what_cannot_start(components: Any, pipe: Any, concepts: list[Concept], 
         gate.data = gate.data.double()
     with pytest.raises(TrainingError, match=r"gates are trained in torch\.float32"):
         GateTrainer(pipe, PROMPT, concepts, tiny()).train()
+    pipe.unload_expert("cat")
+    with pytest.raises(TrainingError, match="'boot' is the only expert and needs no gates"):
+        GateTrainer(pipe, "a zor boot", concepts[:1], tiny())
