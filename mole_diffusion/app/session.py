@@ -129,14 +129,18 @@ class Session:
         self.parked = self.applied = self.weights = None
         self.prepared.clear()
 
+    def running(self, kind: str) -> Job | None:
+        """The session's work of this kind that waits or runs."""
+        job = self.jobs.get(kind)
+        return None if job is None or job.finished else job
+
     def check_settled(self) -> None:
         """Refuse what would be lost as soon as the base model that is being opened is there.
 
         Raises:
             ConfigError: another base model is being opened.
         """
-        job = self.jobs.get("open")
-        if job is not None and not job.finished:
+        if self.running("open"):
             raise ConfigError("another base model is being opened, with a library of its own; wait for it")
 
     @property

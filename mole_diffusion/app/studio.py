@@ -67,8 +67,7 @@ class Studio:
             QueueFullError: the queue is full, or the same kind of work is on its way for this session.
         """
         with self._lock:
-            before = session.jobs.get(kind)
-            if before is not None and not before.finished:
+            if session.running(kind):
                 raise QueueFullError("this is being worked on already; cancel it first or wait for it")
             job = Job(kind, work)
             self.worker.submit(job)

@@ -198,9 +198,8 @@ class ConceptTrainer:
         latents = latents.to(bench.device)
         noisy = scheduler.add_noise(latents, noise, timesteps).to(bench.pipe.unet.dtype)
         bench.counter.unet()
-        with bench.autocast():
-            text, _ = bench.encode_texts(captions)
-            prediction = bench.pipe.unet(noisy, timesteps, **text.arguments()).sample.float()
+        text, _ = bench.encode_texts(captions)
+        prediction = bench.pipe.unet(noisy, timesteps, **text.arguments()).sample.float()
         squares = (prediction - denoising_target(scheduler, latents, noise, timesteps)).square()
         loss: Tensor = squares[: self.recipe.batch].mean()
         return loss if prior is None else loss + squares[self.recipe.batch :].mean()

@@ -250,8 +250,7 @@ class ComposeTab:
     def rejoin(self, request: gr.Request) -> Iterator[Any]:
         """After a reload: show the drawing that is under way, or the last picture."""
         session = show.session_of(self.studio, request)
-        job = session.jobs.get("compose")
-        if job is not None and not job.finished:
+        if job := session.running("compose"):
             yield from self._follow(session, job)
         elif session.pictures:
             yield show.progress_bar(None), str(session.pictures[0].path), gr.skip(), gr.skip()
