@@ -8,6 +8,7 @@ another clone put on. Hence only the clone that attached the hooks may remove th
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -160,6 +161,8 @@ class Binding:
 
     def release(self, patcher: Any) -> None:
         """Let go of memory on the device: the model goes back to where it waits."""
+        if sys.is_finalizing():  # ComfyUI's models go last, when nothing can be imported any more
+            return
         for mixture in self.mixtures.values():
             if not mixture.injected:
                 with torch.inference_mode(False):

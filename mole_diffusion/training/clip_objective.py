@@ -107,12 +107,12 @@ class ClipObjective:
         whole = self._guide.texts([self._bench.prompts[i].class_text for i in prompts])
         batch = len(prompts)
         views = self._guide.windows(pictures, random_views(batch, config.views, draws))
-        loss = global_loss(views, whole)
-        parts = {"global": float(loss.detach())}
+        picture_loss = global_loss(views, whole)
+        parts = {"global": float(picture_loss.detach())}
         crops = self._guide.windows(pictures, random_crops(batch, config.crops, draws))
         local, contrast = self._local(crops, prompts)
         parts |= {"local": float(local.detach()), "contrast": float(contrast.detach())}
-        return LossTerms(loss + config.local_weight * local, parts)
+        return LossTerms(config.global_weight * picture_loss + config.local_weight * local, parts)
 
     def _local(self, crops: Tensor, prompts: list[int]) -> tuple[Tensor, Tensor]:
         """The local term, picture by picture: their prompts may name different concepts."""

@@ -29,6 +29,7 @@ _POSITIVE_INTEGERS = (
 _POSITIVE = ("gate_lr", "flatten_lr", "scalar_lr", "gradient_clip")
 _NOT_NEGATIVE = (
     "alpha",
+    "global_weight",
     "local_weight",
     "contrast_weight",
     "clip_weight",
@@ -79,6 +80,7 @@ class TrainingConfig:
         truncated_steps: Last steps of a rollout that carry gradient.
         views: Augmented views per picture of the global CLIP term.
         crops: Crops per picture of the local CLIP term.
+        global_weight: Weight of the global CLIP term.
         local_weight: Weight of the local CLIP term.
         contrast_weight: Weight of the contrast between concepts inside the local CLIP term.
         clip: Guidance CLIP of open_clip: a model name such as ``"local-dir:/folder"``, or a pair (model,
@@ -132,6 +134,7 @@ class TrainingConfig:
     truncated_steps: int = 1
     views: int = 4
     crops: int = 12
+    global_weight: float = 1.0
     local_weight: float = 1.0
     contrast_weight: float = 0.5
     clip: str | tuple[str, str] | None = None

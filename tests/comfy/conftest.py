@@ -65,7 +65,7 @@ def sd15_folder(run_inside: Callable[..., None], tmp_path_factory: pytest.TempPa
     write_sd15(folder)
     run_inside("sd15_inside.py", MOLE_COMFY_SD15=str(folder))
     yield folder
-    shutil.rmtree(folder)  # gigabytes
+    shutil.rmtree(folder)  # a gigabyte and more
 
 
 @pytest.fixture(scope="session")

@@ -19,13 +19,10 @@ NAMES = ("dog", "cat", "style")
 def write_sd15(folder: Path) -> None:
     """Write `unet.safetensors`, LoRA files, `gates.safetensors` and `answers.safetensors`."""
     torch.manual_seed(0)
-    # Rounded to half precision, so that the file is half as large and exact.
-    unet = (
-        UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-        .half()
-        .float()
-        .eval()
-    )
+    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8).eval()
+    # Rounded to eight bits, so that the file is a quarter as large and exact.
+    for value in unet.parameters():
+        value.data = value.data.to(torch.float8_e4m3fn).float()
     for seed, name in enumerate(NAMES):
         save_file(_lora(unet, seed), folder / f"{name}.safetensors")
     experts = [load_expert(folder / f"{name}.safetensors") for name in NAMES]
@@ -45,7 +42,8 @@ def write_sd15(folder: Path) -> None:
         base = unet(inputs["latents"], inputs["timesteps"], encoder_hidden_states=inputs["text"]).sample
     mixture.eject()
     save_file({**inputs, "noise": noise, "base_noise": base}, folder / "answers.safetensors")
-    save_file({name: value.half() for name, value in unet.state_dict().items()}, folder / "unet.safetensors")
+    weights = {name: value.to(torch.float8_e4m3fn) for name, value in unet.state_dict().items()}
+    save_file(weights, folder / "unet.safetensors")
 
 
 def _lora(unet: UNet2DConditionModel, seed: int) -> dict[str, torch.Tensor]:

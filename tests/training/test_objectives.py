@@ -80,6 +80,27 @@ def test_every_gate_gets_gradient_and_nothing_else_does(
     assert all(p.grad is None for module in trainer._frozen() for p in module.parameters())
 
 
+def test_terms_of_clip_guidance_have_weights(
+    pipe: Any, concepts: list[Concept], clip_folder: str, tiny: Tiny
+) -> None:
+    def loss(**weights: float) -> float:
+        config = tiny(objective="clip", clip=clip_folder, contrast_weight=0.0, **weights)
+        trainer = GateTrainer(pipe, PROMPT, concepts, config)
+        trainer._pictures.prepare(backgrounds=False)
+        trainer._objective.prepare()
+        (term,) = trainer._objective.losses(0)
+        loss = float(term.loss.detach())
+        wanted = (
+            weights["global_weight"] * term.parts["global"] + weights["local_weight"] * term.parts["local"]
+        )
+        assert loss == pytest.approx(wanted)
+        return loss
+
+    whole = loss(global_weight=1.0, local_weight=0.0)
+    crops = loss(global_weight=0.0, local_weight=1.0)
+    assert loss(global_weight=2.0, local_weight=0.5) == pytest.approx(2 * whole + crops / 2)
+
+
 def test_cost_in_passes(pipe: Any, concepts: list[Concept], clip_folder: str, tiny: Tiny) -> None:
     collages = GateTrainer(pipe, PROMPT, concepts, tiny()).train()
     assert collages.passes == {"with_gradient": 4, "without_gradient": 0, "decoded": 0}
