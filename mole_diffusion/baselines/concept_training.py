@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 #: Pictures of its class that the base draws to be kept as they are (prior preservation).
 PRIOR_PICTURES = 16
 #: Version of the training: results of another one are not taken from the cache.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,14 +100,17 @@ class ConceptTrainer:
             path = self._cached(concept)
             facts = path.with_suffix(".json")
             if path.is_file() and facts.is_file():
-                passes = json.loads(facts.read_text(encoding="utf-8"))["unet_passes"]
+                record = json.loads(facts.read_text(encoding="utf-8"))
+                passes = record["unet_passes"]
+                self.job.earlier_seconds += record["seconds"]
             else:
-                before = self.bench.counter.state_dict()
+                before, start = self.bench.counter.state_dict(), time.monotonic()
                 tensors = train(self, concept)
                 after = self.bench.counter.state_dict()
                 passes = {key: after[key] - before[key] for key in self.job.passes}
                 write_safetensors(path, {k: v.contiguous() for k, v in tensors.items()}, {"format": "pt"})
                 record = {"concept": name, "method": self.method, "unet_passes": passes}
+                record["seconds"] = round(time.monotonic() - start, 3)
                 write_json(facts, {**record, "losses": [round(loss, 5) for loss in self.losses]})
             for key in self.job.passes:
                 self.job.passes[key] += passes[key]
@@ -227,6 +231,7 @@ class ConceptTrainer:
             "pictures": pictures_digest(self.job.captioned(concept)),
             "size": self.bench.picture_size,
             "prior": self._drawing if self.recipe.prior else None,
+            "autocast": self.bench.config.autocast,
         }
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         return cache_folder(self.job.options.cache) / self.method / f"{concept.name}-{digest}.safetensors"

@@ -99,6 +99,7 @@ class Job:
         config: settings of the gate trainer.
         options: settings of single methods.
         passes: UNet passes so far.
+        earlier_seconds: how long it took to train what comes from a cache.
         details: what to note of the result.
     """
 
@@ -109,6 +110,7 @@ class Job:
     config: TrainingConfig
     options: PrepareOptions
     passes: dict[str, int] = field(default_factory=lambda: {"with_gradient": 0, "without_gradient": 0})
+    earlier_seconds: float = 0.0
     details: dict[str, Any] = field(default_factory=dict)
 
     def recipe(self, default: ConceptRecipe) -> ConceptRecipe:
@@ -210,7 +212,7 @@ def prepare(
         write_json(home / STARTED, header)
         start = time.monotonic()
         recipe.work(method, job)
-        seconds = round(time.monotonic() - start, 3)
+        seconds = round(time.monotonic() - start + job.earlier_seconds, 3)
         cost = {"unet_passes": job.passes, "seconds": seconds, "details": job.details}
         write_json(home / FILE, {**header, **cost})
         (home / STARTED).unlink()

@@ -111,7 +111,7 @@ class Prepared:
         method: name of the method.
         unet_passes: what the preparation cost: "with_gradient" and "without_gradient", as gate training
             counts them.
-        seconds: how long it took.
+        seconds: how long it took, concepts that were trained before for another set included.
         details: what it found or was made with (weights, density, ...).
     """
 

@@ -123,6 +123,10 @@ def test_a_concept_is_trained_once_for_all_sets(pipe, concepts, tiny, cache, met
     prepared = prepare(method, pipe, concepts=fewer, config=tiny(), options=options)
     assert {path: path.stat().st_mtime_ns for path in (cache / method).iterdir()} == times
     assert prepared.unet_passes["with_gradient"] == 12  # what the two had cost
+    spent = sum(
+        json.loads(next((cache / method).glob(f"{name}-*.json")).read_text())["seconds"] for name in fewer
+    )
+    assert 0 < spent <= prepared.seconds
     pictures = {**fewer, "cat": Concept("cat", "a vim cat", "a cat", concepts["cat"].references[:1])}
     prepare(method, pipe, concepts=pictures, config=tiny(), options=options)
     assert len(list((cache / method).iterdir())) == len(times) + 2
