@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,13 +132,19 @@ class TrainingPrompt:
         """Names of the concepts from left to right."""
         return tuple(mention.name for mention in self.mentions)
 
-    def single(self, name: str) -> str:
-        """The prompt with one concept: "a zor boot and a vim cat at night" gives "a vim cat at night"."""
-        mention = next(mention for mention in self.mentions if mention.name == name)
-        return self._with(self.text[mention.start : mention.end])
+    def only(self, names: Collection[str]) -> str:
+        """The prompt with some of its concepts, in its own order.
+
+        "a zor boot, a vim cat and a kip clock at night" gives "a zor boot and a kip clock at night". Words
+        between the concepts go with those that are left out.
+        """
+        if len(names) == len(self.mentions):
+            return self.text
+        words = [self.text[m.start : m.end] for m in self.mentions if m.name in names]
+        return self._with(" and ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words))
 
     def single_class(self, concept: Concept) -> str:
-        """As :meth:`single`, in class words: "a cat at night"."""
+        """As :meth:`only` for one concept, in class words: "a cat at night"."""
         mention = next(mention for mention in self.mentions if mention.name == concept.name)
         return self._with(_class_words(self.text[mention.start : mention.end], concept))
 
@@ -157,7 +163,7 @@ def read_prompts(prompts: str | Sequence[str], concepts: Mapping[str, Concept]) 
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts:
         raise ConfigError("prompts is empty; at least one is needed")
-    result = tuple(_read_prompt(text, concepts) for text in texts)
+    result = tuple(read_prompt(text, concepts) for text in texts)
     for concept in concepts.values():
         if not any(concept.name in prompt.order for prompt in result):
             raise ConfigError(
@@ -167,7 +173,8 @@ def read_prompts(prompts: str | Sequence[str], concepts: Mapping[str, Concept]) 
     return result
 
 
-def _read_prompt(text: str, concepts: Mapping[str, Concept]) -> TrainingPrompt:
+def read_prompt(text: str, concepts: Mapping[str, Concept]) -> TrainingPrompt:
+    """One prompt, as :func:`read_prompts`; it may leave any concepts out but not all."""
     text = _insert_triggers(text, concepts)
     mentions: list[Mention] = []
     for concept in sorted(concepts.values(), key=lambda concept: -len(concept.text)):

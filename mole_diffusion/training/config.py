@@ -24,7 +24,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _LAYOUTS = ("scene", "strips")
 _POSITIVE_INTEGERS = (
     *("iterations", "batch_size", "collage_batch", "checkpoint_every", "sampling_steps", "truncated_steps"),
-    *("views", "crops", "drawn_pictures", "pool_size", "redraw_every"),
+    *("views", "crops", "collage_objects", "drawn_pictures", "pool_size", "redraw_every"),
 )
 _POSITIVE = ("gate_lr", "flatten_lr", "scalar_lr", "gradient_clip")
 _NOT_NEGATIVE = (
@@ -94,6 +94,8 @@ class TrainingConfig:
             ``"strips"`` (centre strips of the pictures side by side).
         collage_background: Background of scenes: ``"base"`` (from pictures the base draws of one object, so
             that it fits the prompt) or ``"sources"`` (of one of the pictures that are mixed).
+        collage_objects: Most concepts in one collage; a prompt that names more is learned in parts of so
+            many. Three is what small bases draw, and the starter's; ``collage_boxes`` for more allow more.
         collage_boxes: Boxes of a scene (left, top, right, bottom as shares of the picture), one per concept
             in the order of the prompt; None takes :data:`mole_diffusion.training.collage.SCENE_BOXES`.
         seam: Width of the soft seams as a share of the picture.
@@ -144,6 +146,7 @@ class TrainingConfig:
     collage_source: Literal["auto", "references", "drawn"] = "auto"
     collage_layouts: tuple[Literal["scene", "strips"], ...] = ("scene",)
     collage_background: Literal["base", "sources"] = "base"
+    collage_objects: int = 3
     collage_boxes: tuple[Box, ...] | None = None
     seam: float = 0.02
     box_jitter: float = 0.05

@@ -86,7 +86,7 @@ class ConceptPictures:
             if name in prompt.order:
                 count = self._count(sum(name in other.order for other in self._bench.prompts))
                 composition = {"active_experts": [name]}
-                self._drawn[name, index] = self._draw([prompt.single(name)] * count, draws, composition)
+                self._drawn[name, index] = self._draw([prompt.only([name])] * count, draws, composition)
 
     def _draw_backgrounds(self, draws: torch.Generator) -> None:
         prompts, concepts = self._bench.prompts, self._bench.concepts

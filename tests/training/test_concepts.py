@@ -51,8 +51,16 @@ def test_articles_follow_the_class_word() -> None:
 
 def test_one_concept_of_a_prompt_keeps_the_rest() -> None:
     (prompt,) = read_prompts("photo of a zor boot, a vim cat and a kol apple on the beach", ALL)
-    assert prompt.single("cat") == "photo of a vim cat on the beach"
+    assert prompt.only(["cat"]) == "photo of a vim cat on the beach"
     assert prompt.single_class(APPLE) == "photo of an apple on the beach"
+
+
+def test_a_part_of_a_prompt_is_a_list() -> None:
+    text = "photo of a zor boot, a vim cat and, behind them, a kol apple on the beach"
+    (prompt,) = read_prompts(text, ALL)
+    assert prompt.only(["apple", "boot"]) == "photo of a zor boot and a kol apple on the beach"
+    assert prompt.only({"cat", "boot"}) == "photo of a zor boot and a vim cat on the beach"
+    assert prompt.only(prompt.order) == text
 
 
 def test_two_experts_of_one_class() -> None:

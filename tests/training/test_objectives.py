@@ -172,17 +172,38 @@ def test_collages_follow_the_order_of_the_prompt(
     for prompt, first in ((PROMPT, "boot"), ("a vim cat and a zor boot", "cat")):
         trainer = GateTrainer(pipe, prompt, concepts, config)
         trainer._pictures.prepare(backgrounds=False)
-        made = trainer._objective.make_collage(0)  # type: ignore[attr-defined]
+        made, _ = trainer._objective.make_collage(0)  # type: ignore[attr-defined]
         left, right = made.pixels[:, 36, 16], made.pixels[:, 36, 48]
         is_boot = [float(side[1]) < 0.4 for side in (left, right)]
         assert is_boot == ([True, False] if first == "boot" else [False, True])
+
+
+def test_a_prompt_of_many_concepts_is_learned_in_parts(
+    pipe: Any, concepts: list[Concept], tiny: Tiny
+) -> None:
+    def captions(**changes: Any) -> set[str]:
+        trainer = GateTrainer(
+            pipe, f"{PROMPT} at night", concepts, tiny(collage_layouts=("scene",), **changes)
+        )
+        trainer._pictures.prepare(backgrounds=False)
+        trainer._objective.prepare()
+        return set(trainer._objective.state_dict()["captions"])
+
+    parts = {"a zor boot at night", "a vim cat at night"}
+    assert captions(collage_objects=1, pool_size=12) == parts
+    assert captions() == captions(collage_objects=2) == {f"{PROMPT} at night"}
+    boxes = ((0.0, 0.0, 0.4, 0.4), (0.6, 0.6, 1.0, 1.0))
+    assert captions(collage_objects=1, collage_boxes=boxes) == {f"{PROMPT} at night"}
+
+    config = tiny(collage_objects=1, prior_weight=1.0, iterations=2)
+    assert GateTrainer(pipe, PROMPT, concepts, config).train().passes["with_gradient"] == 2
 
 
 def test_own_boxes_replace_the_table(pipe: Any, concepts: list[Concept], tiny: Tiny) -> None:
     boxes = ((0.0, 0.0, 0.4, 0.4), (0.6, 0.6, 1.0, 1.0))
     trainer = GateTrainer(pipe, PROMPT, concepts, tiny(collage_boxes=boxes, box_jitter=0.0, resolution=64))
     trainer._pictures.prepare(backgrounds=False)
-    inside = trainer._objective.make_collage(0).inside[0]  # type: ignore[attr-defined]
+    inside = trainer._objective.make_collage(0)[0].inside[0]  # type: ignore[attr-defined]
     assert inside[:26, :26].mean() > 0.5
     assert inside[:32, 32:].sum() == 0
 
