@@ -15,6 +15,7 @@ from mole_diffusion.evaluation.charts import entropy_curves, expert_shares, meas
 from mole_diffusion.evaluation.gate_records import read_record, record_path
 from mole_diffusion.evaluation.protocol import SHEET_SEEDS, ExpertSet, Protocol
 from mole_diffusion.evaluation.results import Row
+from mole_diffusion.evaluation.sets import named
 from mole_diffusion.evaluation.stage import PREPARED
 from mole_diffusion.evaluation.table import ALL, HEADINGS, Table
 from mole_diffusion.files import replacing
@@ -77,7 +78,8 @@ def _method_rows(
     for method in protocol.methods:
         pictures, notes = [], []
         for index, (chosen, prompt, seed) in enumerate(columns):
-            turn = chosen.experts[index % len(chosen.experts)]
+            experts = named(protocol.prompts[prompt], chosen.experts)
+            turn = experts[index % len(experts)]
             cell = chosen.label, method.name, prompt, seed
             row = found.get((*cell, None)) or found.get((*cell, turn))
             pictures.append(_open(out / row["picture"]) if row else _blank())

@@ -155,7 +155,7 @@ class Protocol(_Part):
         experts: experts by name; the starter's need no entry.
         sets: sets of experts.
         prompts: templates; `{all}` is all phrases ("a zor boot, a vek monster and a kip clock"), `{0}`, `{1}`
-            the single ones.
+            the single ones. Only experts that a prompt names are measured in its pictures.
         training_prompts: templates that methods are trained with; by default `prompts`.
         seeds: seeds for every prompt, the same for every method.
         methods: rows of the table.
@@ -353,6 +353,8 @@ def _check(protocol: Protocol, path: Path) -> None:
                 f"{path}: prompt {template!r} cannot be filled ({error}); allowed are {{all}} and {{0}} to "
                 f"{{{smallest - 1}}}"
             ) from error
+        if template == template.format(*("x" * smallest), all="x"):
+            raise ConfigError(f"{path}: prompt {template!r} names no expert; write {{all}} or {{0}}")
     gated = [entry.name for entry in protocol.methods if entry.kind == "gates"]
     for field, chosen, known in (
         ("sheet", protocol.sheet, [entry.label for entry in protocol.sets]),

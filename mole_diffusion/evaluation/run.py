@@ -190,8 +190,8 @@ def _open(path: Path) -> Image.Image:
 def score(
     scorers: Sequence[Scorer], pictures: Sequence[Image.Image], scene: Scene, prompt: int, alone: str | None
 ) -> list[dict[str, Any]]:
-    """All measures of pictures of one prompt; of an expert alone only its own concept's."""
-    concepts = {name: c for name, c in scene.concepts.items() if alone in (None, name)}
+    """All measures of pictures of one prompt, of what it names; of an expert alone only its own concept's."""
+    concepts = {name: scene.concepts[name] for name in scene.named(prompt) if alone in (None, name)}
     captions = scene.captions(prompt, alone)
     rows: list[dict[str, Any]] = [{} for _ in pictures]
     for scorer in scorers:
@@ -330,7 +330,7 @@ def _batches(protocol: Protocol, scene: Scene, method: Variant) -> Iterator[Batc
     for prompt in range(len(protocol.prompts)):
         for start in range(0, len(seeds), protocol.batch):
             part = tuple(seeds[start : start + protocol.batch])
-            for alone in scene.concepts if method.single else [None]:
+            for alone in scene.named(prompt) if method.single else [None]:
                 yield Batch(scene, method, prompt, part, alone)
 
 

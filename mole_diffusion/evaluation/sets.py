@@ -44,6 +44,10 @@ class Scene:
     training_prompts: tuple[str, ...]
     templates: tuple[str, ...]
 
+    def named(self, prompt: int) -> tuple[str, ...]:
+        """The experts that a prompt names."""
+        return named(self.templates[prompt], list(self.concepts))
+
     def captions(self, prompt: int, alone: str | None = None) -> dict[str, str]:
         """A prompt as CLIPs are asked about it, by measure: in class words, and with subjects described.
 
@@ -80,6 +84,13 @@ def fill(template: str, phrases: Sequence[str]) -> str:
     """`"{all} on the beach"` -> `"a boot, a monster and a clock on the beach"`."""
     together = f"{', '.join(phrases[:-1])} and {phrases[-1]}" if len(phrases) > 1 else phrases[0]
     return template.format(*phrases, all=together)
+
+
+def named(template: str, experts: Sequence[str]) -> tuple[str, ...]:
+    """The experts, of a set in its order, whose phrases a template takes up."""
+    marks = [f"\0{index}\0" for index in range(len(experts))]
+    filled = template.format(*marks, all="".join(marks))
+    return tuple(name for name, mark in zip(experts, marks, strict=True) if mark in filled)
 
 
 def make_scene(protocol: Protocol, chosen: ExpertSet) -> Scene:

@@ -104,6 +104,7 @@ def test_a_run_can_be_restricted(write_protocol: Write) -> None:
         ({"sets": [[]]}, r"sets.0.experts"),
         ({"sets": [["boot", "boot"]]}, r"set 'boot\+boot': \['boot'\] more than once"),
         ({"methods": ["la", "la"]}, r"methods: \['la'\] more than once"),
+        ({"prompts": ["a boot at night"]}, r"'a boot at night' names no expert; write \{all\} or \{0\}"),
         (
             {"prompts": ["{2} at night"]},
             r"'\{2\} at night' cannot be filled .* allowed are \{all\} and \{0\} to",

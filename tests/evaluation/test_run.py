@@ -19,6 +19,7 @@ from mole_diffusion.evaluation import run
 from mole_diffusion.evaluation.gate_records import read_record
 from mole_diffusion.evaluation.protocol import Protocol, load_protocol
 from mole_diffusion.evaluation.results import Results, read_rows
+from mole_diffusion.evaluation.sets import make_scene
 
 Write = Callable[..., Path]
 CPU = torch.device("cpu")
@@ -182,6 +183,32 @@ def test_a_folder_of_other_settings_is_refused_and_more_of_the_same_may_join(
     more = {**small, "methods": ["none", "la"], "seeds": {"count": 2}}
     table = evaluated(load_protocol(write_protocol(**more)), out)
     assert {name: row["text"].pictures for name, row in table["all"].items()} == {"none": 4, "la": 4}
+
+
+def test_only_experts_that_a_prompt_names_are_measured(write_protocol: Write, tmp_path: Path) -> None:
+    small = {
+        "masks": [],
+        "methods": ["alone", "la"],
+        "sets": [["boot", "cat", "clock"]],
+        "seeds": {"count": 1},
+    }
+    prompts = ["{0} and {2} at night", "{1} at night"]
+    protocol = load_protocol(write_protocol(**small, prompts=prompts, training_prompts=["{all}"]))
+    evaluated(protocol, tmp_path / "out")
+    measured = {
+        (row["method"], row["prompt"], row.get("alone")): set(row["scores"]["present"])
+        for row in read_rows(tmp_path / "out" / "results.jsonl")
+    }
+    assert measured == {
+        ("la", 0, None): {"boot", "clock"},
+        ("la", 1, None): {"cat"},
+        ("alone", 0, "boot"): {"boot"},
+        ("alone", 0, "clock"): {"clock"},
+        ("alone", 1, "cat"): {"cat"},
+    }
+    scene = make_scene(protocol, protocol.sets[0])
+    assert scene.class_prompts[0] == "a boot and a clock at night"
+    assert scene.alone_prompt(0, "clock") == "a boot and a kip clock at night"
 
 
 def test_scoring_anew_changes_the_scores_and_nothing_else(
