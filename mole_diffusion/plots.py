@@ -189,7 +189,8 @@ def picture_grid(rows: Sequence[GridRow], *, title: str = "", cell: int = 256) -
             x = left + index * (cell + gap)
             sheet.paste(_fit(picture, cell), (x, bottom - cell))
             if row.captions:
-                draw.text((x, bottom - cell - gap // 2), row.captions[index], MUTED, font=small, anchor="ls")
+                caption = _shortened(row.captions[index], cell, small)
+                draw.text((x, bottom - cell - gap // 2), caption, MUTED, font=small, anchor="ls")
         y += height
     return sheet
 
@@ -230,6 +231,16 @@ def _write_values(axes: Axes, table: NDArray[np.float64], top: float) -> None:
 
 def _font(size: float) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(max(size, 8.0))
+
+
+def _shortened(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """The text, or what of it fits into so many pixels."""
+    if font.getlength(text) <= width:
+        return text
+    fitting = next(
+        n for n in range(len(text) - 1, -1, -1) if font.getlength(f"{text[:n]}…") <= width or not n
+    )
+    return f"{text[:fitting]}…"
 
 
 def _fit(picture: Image.Image, cell: int) -> Image.Image:

@@ -172,6 +172,18 @@ def test_picture_grid_wraps_long_labels_instead_of_writing_over_pictures() -> No
     assert (pictures == 255).all()
 
 
+def test_picture_grid_shortens_captions_that_would_run_into_the_next() -> None:
+    pictures = [Image.new("RGB", (8, 8), "white")] * 2
+
+    def sheet(caption: str) -> np.ndarray:
+        return np.asarray(picture_grid([GridRow("", pictures, captions=[caption, ""])], cell=128))
+
+    changed = np.nonzero((sheet("a caption with far more words than fit") != sheet("")).any(axis=(0, 2)))[0]
+    left = int(128 * 1.15)
+    assert left <= changed[0]
+    assert left + 64 < changed[-1] <= left + 128
+
+
 def test_picture_grid_refuses_no_pictures_and_a_wrong_number_of_captions() -> None:
     with pytest.raises(ConfigError, match="no pictures"):
         picture_grid([GridRow("empty", [])])

@@ -38,8 +38,8 @@ def write_figures(protocol: Protocol, out: Path, rows: Sequence[Row], table: Tab
 def _grids(protocol: Protocol, out: Path, rows: Sequence[Row]) -> Iterable[Path]:
     """`grids/SET.png`: methods as rows, prompts as columns, the first seed."""
     seed = protocol.seeds.first
-    captions = [_short(template) for template in protocol.prompts]
     for chosen in protocol.sets:
+        captions = [_short(template, chosen.experts) for template in protocol.prompts]
         cells = [(prompt, seed) for prompt in range(len(protocol.prompts))]
         grid = _method_rows(protocol, out, rows, [(chosen, *cell) for cell in cells], captions)
         if grid:
@@ -109,8 +109,11 @@ def _note(kind: str) -> str:
     return METHODS[kind].label if kind in METHODS else "one expert at a time"
 
 
-def _short(template: str) -> str:
-    """What tells a prompt from the others: `"{all} on the beach"` -> `"on the beach"`."""
+def _short(template: str, experts: Sequence[str]) -> str:
+    """What tells a prompt from the others: `"{all} on the beach"` -> `"on the beach"`, or what it names."""
+    names = named(template, experts)
+    if len(names) < len(experts):
+        return ", ".join(names)
     return re.sub(r"\{.*?\}", "…", template).removeprefix("… ")
 
 
