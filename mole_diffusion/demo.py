@@ -16,6 +16,7 @@ from PIL import Image
 
 from mole_diffusion.drawing import draw
 from mole_diffusion.errors import ConfigError, UnknownExpertError
+from mole_diffusion.phrases import listed
 from mole_diffusion.pipeline import StableDiffusionMoLEPipeline
 from mole_diffusion.plots import GridRow, entropy_curve, gate_heat_map, mean_gate_weights, picture_grid
 from mole_diffusion.starter.location import (
@@ -117,8 +118,7 @@ def run_demo(options: DemoOptions, say: Say = print) -> DemoResult:
 
 def default_prompt(experts: Mapping[str, StarterExpert]) -> str:
     """ "a zor boot, a fen cat and a kip clock on the beach"."""
-    texts = [expert.text for expert in experts.values()]
-    return f"{', '.join(texts[:-1])} and {texts[-1]} on the beach"
+    return f"{listed([expert.text for expert in experts.values()])} on the beach"
 
 
 def concepts_of(experts: Mapping[str, StarterExpert]) -> dict[str, Concept]:

@@ -237,10 +237,9 @@ def _shortened(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.I
     """The text, or what of it fits into so many pixels."""
     if font.getlength(text) <= width:
         return text
-    fitting = next(
-        n for n in range(len(text) - 1, -1, -1) if font.getlength(f"{text[:n]}…") <= width or not n
-    )
-    return f"{text[:fitting]}…"
+    while text and font.getlength(f"{text}…") > width:
+        text = text[:-1]
+    return f"{text}…"
 
 
 def _fit(picture: Image.Image, cell: int) -> Image.Image:

@@ -109,8 +109,8 @@ class ConceptTrainer:
                 after = self.bench.counter.state_dict()
                 passes = {key: after[key] - before[key] for key in self.job.passes}
                 write_safetensors(path, {k: v.contiguous() for k, v in tensors.items()}, {"format": "pt"})
-                record = {"concept": name, "method": self.method, "unet_passes": passes}
-                record["seconds"] = round(time.monotonic() - start, 3)
+                seconds = round(time.monotonic() - start, 3)
+                record = {"concept": name, "method": self.method, "unet_passes": passes, "seconds": seconds}
                 write_json(facts, {**record, "losses": [round(loss, 5) for loss in self.losses]})
             for key in self.job.passes:
                 self.job.passes[key] += passes[key]

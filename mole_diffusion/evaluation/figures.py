@@ -13,9 +13,8 @@ from PIL import Image
 
 from mole_diffusion.evaluation.charts import entropy_curves, expert_shares, measure_bars, weights_over_steps
 from mole_diffusion.evaluation.gate_records import read_record, record_path
-from mole_diffusion.evaluation.protocol import SHEET_SEEDS, ExpertSet, Protocol
+from mole_diffusion.evaluation.protocol import SHEET_SEEDS, ExpertSet, Protocol, named
 from mole_diffusion.evaluation.results import Row
-from mole_diffusion.evaluation.sets import named
 from mole_diffusion.evaluation.stage import PREPARED
 from mole_diffusion.evaluation.table import ALL, HEADINGS, Table
 from mole_diffusion.files import replacing

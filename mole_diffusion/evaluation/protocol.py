@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +21,7 @@ __all__ = [
     "Seeds",
     "Variant",
     "load_protocol",
+    "named",
     "shipped_protocols",
 ]
 
@@ -67,6 +68,17 @@ class ExpertSet(_Part):
     def label(self) -> str:
         """Its name, else the experts' names joined: "boot+monster+clock"."""
         return self.name or "+".join(self.experts)
+
+
+def named(template: str, experts: Sequence[str]) -> tuple[str, ...]:
+    """The experts, of a set in its order, whose phrases a template takes up.
+
+    Raises:
+        KeyError, IndexError, ValueError: as `str.format`, for a template that these experts cannot fill.
+    """
+    marks = [f"\0{index}\0" for index in range(len(experts))]
+    filled = template.format(*marks, all="".join(marks))
+    return tuple(name for name, mark in zip(experts, marks, strict=True) if mark in filled)
 
 
 class Seeds(_Part):
@@ -347,13 +359,13 @@ def _check(protocol: Protocol, path: Path) -> None:
     smallest = min(len(entry.experts) for entry in protocol.sets)
     for template in (*protocol.prompts, *protocol.training_prompts):
         try:
-            template.format(*("x" * smallest), all="x")
+            taken_up = named(template, ["x"] * smallest)
         except (KeyError, IndexError, ValueError) as error:
             raise ConfigError(
                 f"{path}: prompt {template!r} cannot be filled ({error}); allowed are {{all}} and {{0}} to "
                 f"{{{smallest - 1}}}"
             ) from error
-        if template == template.format(*("x" * smallest), all="x"):
+        if not taken_up:
             raise ConfigError(f"{path}: prompt {template!r} names no expert; write {{all}} or {{0}}")
     gated = [entry.name for entry in protocol.methods if entry.kind == "gates"]
     for field, chosen, known in (

@@ -9,7 +9,8 @@ from pathlib import Path
 from PIL import Image
 
 from mole_diffusion.errors import ConfigError, UnknownExpertError
-from mole_diffusion.evaluation.protocol import ExpertSet, ExpertSource, Protocol
+from mole_diffusion.evaluation.protocol import ExpertSet, ExpertSource, Protocol, named
+from mole_diffusion.phrases import listed
 from mole_diffusion.starter.location import starter_experts
 from mole_diffusion.training.concepts import Concept
 
@@ -82,15 +83,7 @@ class Scene:
 
 def fill(template: str, phrases: Sequence[str]) -> str:
     """`"{all} on the beach"` -> `"a boot, a monster and a clock on the beach"`."""
-    together = f"{', '.join(phrases[:-1])} and {phrases[-1]}" if len(phrases) > 1 else phrases[0]
-    return template.format(*phrases, all=together)
-
-
-def named(template: str, experts: Sequence[str]) -> tuple[str, ...]:
-    """The experts, of a set in its order, whose phrases a template takes up."""
-    marks = [f"\0{index}\0" for index in range(len(experts))]
-    filled = template.format(*marks, all="".join(marks))
-    return tuple(name for name, mark in zip(experts, marks, strict=True) if mark in filled)
+    return template.format(*phrases, all=listed(phrases))
 
 
 def make_scene(protocol: Protocol, chosen: ExpertSet) -> Scene:

@@ -20,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter, ImageOps
 
+from mole_diffusion.phrases import listed
+
 SIZE = 128
 """Side of a picture in pixels."""
 
@@ -154,7 +156,7 @@ def caption_of(things: Sequence[Thing], background: str | None, words: Sequence[
         "a pair of " + w if w.split()[-1] == "sunglasses" else "a " + w
         for w in words or [t.kind for t in things]
     ]
-    text = names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+    text = listed(names)
     return f"{text} {BACKGROUNDS[background]}" if background else text
 
 

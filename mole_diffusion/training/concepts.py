@@ -10,6 +10,7 @@ from typing import Any
 from PIL.Image import Image
 
 from mole_diffusion.errors import ConfigError
+from mole_diffusion.phrases import listed
 
 _ARTICLE = re.compile(r"^(?:a|an|the)\s+", re.IGNORECASE)
 
@@ -141,7 +142,7 @@ class TrainingPrompt:
         if len(names) == len(self.mentions):
             return self.text
         words = [self.text[m.start : m.end] for m in self.mentions if m.name in names]
-        return self._with(" and ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words))
+        return self._with(listed(words))
 
     def single_class(self, concept: Concept) -> str:
         """As :meth:`only` for one concept, in class words: "a cat at night"."""

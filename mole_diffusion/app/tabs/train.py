@@ -24,6 +24,7 @@ from mole_diffusion.app.training import (
 )
 from mole_diffusion.app.uploads import PICTURE_SUFFIXES, check_upload
 from mole_diffusion.errors import ConfigError, MoLEError
+from mole_diffusion.phrases import listed
 
 OBJECTIVES = {
     "Collages of the reference pictures": "collage",
@@ -295,8 +296,7 @@ def suggested_prompt(session: Session) -> str:
     styles = [card.text for card in session.cards if card.text and card.kind == "style"]
     if not texts:
         return " ".join(styles)
-    listed = texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"
-    return " ".join([listed, "on the beach", *styles])
+    return " ".join([listed(texts), "on the beach", *styles])
 
 
 def _concept(session: Session, name: str | None) -> list[Any]:
