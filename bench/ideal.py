@@ -22,7 +22,7 @@ from mole_diffusion.evaluation.scorers import make_scorers
 from mole_diffusion.evaluation.sets import make_scene
 from mole_diffusion.evaluation.statistics import measures
 from mole_diffusion.evaluation.table import HEADINGS
-from mole_diffusion.starter.world import FLAT_STYLES, SUBJECT_STYLE, Thing, draw_scene
+from tools.starter.world import FLAT_STYLES, SUBJECT_STYLE, Thing, draw_scene
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Backgrounds of the prompts of `starter.yaml`, in their order.

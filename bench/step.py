@@ -27,9 +27,9 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
-from mole_diffusion.config import MoLEConfig
-from mole_diffusion.experts import Expert
-from mole_diffusion.inject import Mixture, inject
+from mole_diffusion.core.config import MoLEConfig
+from mole_diffusion.core.experts import Expert
+from mole_diffusion.core.mixture import Mixture, inject
 
 RANK = 16
 N_EXPERTS = 3

@@ -6,9 +6,9 @@ from typing import Any
 
 import comfy.model_management
 
-from mole_diffusion.checkpoint import load_gates
-from mole_diffusion.config import MoLEConfig
-from mole_diffusion.errors import GateMismatchError, NoExpertsError
+from mole_diffusion.core.checkpoint import load_gates
+from mole_diffusion.core.config import MoLEConfig
+from mole_diffusion.core.errors import GateMismatchError, NoExpertsError
 
 from .binding import KEY, Applied, Binding
 from .experts import ExpertSet, GatesFile

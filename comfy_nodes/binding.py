@@ -18,11 +18,11 @@ import torch
 from comfy.patcher_extension import CallbacksMP, PatcherInjection
 from torch import Tensor, nn
 
-from mole_diffusion.architectures import TEXT_ENCODER, TEXT_ENCODER_2, UNET, map_network
-from mole_diffusion.config import MoLEConfig
-from mole_diffusion.errors import InjectionError
-from mole_diffusion.experts import Expert
-from mole_diffusion.inject import Mixture
+from mole_diffusion.core.architectures import TEXT_ENCODER, TEXT_ENCODER_2, UNET, map_network
+from mole_diffusion.core.config import MoLEConfig
+from mole_diffusion.core.errors import InjectionError
+from mole_diffusion.core.experts import Expert
+from mole_diffusion.core.mixture import Mixture
 
 from .experts import ExpertSet
 

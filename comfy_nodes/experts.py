@@ -12,10 +12,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mole_diffusion.checkpoint import GatesHeader, read_gates_header
-from mole_diffusion.errors import ConfigError, UnknownExpertError
-from mole_diffusion.experts import Expert
-from mole_diffusion.files import replacing
+from mole_diffusion.core.checkpoint import GatesHeader, read_gates_header
+from mole_diffusion.core.errors import ConfigError, UnknownExpertError
+from mole_diffusion.core.experts import Expert
+from mole_diffusion.core.files import replacing
 
 _SEPARATORS = re.compile(r"[,;\n]")
 
@@ -82,7 +82,7 @@ class ExpertSet:
 
 @dataclass(frozen=True)
 class GatesFile:
-    """Gates, kept in a file of the format of `mole_diffusion.checkpoint`."""
+    """Gates, kept in a file of the format of `mole_diffusion.core.checkpoint`."""
 
     path: Path
 

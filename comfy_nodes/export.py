@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from mole_diffusion.errors import ConfigError
-from mole_diffusion.export import compress, lora_tensors, static_factors, write_lora
+from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.core.export import compress, lora_tensors, static_factors, write_lora
 
 from .binding import Applied
 

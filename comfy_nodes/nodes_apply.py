@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from mole_diffusion.errors import ConfigError, RegionMaskError
+from mole_diffusion.core.errors import ConfigError, RegionMaskError
 
 from .apply import applied_to, apply_experts
 from .experts import ExpertSet, GatesFile, read_names, read_strengths

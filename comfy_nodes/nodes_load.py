@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from mole_diffusion.experts import load_expert
+from mole_diffusion.core.experts import load_expert
 
 from . import places
 from .apply import applied_to

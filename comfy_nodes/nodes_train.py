@@ -16,12 +16,18 @@ import torch
 from comfy.utils import ProgressBar
 from comfy_api.latest import io
 
-from mole_diffusion.config import MoLEConfig
-from mole_diffusion.errors import ConfigError
-from mole_diffusion.training import Concept, GateTrainer, TrainingConfig, TrainingEvent, TrainingResult
-from mole_diffusion.training.concepts import concepts_from_experts
+from mole_diffusion.core.config import MoLEConfig
+from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.pictures.training import (
+    Concept,
+    GateTrainer,
+    TrainingConfig,
+    TrainingEvent,
+    TrainingResult,
+)
+from mole_diffusion.pictures.training.concepts import concepts_from_experts
+from mole_diffusion.pictures.training.workbench import tensor_picture
 from mole_diffusion.training.state import GATES_FILE
-from mole_diffusion.training.workbench import tensor_picture
 
 from .experts import ExpertSet, GatesFile, read_assignments
 from .native import NativePipeline

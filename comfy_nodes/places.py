@@ -7,7 +7,7 @@ from pathlib import Path
 
 import folder_paths
 
-from mole_diffusion.errors import ExpertLoadError, GateMismatchError
+from mole_diffusion.core.errors import ExpertLoadError, GateMismatchError
 from mole_diffusion.starter import starter_dir, starter_experts
 
 #: ComfyUI's name of the folders with gates.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from mole_diffusion.errors import ConfigError
+from mole_diffusion.core.errors import ConfigError
 
 from .experts import GatesFile
 

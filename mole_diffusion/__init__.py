@@ -9,10 +9,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import GatesHeader, load_gates, read_gates_header, save_gates
-from .config import MoLEConfig
-from .context import GateRecord
-from .errors import (
+from .core.checkpoint import GatesHeader, load_gates, read_gates_header, save_gates
+from .core.config import MoLEConfig
+from .core.context import GateRecord
+from .core.errors import (
     AllExpertsMaskedError,
     ConfigError,
     ExpertLoadError,
@@ -24,11 +24,11 @@ from .errors import (
     TrainingError,
     UnknownExpertError,
 )
-from .experts import Expert, ExpertReport, LoraFactors, load_expert
-from .inject import Mixture, inject
+from .core.experts import Expert, ExpertReport, LoraFactors, load_expert
+from .core.mixture import Mixture, inject
 
 if TYPE_CHECKING:
-    from .pipeline import (
+    from .pictures.pipelines import (
         StableDiffusionMoLEImg2ImgPipeline,
         StableDiffusionMoLEInpaintPipeline,
         StableDiffusionMoLEPipeline,
@@ -36,21 +36,21 @@ if TYPE_CHECKING:
         StableDiffusionXLMoLEInpaintPipeline,
         StableDiffusionXLMoLEPipeline,
     )
-    from .training import Concept, GateTrainer, TrainingConfig, TrainingResult
+    from .pictures.training import Concept, GateTrainer, TrainingConfig, TrainingResult
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "StableDiffusionMoLEImg2ImgPipeline": "mole_diffusion.pipeline",
-    "StableDiffusionMoLEInpaintPipeline": "mole_diffusion.pipeline",
-    "StableDiffusionMoLEPipeline": "mole_diffusion.pipeline",
-    "StableDiffusionXLMoLEImg2ImgPipeline": "mole_diffusion.pipeline",
-    "StableDiffusionXLMoLEInpaintPipeline": "mole_diffusion.pipeline",
-    "StableDiffusionXLMoLEPipeline": "mole_diffusion.pipeline",
-    "Concept": "mole_diffusion.training",
-    "GateTrainer": "mole_diffusion.training",
-    "TrainingConfig": "mole_diffusion.training",
-    "TrainingResult": "mole_diffusion.training",
+    "StableDiffusionMoLEImg2ImgPipeline": "mole_diffusion.pictures.pipelines",
+    "StableDiffusionMoLEInpaintPipeline": "mole_diffusion.pictures.pipelines",
+    "StableDiffusionMoLEPipeline": "mole_diffusion.pictures.pipelines",
+    "StableDiffusionXLMoLEImg2ImgPipeline": "mole_diffusion.pictures.pipelines",
+    "StableDiffusionXLMoLEInpaintPipeline": "mole_diffusion.pictures.pipelines",
+    "StableDiffusionXLMoLEPipeline": "mole_diffusion.pictures.pipelines",
+    "Concept": "mole_diffusion.pictures.training",
+    "GateTrainer": "mole_diffusion.pictures.training",
+    "TrainingConfig": "mole_diffusion.pictures.training",
+    "TrainingResult": "mole_diffusion.pictures.training",
 }
 
 __all__ = [

@@ -15,12 +15,12 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from typer.testing import CliRunner, Result
 
 from mole_diffusion import __version__
-from mole_diffusion.checkpoint import save_gates
 from mole_diffusion.cli import app
-from mole_diffusion.config import MoLEConfig
-from mole_diffusion.diagnosis import OPTIONAL, REQUIRED
-from mole_diffusion.experts import load_expert
-from mole_diffusion.inject import inject
+from mole_diffusion.commands.diagnosis import OPTIONAL, REQUIRED
+from mole_diffusion.core.checkpoint import save_gates
+from mole_diffusion.core.config import MoLEConfig
+from mole_diffusion.core.experts import load_expert
+from mole_diffusion.core.mixture import inject
 
 WIDTH = 32
 
@@ -222,7 +222,7 @@ def test_doctor_says_what_is_there_and_how_to_get_the_rest() -> None:
 
 
 def test_doctor_fails_without_the_starter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mole_diffusion.diagnosis.starter_dir", lambda: tmp_path)
+    monkeypatch.setattr("mole_diffusion.commands.diagnosis.starter_dir", lambda: tmp_path)
     result = run("doctor")
     assert result.exit_code == 1
     assert f"the starter in {tmp_path} lacks model_index.json" in result.stderr
@@ -253,7 +253,7 @@ def test_a_stopped_demo_says_what_goes_on(
             (tmp_path / "training" / "state.pt").touch()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mole_diffusion.demo.run_demo", stop)
+    monkeypatch.setattr("mole_diffusion.pictures.demo.run_demo", stop)
     result = run("demo", "--out", tmp_path, *options)
     assert result.exit_code == 1
     assert f"Stopped; {said}" in " ".join(result.stderr.split())

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mole_diffusion.errors import ConfigError
-from mole_diffusion.plots import (
+from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.pictures.plots import (
     GridRow,
     entropy_curve,
     gate_heat_map,

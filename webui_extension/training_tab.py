@@ -275,7 +275,7 @@ class TrainingTab:
     def inspect(self, gates: str) -> str:
         """What a gates file is for, in words."""
         from mole_diffusion import MoLEError
-        from mole_diffusion.inspection import describe_file
+        from mole_diffusion.core.inspection import describe_file
 
         try:
             path = self._library.gates_path(gates or "")

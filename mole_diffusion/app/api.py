@@ -15,7 +15,7 @@ from mole_diffusion.app.library import add_file
 from mole_diffusion.app.session import Session
 from mole_diffusion.app.studio import Studio
 from mole_diffusion.app.training import TrainRequest, start_training
-from mole_diffusion.errors import ConfigError
+from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.starter.location import GUIDANCE
 
 

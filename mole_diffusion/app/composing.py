@@ -14,8 +14,8 @@ from mole_diffusion.app.jobs import Job
 from mole_diffusion.app.metadata import ExpertUse, PictureSettings, mask_to_text, save_picture
 from mole_diffusion.app.session import Picture, Session
 from mole_diffusion.app.studio import Studio
-from mole_diffusion.errors import ConfigError
-from mole_diffusion.opening import drawing_settings
+from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.pictures.opening import drawing_settings
 from mole_diffusion.starter.location import GUIDANCE
 
 #: Previews may take this share of the time of drawing.

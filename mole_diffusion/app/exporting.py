@@ -12,9 +12,9 @@ from mole_diffusion.app.composing import MAX_STEPS
 from mole_diffusion.app.jobs import Job
 from mole_diffusion.app.session import Session
 from mole_diffusion.app.studio import Studio
-from mole_diffusion.errors import ConfigError
-from mole_diffusion.export import ExportReport
-from mole_diffusion.opening import drawing_settings
+from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.core.export import ExportReport
+from mole_diffusion.pictures.opening import drawing_settings
 
 FORMATS = {"kohya": "kohya (web UIs, ComfyUI)", "diffusers": "diffusers (PEFT)"}
 MAX_RANK = 512

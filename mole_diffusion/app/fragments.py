@@ -6,7 +6,7 @@ import html
 
 from mole_diffusion.app.metadata import PictureSettings
 from mole_diffusion.app.session import Session
-from mole_diffusion.opening import STARTER
+from mole_diffusion.pictures.opening import STARTER
 
 #: Pictures that the gallery shows at once.
 SHOWN = 64

@@ -23,7 +23,7 @@ from mole_diffusion.app.tabs.train import TrainTab
 from mole_diffusion.app.theme import STYLE, theme
 from mole_diffusion.app.uploads import MAX_FILE_BYTES
 from mole_diffusion.app.web import SessionCookie, UploadGuard
-from mole_diffusion.opening import STARTER
+from mole_diffusion.pictures.opening import STARTER
 from mole_diffusion.starter.location import starter_dir
 
 #: Requests that may wait in Gradio's own queue; the long work has one of its own.

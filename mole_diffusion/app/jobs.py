@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mole_diffusion.errors import MoLEError
+from mole_diffusion.core.errors import MoLEError
 
 logger = logging.getLogger(__name__)
 

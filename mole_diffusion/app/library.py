@@ -7,15 +7,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from mole_diffusion._pipeline_sources import find_expert_file
 from mole_diffusion.app.session import ExpertCard, Session
 from mole_diffusion.app.studio import Studio
 from mole_diffusion.app.uploads import check_upload
-from mole_diffusion.bases import base_of_expert, check_prediction
-from mole_diffusion.checkpoint import read_gates_header
-from mole_diffusion.errors import ConfigError, ExpertLoadError, GateMismatchError
-from mole_diffusion.experts import Expert, load_expert
-from mole_diffusion.training.concepts import concepts_from_experts
+from mole_diffusion.core.bases import base_of_expert, check_prediction
+from mole_diffusion.core.checkpoint import read_gates_header
+from mole_diffusion.core.errors import ConfigError, ExpertLoadError, GateMismatchError
+from mole_diffusion.core.experts import Expert, load_expert
+from mole_diffusion.pictures.sources import find_expert_file
+from mole_diffusion.pictures.training.concepts import concepts_from_experts
 
 MAX_OWN = 40
 _NAME = re.compile(r"[^\w .+-]+")

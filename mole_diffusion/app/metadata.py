@@ -12,8 +12,8 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from mole_diffusion.errors import ConfigError
-from mole_diffusion.files import replacing
+from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.core.files import replacing
 from mole_diffusion.starter.location import GUIDANCE
 
 KEY = "mole_diffusion"

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from mole_diffusion.app.session import Session
-from mole_diffusion.errors import ConfigError
+from mole_diffusion.core.errors import ConfigError
 
 #: Side in pixels of the canvas.
 CANVAS = 512

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mole_diffusion.app.jobs import Job
 from mole_diffusion.app.metadata import PictureSettings
-from mole_diffusion.errors import ConfigError, UnknownExpertError
+from mole_diffusion.core.errors import ConfigError, UnknownExpertError
 from mole_diffusion.starter.location import StarterExpert, default_experts, starter_dir, starter_experts
 
 STARTER = "starter"

@@ -14,7 +14,7 @@ from mole_diffusion.app.jobs import Job
 from mole_diffusion.app.session import Session
 from mole_diffusion.app.studio import Studio
 from mole_diffusion.app.web import COOKIE
-from mole_diffusion.errors import MoLEError
+from mole_diffusion.core.errors import MoLEError
 
 R = TypeVar("R")
 _OWN_FOLDERS = re.compile(r"[^\s'\"]*/mole-app-[^\s'\"]*/")

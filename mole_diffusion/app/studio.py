@@ -12,8 +12,8 @@ from typing import Any
 
 from mole_diffusion.app.jobs import Job, QueueFullError, Worker
 from mole_diffusion.app.session import STARTER, Session
-from mole_diffusion.errors import ConfigError
-from mole_diffusion.opening import open_base, pick_device
+from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.pictures.opening import open_base, pick_device
 
 #: Jobs that may wait for the one that runs.
 QUEUE_LENGTH = 12

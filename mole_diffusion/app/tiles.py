@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 
 from mole_diffusion.app.session import ExpertCard, Session, thumbnail
-from mole_diffusion.errors import ConfigError
+from mole_diffusion.core.errors import ConfigError
 
 #: Side in pixels of the pictures in the tiles (drawn at half of it on dense screens).
 _SIDE = 192

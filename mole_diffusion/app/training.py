@@ -14,9 +14,9 @@ from PIL import Image
 from mole_diffusion.app.jobs import Cancelled, Job, Progress
 from mole_diffusion.app.session import ExpertCard, Session, Training
 from mole_diffusion.app.studio import Studio
-from mole_diffusion.errors import ConfigError
-from mole_diffusion.training import Concept, GateTrainer, TrainingConfig
-from mole_diffusion.training.config import Objective
+from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.pictures.training import Concept, GateTrainer, TrainingConfig
+from mole_diffusion.pictures.training.config import Objective
 from mole_diffusion.training.progress import TrainingEvent
 from mole_diffusion.training.state import STATE_FILE
 

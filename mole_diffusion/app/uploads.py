@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from mole_diffusion.errors import ConfigError
+from mole_diffusion.core.errors import ConfigError
 
 MAX_FILE_BYTES = 2 * 2**30
 MAX_PICTURE_BYTES = 32 * 2**20

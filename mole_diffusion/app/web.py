@@ -12,7 +12,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mole_diffusion.app.uploads import check_upload
-from mole_diffusion.errors import MoLEError
+from mole_diffusion.core.errors import MoLEError
 
 COOKIE = "mole_session"
 _THIRTY_DAYS = 30 * 24 * 3600

@@ -10,9 +10,9 @@ import typer
 
 from mole_diffusion.app.folder import own_folder
 from mole_diffusion.commands.common import DeviceOption, ModelOption, say
-from mole_diffusion.diagnosis import OPTIONAL
-from mole_diffusion.errors import ConfigError
-from mole_diffusion.opening import STARTER
+from mole_diffusion.commands.diagnosis import OPTIONAL
+from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.pictures.opening import STARTER
 
 
 def app(

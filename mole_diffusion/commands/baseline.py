@@ -27,7 +27,7 @@ from mole_diffusion.commands.train_gates import (
     model_flag,
     parse_concepts,
 )
-from mole_diffusion.opening import STARTER
+from mole_diffusion.pictures.opening import STARTER
 
 
 def baseline(
@@ -71,9 +71,9 @@ def baseline(
 
     Example: [bold]mole baseline ties -e boot -e clock --out outputs/ties[/]
     """
-    from mole_diffusion.baselines import METHODS, PrepareOptions, prepare
-    from mole_diffusion.baselines.methods import method_named
-    from mole_diffusion.training import TrainingConfig
+    from mole_diffusion.methods import METHODS, PrepareOptions, prepare
+    from mole_diffusion.methods.methods import method_named
+    from mole_diffusion.pictures.training import TrainingConfig
 
     choices, texts = parse_experts(experts), parse_concepts(concepts)
     if not method_named(method).needs_preparation:

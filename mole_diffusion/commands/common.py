@@ -21,13 +21,13 @@ from rich.progress import (
 )
 from typer.core import TyperGroup
 
-from mole_diffusion.errors import ConfigError, MoLEError, UnknownExpertError
-from mole_diffusion.opening import STARTER, open_base
+from mole_diffusion.core.errors import ConfigError, MoLEError, UnknownExpertError
+from mole_diffusion.pictures.opening import STARTER, open_base
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from mole_diffusion.pipeline import StableDiffusionMoLEPipeline
+    from mole_diffusion.pictures.pipelines import StableDiffusionMoLEPipeline
 
 #: Endings of picture files that are read and written.
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -129,7 +129,7 @@ def open_pipeline(
     Raises:
         MoLEError: the model, an expert or the gates cannot be had.
     """
-    from mole_diffusion.checkpoint import read_gates_header
+    from mole_diffusion.core.checkpoint import read_gates_header
     from mole_diffusion.starter.location import default_experts
 
     # Reads the file before the large ones.

@@ -12,7 +12,7 @@ from rich.markup import escape
 from mole_diffusion.commands.common import console, errors, say, show, split_names
 
 if TYPE_CHECKING:
-    from mole_diffusion.demo import DemoResult
+    from mole_diffusion.pictures.demo import DemoResult
 
 
 def _seeds(text: str) -> tuple[int, ...]:
@@ -49,7 +49,7 @@ def demo(
 
     Example: [bold]mole demo --experts dog,boot,monster --iterations 200[/]
     """
-    from mole_diffusion.demo import DemoOptions, run_demo
+    from mole_diffusion.pictures.demo import DemoOptions, run_demo
     from mole_diffusion.training.state import STATE_FILE
 
     options = DemoOptions(

@@ -17,7 +17,7 @@ def doctor(as_json: JsonOption = False) -> None:
 
     Example: [bold]mole doctor --json[/]
     """
-    from mole_diffusion.diagnosis import diagnose
+    from mole_diffusion.commands.diagnosis import diagnose
 
     found = diagnose()
     if as_json:

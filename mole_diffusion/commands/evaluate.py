@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from mole_diffusion.commands.common import JsonOption, console, errors, say, split_names
-from mole_diffusion.errors import ConfigError
+from mole_diffusion.core.errors import ConfigError
 
 _NEEDED = ("pydantic", "scipy", "timm", "torchmetrics", "yaml")
 
@@ -50,7 +50,7 @@ def evaluate(
     from mole_diffusion.evaluation import run
     from mole_diffusion.evaluation.protocol import load_protocol
     from mole_diffusion.evaluation.results import Results
-    from mole_diffusion.opening import pick_device
+    from mole_diffusion.pictures.opening import pick_device
 
     if rescore and report:
         raise typer.BadParameter("cannot go with --report: it writes tables itself", param_hint="--rescore")

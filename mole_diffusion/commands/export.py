@@ -23,7 +23,7 @@ from mole_diffusion.commands.common import (
     show,
     split_names,
 )
-from mole_diffusion.opening import STARTER, drawing_settings
+from mole_diffusion.pictures.opening import STARTER, drawing_settings
 
 
 class FormatChoice(str, Enum):

@@ -25,7 +25,7 @@ from mole_diffusion.commands.common import (
     show,
     split_names,
 )
-from mole_diffusion.opening import STARTER, drawing_settings
+from mole_diffusion.pictures.opening import STARTER, drawing_settings
 
 _SIZE = re.compile(r"(\d+)(?:x(\d+))?")
 #: Picture sizes in pixels are multiples of this: the autoencoder halves three times.
@@ -103,7 +103,7 @@ def _read_mixture(text: str) -> Any:
     Raises:
         ConfigError: the folder holds no prepared baseline.
     """
-    from mole_diffusion.baselines import MIXTURES, load_prepared
+    from mole_diffusion.methods import MIXTURES, load_prepared
 
     if text in MIXTURES:
         return text

@@ -20,7 +20,7 @@ def inspect(
 
     Example: [bold]mole inspect demo/gates.safetensors[/]
     """
-    from mole_diffusion.inspection import describe_file
+    from mole_diffusion.core.inspection import describe_file
 
     description = describe_file(file)
     if as_json:

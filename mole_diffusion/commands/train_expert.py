@@ -17,8 +17,8 @@ from mole_diffusion.commands.common import (
     say,
     show,
 )
-from mole_diffusion.errors import ConfigError
-from mole_diffusion.opening import STARTER, open_base
+from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.pictures.opening import STARTER, open_base
 
 #: Learning rates that suit the starter, which is small, and the large models.
 _RATES = {True: 1e-3, False: 1e-4}
@@ -58,7 +58,7 @@ def train_expert(
     pictures = read_pictures(folder)
     if not pictures:
         raise ConfigError(f"{str(folder)!r} has no pictures (png, jpg, webp)")
-    from mole_diffusion.training.expert_trainer import ExpertTrainer, ExpertTrainingConfig
+    from mole_diffusion.pictures.training.expert_trainer import ExpertTrainer, ExpertTrainingConfig
     from mole_diffusion.training.state import STATE_FILE
 
     config = ExpertTrainingConfig(

@@ -23,11 +23,11 @@ from mole_diffusion.commands.common import (
     shares,
     show,
 )
-from mole_diffusion.errors import ConfigError, TrainingError, UnknownExpertError
-from mole_diffusion.opening import STARTER
+from mole_diffusion.core.errors import ConfigError, TrainingError, UnknownExpertError
+from mole_diffusion.pictures.opening import STARTER
 
 if TYPE_CHECKING:
-    from mole_diffusion.training import Concept, TrainingConfig, TrainingEvent
+    from mole_diffusion.pictures.training import Concept, TrainingConfig, TrainingEvent
 
 
 ConceptOption = Annotated[
@@ -85,7 +85,7 @@ def train_gates(
 
     Example: [bold]mole train-gates "a zor boot and a kip clock" -e boot -e clock --out outputs/boot+clock[/]
     """
-    from mole_diffusion.training import TrainingConfig
+    from mole_diffusion.pictures.training import TrainingConfig
 
     choices, texts = parse_experts(experts), parse_concepts(concepts)
     settings: dict[str, Any] = {"collage_batch": batch, "batch_size": batch, "pool_size": max(96, batch or 0)}
@@ -120,7 +120,7 @@ def _train(
     fresh: bool,
 ) -> Any:
     """Train or go on; says what Ctrl-C leaves behind."""
-    from mole_diffusion.training import GateTrainer
+    from mole_diffusion.pictures.training import GateTrainer
     from mole_diffusion.training.state import STATE_FILE
 
     done = 0
@@ -156,9 +156,9 @@ def known_concepts(
         UnknownExpertError: a text for an expert that is not loaded.
         ConfigError: nothing says what an expert knows, or no pictures are where they should be.
     """
-    from mole_diffusion.demo import concepts_of
+    from mole_diffusion.pictures.demo import concepts_of
+    from mole_diffusion.pictures.training.concepts import as_concepts, concepts_from_experts
     from mole_diffusion.starter.location import starter_experts
-    from mole_diffusion.training.concepts import as_concepts, concepts_from_experts
 
     for name in texts:
         if name not in experts:

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from mole_diffusion.evaluation.statistics import LESS_IS_BETTER, Estimate
-from mole_diffusion.plots import MAX_COLUMNS_WITH_NAMES, short_group_name
+from mole_diffusion.pictures.plots import MAX_COLUMNS_WITH_NAMES, short_group_name
 
 #: Colours that stay apart for most colour-blind people (Okabe and Ito 2008).
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F", "#F0E442")

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mole_diffusion.core.files import replacing
 from mole_diffusion.evaluation.charts import entropy_curves, expert_shares, measure_bars, weights_over_steps
 from mole_diffusion.evaluation.gate_records import read_record, record_path
 from mole_diffusion.evaluation.protocol import SHEET_SEEDS, ExpertSet, Protocol, named
 from mole_diffusion.evaluation.results import Row
 from mole_diffusion.evaluation.stage import PREPARED
 from mole_diffusion.evaluation.table import ALL, HEADINGS, Table
-from mole_diffusion.files import replacing
-from mole_diffusion.plots import GridRow, gate_heat_map, picture_grid
+from mole_diffusion.pictures.plots import GridRow, gate_heat_map, picture_grid
 
 _HISTORY = "history.jsonl"
 #: Side of a picture in the grids, in pixels.
@@ -103,7 +103,7 @@ def _captions(captions: Sequence[str], notes: Sequence[str], first: bool) -> lis
 
 
 def _note(kind: str) -> str:
-    from mole_diffusion.baselines import METHODS
+    from mole_diffusion.methods import METHODS
 
     return METHODS[kind].label if kind in METHODS else "one expert at a time"
 

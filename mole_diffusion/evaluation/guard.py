@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from mole_diffusion.errors import ConfigError
+from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.evaluation.protocol import Clip, Protocol
 from mole_diffusion.evaluation.scorers import load_clip, tower_hashes
 from mole_diffusion.starter.location import starter_dir

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from mole_diffusion.config import MoLEConfig
-from mole_diffusion.errors import ConfigError
-from mole_diffusion.training.config import TrainingConfig
+from mole_diffusion.core.config import MoLEConfig
+from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.pictures.training.config import TrainingConfig
 
 __all__ = [
     "ExpertSet",

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mole_diffusion.errors import ConfigError
-from mole_diffusion.files import replacing
+from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.core.files import replacing
 
 Row = dict[str, Any]
 Key = tuple[str, str, int, int, str]

@@ -22,7 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from mole_diffusion.errors import ConfigError
+from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.evaluation.cost import cost_markdown, measure_cost
 from mole_diffusion.evaluation.figures import write_figures
 from mole_diffusion.evaluation.gate_records import record_of, record_path, write_record
@@ -42,7 +42,7 @@ from mole_diffusion.evaluation.scorers import ClipScorer, Scorer, make_scorers
 from mole_diffusion.evaluation.sets import Scene, make_scene
 from mole_diffusion.evaluation.stage import Drawn, Stage, check_methods, needs_preparation
 from mole_diffusion.evaluation.table import Table, concepts_csv, make_table, to_csv, to_markdown
-from mole_diffusion.opening import pick_device
+from mole_diffusion.pictures.opening import pick_device
 
 __all__ = ["Batch", "evaluate", "rescore", "write_report"]
 

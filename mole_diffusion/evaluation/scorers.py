@@ -11,7 +11,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from mole_diffusion.errors import ConfigError
+from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.evaluation.metrics import (
     CONFUSED,
     OMITTED,
@@ -24,8 +24,8 @@ from mole_diffusion.evaluation.metrics import (
 )
 from mole_diffusion.evaluation.protocol import Clip, Metrics
 from mole_diffusion.evaluation.sets import CAPTIONS
+from mole_diffusion.pictures.training.concepts import Concept
 from mole_diffusion.starter.location import starter_dir
-from mole_diffusion.training.concepts import Concept
 
 #: Pictures per forward of a scoring network.
 _BATCH = 64

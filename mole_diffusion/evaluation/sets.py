@@ -8,11 +8,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from mole_diffusion.errors import ConfigError, UnknownExpertError
+from mole_diffusion.core.errors import ConfigError, UnknownExpertError
+from mole_diffusion.core.phrases import listed
 from mole_diffusion.evaluation.protocol import ExpertSet, ExpertSource, Protocol, named
-from mole_diffusion.phrases import listed
+from mole_diffusion.pictures.training.concepts import Concept
 from mole_diffusion.starter.location import starter_experts
-from mole_diffusion.training.concepts import Concept
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 

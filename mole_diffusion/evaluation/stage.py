@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from mole_diffusion.baselines import METHODS, PrepareOptions, prepare
-from mole_diffusion.drawing import draw
-from mole_diffusion.errors import ConfigError
+from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.evaluation.protocol import ALONE, MASKED, SINGLE, Protocol, Variant
 from mole_diffusion.evaluation.sets import Scene
-from mole_diffusion.opening import open_base
+from mole_diffusion.methods import METHODS, PrepareOptions, prepare
+from mole_diffusion.pictures.drawing import draw
+from mole_diffusion.pictures.opening import open_base
 
 #: Folder of the preparations, and what `baselines.prepare` writes last.
 PREPARED, RECORD = "prepared", "prepared.json"

@@ -49,7 +49,7 @@ class StarterExpert:
 def starter_dir() -> Path:
     """The starter's folder: the copy inside an installed wheel, else `assets/starter` of the repository.
 
-    The folder need not exist yet: `mole_diffusion.starter.build` makes it.
+    The folder need not exist yet: `tools.starter.build` makes it.
     """
     packaged = _PACKAGE / "_starter"
     return packaged if packaged.is_dir() else _PACKAGE.parent / "assets" / "starter"

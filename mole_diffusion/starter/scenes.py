@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from functools import cache
 
 import numpy as np
 from PIL import Image
 
+from mole_diffusion.starter.location import starter_dir
+
 #: Scenes that are drawn of the 192 that the experts saw.
 COUNT = 96
+_BUILDERS = ("base", "expert", "world")
 
 
 @cache
@@ -24,15 +28,14 @@ def expert_scenes(name: str, count: int = COUNT) -> list[tuple[Image.Image, str]
         None where they cannot be drawn: no such expert, no artwork (it is in the repository only) or no
         resvg_py (`pip install 'mole-diffusion[build]'`).
     """
-    from . import world
-
-    if not world.artwork_dir().is_dir() or importlib.util.find_spec("resvg_py") is None:
+    artwork = starter_dir().parent / "artwork"
+    if not artwork.is_dir() or importlib.util.find_spec("resvg_py") is None:
         return None
+    # The builders lie beside the artwork, in the repository, and not in what users install.
+    base, expert, world = (importlib.import_module(f"tools.starter.{part}") for part in _BUILDERS)
     known = [*world.SUBJECTS, *world.STYLES]
     if name not in known:
         return None
-    from . import base, expert
-
     draw = expert.style_scene(name) if name in world.STYLES else expert.concept_scene(name)
     scenes = []
     for chunk in range(-(-count // base.CHUNK)):

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from mole_diffusion.architectures import UNET
-from mole_diffusion.errors import TrainingError
-from mole_diffusion.files import replacing
-from mole_diffusion.training.config import TrainingConfig
+from mole_diffusion.core.architectures import UNET
+from mole_diffusion.core.errors import TrainingError
+from mole_diffusion.core.files import replacing
+from mole_diffusion.pictures.training.config import TrainingConfig
 
 if TYPE_CHECKING:
-    from mole_diffusion.inject import Mixture
+    from mole_diffusion.core.mixture import Mixture
 
 STATE_FILE = "state.pt"
 GATES_FILE = "gates.safetensors"

@@ -28,7 +28,7 @@ from mole_diffusion.app.session import MAX_EXPERTS, Session
 from mole_diffusion.app.show import duration, progress_bar
 from mole_diffusion.app.studio import Studio
 from mole_diffusion.app.uploads import check_upload
-from mole_diffusion.errors import ConfigError, ExpertLoadError, GateMismatchError, UnknownExpertError
+from mole_diffusion.core.errors import ConfigError, ExpertLoadError, GateMismatchError, UnknownExpertError
 from mole_diffusion.starter.location import starter_dir, starter_experts
 
 

@@ -22,7 +22,7 @@ from mole_diffusion import (
     read_gates_header,
     save_gates,
 )
-from mole_diffusion.checkpoint import FORMAT_VERSION
+from mole_diffusion.core.checkpoint import FORMAT_VERSION
 
 from .core_tools import CLIP_TEXT, lora_state, make_clip, make_experts, make_unet, randomise, run, to_experts
 from .test_invariants import FORMS, assert_close, differs, form_id

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 import mole_diffusion
-from mole_diffusion import ConfigError, GateMismatchError, MoLEConfig, MoLEError, UnknownExpertError, errors
+from mole_diffusion import ConfigError, GateMismatchError, MoLEConfig, MoLEError, UnknownExpertError
+from mole_diffusion.core import errors
 
 
 @pytest.mark.parametrize(

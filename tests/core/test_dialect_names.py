@@ -7,8 +7,8 @@ import torch
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from torch import nn
 
-from mole_diffusion.architectures import map_network
-from mole_diffusion.naming import parse_key
+from mole_diffusion.core.architectures import map_network
+from mole_diffusion.core.keys import parse_key
 
 from .core_tools import LDMUNet
 from .dialect_tools import KOHYA_XL, dotted, flat, ldm_names, make_text, make_unet, matrices

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mole_diffusion import ConfigError, Expert, ExpertLoadError, MoLEConfig, inject, load_expert
-from mole_diffusion.naming import parse_key
+from mole_diffusion.core.keys import parse_key
 
 from .core_tools import lora_state, make_unet, run, with_peft
 

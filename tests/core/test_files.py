@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mole_diffusion.files import replacing
+from mole_diffusion.core.files import replacing
 
 
 def test_a_file_is_replaced_when_the_block_ends(tmp_path: Path) -> None:

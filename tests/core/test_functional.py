@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from mole_diffusion import MoLEConfig, functional, inject
+from mole_diffusion import MoLEConfig, inject
+from mole_diffusion.core import functional
 
 from .core_tools import make_experts, randomise, run
 

@@ -15,9 +15,9 @@ from mole_diffusion import (
     MoLEConfig,
     NoExpertsError,
     UnknownExpertError,
-    functional,
     inject,
 )
+from mole_diffusion.core import functional
 
 from .core_tools import LDMUNet, lora_state, make_clip, make_experts, make_unet, randomise, run, to_experts
 from .test_invariants import FORMS, differs, form_id

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mole_diffusion import Expert, MoLEConfig, inject
-from mole_diffusion.experts import LoraFactors
+from mole_diffusion.core.experts import LoraFactors
 
 from .core_tools import (
     LDMUNet,

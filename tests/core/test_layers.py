@@ -13,10 +13,7 @@ import pytest
 import mole_diffusion
 
 PACKAGE = Path(mole_diffusion.__file__).parent
-CORE = """
-errors config functional context gates hooks matrices architectures naming factors lycoris bundled experts
-bases inject files checkpoint
-""".split()
+CORE = sorted(path.stem for path in (PACKAGE / "core").glob("*.py") if path.stem != "__init__")
 HOSTS = "comfy comfy_api comfy_extras nodes modules modules_forge comfy_nodes webui_extension".split()
 BLOCKED = "diffusers transformers peft accelerate open_clip gradio timm matplotlib".split()
 # What hosts lay on top; nothing below may import it.
@@ -48,24 +45,31 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
 
 
 def own(name: str) -> str | None:
-    """First part of a module of ours below the package, else None."""
+    """Room of a module of ours, else None."""
     parts = name.split(".")
     return parts[1] if parts[0] == "mole_diffusion" and len(parts) > 1 else None
 
 
+def core(name: str) -> str | None:
+    """Name of a module of the core, else None."""
+    parts = name.split(".")
+    return parts[2] if parts[:2] == ["mole_diffusion", "core"] and len(parts) > 2 else None
+
+
 @pytest.mark.parametrize("name", CORE)
 def test_core_imports_only_core_torch_and_safetensors(name: str) -> None:
-    for module, _ in imports(PACKAGE / f"{name}.py"):
-        below = own(module)
-        if below is not None:
-            assert below in CORE, f"{name}.py imports {module}, which lies above the core"
+    for module, _ in imports(PACKAGE / "core" / f"{name}.py"):
+        if own(module) is not None:
+            assert core(module) in CORE, f"{name}.py imports {module}, which lies above the core"
         else:
             root = module.split(".")[0]
             assert root in {"torch", "safetensors"} or root in sys.stdlib_module_names, f"{name}.py: {module}"
 
 
 def test_core_modules_import_each_other_without_a_circle() -> None:
-    edges = {name: {own(m) for m, _ in imports(PACKAGE / f"{name}.py")} & set(CORE) for name in CORE}
+    edges = {
+        name: {core(m) for m, _ in imports(PACKAGE / "core" / f"{name}.py")} & set(CORE) for name in CORE
+    }
     while edges:
         leaves = [name for name, below in edges.items() if not below & set(edges)]
         assert leaves, f"circle among {sorted(edges)}"
@@ -86,7 +90,7 @@ def test_nothing_imports_hosts_or_what_lies_on_top() -> None:
 def test_the_package_itself_imports_only_the_core_at_once() -> None:
     for module, now in imports(PACKAGE / "__init__.py"):
         if now and own(module) is not None:
-            assert own(module) in CORE
+            assert own(module) == "core"
 
 
 def test_core_works_with_everything_else_blocked() -> None:
@@ -95,7 +99,8 @@ import sys, tempfile
 for name in {BLOCKED!r}:
     sys.modules[name] = None
 import torch, mole_diffusion
-from mole_diffusion import Expert, MoLEConfig, inject, checkpoint, functional
+from mole_diffusion import Expert, MoLEConfig, inject
+from mole_diffusion.core import checkpoint, functional
 from torch import nn
 class Attention(nn.Module):
     def __init__(self):

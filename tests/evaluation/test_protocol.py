@@ -10,8 +10,8 @@ from mole_diffusion import ConfigError, MoLEConfig, UnknownExpertError
 from mole_diffusion.evaluation.protocol import load_protocol, shipped_protocols
 from mole_diffusion.evaluation.sets import make_scene
 from mole_diffusion.evaluation.stage import check_methods
-from mole_diffusion.starter.world import TRIPLES
-from mole_diffusion.training import TrainingConfig
+from mole_diffusion.pictures.training import TrainingConfig
+from tools.starter.world import TRIPLES
 
 Write = Callable[..., Path]
 

@@ -12,9 +12,9 @@ from timm.models import save_for_hf
 
 from mole_diffusion import ConfigError
 from mole_diffusion.evaluation.scorers import ClipScorer, DinoScorer, JudgeScorer
+from mole_diffusion.pictures.training import Concept
 from mole_diffusion.starter import starter_experts
-from mole_diffusion.starter import world as starter_world
-from mole_diffusion.training import Concept
+from tools.starter import world as starter_world
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from tiny_pipeline import build as build
 
-from mole_diffusion._pipeline_call import MoLEPipelineMixin
+from mole_diffusion.pictures.call import MoLEPipelineMixin
 
 # Largest difference of a pixel (0..1) between our path and diffusers' in float32.
 CLOSE = {"atol": 2e-4, "rtol": 0.0}

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from mole_diffusion.cli import app
-from mole_diffusion.errors import ConfigError, TrainingError
-from mole_diffusion.training.expert_trainer import ExpertTrainer, ExpertTrainingConfig
+from mole_diffusion.core.errors import ConfigError, TrainingError
+from mole_diffusion.pictures.training.expert_trainer import ExpertTrainer, ExpertTrainingConfig
 
 
 def drawings():

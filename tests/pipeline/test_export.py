@@ -11,9 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mole_diffusion import MoLEConfig, StableDiffusionMoLEPipeline
-from mole_diffusion.errors import AllExpertsMaskedError, ConfigError, NoExpertsError, UnknownExpertError
-from mole_diffusion.export import compress
-from mole_diffusion.functional import effective_strength
+from mole_diffusion.core.errors import AllExpertsMaskedError, ConfigError, NoExpertsError, UnknownExpertError
+from mole_diffusion.core.export import compress
+from mole_diffusion.core.functional import effective_strength
 
 PROMPTS = ["a boot and a cat", "a clock on the beach"]
 STEPS = 2

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from test_export import EXACT, PROMPTS, STEPS, calibration_rows, merged
 
 from mole_diffusion import MoLEConfig, StableDiffusionMoLEImg2ImgPipeline, StableDiffusionMoLEPipeline
-from mole_diffusion.errors import ConfigError
-from mole_diffusion.naming import factor_keys, parse_key
+from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.core.keys import factor_keys, parse_key
 
 
 @pytest.mark.parametrize("dialect", ["diffusers", "kohya"])

@@ -2,8 +2,8 @@
 
 import pytest
 
-from mole_diffusion.baselines import fixed_mixture, linear_arithmetic, normalised_linear_arithmetic
-from mole_diffusion.errors import ConfigError, UnknownExpertError
+from mole_diffusion.core.errors import ConfigError, UnknownExpertError
+from mole_diffusion.methods import fixed_mixture, linear_arithmetic, normalised_linear_arithmetic
 
 KNOWN = ["a", "b", "c", "d"]
 

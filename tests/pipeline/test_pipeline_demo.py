@@ -11,9 +11,9 @@ import pytest
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from mole_diffusion import pipeline as pipeline_module
-from mole_diffusion.checkpoint import read_gates_header
-from mole_diffusion.demo import DemoOptions, DemoResult, default_prompt, region_strips, run_demo
+from mole_diffusion.core.checkpoint import read_gates_header
+from mole_diffusion.pictures import pipelines as pipeline_module
+from mole_diffusion.pictures.demo import DemoOptions, DemoResult, default_prompt, region_strips, run_demo
 from mole_diffusion.starter import location
 
 NAMES = ("boot", "cat", "clock")

@@ -22,8 +22,8 @@ from ldm_checkpoint import same_weights, write_ldm_checkpoint
 from PIL import Image
 from pipeline_helpers import CLOSE, train_a_little, with_adapters
 
-from mole_diffusion.errors import InjectionError
-from mole_diffusion.pipeline import StableDiffusionMoLEPipeline
+from mole_diffusion.core.errors import InjectionError
+from mole_diffusion.pictures.pipelines import StableDiffusionMoLEPipeline
 
 
 @pytest.mark.parametrize(

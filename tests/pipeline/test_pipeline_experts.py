@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mole_diffusion import MoLEConfig
-from mole_diffusion.errors import (
+from mole_diffusion.core.errors import (
     AllExpertsMaskedError,
     ConfigError,
     ExpertLoadError,
@@ -17,7 +17,7 @@ from mole_diffusion.errors import (
     NoExpertsError,
     UnknownExpertError,
 )
-from mole_diffusion.pipeline import StableDiffusionMoLEPipeline
+from mole_diffusion.pictures.pipelines import StableDiffusionMoLEPipeline
 
 
 def test_experts_are_in_loading_order_and_read_only(loaded) -> None:

@@ -6,8 +6,8 @@ from PIL import Image
 from pipeline_helpers import CLOSE, train_a_little
 
 from mole_diffusion import MoLEConfig
-from mole_diffusion.errors import GateMismatchError
-from mole_diffusion.training import Concept, TrainingConfig
+from mole_diffusion.core.errors import GateMismatchError
+from mole_diffusion.pictures.training import Concept, TrainingConfig
 
 
 @pytest.mark.parametrize(

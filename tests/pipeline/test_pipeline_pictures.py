@@ -14,8 +14,8 @@ from PIL import Image
 from pipeline_helpers import CLOSE, build, train_a_little, with_adapters
 
 import mole_diffusion
-from mole_diffusion.errors import RegionMaskError
-from mole_diffusion.pipeline import (
+from mole_diffusion.core.errors import RegionMaskError
+from mole_diffusion.pictures.pipelines import (
     StableDiffusionMoLEImg2ImgPipeline,
     StableDiffusionMoLEInpaintPipeline,
     StableDiffusionMoLEPipeline,

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mole_diffusion._pipeline_regions import region_tensors
-from mole_diffusion.errors import RegionMaskError
+from mole_diffusion.core.errors import RegionMaskError
+from mole_diffusion.pictures.regions import region_tensors
 
 LEFT = torch.zeros(32, 32)
 LEFT[:, :16] = 1

@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-from mole_diffusion._pipeline_sources import find_expert_file
-from mole_diffusion.errors import ExpertLoadError
+from mole_diffusion.core.errors import ExpertLoadError
+from mole_diffusion.pictures.sources import find_expert_file
 
 
 def test_file(lora_files) -> None:

@@ -8,10 +8,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from mole_diffusion import pipeline as pipeline_module
 from mole_diffusion import starter
-from mole_diffusion.errors import UnknownExpertError
-from mole_diffusion.pipeline import StableDiffusionMoLEPipeline
+from mole_diffusion.core.errors import UnknownExpertError
+from mole_diffusion.pictures import pipelines as pipeline_module
+from mole_diffusion.pictures.pipelines import StableDiffusionMoLEPipeline
 
 real = pytest.mark.skipif(
     not (starter.starter_dir() / "model_index.json").is_file(),

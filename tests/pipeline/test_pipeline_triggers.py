@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mole_diffusion import StableDiffusionMoLEPipeline, StableDiffusionXLMoLEPipeline
-from mole_diffusion.errors import ExpertLoadError
+from mole_diffusion.core.errors import ExpertLoadError
 
 PROMPT = "a zork and a cat"
 

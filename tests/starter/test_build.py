@@ -11,8 +11,9 @@ from safetensors import safe_open
 from torch import nn
 from transformers import CLIPTokenizer
 
-from mole_diffusion.experts import load_expert
-from mole_diffusion.starter import base, expert, judge, loop, text, vae, world
+from mole_diffusion.core.experts import load_expert
+from mole_diffusion.starter.judge import STRIDE, presence
+from tools.starter import base, expert, judge, loop, text, vae, world
 
 
 def test_every_word_of_the_world_is_one_token(tmp_path: Path) -> None:
@@ -137,7 +138,7 @@ def test_cells_of_the_judge_name_what_stands_there() -> None:
     scene = world.draw_scene(things, "snow", np.random.default_rng(0))
     cells = judge.cells_of(scene)
     for name, (x, y, width, height) in zip(("subject:cat", "boot", "sunglasses"), scene.boxes, strict=True):
-        column, row = int((x + width / 2) // judge.STRIDE), int((y + height / 2) // judge.STRIDE)
+        column, row = int((x + width / 2) // STRIDE), int((y + height / 2) // STRIDE)
         assert cells[row, column] == 1 + judge.LABELS.index(name)
     assert cells[0, 0] == 0  # no object reaches the corner
 
@@ -147,5 +148,7 @@ def test_a_subject_counts_as_its_class_too() -> None:
     logits[:, 0] = 20.0
     logits[0, 1 + judge.LABELS.index("subject:cat"), 3, 4] = 40.0
     logits[0, 1 + judge.LABELS.index("boot"), 6, 6] = 40.0
-    found = {label for label, p in zip(judge.LABELS, judge.presence(logits)[0], strict=True) if p > 0.5}
+    found = {
+        label for label, p in zip(judge.LABELS, presence(logits, judge.LABELS)[0], strict=True) if p > 0.5
+    }
     assert found == {"cat", "subject:cat", "boot"}

@@ -10,9 +10,10 @@ from PIL import Image
 from safetensors import safe_open
 
 from mole_diffusion import MoLEConfig, StableDiffusionMoLEPipeline
-from mole_diffusion.demo import concepts_of
-from mole_diffusion.starter import evaluate, guidance, judge, starter_dir, starter_experts, world
-from mole_diffusion.training import TrainingConfig
+from mole_diffusion.pictures.demo import concepts_of
+from mole_diffusion.pictures.training import TrainingConfig
+from mole_diffusion.starter import judge, starter_dir, starter_experts
+from tools.starter import evaluate, guidance, world
 
 
 def test_everything_is_there_and_light() -> None:

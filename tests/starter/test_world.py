@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from mole_diffusion.starter import world
+from tools.starter import world
 
 
 def test_the_papers_triples_and_a_share_of_all_sets_are_held_out() -> None:

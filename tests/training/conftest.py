@@ -10,7 +10,7 @@ import torch
 from tiny_pipeline import build, drawing, make_clip, make_components, write_lora
 
 from mole_diffusion import MoLEConfig, StableDiffusionMoLEPipeline
-from mole_diffusion.training import Concept, TrainingConfig
+from mole_diffusion.pictures.training import Concept, TrainingConfig
 
 PROMPT = "a zor boot and a vim cat"
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mole_diffusion.errors import TrainingError
-from mole_diffusion.training.clip_guidance import ClipGuide, cut_windows, random_crops, random_views
+from mole_diffusion.core.errors import TrainingError
+from mole_diffusion.pictures.training.clip_guidance import ClipGuide, cut_windows, random_crops, random_views
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mole_diffusion.training import collage
+from mole_diffusion.pictures.training import collage
 
 SKY = (150, 190, 230)
 Picture = Callable[..., torch.Tensor]

@@ -5,8 +5,13 @@ from typing import Any
 
 import pytest
 
-from mole_diffusion.errors import ConfigError
-from mole_diffusion.training.concepts import Concept, as_concepts, concepts_from_experts, read_prompts
+from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.pictures.training.concepts import (
+    Concept,
+    as_concepts,
+    concepts_from_experts,
+    read_prompts,
+)
 
 BOOT = Concept("boot", "a zor boot", "a boot")
 CAT = Concept("cat", "a vim cat", "a cat")

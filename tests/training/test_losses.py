@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mole_diffusion.functional import balance_loss
-from mole_diffusion.training import losses
+from mole_diffusion.core.functional import balance_loss
+from mole_diffusion.pictures.training import losses
 
 
 def unit(*values: float) -> torch.Tensor:

@@ -9,9 +9,14 @@ import pytest
 import torch
 
 from mole_diffusion import MoLEConfig
-from mole_diffusion.errors import ConfigError, TrainingError
-from mole_diffusion.training import Concept, GateTrainer, TrainingConfig
-from mole_diffusion.training.rollout import PassCounter, Sampler, denoising_target, training_scheduler
+from mole_diffusion.core.errors import ConfigError, TrainingError
+from mole_diffusion.pictures.training import Concept, GateTrainer, TrainingConfig
+from mole_diffusion.pictures.training.rollout import (
+    PassCounter,
+    Sampler,
+    denoising_target,
+    training_scheduler,
+)
 
 PROMPT = "a zor boot and a vim cat"
 Tiny = Callable[..., TrainingConfig]

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from mole_diffusion import MoLEConfig, StableDiffusionMoLEPipeline
-from mole_diffusion.errors import ConfigError, NoExpertsError, TrainingError
-from mole_diffusion.training import Concept, GateTrainer, TrainingConfig, TrainingEvent
+from mole_diffusion.core.errors import ConfigError, NoExpertsError, TrainingError
+from mole_diffusion.pictures.training import Concept, GateTrainer, TrainingConfig, TrainingEvent
 from mole_diffusion.training.state import learning_rate_factor, parameter_groups, trained
 
 PROMPT = "a zor boot and a vim cat"

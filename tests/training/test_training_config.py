@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from mole_diffusion.errors import ConfigError
-from mole_diffusion.training import TrainingConfig
+from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.pictures.training import TrainingConfig
 
 
 @pytest.mark.parametrize(

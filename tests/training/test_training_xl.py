@@ -9,8 +9,8 @@ import torch
 from xl_components import make_xl_components, write_xl_lora
 
 from mole_diffusion import MoLEConfig, StableDiffusionXLMoLEImg2ImgPipeline, StableDiffusionXLMoLEPipeline
-from mole_diffusion.errors import TrainingError
-from mole_diffusion.training import Concept, GateTrainer, TrainingConfig
+from mole_diffusion.core.errors import TrainingError
+from mole_diffusion.pictures.training import Concept, GateTrainer, TrainingConfig
 from mole_diffusion.training.state import full_precision
 
 PROMPT = "a zor boot and a vim cat"

@@ -17,10 +17,10 @@ from mole_diffusion.app.session import Picture, Session
 from mole_diffusion.app.studio import Studio
 from mole_diffusion.app.tabs.train import suggested_prompt
 from mole_diffusion.app.training import concept_of
-from mole_diffusion.baselines import METHODS, prepare
-from mole_diffusion.errors import ConfigError
-from mole_diffusion.plots import GridRow, picture_grid
-from mole_diffusion.training import TrainingConfig
+from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.methods import METHODS, prepare
+from mole_diffusion.pictures.plots import GridRow, picture_grid
+from mole_diffusion.pictures.training import TrainingConfig
 
 _PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 _FIRST = ("gates", "la", "nla", "none")

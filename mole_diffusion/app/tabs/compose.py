@@ -16,7 +16,7 @@ from mole_diffusion.app.jobs import Job
 from mole_diffusion.app.metadata import PictureSettings, mask_from_text, read_settings
 from mole_diffusion.app.session import Session
 from mole_diffusion.app.studio import Studio
-from mole_diffusion.errors import MoLEError
+from mole_diffusion.core.errors import MoLEError
 from mole_diffusion.starter.location import GUIDANCE
 
 MIXTURES = {

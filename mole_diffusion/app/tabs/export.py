@@ -14,8 +14,8 @@ from mole_diffusion.app.exporting import FORMATS, MAX_RANK, ExportRequest, expor
 from mole_diffusion.app.session import Session
 from mole_diffusion.app.studio import Studio
 from mole_diffusion.app.tabs.train import suggested_prompt
-from mole_diffusion.errors import ConfigError
-from mole_diffusion.export import ExportReport
+from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.core.export import ExportReport
 
 _PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 _EMPTY = (

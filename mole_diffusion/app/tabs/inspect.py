@@ -12,8 +12,8 @@ import gradio as gr
 from mole_diffusion.app import charts, show
 from mole_diffusion.app.session import Session
 from mole_diffusion.app.studio import Studio
-from mole_diffusion.inspection import FileDescription, describe_file
-from mole_diffusion.plots import gate_heat_map, mean_gate_weights
+from mole_diffusion.core.inspection import FileDescription, describe_file
+from mole_diffusion.pictures.plots import gate_heat_map, mean_gate_weights
 
 _PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 _NETWORKS = {"UNet": "unet", "Text encoder": "text_encoder", "Second text encoder": "text_encoder_2"}

@@ -13,7 +13,7 @@ from mole_diffusion.app import show
 from mole_diffusion.app.library import add_file, add_gates, add_source
 from mole_diffusion.app.session import Session
 from mole_diffusion.app.studio import Studio
-from mole_diffusion.opening import STARTER
+from mole_diffusion.pictures.opening import STARTER
 
 _PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 _OWN, _OTHER = "The starter that ships with the project", "Another Stable Diffusion"

@@ -23,8 +23,8 @@ from mole_diffusion.app.training import (
     uniform_entropy,
 )
 from mole_diffusion.app.uploads import PICTURE_SUFFIXES, check_upload
-from mole_diffusion.errors import ConfigError, MoLEError
-from mole_diffusion.phrases import listed
+from mole_diffusion.core.errors import ConfigError, MoLEError
+from mole_diffusion.core.phrases import listed
 
 OBJECTIVES = {
     "Collages of the reference pictures": "collage",

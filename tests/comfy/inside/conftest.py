@@ -64,7 +64,7 @@ def starter() -> tuple[Any, Any, Any]:
 @pytest.fixture(scope="session")
 def experts() -> Any:
     """Three experts of the starter in a set."""
-    from mole_diffusion.experts import load_expert
+    from mole_diffusion.core.experts import load_expert
     from mole_diffusion.starter import starter_experts
 
     found = part("experts").ExpertSet()

@@ -5,6 +5,7 @@ from typing import Any
 
 import nodes
 from safetensors.torch import load_file
+
 from tools import draw
 
 PROMPT = "a zor boot, a vek monster and a kip clock on the beach"

@@ -11,11 +11,11 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from conftest import part
-from tools import draw, hooks
 
-from mole_diffusion.experts import load_expert
-from mole_diffusion.export import lora_tensors
+from mole_diffusion.core.experts import load_expert
+from mole_diffusion.core.export import lora_tensors
 from mole_diffusion.starter import starter_experts
+from tools import draw, hooks
 
 PROMPT = "a zor boot and a kip clock on the beach"
 

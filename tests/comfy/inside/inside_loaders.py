@@ -18,12 +18,12 @@ import comfy.sd
 import pytest
 import torch
 from conftest import part
-from tools import draw
 from torch import Tensor
 
-from mole_diffusion.architectures import map_network
-from mole_diffusion.experts import Expert
-from mole_diffusion.matrices import kernel_size, matrix_shape
+from mole_diffusion.core.architectures import map_network
+from mole_diffusion.core.experts import Expert
+from mole_diffusion.core.matrices import kernel_size, matrix_shape
+from tools import draw
 
 PROMPT = "a boot on the beach"
 CHOSEN = ("to_q", "to_out.0", "ff.net.2", "conv1", "time_emb_proj", "downsamplers.0.conv")

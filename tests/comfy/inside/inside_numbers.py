@@ -7,6 +7,7 @@ import comfy.model_management
 import torch
 from conftest import part
 from safetensors.torch import load_file
+
 from tools import draw
 
 TOLERANCE = 1e-4

@@ -13,11 +13,11 @@ import torch
 from conftest import part
 from PIL import Image
 from safetensors.torch import load_file
-from tools import draw, hooks
 
 from mole_diffusion import TrainingConfig
-from mole_diffusion.errors import ConfigError, TrainingError
+from mole_diffusion.core.errors import ConfigError, TrainingError
 from mole_diffusion.starter import starter_experts
+from tools import draw, hooks
 
 PROMPT = "a zor boot, a vek monster and a kip clock on the beach"
 

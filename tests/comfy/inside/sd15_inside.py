@@ -18,7 +18,7 @@ from comfy.supported_models_base import ClipTarget
 from conftest import part
 from safetensors.torch import load_file, save_file
 
-from mole_diffusion.experts import load_expert
+from mole_diffusion.core.experts import load_expert
 
 FOLDER = Path(os.environ.get("MOLE_COMFY_SD15", "."))
 #: ComfyUI loads checkpoints stored so, and these need a quarter of the space.

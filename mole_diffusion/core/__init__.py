@@ -1,0 +1,1 @@
+"""Experts, gates and their attachment to networks. Needs torch and safetensors only."""

@@ -1,0 +1,193 @@
+"""What is in a LoRA file or a gates file, in words and as plain data."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from .bases import base_of_expert, prediction_type
+from .checkpoint import FORMAT as GATES_FORMAT
+from .checkpoint import GatesHeader, read_gates_header
+from .errors import ExpertLoadError
+from .experts import Expert, load_expert
+from .factors import LoraFactors
+
+__all__ = ["FileDescription", "describe_expert", "describe_file", "describe_gates"]
+
+# Reasons and examples are for reading; a file for another base model has thousands of ignored keys.
+EXAMPLES_PER_REASON = 3
+# kohya writes whole tag lists into the header; `--json` has them in full.
+HEADER_CHARACTERS = 120
+# The numbered blocks that a matrix lies in.
+_PLACE = re.compile(
+    r"^(?:(?:down|up)_blocks\.\d+\.|mid_block\.|encoder\.)?"
+    r"(?:(?:attentions|resnets|downsamplers|upsamplers|layers)\.\d+\.)?(?:transformer_blocks\.\d+\.)?"
+)
+
+
+@dataclass(frozen=True)
+class FileDescription:
+    """A file in words: one title, short facts, and sections of lines; `data` has all of it for programs.
+
+    Attributes:
+        kind: "expert" or "gates".
+    """
+
+    kind: str
+    title: str
+    facts: Mapping[str, str]
+    sections: Mapping[str, list[str]] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: the kind and the data."""
+        return {"kind": self.kind, **self.data}
+
+
+def describe_file(path: str | Path) -> FileDescription:
+    """Describe a safetensors file, whichever of the two kinds it is.
+
+    Raises:
+        ExpertLoadError: no such file, not safetensors, or neither gates nor a usable LoRA.
+        GateMismatchError: gates of a newer format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ExpertLoadError(f"There is no file {str(path)!r}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ExpertLoadError(f"{str(path)!r} cannot be read as safetensors: {error}.") from error
+    if metadata.get("format") == GATES_FORMAT:
+        return describe_gates(read_gates_header(path), path.name)
+    return describe_expert(load_expert(path))
+
+
+def describe_expert(expert: Expert) -> FileDescription:
+    """Dialect, base, networks, ranks, triggers, header, and every ignored or missing key of a LoRA."""
+    report = expert.report
+    base = base_of_expert(expert)
+    prediction = prediction_type(expert.metadata)
+    facts = {
+        "kind": "LoRA expert",
+        "dialect": "; ".join(report.dialects),
+        "base": str(base),
+        "prediction": prediction or "not named in the file",
+        "sha256": expert.sha256,
+        "triggers": ", ".join(expert.triggers) or "none named in the file",
+        "keys": report.summary(),
+    }
+    sections = {"networks": [_network_line(network, found) for network, found in expert.factors.items()]}
+    for network, matrices in expert.factors.items():
+        sections[f"matrices of the {network}"] = _by_leaf(matrices)
+    if expert.embeddings:
+        sections["embeddings"] = [
+            f"{word}: "
+            + ", ".join(f"{len(vectors)} x {vectors.shape[1]} ({part})" for part, vectors in parts.items())
+            for word, parts in expert.embeddings.items()
+        ]
+    if expert.metadata:
+        sections["header"] = [f"{key}: {_shortened(value)}" for key, value in sorted(expert.metadata.items())]
+    if report.ignored:
+        sections["ignored keys"] = _by_reason(report.ignored)
+    if report.missing:
+        sections["missing"] = list(report.missing)
+    data = {
+        "name": expert.name,
+        "sha256": expert.sha256,
+        "dialects": list(report.dialects),
+        "base": {"family": base.family, "text_width": base.width, "prediction_type": prediction},
+        "triggers": list(expert.triggers),
+        "embeddings": {
+            word: {part: list(vectors.shape) for part, vectors in parts.items()}
+            for word, parts in expert.embeddings.items()
+        },
+        "networks": {
+            network: {name: _matrix_data(factors) for name, factors in matrices.items()}
+            for network, matrices in expert.factors.items()
+        },
+        "ignored": dict(report.ignored),
+        "missing": list(report.missing),
+        "metadata": dict(expert.metadata),
+    }
+    return FileDescription("expert", expert.name, facts, sections, data)
+
+
+def _network_line(network: str, matrices: Mapping[str, LoraFactors]) -> str:
+    kinds = Counter(factors.kind for factors in matrices.values())
+    ranks = sorted(Counter(factors.rank for factors in matrices.values()).items())
+    line = f"{network}: {len(matrices)} matrices, " + ", ".join(
+        f"{count} of rank {rank}" for rank, count in ranks
+    )
+    if set(kinds) == {"LoRA"}:
+        return line
+    return f"{line}; " + ", ".join(f"{count} as {kind}" for kind, count in sorted(kinds.items()))
+
+
+def _matrix_data(factors: LoraFactors) -> dict[str, Any]:
+    kind = {} if factors.kind == "LoRA" else {"kind": factors.kind}
+    return {"rank": factors.rank, "alpha": factors.alpha, **kind}
+
+
+def _by_leaf(matrices: Mapping[str, LoraFactors]) -> list[str]:
+    """Lines such as "16 x attn1.to_q": names without the numbered blocks that they lie in."""
+    leaves = Counter(_PLACE.sub("", name) for name in matrices)
+    return [f"{count} x {leaf}" for leaf, count in sorted(leaves.items())]
+
+
+def _shortened(text: str) -> str:
+    return (
+        text if len(text) <= HEADER_CHARACTERS else f"{text[:HEADER_CHARACTERS]}... ({len(text)} characters)"
+    )
+
+
+def describe_gates(header: GatesHeader, name: str) -> FileDescription:
+    """Experts, form and network of the gates in a file called `name`, and what the writer noted."""
+    experts: dict[str, dict[str, Any]] = {}
+    for part, content in header.parts.items():
+        for expert in content["experts"]:
+            entry = experts.setdefault(
+                expert["name"], {"name": expert["name"], "sha256": expert["sha256"], "ranks": {}}
+            )
+            entry["ranks"][part] = expert["ranks"]
+    facts = {
+        "kind": "gates",
+        "format version": str(header.version),
+        "experts": ", ".join(experts),
+        **{key: str(value) for key, value in header.metadata.items()},
+    }
+    sections = {
+        "experts": [f"{name}: sha256 {entry['sha256']}" for name, entry in experts.items()],
+        **{
+            f"{part} ({content['base']['class']}), {len(content['groups'])} gates": [
+                f"{setting}: {value}" for setting, value in content["config"].items()
+            ]
+            for part, content in header.parts.items()
+        },
+    }
+    data = {
+        "format_version": header.version,
+        "experts": list(experts.values()),
+        "parts": {part: dict(content) for part, content in header.parts.items()},
+        "metadata": dict(header.metadata),
+    }
+    return FileDescription("gates", name, facts, sections, data)
+
+
+def _by_reason(ignored: Mapping[str, str]) -> list[str]:
+    keys: dict[str, list[str]] = {}
+    for key, reason in ignored.items():
+        keys.setdefault(reason, []).append(key)
+    lines = []
+    for reason, of_reason in keys.items():
+        examples = ", ".join(of_reason[:EXAMPLES_PER_REASON])
+        more = ", ..." if len(of_reason) > EXAMPLES_PER_REASON else ""
+        lines.append(f"{len(of_reason)} x {reason}: {examples}{more}")
+    return lines

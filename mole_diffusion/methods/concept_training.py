@@ -1,0 +1,254 @@
+"""Training one concept from its pictures: what SVDiff, Textual Inversion and Custom Diffusion share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mole_diffusion.core.checkpoint import write_safetensors
+from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.methods.prepared import describe_base, write_json
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from mole_diffusion.methods.preparation import Job
+    from mole_diffusion.pictures.training import Concept
+
+#: Pictures of its class that the base draws to be kept as they are (prior preservation).
+PRIOR_PICTURES = 16
+#: Version of the training: results of another one are not taken from the cache.
+_VERSION = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptRecipe:
+    """How a method trains one concept.
+
+    Attributes:
+        steps: steps of the optimiser (Adam, cosine schedule).
+        rate: learning rate.
+        batch: pictures of the concept in each step.
+        prior: pictures of the class, drawn by the base, in each step; 0 for none.
+        seed: seed of everything that is drawn.
+    """
+
+    steps: int
+    rate: float
+    batch: int = 8
+    prior: int = 4
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """Latents (n, 4, h, w) and as many captions."""
+
+    latents: Tensor
+    captions: Sequence[str]
+
+    def pick(self, count: int, draws: torch.Generator) -> tuple[Tensor, list[str]]:
+        """`count` of them at random, with repetition."""
+        chosen = torch.randint(len(self.captions), (count,), generator=draws)
+        return self.latents[chosen], [self.captions[i] for i in chosen.tolist()]
+
+
+class ConceptTrainer:
+    """Trains something of a pipeline on the pictures of one concept at a time, and keeps the results.
+
+    Args:
+        method: name of the method.
+        job: the preparation; UNet passes are counted into it.
+        recipe: how to train.
+    """
+
+    def __init__(self, method: str, job: Job, recipe: ConceptRecipe) -> None:
+        from mole_diffusion.pictures.training import TrainingConfig
+        from mole_diffusion.pictures.training.workbench import Workbench
+
+        self.method, self.job, self.recipe = method, job, recipe
+        # What decides the pictures that the base draws.
+        self._drawing = {name: getattr(job.config, name) for name in ("guidance", "sampling_steps")}
+        kept = {**self._drawing, "resolution": job.config.resolution, "autocast": job.config.autocast}
+        config = TrainingConfig(seed=recipe.seed, **kept)
+        self.bench = Workbench(job.pipe, (), job.concepts, config, job.pipe.vae)
+        #: Loss of every step of the last training.
+        self.losses: list[float] = []
+        self._base = describe_base(job.pipe)
+
+    def results(
+        self, train: Callable[[ConceptTrainer, Concept], dict[str, Tensor]]
+    ) -> dict[str, dict[str, Tensor]]:
+        """What a method trains for each concept, by name; from the cache where it was trained before.
+
+        Args:
+            train: trains one concept, with the networks frozen and the experts off; returns tensors.
+        """
+        found = {}
+        for name, concept in self.job.concepts.items():
+            path = self._cached(concept)
+            facts = path.with_suffix(".json")
+            if path.is_file() and facts.is_file():
+                record = json.loads(facts.read_text(encoding="utf-8"))
+                passes = record["unet_passes"]
+                self.job.earlier_seconds += record["seconds"]
+            else:
+                before, start = self.bench.counter.state_dict(), time.monotonic()
+                tensors = train(self, concept)
+                after = self.bench.counter.state_dict()
+                passes = {key: after[key] - before[key] for key in self.job.passes}
+                write_safetensors(path, {k: v.contiguous() for k, v in tensors.items()}, {"format": "pt"})
+                seconds = round(time.monotonic() - start, 3)
+                record = {"concept": name, "method": self.method, "unet_passes": passes, "seconds": seconds}
+                write_json(facts, {**record, "losses": [round(loss, 5) for loss in self.losses]})
+            for key in self.job.passes:
+                self.job.passes[key] += passes[key]
+            found[name] = load_file(path)
+        return found
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Networks without gradient and without experts, pictures encoded at full precision."""
+        from mole_diffusion.training import state as training_state
+
+        pipe = self.job.pipe
+        networks = [*pipe._networks().values(), pipe.vae]
+        with (
+            training_state.only_gates_train(networks, []),
+            training_state.full_precision([pipe.vae]),
+            pipe.composing(mixture="none"),
+        ):
+            yield
+
+    def pictures(self, concept: Concept) -> Captioned:
+        """The concept's pictures with captions in its trigger words.
+
+        Raises:
+            ConfigError: the concept has no pictures.
+        """
+        pairs = self.job.captioned(concept)
+        if not pairs:
+            raise ConfigError(
+                f"concept {concept.name!r} has no reference pictures; {self.method!r} is trained on them"
+            )
+        return Captioned(self._encode([picture for picture, _ in pairs]), [text for _, text in pairs])
+
+    def prior(self, concept: Concept) -> Captioned | None:
+        """Pictures of the concept's class as the base draws them; None where the recipe wants none."""
+        if not self.recipe.prior:
+            return None
+        captions = [text for _, text in self.job.captioned(concept)]
+        classes = [text.replace(concept.text, concept.class_text) for text in captions]
+        classes = [classes[i % len(classes)] for i in range(PRIOR_PICTURES)]
+        draws = torch.Generator().manual_seed(self.recipe.seed + 1)
+        drawn = [
+            self.bench.draw(classes[i : i + 8], draws, mixture="none") for i in range(0, len(classes), 8)
+        ]
+        return Captioned(self.bench.encode_pictures(torch.cat(drawn)).cpu(), classes)
+
+    def fit(
+        self,
+        parameters: Sequence[Tensor],
+        engaged: Callable[[], AbstractContextManager[None]],
+        pictures: Captioned,
+        prior: Captioned | None,
+    ) -> None:
+        """Minimise the denoising loss; it is in `losses` step by step.
+
+        Args:
+            parameters: what is trained.
+            engaged: context in which the networks compute with the parameters; entered in every step.
+            pictures: of the concept.
+            prior: of its class.
+        """
+        recipe = self.recipe
+        optimiser = torch.optim.Adam(list(parameters), lr=recipe.rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, recipe.steps)
+        draws = torch.Generator().manual_seed(recipe.seed + 2)
+        self.losses = []
+        for _ in range(recipe.steps):
+            with torch.enable_grad(), self.bench.autocast(), engaged():
+                loss = self._loss(pictures, prior, draws)
+                optimiser.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            schedule.step()
+            self.losses.append(float(loss.detach()))
+
+    def _loss(self, pictures: Captioned, prior: Captioned | None, draws: torch.Generator) -> Tensor:
+        """Mean squared error on pictures of the concept, plus that on pictures of its class."""
+        from mole_diffusion.pictures.training.rollout import denoising_target
+
+        bench = self.bench
+        latents, captions = pictures.pick(self.recipe.batch, draws)
+        if prior is not None:
+            others, other_captions = prior.pick(self.recipe.prior, draws)
+            latents, captions = torch.cat([latents, others]), captions + other_captions
+        scheduler = bench.sampler.scheduler
+        noise = torch.randn(latents.shape, generator=draws).to(bench.device)
+        parts = [self.recipe.batch, len(latents) - self.recipe.batch]
+        timesteps = torch.cat([self._timesteps(count, draws) for count in parts]).to(bench.device)
+        latents = latents.to(bench.device)
+        noisy = scheduler.add_noise(latents, noise, timesteps).to(bench.pipe.unet.dtype)
+        bench.counter.unet()
+        text, _ = bench.encode_texts(captions)
+        prediction = bench.pipe.unet(noisy, timesteps, **text.arguments()).sample.float()
+        squares = (prediction - denoising_target(scheduler, latents, noise, timesteps)).square()
+        loss: Tensor = squares[: self.recipe.batch].mean()
+        return loss if prior is None else loss + squares[self.recipe.batch :].mean()
+
+    def _timesteps(self, count: int, draws: torch.Generator) -> Tensor:
+        """(count,) timesteps at random, spread evenly: the loss depends on them more than on all else."""
+        spread = (torch.randperm(count, generator=draws) + torch.rand(count, generator=draws)) / max(1, count)
+        last: int = self.bench.sampler.scheduler.config.num_train_timesteps
+        return (spread * last).long().clamp(max=last - 1)
+
+    def _encode(self, pictures: Sequence[Image]) -> Tensor:
+        from mole_diffusion.pictures.training.workbench import picture_tensor
+
+        size = self.bench.picture_size
+        pixels = torch.stack([picture_tensor(picture, size) for picture in pictures])
+        return torch.cat([self.bench.encode_pictures(part).cpu() for part in torch.split(pixels, 8)])
+
+    def _cached(self, concept: Concept) -> Path:
+        facts = {
+            "version": _VERSION,
+            "method": self.method,
+            "recipe": asdict(self.recipe),
+            "base": self._base,
+            "concept": [concept.name, concept.text, concept.class_text],
+            "pictures": pictures_digest(self.job.captioned(concept)),
+            "size": self.bench.picture_size,
+            "prior": self._drawing if self.recipe.prior else None,
+            "autocast": self.bench.config.autocast,
+        }
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        return cache_folder(self.job.options.cache) / self.method / f"{concept.name}-{digest}.safetensors"
+
+
+def cache_folder(given: str | Path | None) -> Path:
+    """Where trained concepts are kept: as given, else the user's cache folder."""
+    if given is not None:
+        return Path(given)
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(home) / "mole_diffusion" / "concepts"
+
+
+def pictures_digest(pairs: Sequence[tuple[Image, str]]) -> str:
+    """Hash of pictures and captions."""
+    digest = hashlib.sha256()
+    for picture, text in pairs:
+        digest.update(f"{picture.mode} {picture.size} {text}\n".encode())
+        digest.update(picture.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Diffusion pipelines with experts, and the training of their gates."""

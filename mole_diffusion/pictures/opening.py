@@ -1,0 +1,125 @@
+"""Opening a base model: "starter", a file, a folder or a hub id. For command line and app."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.starter.location import GUIDANCE, RESCALE
+
+if TYPE_CHECKING:
+    from mole_diffusion.pictures.pipelines import StableDiffusionMoLEPipeline
+
+STARTER = "starter"
+# Where a checkpoint in one file keeps SDXL's second text encoder.
+_XL_KEY = "conditioner.embedders.1."
+
+
+def open_base(
+    model: str, device: str = "auto", *, half: bool = False, starter_defaults: bool = False
+) -> StableDiffusionMoLEPipeline:
+    """A silent pipeline; SDXL is told from Stable Diffusion 1 and 2 by what the file or folder says.
+
+    Args:
+        model: "starter", a file, a folder or a hub id.
+        device: "auto" or a device.
+        half: float16 on a GPU; float32 otherwise.
+        starter_defaults: the starter comes with its default experts; everything else comes without any.
+
+    Raises:
+        ConfigError: the model or the device cannot be had.
+    """
+    import torch
+
+    from mole_diffusion.pictures import pipelines as pipelines
+
+    hush_libraries()
+    where = pick_device(device)
+    if model == STARTER:
+        pipe = pipelines.StableDiffusionMoLEPipeline.from_starter(None if starter_defaults else [])
+    else:
+        dtype = torch.float16 if half and where.startswith("cuda") else torch.float32
+        try:
+            single = Path(model).is_file()
+            xl = _file_is_xl(Path(model)) if single else _folder_is_xl(model)
+            name = "StableDiffusionXLMoLEPipeline" if xl else "StableDiffusionMoLEPipeline"
+            maker: Any = getattr(pipelines, name)
+            build = maker.from_single_file if single else maker.from_pretrained
+            pipe = build(model, torch_dtype=dtype)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ConfigError(f"the model {model!r} cannot be opened: {reason}") from error
+    pipe.to(where)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def pick_device(device: str) -> str:
+    """The device for "auto": the first GPU that is there; any other text stays as it is.
+
+    Raises:
+        ConfigError: PyTorch does not know the device, or it is not there.
+    """
+    import torch
+
+    if device == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"device {device!r} cannot be used: {reason}") from error
+    return device
+
+
+def drawing_settings(model: str, guidance: float | None) -> dict[str, Any]:
+    """Guidance for a model: the starter's own, else the pipeline's default; a given scale goes first."""
+    settings: dict[str, Any] = {}
+    if model == STARTER:
+        settings = {"guidance_scale": GUIDANCE, "guidance_rescale": RESCALE}
+    if guidance is not None:
+        settings["guidance_scale"] = guidance
+    return settings
+
+
+def hush_libraries() -> None:
+    """Switch off the libraries' bars, which would break ours, and a warning that is for programmers."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    # The new name of the argument is not known to the oldest diffusers that works here.
+    warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
+
+
+def _file_is_xl(path: Path) -> bool:
+    """Whether a checkpoint in one file is SDXL's; files other than safetensors are not looked into."""
+    from safetensors import SafetensorError, safe_open
+
+    if path.suffix != ".safetensors":
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            return any(key.startswith(_XL_KEY) for key in file.keys())  # noqa: SIM118 - not a mapping
+    except SafetensorError as error:
+        raise ValueError(f"not a safetensors file ({error})") from error
+
+
+def _folder_is_xl(model: str) -> bool:
+    """Whether a diffusers folder or hub id is SDXL's."""
+    from diffusers import DiffusionPipeline
+
+    index = Path(model) / "model_index.json"
+    if index.is_file():
+        facts: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
+    elif Path(model).is_dir():
+        raise ValueError("the folder has no model_index.json")
+    else:
+        facts = DiffusionPipeline.load_config(model)
+    return "XL" in str(facts.get("_class_name", ""))

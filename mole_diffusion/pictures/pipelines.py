@@ -1,0 +1,118 @@
+"""Stable Diffusion with a mixture of LoRA experts, as diffusers pipelines.
+
+| from | SD 1.x and 2.x | SDXL |
+|---|---|---|
+| text | `StableDiffusionMoLEPipeline` | `StableDiffusionXLMoLEPipeline` |
+| a picture | `StableDiffusionMoLEImg2ImgPipeline` | `StableDiffusionXLMoLEImg2ImgPipeline` |
+| a picture and a mask | `StableDiffusionMoLEInpaintPipeline` | `StableDiffusionXLMoLEInpaintPipeline` |
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from diffusers import (
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+)
+
+from mole_diffusion.core.errors import UnknownExpertError
+from mole_diffusion.pictures.call import MoLEPipelineMixin, P
+from mole_diffusion.starter import default_experts, starter_dir, starter_experts
+
+
+class _StarterMixin(MoLEPipelineMixin):
+    """For pipelines with the components of Stable Diffusion 1 and 2, which the starter has."""
+
+    @classmethod
+    def from_starter(
+        cls: type[P],
+        experts: Sequence[str] | Literal["all"] | None = None,
+        *,
+        torch_dtype: torch.dtype = torch.float32,
+        **kwargs: Any,
+    ) -> P:
+        """The small model that ships with the project, without network access.
+
+        Args:
+            experts: names from `mole_diffusion.starter.starter_experts()`; "all"; `[]` for none; None for
+                three concepts, with the gates that were trained for them if the starter has those.
+            torch_dtype: type of the weights.
+            kwargs: for `from_pretrained`.
+
+        Raises:
+            FileNotFoundError: the starter is missing from this installation.
+            UnknownExpertError: the starter has no expert of this name.
+        """
+        folder = starter_dir()
+        if not (folder / "model_index.json").is_file():
+            raise FileNotFoundError(f"the starter is missing: no model_index.json in {folder}")
+        known = starter_experts(folder)
+        names = (
+            default_experts(folder) if experts is None else list(known) if experts == "all" else list(experts)
+        )
+        for name in names:
+            if name not in known:
+                raise UnknownExpertError(name, list(known))
+        options = {"safety_checker": None, "requires_safety_checker": False, **kwargs}
+        maker: Any = cls
+        pipe: P = maker.from_pretrained(folder, torch_dtype=torch_dtype, **options)
+        for name in names:
+            pipe.load_expert(known[name].path, name=name)
+        gates = folder / "experts" / "gates.safetensors"
+        if experts is None and gates.is_file():
+            pipe.load_gates(gates)
+        return pipe
+
+
+class StableDiffusionMoLEPipeline(_StarterMixin, StableDiffusionPipeline):
+    """`StableDiffusionPipeline` whose UNet and text encoder mix LoRA experts by gates.
+
+    Everything of the diffusers pipeline works as before: schedulers, callbacks, offloading, textual
+    inversion, `load_lora_weights` for a LoRA outside the mixture, `from_pretrained`, `from_single_file`,
+    `from_pipe`. `save_pretrained` writes the base model only, readable by plain diffusers; experts are files
+    of their own, and gates are saved with `save_gates`.
+
+    Example:
+        >>> pipe = StableDiffusionMoLEPipeline.from_pretrained("stabilityai/stable-diffusion-2-1")
+        >>> pipe.load_expert("dog.safetensors")
+        >>> pipe.load_expert("cat.safetensors")
+        >>> pipe.load_gates("dog+cat.safetensors")
+        >>> image = pipe("a dog and a cat on the beach").images[0]
+    """
+
+    diffusers_class = StableDiffusionPipeline
+
+
+class StableDiffusionMoLEImg2ImgPipeline(_StarterMixin, StableDiffusionImg2ImgPipeline):
+    """`StableDiffusionImg2ImgPipeline` with experts; `from_pipe` shares those of another pipeline."""
+
+    diffusers_class = StableDiffusionImg2ImgPipeline
+
+
+class StableDiffusionMoLEInpaintPipeline(_StarterMixin, StableDiffusionInpaintPipeline):
+    """`StableDiffusionInpaintPipeline` with experts; `from_pipe` shares those of another pipeline."""
+
+    diffusers_class = StableDiffusionInpaintPipeline
+
+
+class StableDiffusionXLMoLEPipeline(MoLEPipelineMixin, StableDiffusionXLPipeline):
+    """`StableDiffusionXLPipeline` whose UNet and both text encoders mix LoRA experts by gates."""
+
+    diffusers_class = StableDiffusionXLPipeline
+
+
+class StableDiffusionXLMoLEImg2ImgPipeline(MoLEPipelineMixin, StableDiffusionXLImg2ImgPipeline):
+    """`StableDiffusionXLImg2ImgPipeline` (also the refiner) with experts."""
+
+    diffusers_class = StableDiffusionXLImg2ImgPipeline
+
+
+class StableDiffusionXLMoLEInpaintPipeline(MoLEPipelineMixin, StableDiffusionXLInpaintPipeline):
+    """`StableDiffusionXLInpaintPipeline` with experts."""
+
+    diffusers_class = StableDiffusionXLInpaintPipeline

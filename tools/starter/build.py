@@ -1,0 +1,77 @@
+"""Makes the starter from scratch: ``python -m tools.starter.build``.
+
+Every step has a fixed seed, keeps its checkpoints in the work folder and continues from them; a finished step
+is skipped. Needs the packages of the ``build`` extra and the artwork of the repository.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from mole_diffusion.starter.location import starter_dir
+
+from . import base, evaluate, expert, guidance, judge, text, vae
+
+Step = Callable[[Path, Path], object]
+
+
+def steps_of(seeds: int = 20) -> dict[str, Step]:
+    """The steps in order; each gets the work folder (checkpoints) and the starter's folder."""
+    return {
+        "tokenizer": lambda work, out: text.build_tokenizer(out / "tokenizer"),
+        "vae": lambda work, out: vae.train_vae(work, out / "vae"),
+        "decoder": vae.refine_decoder,
+        "base": base.train_base,
+        "judge": judge.train_judge,
+        "clip": guidance.train_clip,
+        "clip-eval": lambda work, out: guidance.train_clip(work, out, guidance.SCORER),
+        "experts": lambda work, out: expert.train_experts(work, out),
+        "pipeline": lambda work, out: write_index(out),
+        "evaluate": lambda work, out: evaluate.evaluate(out, out / "figures.json", seeds),
+    }
+
+
+def write_index(out: Path) -> None:
+    """``model_index.json`` and the scheduler, as ``DiffusionPipeline.save_pretrained`` writes them."""
+    pipe = evaluate.assemble(out)
+    pipe.scheduler.save_pretrained(out / "scheduler")
+    pipe.save_config(out)
+
+
+def main(
+    work: Annotated[Path, typer.Option(help="Folder for checkpoints.")] = Path("build/starter"),
+    out: Annotated[Path | None, typer.Option(help="Folder of the starter; default assets/starter.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Run these steps alone, finished or not.")] = None,
+    seeds: Annotated[int, typer.Option(help="Pictures per prompt set in the evaluation.")] = 20,
+    threads: Annotated[int, typer.Option(help="Threads of torch; 0 leaves its default.")] = 0,
+) -> None:
+    """Train the starter step by step; a killed run continues where it was."""
+    steps = steps_of(seeds)
+    unknown = sorted(set(only or ()) - set(steps))
+    if unknown:
+        raise typer.BadParameter(f"unknown step {unknown[0]!r}; known: {', '.join(steps)}")
+    if threads:
+        torch.set_num_threads(threads)
+    target = out or starter_dir()
+    work.mkdir(parents=True, exist_ok=True)
+    ledger = work / "steps.json"
+    done: dict[str, float] = json.loads(ledger.read_text()) if ledger.is_file() else {}
+    for name, step in steps.items():
+        if name not in only if only else name in done:
+            continue
+        start = time.time()
+        step(work, target)
+        done[name] = round(done.get(name, 0.0) * (not only) + time.time() - start, 1)
+        ledger.write_text(json.dumps(done, indent=1) + "\n")
+        typer.echo(f"{name}: {done[name]:.0f} s")
+
+
+if __name__ == "__main__":
+    typer.run(main)

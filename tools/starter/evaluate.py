@@ -1,0 +1,165 @@
+"""Measures the starter: judge on rendered scenes, base on held-out object sets, each expert alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from PIL import Image
+
+from mole_diffusion.pictures import drawing
+from mole_diffusion.starter.judge import Judge
+
+from . import base, judge, world
+
+STEPS, GUIDANCE = 20, 5.0
+
+
+def assemble(out: Path) -> StableDiffusionPipeline:
+    """The starter's parts as a diffusers pipeline, in single precision."""
+    _, tokenizer = base.load_codec(out)
+    return StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(out / "vae", torch_dtype=torch.float32),
+        text_encoder=base.load_text_encoder(out),
+        tokenizer=tokenizer,
+        unet=base.load_unet(out),
+        scheduler=base.new_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def draw(
+    pipe: StableDiffusionPipeline, prompts: Sequence[str], first_seed: int = 0, batch: int = 20
+) -> list[Image.Image]:
+    """One picture per prompt; picture i has seed ``first_seed + i``."""
+    pictures: list[Image.Image] = []
+    pipe.set_progress_bar_config(disable=True)
+    for start in range(0, len(prompts), batch):
+        part = prompts[start : start + batch]
+        pictures += drawing.draw(
+            pipe,
+            part,
+            range(first_seed + start, first_seed + start + len(part)),
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            guidance_rescale=0.7,
+            height=world.SIZE,
+            width=world.SIZE,
+        )
+    return pictures
+
+
+def judge_score(referee: Judge, radius: float, count: int = 400) -> dict[str, dict[str, float]]:
+    """Micro-averaged precision and recall by kind of label on scenes blurred by ``radius`` pixels."""
+    rng = np.random.default_rng([99, 1])
+    scenes = [judge.random_scene(rng) for _ in range(count)]
+    found = referee(
+        [Image.fromarray(judge.blurred(s.pixels, radius) if radius else s.pixels) for s in scenes]
+    )
+    wanted = [{x for x, on in zip(referee.labels, judge.target_of(s), strict=True) if on} for s in scenes]
+    scores = {}
+    for kind in ("class", "subject"):
+        labels = {x for x in referee.labels if x.startswith("subject:") == (kind == "subject")}
+        hits = sum(len(f & w & labels) for f, w in zip(found, wanted, strict=True))
+        claimed, true = (sum(len(s & labels) for s in sets) for sets in (found, wanted))
+        scores[kind] = {"precision": hits / max(1, claimed), "recall": hits / max(1, true)}
+    return scores
+
+
+def base_scores(
+    pipe: StableDiffusionPipeline, referee: Judge, sets: int = 8, seeds: int = 20
+) -> dict[str, Any]:
+    """Class level, held-out sets of one, two and three objects: share of asked objects found.
+
+    Beside it (``extra``) the number of classes per picture that the judge sees and nobody asked for.
+    """
+    rng = np.random.default_rng([99, 2])
+    result: dict[str, Any] = {"extra": {}}
+    for count in (1, 2, 3):
+        if count == 1:
+            chosen = [[kind] for kind in world.CLASSES]
+        else:
+            chosen = [world.random_kinds(count, rng, unseen=True) for _ in range(sets)]
+        hits = extra = 0
+        for number, kinds in enumerate(chosen):
+            backgrounds = [list(world.BACKGROUNDS)[i % len(world.BACKGROUNDS)] for i in range(seeds)]
+            prompts = [world.caption_of([world.Thing(k, "noto") for k in kinds], b) for b in backgrounds]
+            for labels in referee(draw(pipe, prompts, 1000 * number)):
+                classes = labels & set(world.CLASSES)
+                hits += len(classes & set(kinds))
+                extra += len(classes - set(kinds))
+        result[str(count)] = hits / (len(chosen) * seeds * count)
+        result["extra"][str(count)] = extra / (len(chosen) * seeds)
+    return result
+
+
+def expert_scores(
+    out: Path, pipe: StableDiffusionPipeline, referee: Judge, seeds: int = 20
+) -> dict[str, Any]:
+    """Share of single-object pictures with the expert's own subject, with the expert and without."""
+    result = {}
+    for name in world.SUBJECTS:
+        path = out / "experts" / f"{name}.safetensors"
+        if not path.is_file():
+            continue
+        backgrounds = [list(world.BACKGROUNDS)[i % len(world.BACKGROUNDS)] for i in range(seeds)]
+        words = [f"{world.SUBJECTS[name][0]} {name}"]
+        prompts = [world.caption_of([world.Thing(name, "noto")], b, words) for b in backgrounds]
+        without = referee(draw(pipe, prompts))
+        pipe.load_lora_weights(str(path.parent), weight_name=path.name)
+        alone = referee(draw(pipe, prompts))
+        pipe.unload_lora_weights()
+        label = f"subject:{name}"
+        result[name] = {
+            "with": sum(label in f for f in alone) / seeds,
+            "without": sum(label in f for f in without) / seeds,
+        }
+    return result
+
+
+def evaluate(out: Path, report: Path, seeds: int = 20) -> dict[str, Any]:
+    """All three measurements, written as JSON and as a Markdown table beside it."""
+    referee, pipe = Judge(out / "judge"), assemble(out)
+    figures = {
+        "seeds": seeds,
+        "judge": {f"blur {radius} px": judge_score(referee, radius) for radius in (0, 1, 2)},
+        "base": base_scores(pipe, referee, seeds=seeds),
+        "experts": expert_scores(out, pipe, referee, seeds),
+    }
+    report.parent.mkdir(parents=True, exist_ok=True)
+    report.write_text(json.dumps(figures, indent=1) + "\n")
+    report.with_suffix(".md").write_text(table(figures))
+    return figures
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    rows = []
+    for blur, kinds in figures["judge"].items():
+        for kind, score in kinds.items():
+            rows.append(
+                (
+                    f"judge on rendered scenes, {kind}, {blur}: precision / recall",
+                    f"{score['precision']:.2f} / {score['recall']:.2f}",
+                )
+            )
+    base_figures = figures["base"]
+    for count, word in (("1", "one object"), ("2", "two objects"), ("3", "three objects")):
+        text = f"{base_figures[count]:.2f} ({base_figures['extra'][count]:.2f})"
+        rows.append((f"base, {word}: asked classes found (others seen per picture)", text))
+    for name, score in figures["experts"].items():
+        rows.append(
+            (
+                f"expert {name} alone: own subject found (without the expert)",
+                f"{score['with']:.2f} ({score['without']:.2f})",
+            )
+        )
+    lines = ["| measure | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+    return f"{figures['seeds']} seeds per set of objects.\n\n" + "\n".join(lines) + "\n"
