@@ -69,6 +69,11 @@ class Mixture:
         return tuple(expert.name for expert in self.experts)
 
     @property
+    def in_picture(self) -> bool:
+        """Whether the network has image tokens, which region masks can weight."""
+        return self.part == UNET
+
+    @property
     def records(self) -> list[GateRecord]:
         """Gate weights recorded since recording was last turned on."""
         return self._context.records
@@ -214,7 +219,7 @@ class Mixture:
     def _regions(
         self, masks: Mapping[str, Tensor], active: tuple[int, ...], latent_size: tuple[int, int] | None
     ) -> RegionMasks:
-        if self.part != UNET:
+        if not self.in_picture:
             raise RegionMaskError("Region masks weight image tokens; a text encoder has none.")
         checked = {}
         for name, mask in masks.items():
