@@ -19,8 +19,9 @@ from torch import Tensor
 from .embeddings import split_embeddings
 from .errors import ConfigError, ExpertLoadError
 from .factors import LoraFactors, compress
-from .keys import NOT_LORA, ParsedKey, parse_key
+from .keys import ParsedKey, parse_key
 from .lycoris import absent_roles, build_factors
+from .roles import NOT_LORA
 
 __all__ = ["Expert", "ExpertReport", "LoraFactors", "load_expert"]
 

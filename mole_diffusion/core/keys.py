@@ -23,49 +23,11 @@ from .architectures import (
     UNET_LEAVES,
     ldm_place,
 )
+from .roles import NOT_LORA, split_role
 
 # LDM names say nothing of levels. All Stable Diffusion UNets have two residual blocks per level; for others
 # the names are read again when the network is known (`relocate`).
 SD_LAYERS = (2,)
-
-_ADAPTER = r"(?:\.[^.]+)?"
-_ROLES = (
-    (
-        "down",
-        rf"\.lora_A{_ADAPTER}\.weight|\.lora_A|[._]lora\.down\.weight|\.lora_linear_layer\.down\.weight",
-    ),
-    ("up", rf"\.lora_B{_ADAPTER}\.weight|\.lora_B|[._]lora\.up\.weight|\.lora_linear_layer\.up\.weight"),
-    ("down", r"\.lora_down\.weight"),
-    ("up", r"\.lora_up\.weight"),
-    ("mid", r"\.lora_mid\.weight"),
-    ("up_bias", rf"\.lora_B{_ADAPTER}\.bias|\.(?:lora_up|lora\.up)\.bias"),
-    ("alpha", r"\.alpha"),
-    ("magnitude", rf"\.lora_magnitude_vector{_ADAPTER}(?:\.weight)?"),
-    ("dora_scale", r"\.dora_scale"),
-    ("diff", r"\.diff"),
-    ("diff_b", r"\.diff_b"),
-    *(
-        (role, rf"\.{role}{_ADAPTER}")
-        for kind in ("hada_w1", "hada_w2")
-        for role in (f"{kind}_a", f"{kind}_b")
-    ),
-    *((role, rf"\.{role}{_ADAPTER}") for role in ("hada_t1", "hada_t2", "lokr_t2")),
-    *((f"lokr_{w}{f}", rf"\.lokr_{w}{f}{_ADAPTER}") for w in ("w1", "w2") for f in ("", "_a", "_b")),
-)
-_ROLE_PATTERNS = tuple((role, re.compile(f"(?:{pattern})$")) for role, pattern in _ROLES)
-_ON_BASE = "changes the base's weights by a factor instead of adding to them; only additions can be gated"
-_REFUSED = (
-    (
-        re.compile(r"\.(?:w_norm|b_norm)$"),
-        "normalisation layers multiply no matrix, so there is nothing to gate",
-    ),
-    (re.compile(r"\.(?:oft_\w+|rescale)(?:\.[^.]+)*$"), f"OFT {_ON_BASE}"),
-    (re.compile(r"\.(?:on_input|ia3_l(?:\.[^.]+)?)$"), f"(IA)^3 {_ON_BASE}"),
-    (re.compile(r"\.(?:a1|a2|b1|b2|bm1|bm2)\.weight$"), f"GLoRA {_ON_BASE}"),
-    (re.compile(r"\.lora_embedding_[AB](?:\.[^.]+)?$"), "LoRA of an embedding table multiplies no matrix"),
-    (re.compile(r"\.set_weight$"), "whole weights are no differences"),
-)
-NOT_LORA = "not a LoRA key of a known dialect"
 
 _FLAT = {leaf.replace(".", "_"): leaf for leaf in UNET_LEAVES}
 # Old attention processors have a single output matrix.
@@ -159,7 +121,7 @@ class ParsedKey:
 
 def parse_key(key: str) -> ParsedKey:
     """Read one key of a LoRA file; never fails, an unusable key carries its reason."""
-    module, role, refused = _split_role(key)
+    module, role, refused = split_role(key)
     if role is None and refused is None:
         return ParsedKey(key, None, None, None, NOT_LORA)
     network, flat = _split_prefix(module)
@@ -207,17 +169,6 @@ def factor_keys(network: str, matrix: str, dialect: str, *, xl: bool = False) ->
         module = f"{network}.{name}"
         roles = {"down": "lora_A.weight", "up": "lora_B.weight"}
     return {role: f"{module}.{suffix}" for role, suffix in roles.items()}
-
-
-def _split_role(key: str) -> tuple[str, str | None, str | None]:
-    """(module, role, reason it is refused)."""
-    for pattern, reason in _REFUSED:
-        if match := pattern.search(key):
-            return key[: match.start()], None, reason
-    for role, pattern in _ROLE_PATTERNS:
-        if match := pattern.search(key):
-            return key[: match.start()], role, None
-    return key, None, None
 
 
 def _split_prefix(module: str) -> tuple[str | None, str]:
