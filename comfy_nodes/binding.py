@@ -46,7 +46,7 @@ def networks_of(model: nn.Module) -> dict[str, nn.Module]:
         found[UNET] = network
     for name, part in _TEXT_ENCODERS.items():
         if isinstance(encoder := getattr(model, name, None), nn.Module):
-            found[part] = encoder.transformer
+            found[part] = encoder.get_submodule("transformer")
     if not found:
         raise InjectionError(
             f"{type(model).__name__} is neither a Stable Diffusion UNet nor a CLIP text encoder; experts can "

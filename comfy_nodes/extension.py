@@ -27,6 +27,7 @@ class MoLEExtension(ComfyExtension):  # type: ignore[misc]
     """The nodes of category MoLE."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """All nodes, in the order of the menu."""
         return list(NODES)
 
 

@@ -183,7 +183,8 @@ class NativePipeline:
         self.experts: Mapping[str, Expert] = {expert.name: expert for expert in experts.experts}
         self.scheduler = NoiseSchedule(model.get_model_object("model_sampling"))
         self.vae_scale_factor = int(vae.spacial_compression_encode())
-        size = size or getattr(model.model.model_config, "mole_picture_size", DEFAULT_SIZE)
+        configured: int = getattr(model.model.model_config, "mole_picture_size", DEFAULT_SIZE)
+        size = configured if size is None else size
         device = model.load_device
         network = _copy(model, model.model.diffusion_model, device)
         self.unet = NativeUNet(network, size // self.vae_scale_factor, device)
@@ -278,6 +279,7 @@ def _copy(patcher: Any, network: nn.Module, device: torch.device) -> Any:
     with torch.inference_mode(False), patcher.use_ejected():
         duplicate = copy.deepcopy(network)
         duplicate = duplicate.to(device=device, dtype=torch.float32)
+    module: Any
     for module in duplicate.modules():
         if isinstance(getattr(module, "dtype", None), torch.dtype):
             module.dtype = torch.float32

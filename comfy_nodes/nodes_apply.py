@@ -142,7 +142,8 @@ def _plain_mask(mask: Any) -> torch.Tensor:
     """ComfyUI's (B, H, W) or (H, W) mask as (H, W), usable outside inference mode; the first of a batch."""
     with torch.inference_mode(False):
         single = mask.reshape(-1, *mask.shape[-2:])[0]
-        return single.detach().float().cpu().clone()
+        plain: torch.Tensor = single.detach().float().cpu().clone()
+        return plain
 
 
 class GateHeatMap(io.ComfyNode):  # type: ignore[misc]

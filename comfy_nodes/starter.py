@@ -36,7 +36,7 @@ class _Multiple(int):
         multiple.width, multiple.first = width, first
         return multiple
 
-    def __getnewargs__(self) -> tuple[int, int]:
+    def __getnewargs__(self) -> tuple[int, int]:  # type: ignore[override]
         return self.width, self.first
 
     def __mul__(self, other: int) -> int:

@@ -33,7 +33,8 @@ def unet_of(sd_model: Any) -> nn.Module:
         raise SettingsError(
             "the loaded checkpoint has no Stable Diffusion UNet; experts work with SD 1, 2 and XL"
         )
-    return network
+    module: nn.Module = network
+    return module
 
 
 def text_encoders_of(sd_model: Any) -> dict[str, nn.Module]:

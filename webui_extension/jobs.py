@@ -136,7 +136,7 @@ class TrainingJob(Job):
         if len(new) < 2:
             return None
         pace = (new[-1]["seconds"] - new[0]["seconds"]) / (len(new) - 1)
-        return pace * (self.iterations - rows[-1]["iteration"])
+        return float(pace * (self.iterations - rows[-1]["iteration"]))
 
     def preview(self) -> Path | None:
         """The newest picture drawn with the gates as they are."""

@@ -29,6 +29,7 @@ class SessionCookie:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
         if scope["type"] != "http" or scope["method"] != "GET" or _has_cookie(scope):
             await self._app(scope, receive, send)
             return
@@ -55,6 +56,7 @@ class UploadGuard:
         self._app, self._folder = app, folder.resolve()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
         uploads = scope["type"] == "http" and scope["method"] == "POST" and scope["path"].endswith("/upload")
         if not uploads:
             await self._app(scope, receive, send)

@@ -63,6 +63,7 @@ class Commands(TyperGroup):
     """Shows the project's own errors as one line and exits with 1; all else is a bug with a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
         try:
             return super().invoke(ctx)
         except (MoLEError, FileNotFoundError) as error:

@@ -201,4 +201,5 @@ def parse_concepts(texts: Sequence[str] | None) -> dict[str, str]:
 
 
 def model_flag(model: str) -> str:
+    """The option that names this model, for commands that are shown; nothing for the starter."""
     return "" if model == STARTER else f" --model {model}"

@@ -220,6 +220,7 @@ def build_groups(
     config: MoLEConfig,
     flatten_tokens: tuple[int, int] | int | None,
 ) -> list[Group]:
+    """The groups of a network in execution order, each with fresh gates."""
     members: dict[str, list[MatrixSite]] = {}
     for site in layout.sites:
         if site.name in slots:

@@ -315,6 +315,7 @@ def _exact(factors: LoraFactors, module: nn.Module, matrix: str, expert: str) ->
 
 
 def build_bundles(slots: Mapping[str, MatrixSlot], layout: NetworkMap) -> list[Bundle]:
+    """The matrices in bundles of those that read the very same tensor."""
     sources: dict[str, list[MatrixSlot]] = {}
     for site in layout.sites:
         if site.name in slots:

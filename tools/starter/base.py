@@ -112,6 +112,7 @@ def denoising_loss(predicted: Tensor, target: Tensor, foreground: Tensor, emphas
 
 
 def load_codec(out: Path) -> tuple[AutoencoderKL, CLIPTokenizer]:
+    """VAE and tokenizer of the starter in `out`, frozen."""
     vae = AutoencoderKL.from_pretrained(out / "vae", torch_dtype=torch.float32).eval().requires_grad_(False)
     return vae.to(memory_format=torch.channels_last), CLIPTokenizer.from_pretrained(out / "tokenizer")
 
@@ -166,8 +167,10 @@ def save_base(out: Path, module: nn.ModuleDict) -> None:
 
 
 def load_unet(out: Path) -> UNet2DConditionModel:
+    """The UNet of the starter in `out`."""
     return UNet2DConditionModel.from_pretrained(out / "unet", torch_dtype=torch.float32)
 
 
 def load_text_encoder(out: Path) -> CLIPTextModel:
+    """The text encoder of the starter in `out`."""
     return CLIPTextModel.from_pretrained(out / "text_encoder", torch_dtype=torch.float32)

@@ -29,6 +29,7 @@ class Average:
 
     @torch.no_grad()
     def update(self) -> None:
+        """Take the module's weights of now into the average."""
         self.count += 1
         # A short memory at first, so that the random start is forgotten.
         decay = min(self.decay, (1 + self.count) / (10 + self.count))
@@ -38,6 +39,7 @@ class Average:
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
+        """Give a module of the same kind the averaged weights."""
         for name, value in module.named_parameters():
             value.copy_(self.values[name])
 

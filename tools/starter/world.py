@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import itertools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -197,6 +197,9 @@ def _recolour(
 
 # --- backgrounds ------------------------------------------------------------------------------------------
 
+Colour = tuple[float, float, float]
+Rng = np.random.Generator
+
 
 def _gradient(top: Sequence[float], bottom: Sequence[float], rows: int = SIZE) -> Plane:
     t = np.linspace(0, 1, rows, dtype=np.float32)[:, None, None]
@@ -210,54 +213,60 @@ def _horizon(sky: Plane, ground: Plane, row: int) -> Plane:
     return out
 
 
-def draw_background(name: str, rng: np.random.Generator) -> Plane:
+def _landscape(sky: tuple[Colour, Colour], ground: tuple[Colour, Colour]) -> Callable[[Rng, int], Plane]:
+    """Sky over ground, each from its upper to its lower colour."""
+    return lambda rng, row: _horizon(_gradient(*sky), _gradient(*ground), row)
+
+
+def _snow(rng: Rng, row: int) -> Plane:
+    sky, ground = ((170, 190, 215), (215, 225, 235)), ((250, 252, 255), (232, 240, 248))
+    plane = _landscape(sky, ground)(rng, row)
+    for _ in range(26):
+        x, y = rng.integers(0, SIZE - 3, 2)
+        plane[y : y + 3, x : x + 3] = 255
+    return plane
+
+
+def _night(rng: Rng, row: int) -> Plane:
+    plane = _gradient((16, 14, 52), (42, 34, 92)).copy()
+    for _ in range(22):
+        x, y = rng.integers(0, SIZE - 2, 2)
+        plane[y : y + 2, x : x + 2] = (250, 245, 205)
+    return plane
+
+
+def _fabric(rng: Rng, row: int) -> Plane:
+    waves = np.sin(np.arange(SIZE, dtype=np.float32) / SIZE * 2 * np.pi * 4 + rng.uniform(0, 6.28))
+    flat = np.ones((SIZE, SIZE, 3), np.float32)
+    return np.asarray((246, 178, 204), np.float32) + 12 * waves[:, None, None] * flat
+
+
+def _floor(rng: Rng, row: int) -> Plane:
+    plank = (np.arange(SIZE) + int(rng.integers(0, 32))) // 16
+    shade = np.where(plank % 2 == 0, 1.0, 0.86).astype(np.float32)
+    flat = np.ones((SIZE, SIZE, 3), np.float32)
+    return np.asarray((176, 122, 76), np.float32) * shade[:, None, None] * flat
+
+
+_PAINTERS: dict[str, Callable[[Rng, int], Plane]] = {
+    "beach": _landscape(((120, 205, 235), (215, 240, 240)), ((240, 220, 160), (222, 190, 120))),
+    "snow": _snow,
+    "grass": _landscape(((140, 205, 250), (205, 235, 250)), ((98, 185, 66), (52, 135, 42))),
+    "night": _night,
+    "fabric": _fabric,
+    "floor": _floor,
+    "desert": _landscape(((248, 208, 150), (252, 232, 196)), ((214, 148, 84), (180, 112, 58))),
+    "sky": lambda rng, row: _gradient((62, 132, 226), (160, 208, 248)),
+    "white": lambda rng, row: np.full((SIZE, SIZE, 3), 250, np.float32),
+    "sunset": _landscape(((92, 52, 112), (250, 142, 72)), ((52, 32, 62), (26, 16, 36))),
+}
+
+
+def draw_background(name: str, rng: Rng) -> Plane:
     """A background, float (128, 128, 3) in 0..255, with small random changes of colour and horizon."""
-    row = int(rng.integers(58, 78))
-    if name == "beach":
-        plane = _horizon(
-            _gradient((120, 205, 235), (215, 240, 240)), _gradient((240, 220, 160), (222, 190, 120)), row
-        )
-    elif name == "snow":
-        plane = _horizon(
-            _gradient((170, 190, 215), (215, 225, 235)), _gradient((250, 252, 255), (232, 240, 248)), row
-        )
-        for _ in range(26):
-            x, y = rng.integers(0, SIZE - 3, 2)
-            plane[y : y + 3, x : x + 3] = 255
-    elif name == "grass":
-        plane = _horizon(
-            _gradient((140, 205, 250), (205, 235, 250)), _gradient((98, 185, 66), (52, 135, 42)), row
-        )
-    elif name == "night":
-        plane = _gradient((16, 14, 52), (42, 34, 92)).copy()
-        for _ in range(22):
-            x, y = rng.integers(0, SIZE - 2, 2)
-            plane[y : y + 2, x : x + 2] = (250, 245, 205)
-    elif name == "fabric":
-        waves = np.sin(np.arange(SIZE, dtype=np.float32) / SIZE * 2 * np.pi * 4 + rng.uniform(0, 6.28))
-        plane = np.asarray((246, 178, 204), np.float32) + 12 * waves[:, None, None] * np.ones(
-            (SIZE, SIZE, 3), np.float32
-        )
-    elif name == "floor":
-        plank = (np.arange(SIZE) + int(rng.integers(0, 32))) // 16
-        shade = np.where(plank % 2 == 0, 1.0, 0.86).astype(np.float32)
-        plane = (
-            np.asarray((176, 122, 76), np.float32)
-            * shade[:, None, None]
-            * np.ones((SIZE, SIZE, 3), np.float32)
-        )
-    elif name == "desert":
-        plane = _horizon(
-            _gradient((248, 208, 150), (252, 232, 196)), _gradient((214, 148, 84), (180, 112, 58)), row
-        )
-    elif name == "sky":
-        plane = _gradient((62, 132, 226), (160, 208, 248))
-    elif name == "white":
-        plane = np.full((SIZE, SIZE, 3), 250, np.float32)
-    elif name == "sunset":
-        plane = _horizon(_gradient((92, 52, 112), (250, 142, 72)), _gradient((52, 32, 62), (26, 16, 36)), row)
-    else:
+    if name not in _PAINTERS:
         raise ValueError(f"unknown background {name!r}; known: {', '.join(BACKGROUNDS)}")
+    plane = _PAINTERS[name](rng, int(rng.integers(58, 78)))
     return np.clip(plane * (1 + rng.uniform(-0.05, 0.05, 3)).astype(np.float32), 0, 255)
 
 

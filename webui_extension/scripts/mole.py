@@ -21,6 +21,8 @@ def _load_package() -> None:
     spec = importlib.util.spec_from_file_location(
         PACKAGE, folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
+    assert spec is not None  # as the file is there
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[PACKAGE] = module
     spec.loader.exec_module(module)
@@ -39,7 +41,7 @@ _session = Session(_library, shared.opts, lambda: shared.sd_model)
 _widgets = SimpleNamespace(InputAccordion=ui_components.InputAccordion, ToolButton=ui_components.ToolButton)
 
 
-class MoLEScript(scripts.Script):
+class MoLEScript(scripts.Script):  # type: ignore[misc]
     """Experts, gates and regions in txt2img and img2img."""
 
     def title(self) -> str:
@@ -57,7 +59,8 @@ class MoLEScript(scripts.Script):
         panel = Panel(_library, lambda: _session.last_run, _settings.rows, self.elem_id, _widgets)
         self.infotext_fields = panel.infotext_fields
         self.paste_field_names = list(INFOTEXT_KEYS)
-        return panel.controls
+        controls: list[Any] = panel.controls
+        return controls
 
     def process(self, p: Any, *args: Any) -> None:
         """Before anything is drawn."""
