@@ -15,7 +15,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from PIL import Image, ImageDraw
 from safetensors.torch import save_model
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -110,7 +110,8 @@ def random_lora(network: Any, targets: list[str], rank: int) -> tuple[dict[str, 
     The alpha is twice the rank: diffusers keeps it in the file's header, where load_lora_weights finds it.
     """
     network = copy.deepcopy(network)
-    network.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), "new")
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
+    inject_adapter_in_model(config, network, "new")
     for name, parameter in network.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.2)

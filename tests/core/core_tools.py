@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from peft import LoraConfig, set_peft_model_state_dict
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -120,9 +120,9 @@ def with_peft(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # PEFT remarks on every adapter after the first
         _add_adapters(model, loras, alpha)
-    model.set_adapter(list(loras))
     for module in model.modules():
         if isinstance(module, LoraLayer):
+            module.set_adapter(list(loras))
             for name, weight in weights.items():
                 module.set_scale(name, weight)
     return model.eval()
@@ -132,9 +132,8 @@ def _add_adapters(model: nn.Module, loras: Mapping[str, Mapping[str, Tensor]], a
     for name, state in loras.items():
         rank = next(v.shape[0] for k, v in state.items() if "lora_A" in k)
         modules = sorted({key.split(".lora_")[0] for key in state})
-        model.add_adapter(
-            LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=modules), adapter_name=name
-        )
+        config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=modules)
+        inject_adapter_in_model(config, model, name)
         set_peft_model_state_dict(model, dict(state), adapter_name=name)
 
 

@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
+import transformers.integrations.peft
 from diffusers import StableDiffusionPipeline
+from peft import LoraConfig
 from PIL import Image, ImageDraw
 from pipeline_helpers import build
 from safetensors.torch import load_file
@@ -53,6 +55,17 @@ def test_the_loss_falls_the_base_stays_and_the_file_is_an_expert(pipe, plain, dr
     assert (ours - base).abs().max() > 1e-3
     plain.load_lora_weights(out)
     torch.testing.assert_close(draw(plain, "a red boot"), ours, rtol=0, atol=1e-3)
+
+
+def test_no_version_of_peft_is_too_old_for_transformers(pipe, plain, draw, tmp_path, monkeypatch):
+    """transformers raises its lower bound of PEFT from time to time; what we need of PEFT is older."""
+    monkeypatch.setattr(transformers.integrations.peft, "MIN_PEFT_VERSION", "999.0")
+    with pytest.raises((ImportError, ValueError), match="999"):
+        pipe.text_encoder.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    out = tmp_path / "boot.safetensors"
+    ExpertTrainer(pipe, drawings(), "a red boot", config=settings()).train(out, tmp_path / "state")
+    assert not any("lora_" in name for name, _ in pipe.text_encoder.named_modules())
+    assert set(pipe.load_expert(out).factors) == {"unet", "text_encoder"}
 
 
 @pytest.mark.parametrize("prior", [0.0, 1.0])

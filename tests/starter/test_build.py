@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from safetensors import safe_open
 from torch import nn
 from transformers import CLIPTokenizer
@@ -98,8 +98,8 @@ def test_foreground_counts_more() -> None:
 def test_an_expert_is_an_ordinary_lora_file(tmp_path: Path) -> None:
     tokenizer = text.build_tokenizer(tmp_path / "tokenizer")
     unet, encoder = base.new_unet(), text.new_text_encoder(tokenizer)
-    unet.add_adapter(LoraConfig(r=2, target_modules=expert.UNET_TARGETS))
-    encoder.add_adapter(LoraConfig(r=2, target_modules=expert.TEXT_TARGETS))
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=expert.UNET_TARGETS), unet)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=expert.TEXT_TARGETS), encoder)
     path = tmp_path / "boot.safetensors"
     expert.write_expert(path, "boot", unet, encoder)
     loaded = load_expert(path)

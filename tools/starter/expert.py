@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.models.attention_processor import AttnProcessor
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from PIL import Image
 from torch import Tensor, nn
 
@@ -63,9 +63,8 @@ def style_scene(style: str) -> Callable[[np.random.Generator], world.Scene]:
 def _lora(network: nn.Module, targets: list[str], seed: int) -> None:
     torch.manual_seed(seed)
     network.requires_grad_(False)
-    network.add_adapter(
-        LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=targets)
-    )  # type: ignore[operator]
+    settings = LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=targets)
+    inject_adapter_in_model(settings, network)
 
 
 def train_expert(name: str, work: Path, out: Path, prior: base.LatentPool) -> None:

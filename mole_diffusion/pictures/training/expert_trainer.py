@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from PIL.Image import Image
 from torch import Tensor, nn
 
@@ -238,7 +238,7 @@ class ExpertTrainer:
                     settings = LoraConfig(
                         r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=TARGETS[part]
                     )
-                    network.add_adapter(settings, _ADAPTER)
+                    inject_adapter_in_model(settings, network, _ADAPTER)
             yield
         finally:
             self._pipe.unload_lora_weights()
