@@ -18,11 +18,13 @@ import torch
 from comfy.patcher_extension import CallbacksMP, PatcherInjection
 from torch import Tensor, nn
 
-from mole_diffusion.core.architectures import TEXT_ENCODER, TEXT_ENCODER_2, UNET, map_network
 from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.errors import InjectionError
 from mole_diffusion.core.experts import Expert
 from mole_diffusion.core.mixture import Mixture
+from mole_diffusion.core.networks import map_network
+from mole_diffusion.core.networks.clip import TEXT_ENCODER, TEXT_ENCODER_2
+from mole_diffusion.core.networks.unet import UNET
 
 from .experts import ExpertSet
 

@@ -21,12 +21,12 @@ import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
 
-from mole_diffusion.core.architectures import UNET
 from mole_diffusion.core.checkpoint import save_gates
 from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.errors import NoExpertsError, TrainingError
 from mole_diffusion.core.experts import Expert
 from mole_diffusion.core.mixture import Mixture, inject
+from mole_diffusion.core.networks.unet import UNET
 
 from .binding import Usage, networks_of
 from .experts import ExpertSet

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-from .architectures import TEXT_ENCODER_2, UNET
+from torch import nn
+
 from .errors import ExpertLoadError, InjectionError
 from .experts import Expert
 from .factors import LoraFactors
+from .modules import base_layer, matrix_shape
+from .networks import by_name, map_network, of_matrices
+from .networks.base import DENOISER, Architecture, Base, NetworkMap
+from .networks.families import named_family
 
-SD1, SD2, SDXL = "Stable Diffusion 1.x", "Stable Diffusion 2.x", "Stable Diffusion XL"
-# The width of the text that a UNet's cross-attention reads tells the families apart.
-_FAMILY_OF_WIDTH = {768: SD1, 1024: SD2, 1280: "Stable Diffusion XL refiner", 2048: SDXL}
-# Beginnings of what trainers write into `modelspec.architecture` and kohya into `ss_base_model_version`.
-_FAMILY_OF_NAME = (
-    ("stable-diffusion-xl-v1-refiner", "Stable Diffusion XL refiner"),
-    ("stable-diffusion-xl", SDXL),
-    ("sdxl", SDXL),
-    ("stable-diffusion-v2", SD2),
-    ("sd_v2", SD2),
-    ("sd2", SD2),
-    ("stable-diffusion-v1", SD1),
-    ("sd_v1", SD1),
-    ("sd1", SD1),
-)
 _PREDICTIONS = {
     "epsilon": "epsilon",
     "eps": "epsilon",
@@ -36,49 +25,45 @@ _PREDICTIONS = {
 _LISTED = 3
 
 
-@dataclass(frozen=True)
-class Base:
-    """A guess at a base model.
-
-    Attributes:
-        family: SD1, SD2, SDXL, another name that a file gives, or None.
-        width: width of the text that the cross-attention reads, or None.
-    """
-
-    family: str | None
-    width: int | None
-
-    def __str__(self) -> str:
-        family = self.family or "an unknown base"
-        return family if self.width is None else f"{family} (cross-attention to text of width {self.width})"
-
-
 def base_of_expert(expert: Expert) -> Base:
-    """The base model that a file was made for, by its shapes, else by its header."""
-    widths = {name: factors.matrices[0].shape[1] for name, factors in expert.factors.get(UNET, {}).items()}
-    width = _text_width(widths)
-    named = _named_family(expert.metadata)
-    family = _FAMILY_OF_WIDTH.get(width) if width is not None else named
-    if family is None and width is None and TEXT_ENCODER_2 in expert.factors:
-        family = SDXL
-    return Base(family or named, width)
+    """The base model that a file was made for, by the shapes for its denoiser, else by its header."""
+    told: dict[bool, Base] = {}
+    for slot, factors in expert.factors.items():
+        architecture = _architecture(expert, slot)
+        if architecture is None:
+            continue
+        inputs = {name: pair.matrices[0].shape[1] for name, pair in factors.items()}
+        base = architecture.family(slot, inputs)
+        if base is not None:
+            told.setdefault(architecture.role == DENOISER, base)
+    base = told.get(True, Base(None, None))
+    family = base.family or named_family(expert.metadata)
+    if family is None and base.width is None and False in told:
+        family = told[False].family
+    return Base(family, base.width)
 
 
-def base_of_network(shapes: Mapping[str, tuple[int, int]]) -> Base:
-    """The base model that a UNet belongs to.
+def base_of_network(network: nn.Module, part: str | None = None) -> Base:
+    """The base model that a network belongs to.
 
     Args:
-        shapes: matrix name -> (out, in).
+        network: of any known kind.
+        part: what the host calls it.
+    Raises:
+        InjectionError: it is of no known kind.
     """
-    width = _text_width({name: shape[1] for name, shape in shapes.items()})
-    return Base(None if width is None else _FAMILY_OF_WIDTH.get(width), width)
+    layout = map_network(network, part)
+    inputs = {
+        site.name: matrix_shape(base_layer(network.get_submodule(site.path)))[1] for site in layout.sites
+    }
+    return _base(layout, inputs)
 
 
 def check_fit(
     expert: Expert,
     factors: Mapping[str, LoraFactors],
     shapes: Mapping[str, tuple[int, int]],
-    part: str,
+    layout: NetworkMap,
     network: str,
 ) -> None:
     """Refuse an expert that was made for another network.
@@ -87,13 +72,14 @@ def check_fit(
         expert: the expert.
         factors: what it has for this network, by the network's matrix names.
         shapes: the network's matrices, (out, in) with a kernel counted as input.
-        part: "unet", "text_encoder" or "text_encoder_2".
+        layout: what the network is.
         network: the network's class, for the message.
     Raises:
         InjectionError: names both bases and the first matrices that differ.
     """
-    theirs, ours = base_of_expert(expert), base_of_network(shapes)
-    bases = f"It was made for {theirs}; this {network} is of {ours}." if part == UNET else ""
+    theirs, ours = base_of_expert(expert), _base(layout, {name: shape[1] for name, shape in shapes.items()})
+    told = layout.role == DENOISER
+    bases = f"It was made for {theirs}; this {network} is of {ours}." if told else ""
     wrong = [
         f"{name!r}: its delta is {found[0]} x {found[1]}, the matrix {shape[0]} x {shape[1]} (out x in)"
         for name, pair in factors.items()
@@ -110,7 +96,7 @@ def check_fit(
             f"Expert {expert.name!r} matches nothing in this {network}: it has {unknown[0]!r}, the network "
             f"has {next(iter(shapes))!r}. {bases}".strip()
         )
-    if factors and part == UNET and theirs.family and ours.family and theirs.family != ours.family:
+    if factors and told and theirs.family and ours.family and theirs.family != ours.family:
         raise InjectionError(f"Expert {expert.name!r} does not belong to this network. {bases}")
 
 
@@ -142,23 +128,13 @@ def check_prediction(expert: Expert, prediction: str) -> None:
         )
 
 
-def _named_family(metadata: Mapping[str, str]) -> str | None:
-    for key in ("modelspec.architecture", "ss_base_model_version"):
-        value = metadata.get(key, "").strip().lower()
-        for beginning, family in _FAMILY_OF_NAME:
-            if value.startswith(beginning):
-                return family
-        if value:
-            return metadata[key].strip()
-    return None
+def _architecture(expert: Expert, slot: str) -> Architecture | None:
+    """The kind of network that an expert's matrices for a slot belong to."""
+    return by_name(expert.architectures.get(slot, "")) or of_matrices(expert.factors[slot])
 
 
-def _text_width(fan_ins: Mapping[str, int]) -> int | None:
-    """Input width of the cross-attention's keys or values."""
-    for name, width in fan_ins.items():
-        if name.endswith((".attn2.to_k", ".attn2.to_v")):
-            return width
-    return None
+def _base(layout: NetworkMap, inputs: Mapping[str, int]) -> Base:
+    return layout.architecture.family(layout.part, inputs) or Base(None, None)
 
 
 def _shape(factors: LoraFactors) -> tuple[int, int]:

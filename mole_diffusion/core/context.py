@@ -12,14 +12,13 @@ from torch import Tensor
 
 from . import functional
 from .errors import InjectionError, RegionMaskError
+from .networks.base import Forward
 
 # The oldest supported torch can ask no device and knows these.
 _is_autocast_available: Callable[[str], bool] = getattr(
     torch.amp, "is_autocast_available", lambda device: device in ("cpu", "cuda", "xpu")
 )
 _AUTOCAST_DEVICES = tuple(name for name in ("cpu", "cuda", "xpu", "mps") if _is_autocast_available(name))
-# A UNet halves its latent at most this often.
-_MAX_DEPTH = 8
 # Newer than torch 2.1.
 _is_compiling: Callable[[], bool] = getattr(torch.compiler, "is_compiling", lambda: False)
 
@@ -29,7 +28,7 @@ class GateRecord:
     """Gate weights of one gate in one forward.
 
     Attributes:
-        part: "unet" or "text_encoder".
+        part: what the host calls the network.
         group: name of the gate's group; the gate of the text tokens in a group has the suffix ".context".
         step: what `Mixture.step` was.
         weights: (B, N) float32 on the CPU, mean over tokens; rows sum to 1.
@@ -110,20 +109,37 @@ class GateValue:
         strength: scalar as trained, or (B, T, 1) where the gates set it token by token; None where it does
             not apply (fixed weights).
         in_backward: whether a recomputation inside a backward pass computed it.
+        real: (B, T, 1) how much each token counts in means, where there is padding; else None.
         expanded: rank weights by matrix layout, data type and number of tokens.
+        joint: the same for a sequence with the text tokens too, and their gate's value.
     """
 
     weights: Tensor
     strength: Tensor | None
     in_backward: bool
+    real: Tensor | None = None
     expanded: dict[tuple[tuple[int, ...], torch.dtype, int], Tensor] = field(default_factory=dict)
+    joint: tuple[GateValue, dict[tuple[tuple[int, ...], torch.dtype, int], Tensor]] | None = None
+
+    def mean(self) -> Tensor:
+        """(B, N) weights, mean over the tokens that are no padding."""
+        if self.real is None or self.weights.shape[1] == 1:
+            return self.weights.mean(1)
+        return functional.mean_tokens(self.weights, self.real).squeeze(1)
 
     def pooled(self) -> GateValue:
         """The same with the mean weights over the tokens."""
         strength = self.strength
         if strength is not None and strength.dim() > 0:
-            strength = strength.mean(1, keepdim=True)
-        return GateValue(self.weights.mean(1, keepdim=True), strength, self.in_backward)
+            real = self.real if strength.shape[1] > 1 else None
+            strength = functional.mean_tokens(strength, real)
+        return GateValue(self.mean().unsqueeze(1), strength, self.in_backward)
+
+    def expanded_with(self, text: GateValue) -> dict[tuple[tuple[int, ...], torch.dtype, int], Tensor]:
+        """As `expanded`, of the sequence with text tokens; empty again when their gate says something new."""
+        if self.joint is None or self.joint[0] is not text:
+            self.joint = text, {}
+        return self.joint[1]
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -155,7 +171,7 @@ class ForwardContext:
     """Mutable state shared by all hooks of one mixture.
 
     Args:
-        part: "unet" or "text_encoder".
+        part: what the host calls the network.
         experts: N.
     """
 
@@ -165,22 +181,24 @@ class ForwardContext:
         self.enabled = True
         self.activation = Activation(tuple(range(experts)), (1.0,) * experts)
         self.given_size: tuple[int, int] | None = None
-        self.latent_size: tuple[int, int] | None = None
-        self.timestep: Tensor | float | None = None
+        self.forward = Forward()
         self.values: dict[str, GateValue] = {}
         self.live: dict[str, Tensor] = {}
         self.recording = False
         self.records: list[GateRecord] = []
         self.step: int | None = None
+        self._time: Tensor | None = None
+        self._real: dict[str, Tensor] = {}
         self._graphs: weakref.WeakSet[_Graph] = weakref.WeakSet()
         self._tracked = False
 
-    def begin(self, latent_size: tuple[int, int] | None, timestep: Tensor | float | None = None) -> None:
+    def begin(self, forward: Forward) -> None:
         """Start of a forward of the whole network."""
-        self.timestep = timestep
-        self.latent_size = self.given_size or latent_size
-        if self.activation.regions is not None and self.latent_size is not None:
-            self.activation.regions.check_aspect(self.latent_size)
+        self.forward = forward
+        if self.activation.regions is not None and forward.size is not None:
+            self.activation.regions.check_aspect(forward.size)
+        self._time = None
+        self._real.clear()
         self.forget()
 
     def forget(self) -> None:
@@ -193,7 +211,7 @@ class ForwardContext:
         """Keep a gate's value for the rest of the group; note it unless it is a recomputation."""
         self.values[label] = value
         if trained and not value.in_backward:
-            self.live[label] = value.weights.mean(1)
+            self.live[label] = value.mean()
             if self.recording:
                 weights = self.live[label].detach().float().cpu()
                 self.records.append(GateRecord(self.part, label, self.step, weights))
@@ -231,19 +249,68 @@ class ForwardContext:
                 )
         return value
 
+    def time_features(self, device: torch.device) -> Tensor:
+        """(B or 1, 1, TIMESTEP_FEATURES) of the timestep, once per forward.
+
+        Raises:
+            InjectionError: the network was called without one.
+        """
+        if self._time is None:
+            timestep = self.forward.timestep
+            if timestep is None:
+                raise InjectionError("Gates that read the timestep need the network to be called with one.")
+            time = torch.as_tensor(timestep, device=device).reshape(-1, 1)
+            self._time = functional.timestep_features(time)
+        return self._time
+
+    def real_tokens(self, stream: str, like: Tensor) -> Tensor | None:
+        """(B, L, 1) share of each token of a stream in a mean: 0 for padding; None where all are real.
+
+        Args:
+            like: (B, L, ...) something of these tokens.
+        Raises:
+            InjectionError: the mask is of other tokens.
+        """
+        mask = self.forward.masks.get(stream)
+        if mask is None:
+            return None
+        if stream not in self._real:
+            kept = mask.to(like.device, torch.float32).unsqueeze(-1)
+            self._real[stream] = kept / kept.sum(1, keepdim=True).clamp_min(1.0)
+        real = self._real[stream]
+        if real.shape[:2] != like.shape[:2]:
+            theirs, ours = (" x ".join(map(str, tensor.shape[:2])) for tensor in (real, like))
+            raise InjectionError(
+                f"The mask of the {stream} of the {self.part} is for {theirs} tokens (batch x length) and "
+                f"its matrices read {ours}: which of them are padding is unclear."
+            )
+        return real
+
+    def span(self, stream: str, tokens: int) -> slice:
+        """Where the tokens of a stream lie in a joint sequence.
+
+        Raises:
+            InjectionError: that is unknown, or the sequence has other tokens too.
+        """
+        spans = self.forward.spans
+        if stream not in spans or sum(one.stop - one.start for one in spans.values()) != tokens:
+            known = ", ".join(f"{name} {one.start} to {one.stop}" for name, one in spans.items()) or "nothing"
+            raise InjectionError(
+                f"A sequence of {tokens} tokens of the {self.part} holds text and image together, and the "
+                f"network's inputs say of their places: {known}. Run the whole network."
+            )
+        return spans[stream]
+
     def token_grid(self, tokens: int) -> tuple[int, int]:
         """(height, width) of a group's image tokens.
 
         Raises:
             RegionMaskError: the latent size is unknown or does not lead to this number of tokens.
         """
-        if self.latent_size is None:
+        if self.forward.grid is None:
             raise RegionMaskError("Region masks need the latent's size; pass latent_size=(height, width).")
-        height, width = self.latent_size
-        for _ in range(_MAX_DEPTH):
-            if height * width == tokens:
-                return height, width
-            height, width = (height + 1) // 2, (width + 1) // 2
-        raise RegionMaskError(
-            f"{tokens} image tokens do not fit the latent of {self.latent_size[0]} x {self.latent_size[1]}."
-        )
+        found = self.forward.grid(tokens)
+        if found is None:
+            size = " x ".join(map(str, self.forward.size or ()))
+            raise RegionMaskError(f"{tokens} image tokens do not fit the latent of {size}.")
+        return found

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from .architectures import TEXT_ENCODER, TEXT_ENCODER_2
 from .errors import ExpertLoadError
+from .networks.clip import EMBEDDING_SLOTS, TEXT_ENCODER
 
 _PREFIX = "bundle_emb."
 _KEY = re.compile(r"^bundle_emb\.(?P<word>.+)\.(?P<vector>string_to_param\.[^.]+|emb_params|clip_l|clip_g)$")
@@ -42,7 +42,7 @@ def split_embeddings(
             raise ExpertLoadError(
                 f"{key!r}: an embedding of shape {tuple(tensor.shape)}; allowed: (vectors, width)."
             )
-        network = TEXT_ENCODER_2 if match["vector"] == "clip_g" else TEXT_ENCODER
+        network = EMBEDDING_SLOTS.get(match["vector"], TEXT_ENCODER)
         embeddings.setdefault(match["word"], {})[network] = tensor.reshape(-1, tensor.shape[-1])
         used.add(key)
     return embeddings, used, ignored

@@ -19,7 +19,7 @@ from torch import Tensor
 from .embeddings import split_embeddings
 from .errors import ConfigError, ExpertLoadError
 from .factors import LoraFactors, compress
-from .keys import ParsedKey, parse_key
+from .keys import ParsedKey, parse_keys
 from .lycoris import absent_roles, build_factors
 from .roles import NOT_LORA
 
@@ -64,11 +64,12 @@ class Expert:
         scale: the user's factor for it.
         sha256: hash of the file (of the factors, if it did not come from a file).
         metadata: header of the file.
-        factors: network ("unet", "text_encoder", "text_encoder_2") -> canonical matrix name -> factors.
+        factors: slot of a network -> canonical matrix name -> factors.
         report: account of every key.
-        embeddings: trigger word -> text encoder ("text_encoder", "text_encoder_2") -> its vectors (n, d),
-            where the file bundles them.
-        ldm_blocks: matrices of the UNet that the file names by LDM block -> (row, number) of that block.
+        embeddings: trigger word -> slot of a text encoder -> its vectors (n, d), where the file bundles them.
+        architectures: slot -> name of the kind of network whose matrices these are.
+        provisional: slot -> canonical matrix name -> name in the file, for matrices whose name means another
+            one in some networks of this kind: it is read again when the network is known.
     """
 
     name: str
@@ -78,7 +79,8 @@ class Expert:
     factors: Mapping[str, Mapping[str, LoraFactors]]
     report: ExpertReport = field(repr=False)
     embeddings: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict, repr=False)
-    ldm_blocks: Mapping[str, tuple[str, int]] = field(default_factory=dict, repr=False)
+    architectures: Mapping[str, str] = field(default_factory=dict, repr=False)
+    provisional: Mapping[str, Mapping[str, str]] = field(default_factory=dict, repr=False)
 
     @property
     def triggers(self) -> tuple[str, ...]:
@@ -140,7 +142,8 @@ class Expert:
             collector.factors,
             report,
             collector.embeddings,
-            collector.ldm_blocks,
+            collector.architectures,
+            collector.provisional,
         )
 
 
@@ -191,7 +194,8 @@ class _Collector:
         self.tensors = state_dict
         self.alphas = alphas
         self.factors: dict[str, dict[str, LoraFactors]] = {}
-        self.ldm_blocks: dict[str, tuple[str, int]] = {}
+        self.architectures: dict[str, str] = {}
+        self.provisional: dict[str, dict[str, str]] = {}
         self.errors: dict[str, float] = {}
         self._missing: list[str] = []
         self._dialects: Counter[str] = Counter()
@@ -199,10 +203,8 @@ class _Collector:
         self._loaded = sorted(used)
         modules: dict[str, dict[str, tuple[str, ParsedKey]]] = {}
         refused: dict[str, str] = {}
-        for key in state_dict:
-            if key in used or key in self._ignored:
-                continue
-            parsed = parse_key(key)
+        keys = [key for key in state_dict if key not in used and key not in self._ignored]
+        for key, parsed in parse_keys(keys).items():
             if parsed.role is None or parsed.reason is not None:
                 self._ignored[key] = parsed.reason or NOT_LORA
                 refused[parsed.module] = self._ignored[key]
@@ -219,20 +221,38 @@ class _Collector:
             self._missing.extend(() if refused else absent)
             return
         parsed = next(iter(roles.values()))[1]
-        network, matrix = str(parsed.network), str(parsed.matrix)
-        if matrix in self.factors.get(network, {}):
-            raise ExpertLoadError(f"{module!r} is the second entry for matrix {matrix!r} of the {network}.")
+        network, matrix = str(parsed.network), parsed.places[0].matrix
         tensors = {role: self.tensors[key] for role, (key, _) in roles.items() if role != "alpha"}
         if "alpha" in roles:
             alpha: float | None = float(self.tensors[roles["alpha"][0]].float().item())
         else:
             rank = tensors["down"].shape[0] if "down" in tensors else None
             alpha = None if rank is None else self.alphas.find(network, matrix, rank=rank)
-        self.factors.setdefault(network, {})[matrix] = build_factors(module, tensors, alpha)
-        if parsed.ldm is not None:
-            self.ldm_blocks[matrix] = parsed.ldm
+        self._place(parsed, build_factors(module, tensors, alpha))
         self._loaded.extend(keys)
         self._dialects.update(other.dialect for _, other in roles.values())
+
+    def _place(self, parsed: ParsedKey, factors: LoraFactors) -> None:
+        """Give each matrix that a name means its factors: all of them, or some rows of a fused matrix.
+
+        Raises:
+            ExpertLoadError: a matrix has factors already, or the rows cannot be shared out.
+        """
+        network, module = str(parsed.network), parsed.module
+        own = self.factors.setdefault(network, {})
+        for place in parsed.places:
+            if place.matrix in own:
+                raise ExpertLoadError(
+                    f"{module!r} is the second entry for matrix {place.matrix!r} of the {network}."
+                )
+            try:
+                rows = place.rows(factors.up.shape[0])
+                own[place.matrix] = factors if rows is None else factors.rows_of(rows)
+            except ValueError as error:
+                raise ExpertLoadError(f"{module!r} fuses several matrices: {error}.") from error
+            if place.provisional:
+                self.provisional.setdefault(network, {})[place.matrix] = parsed.flat
+        self.architectures[network] = str(parsed.architecture)
 
     def compress(self, rank: int) -> None:
         """Bring all deltas to `rank` at most.

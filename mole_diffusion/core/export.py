@@ -16,15 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .architectures import TEXT_ENCODER_2
 from .checkpoint import write_safetensors
 from .errors import ConfigError
 from .factors import LoraFactors
 from .factors import compress as compress_factors
 from .functional import effective_strength
+from .hooks import streams_of
 from .keys import DIALECTS, factor_keys
 from .matrices import MatrixSlot
 from .mixture import Mixture
+from .networks import of_matrices
 from .records import GateWeight
 
 #: part -> gate label (a group's name, with ".context" for its gate on text tokens) -> expert -> mean weight.
@@ -131,8 +132,12 @@ def static_factors(
             strength = group.gate.strength.detach().float().cpu()
             strong = float(effective_strength(strength, float(len(chosen)), len(names)))
             for slot in group.slots:
-                gate = weights[part][group.label(slot.stream)]
-                shares = {i: gate[names[i]] * strong * scales[i] for i in slot.mixed(chosen)}
+                # A matrix that image and text tokens go through together has the mean of their gates.
+                gates = [weights[part][group.label(stream)] for stream in streams_of(slot.stream)]
+                shares = {
+                    i: sum(gate[names[i]] for gate in gates) / len(gates) * strong * scales[i]
+                    for i in slot.mixed(chosen)
+                }
                 if shares:
                     own[slot.name] = _concatenate(slot, shares)
         if own:
@@ -202,7 +207,7 @@ def lora_tensors(
         xl: whether the base has two text encoders; factors for the second one say so too.
     """
     tensors: dict[str, Tensor] = {}
-    xl = xl or TEXT_ENCODER_2 in factors
+    xl = xl or any(_numbered(slot, matrices) for slot, matrices in factors.items())
     for network, matrices in factors.items():
         rank = max(pair.rank for pair in matrices.values())
         for name, pair in matrices.items():
@@ -216,6 +221,12 @@ def lora_tensors(
             for role, key in factor_keys(network, name, dialect, xl=xl).items():
                 tensors[key] = padded[role].to(dtype).contiguous()
     return tensors
+
+
+def _numbered(slot: str, matrices: Iterable[str]) -> bool:
+    """Whether a network is not the first of its kind in the base."""
+    architecture = of_matrices(matrices)
+    return architecture is not None and slot in architecture.slots[1:]
 
 
 def write_lora(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

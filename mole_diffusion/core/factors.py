@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Below every norm of a weight row that is not zero.
 _TINY = 1e-30
@@ -80,6 +80,51 @@ class LoraFactors:
         """(out, width) up factor with scaling, and the bias as its last column; float32."""
         up = self.up.flatten(1).float() * self.scaling
         return up if self.bias is None else torch.cat([up, self.bias.float().unsqueeze(1)], dim=1)
+
+    def rows_of(self, rows: slice) -> LoraFactors:
+        """Factors of some output rows of a fused matrix: the very same down factor, and rows of the others.
+
+        Ranks that write into other rows alone (files that fused several LoRAs block by block) are left out.
+
+        Args:
+            rows: of the output.
+        Raises:
+            ValueError: DoRA's norms are of input columns, which go through all rows.
+        """
+        magnitude = self.magnitude
+        if magnitude is not None:
+            if magnitude.per_input:
+                raise ValueError("DoRA magnitudes per input belong to all its rows together")
+            magnitude = replace(magnitude, values=magnitude.values[rows])
+        with torch.inference_mode(False), torch.no_grad():
+            down, up, rank = self.down, self.up[rows], self.rank
+            used = up.flatten(1).ne(0).any(0)
+            if 0 < int(used.sum()) < rank:
+                down, up = down[used], up[:, used]
+        return replace(
+            self,
+            down=down,
+            up=up,
+            alpha=self.scaling * down.shape[0],
+            bias=None if self.bias is None else self.bias[rows],
+            magnitude=magnitude,
+        )
+
+    def widened(self, inputs: int, kernel: int = 1) -> LoraFactors:
+        """The same for a matrix with more inputs, which it does not read.
+
+        Args:
+            inputs: of the matrix, at least as many as this has.
+            kernel: positions of a convolution's kernel.
+        Raises:
+            ValueError: there is DoRA, whose norms are known with the base's weight alone.
+        """
+        if self.magnitude is not None:
+            raise ValueError("a DoRA cannot be widened")
+        flat = self.down.flatten(1)
+        with torch.inference_mode(False), torch.no_grad():
+            down = nn.functional.pad(flat, [0, inputs * kernel - flat.shape[1]])
+        return replace(self, down=down)
 
     def delta(self) -> Tensor:
         """(out, in) what is added to the weight, before any DoRA; float32."""

@@ -107,12 +107,12 @@ def timestep_features(timestep: Tensor) -> Tensor:
     """Cosines of the timestep, slowest first: a bias and seven waves.
 
     Args:
-        timestep: (...) in 0..1000, the diffusion's timesteps.
+        timestep: (...) in 0..1, from the clean picture to noise alone.
     Returns:
         (..., TIMESTEP_FEATURES) float32.
     """
     waves = torch.arange(TIMESTEP_FEATURES, device=timestep.device, dtype=torch.float32)
-    return torch.cos(timestep.float().unsqueeze(-1) / 1000 * math.pi * waves)
+    return torch.cos(timestep.float().unsqueeze(-1) * math.pi * waves)
 
 
 def effective_strength(strength: Tensor, active: Tensor | float, total: int) -> Tensor:
@@ -163,21 +163,58 @@ def mixed_delta(z: Tensor, rank_weights: Tensor, up: Tensor) -> Tensor:
     return (z * rank_weights) @ up
 
 
-def add_mixed_delta(output: Tensor, z: Tensor, rank_weights: Tensor, up: Tensor) -> Tensor:
+def add_mixed_delta(
+    output: Tensor, z: Tensor, rank_weights: Tensor, up: Tensor, rows: slice | None = None
+) -> Tensor:
     """`output` plus `mixed_delta`, fused; in place where no gradient is asked for.
 
     Args:
         output: (B, L, d_out), or (B, d_out, H, W) of a 1x1 convolution with L = H * W; else as `mixed_delta`.
+        rows: the features of `output` that the delta is for, where it holds those of several matrices.
     """
     scaled = z * rank_weights
+    if rows is not None:
+        return _add_to_rows(output, scaled, up, rows)
     if output.dim() == 4:
         delta = (scaled @ up).transpose(1, 2).reshape(output.shape)
         return output + delta if torch.is_grad_enabled() else output.add_(delta)
-    rows = scaled.reshape(-1, scaled.shape[-1])
+    flat = scaled.reshape(-1, scaled.shape[-1])
     if torch.is_grad_enabled() or not output.is_contiguous():
-        return torch.addmm(output.reshape(-1, output.shape[-1]), rows, up).view(output.shape)
-    output.view(-1, output.shape[-1]).addmm_(rows, up)
+        return torch.addmm(output.reshape(-1, output.shape[-1]), flat, up).view(output.shape)
+    output.view(-1, output.shape[-1]).addmm_(flat, up)
     return output
+
+
+def _add_to_rows(output: Tensor, scaled: Tensor, up: Tensor, rows: slice) -> Tensor:
+    """`output` with scaled (B, L, R) times up (R, rows) added to some of its features."""
+    axis = 1 if output.dim() == 4 else -1
+    part = output.narrow(axis, rows.start, rows.stop - rows.start)
+    delta = scaled @ up
+    if output.dim() == 4:
+        delta = delta.transpose(1, 2)
+    delta = delta.reshape(part.shape)
+    if torch.is_grad_enabled():
+        return torch.slice_scatter(output, part + delta, axis, rows.start, rows.stop)
+    part.add_(delta)
+    return output
+
+
+def mean_tokens(x: Tensor, real: Tensor | None = None) -> Tensor:
+    """(B, 1, ...) mean over the tokens of x (B, L, ...).
+
+    Args:
+        real: (B, L, 1) the share of each token, 0 for padding; None for equal shares.
+    """
+    if real is None:
+        return x.mean(1, keepdim=True)
+    return (x * real.view(*real.shape[:2], *(1 for _ in x.shape[2:]))).sum(1, keepdim=True)
+
+
+def without_padding(x: Tensor, real: Tensor | None = None) -> Tensor:
+    """x (B, L, ...) with zeros for padding; `real` as in `mean_tokens`."""
+    if real is None:
+        return x
+    return x * real.view(*real.shape[:2], *(1 for _ in x.shape[2:])).gt(0)
 
 
 def tokens_of(x: Tensor) -> Tensor:

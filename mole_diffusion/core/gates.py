@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from . import functional
-from .architectures import CONTEXT, EMBEDDING, TOKENS, UNET, MatrixSite, NetworkMap
 from .config import MoLEConfig
 from .context import ForwardContext, GateValue, in_backward
-from .errors import ConfigError, InjectionError
-from .matrices import MatrixSlot, base_layer, matrix_shape
+from .errors import InjectionError
+from .matrices import MatrixSlot, site_shape
+from .modules import base_layer
+from .networks.base import CONTEXT, DENOISER, EMBEDDING, JOINT, ROW, TOKENS, NetworkMap, Role, Site
 
-# Text tokens of CLIP; what a flattened gate on text assumes unless told.
-CLIP_TOKENS = 77
 # `Group.solo` while a block runs without any expert.
 BASE = -1
 
@@ -33,7 +32,8 @@ class Gate(nn.Module):
         features: d, outputs (gate_input "experts") or inputs ("hidden") of the matrix that computes the gate.
         context_features: the same for the gate of the text tokens in a group that has both streams.
         tokens: L for pooling "flatten".
-        part: of the pipeline: text encoders have a strength of their own, and no timesteps to read.
+        context_tokens: the same for the gate of the text tokens.
+        role: of the network: only a denoiser has a trained strength, and timesteps to read.
 
     Attributes:
         projection: (N, d, N) for "experts", (d, N) for "hidden"; with a leading L for "flatten".
@@ -56,21 +56,23 @@ class Gate(nn.Module):
         features: int,
         context_features: int | None = None,
         tokens: int | None = None,
-        part: str = UNET,
+        context_tokens: int | None = None,
+        role: Role = DENOISER,
     ) -> None:
         super().__init__()
         self.config = config
         self.experts = experts
         self.tokens = tokens
+        self.context_tokens = context_tokens
         self.projection = nn.Parameter(torch.zeros(self._shape(features, tokens)))
         self.context_projection = None
         if context_features is not None:
-            self.context_projection = nn.Parameter(torch.zeros(self._shape(context_features, None)))
+            self.context_projection = nn.Parameter(torch.zeros(self._shape(context_features, context_tokens)))
         self.timestep_projection = None
-        if config.timestep and part == UNET:
+        if config.timestep and role == DENOISER:
             self.timestep_projection = nn.Parameter(torch.zeros(functional.TIMESTEP_FEATURES, experts))
         self._scalar("log_temperature", math.log(config.temperature), learn=config.learn_temperature)
-        if part == UNET:
+        if role == DENOISER:
             self._scalar("strength", config.strength, learn=config.learn_strength)
         else:
             # A word that has found its expert needs that expert's strength, and no more.
@@ -99,7 +101,14 @@ class Gate(nn.Module):
             return self.context_projection
         return self.projection
 
-    def rank_logits(self, z: Tensor, ups: list[tuple[int, Tensor]], gram: Tensor, stream: str) -> Tensor:
+    def rank_logits(
+        self,
+        z: Tensor,
+        ups: list[tuple[int, Tensor]],
+        gram: Tensor,
+        stream: str,
+        real: Tensor | None = None,
+    ) -> Tensor:
         """Logits from the experts' outputs, in rank space.
 
         Args:
@@ -107,40 +116,45 @@ class Gate(nn.Module):
             ups: per expert that has the matrix, its index and s_i B_i (d, r_i), float32, in the order of z.
             gram: (R, R) block-diagonal s_i^2 B_i^T B_i.
             stream: "tokens" or "context".
+            real: (B, L, 1) share of each token in means, 0 for padding; None where all are real.
         Returns:
             (B, 1, N), or (B, L, N) for pooling "token".
         """
         projection = self.projection_for(stream).to(z.device)
         projected = torch.cat([up.T @ projection[..., i, :, :] for i, up in ups], dim=-2)
         if self.config.pooling == "flatten":
-            self._check_tokens(z.shape[1])
-            return functional.expert_logits_flat(z, projected, gram).unsqueeze(1)
+            self._check_tokens(z.shape[1], stream)
+            kept = functional.without_padding(z, real)
+            return functional.expert_logits_flat(kept, projected, gram).unsqueeze(1)
         if self.config.pooling == "mean":
-            z = z.mean(1, keepdim=True)
+            z = functional.mean_tokens(z, real)
         return functional.expert_logits(z, projected, gram)
 
-    def feature_logits(self, features: Tensor, stream: str) -> Tensor:
+    def feature_logits(self, features: Tensor, stream: str, real: Tensor | None = None) -> Tensor:
         """Logits from explicit features.
 
         Args:
             features: (B, L, d) group input ("hidden") or (B, L, N, d) expert outputs ("experts"), float32.
             stream: "tokens" or "context".
+            real: (B, L, 1) share of each token in means, 0 for padding; None where all are real.
         Returns:
             (B, 1, N), or (B, L, N) for pooling "token".
         """
         projection = self.projection_for(stream).to(features.device)
         if self.config.pooling == "flatten":
-            self._check_tokens(features.shape[1])
-            flat = features.flatten(1).unsqueeze(1)
+            self._check_tokens(features.shape[1], stream)
+            flat = functional.without_padding(features, real).flatten(1).unsqueeze(1)
             return functional.feature_logits(flat, projection.reshape(-1, self.experts))
         if self.config.pooling == "mean":
-            features = features.mean(1, keepdim=True)
+            features = functional.mean_tokens(features, real)
         return functional.feature_logits(features.flatten(2), projection.reshape(-1, self.experts))
 
-    def _check_tokens(self, tokens: int) -> None:
-        if tokens != self.tokens:
+    def _check_tokens(self, tokens: int, stream: str) -> None:
+        text = stream == CONTEXT and self.context_projection is not None
+        made_for = self.context_tokens if text else self.tokens
+        if tokens != made_for:
             raise InjectionError(
-                f"This gate was made for {self.tokens} tokens (pooling='flatten') and received {tokens}: "
+                f"This gate was made for {made_for} tokens (pooling='flatten') and received {tokens}: "
                 "flattened gates are bound to one resolution; use pooling='mean' or 'token' for any."
             )
 
@@ -175,17 +189,32 @@ class Group:
         return self.name
 
     def leader(self, stream: str) -> MatrixSlot:
-        """The matrix that computes the gate for `stream`: the first one in execution order."""
+        """The matrix that computes the gate for `stream`: the first one in execution order that reads it."""
         if self.gate.context_projection is None:
             return self.slots[0]
-        return next(slot for slot in self.slots if slot.stream == stream)
+        return first_reader(self.slots, CONTEXT if stream == CONTEXT else TOKENS)
 
-    def evaluate(self, logits: Tensor | None, x: Tensor, context: ForwardContext, stream: str) -> GateValue:
+    @property
+    def stream(self) -> str:
+        """What the module `block` returns: image tokens or, in one sequence, text too."""
+        return JOINT if any(slot.stream == JOINT for slot in self.slots) else TOKENS
+
+    def evaluate(
+        self,
+        logits: Tensor | None,
+        x: Tensor,
+        context: ForwardContext,
+        stream: str,
+        real: Tensor | None = None,
+    ) -> GateValue:
         """Turn logits into gate weights and keep them; without logits one expert has all the weight.
 
         Args:
             logits: (B, T, N) or None.
             x: the group's input, for batch size and device.
+            context: state of the mixture.
+            stream: what the tokens are.
+            real: share of each token in means; see `Gate.rank_logits`.
         """
         active = context.activation.active
         strength = self.gate.strength.to(x.device)
@@ -201,15 +230,19 @@ class Group:
                 strength = strength * functional.sigmoid_total(logits, tau, active)
             else:
                 weights = functional.gate_weights(logits, tau, active)
-        value = GateValue(weights, strength, in_backward())
+        value = GateValue(weights, strength, in_backward(), real)
         return context.store(self.label(stream), value, trained=True)
 
     def _timestep_logits(self, context: ForwardContext, device: torch.device) -> Tensor:
         """(B or 1, 1, N)."""
-        if context.timestep is None or self.gate.timestep_projection is None:
-            raise InjectionError("Gates that read the timestep need the network to be called with one.")
-        timestep = torch.as_tensor(context.timestep, device=device).reshape(-1, 1)
-        return functional.timestep_features(timestep) @ self.gate.timestep_projection.to(device)
+        projection: Tensor | None = self.gate.timestep_projection
+        assert projection is not None
+        return context.time_features(device) @ projection.to(device)
+
+
+def first_reader(slots: Sequence[MatrixSlot], stream: str) -> MatrixSlot:
+    """The first matrix that reads tokens of a stream, alone or in a joint sequence."""
+    return next(slot for slot in slots if slot.stream in (stream, JOINT))
 
 
 def build_groups(
@@ -221,78 +254,89 @@ def build_groups(
     flatten_tokens: tuple[int, int] | int | None,
 ) -> list[Group]:
     """The groups of a network in execution order, each with fresh gates."""
-    members: dict[str, list[MatrixSite]] = {}
+    members: dict[str, list[Site]] = {}
     for site in layout.sites:
         if site.name in slots:
             members.setdefault(_group_name(site, config, layout.part), []).append(site)
+    builder = _GateBuilder(network, layout, experts, config, flatten_tokens)
     groups = []
     for name, sites in members.items():
         first = sites[0]
         path = first.block_path if config.granularity == "block" else first.layer_path
         # A single matrix outside the block (proj_in, proj_out) has the same mixture either way.
         block = network.get_submodule(path) if config.composition == "output" and path else None
-        tokens = None
-        if config.pooling == "flatten":
-            tokens = _count_tokens(first, network, layout.part, flatten_tokens)
         own = [slots[site.name] for site in sites]
-        if block is not None:
-            width = _block_width(network, layout, first, config.granularity)
-            gate = Gate(config, experts, width, tokens=tokens, part=layout.part)
-        else:
-            gate = _matrix_gate(own, config, experts, tokens, layout.part)
+        gate = builder.matrix_gate(own, sites) if block is None else builder.block_gate(own, sites)
         groups.append(Group(name, own, gate, block))
     return groups
 
 
-def _group_name(site: MatrixSite, config: MoLEConfig, part: str) -> str:
-    if config.composition == "output" and site.block_path is None:
+def _group_name(site: Site, config: MoLEConfig, part: str) -> str:
+    if site.kind == ROW or (config.composition == "output" and site.block_path is None):
         return site.name
     names = {"matrix": site.name, "layer": site.layer, "block": site.block, "network": part}
     return names[config.granularity]
 
 
-def _matrix_gate(
-    slots: list[MatrixSlot], config: MoLEConfig, experts: int, tokens: int | None, part: str
-) -> Gate:
-    """The gate of a group whose first matrix computes it; token gates have one more for the text stream."""
-    streams = {slot.stream for slot in slots}
-    leaders = [slots[0]]
-    if config.pooling == "token" and streams == {TOKENS, CONTEXT}:
-        leaders = [next(slot for slot in slots if slot.stream == stream) for stream in (TOKENS, CONTEXT)]
-    side = 0 if config.gate_input == "experts" else 1
-    features = [matrix_shape(leader.module)[side] for leader in leaders]
-    for leader in leaders:
-        leader.leads = config.gate_input == "experts"
-    return Gate(config, experts, features[0], features[1] if len(features) > 1 else None, tokens, part)
+@dataclass(frozen=True)
+class _GateBuilder:
+    """Makes the gates of one network's groups."""
 
+    network: nn.Module
+    layout: NetworkMap
+    experts: int
+    config: MoLEConfig
+    flatten_tokens: tuple[int, int] | int | None
 
-def _block_width(network: nn.Module, layout: NetworkMap, first: MatrixSite, granularity: str) -> int:
-    """Features of a block's or layer's input and output: those that its first matrix reads."""
-    for site in layout.sites:
-        same = site.block == first.block if granularity == "block" else site.layer == first.layer
-        if same and site.block_path is not None and site.stream == TOKENS:
-            return matrix_shape(base_layer(network.get_submodule(site.path)))[1]
-    raise InjectionError(f"{first.block!r} has no matrix that reads the block's tokens.")
+    def matrix_gate(self, slots: list[MatrixSlot], sites: list[Site]) -> Gate:
+        """The gate of a group whose first matrix computes it; with one more for the text stream."""
+        streams = {slot.stream for slot in slots}
+        per_stream = self.config.pooling == "token" or self.layout.architecture.text_gates
+        if JOINT in streams or ({TOKENS, CONTEXT} <= streams and per_stream):
+            leaders = [first_reader(slots, stream) for stream in (TOKENS, CONTEXT)]
+        else:
+            leaders = [slots[0]]
+        side = 0 if self.config.gate_input == "experts" else 1
+        for leader in leaders:
+            leader.leads = self.config.gate_input == "experts"
+        return self._gate([leader.shape[side] for leader in leaders], sites)
 
+    def block_gate(self, slots: list[MatrixSlot], sites: list[Site]) -> Gate:
+        """The gate of a group whose module runs once per expert."""
+        width = self._block_width(sites[0])
+        texts = any(slot.stream == JOINT for slot in slots)
+        return self._gate([width, width] if texts else [width], sites)
 
-def _count_tokens(
-    site: MatrixSite, network: nn.Module, part: str, given: tuple[int, int] | int | None
-) -> int:
-    """Tokens that a flattened gate on `site` reads."""
-    if site.stream == EMBEDDING:
-        return 1
-    if part != UNET:
-        if given is not None and not isinstance(given, int):
-            raise ConfigError(f"flatten_tokens={given!r} is not allowed for a text encoder; give one number.")
-        return given or CLIP_TOKENS
-    if site.stream == CONTEXT:
-        return CLIP_TOKENS
-    size = given if given is not None else getattr(getattr(network, "config", None), "sample_size", None)
-    if isinstance(size, int):
-        size = (size, size)
-    if not isinstance(size, (tuple, list)):
-        raise ConfigError("pooling='flatten' needs the latent's size: pass flatten_tokens=(height, width).")
-    height, width = size
-    for _ in range(site.depth):
-        height, width = (height + 1) // 2, (width + 1) // 2
-    return int(height * width)
+    def _gate(self, features: list[int], sites: list[Site]) -> Gate:
+        """Args: features: of the gate and, if it has one, that of the text tokens."""
+        tokens: list[int | None] = [None, None]
+        if self.config.pooling == "flatten":
+            first = sites[0]
+            own = CONTEXT if first.stream == CONTEXT and len(features) == 1 else TOKENS
+            streams = (own, CONTEXT)[: len(features)]
+            for index, stream in enumerate(streams):
+                tokens[index] = self._tokens(first, stream)
+        return Gate(
+            self.config,
+            self.experts,
+            features[0],
+            features[1] if len(features) > 1 else None,
+            tokens[0],
+            tokens[1],
+            self.layout.role,
+        )
+
+    def _tokens(self, site: Site, stream: str) -> int:
+        """Tokens that a flattened gate reads."""
+        if site.stream == EMBEDDING:
+            return 1
+        return self.layout.architecture.tokens(self.network, site, stream, self.flatten_tokens)
+
+    def _block_width(self, first: Site) -> int:
+        """Features of a block's or layer's input and output: those that its first matrix reads."""
+        by_block = self.config.granularity == "block"
+        for site in self.layout.sites:
+            same = site.block == first.block if by_block else site.layer == first.layer
+            if same and site.block_path is not None and site.stream in (TOKENS, JOINT):
+                return site_shape(base_layer(self.network.get_submodule(site.path)), site.rows)[1]
+        raise InjectionError(f"{first.block!r} has no matrix that reads the block's tokens.")

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import functional
-from .architectures import EMBEDDING, TOKENS
 from .context import ForwardContext, GateValue, in_backward, without_autocast
 from .errors import InjectionError
 from .gates import BASE, Group
-from .matrices import Bundle, MatrixSlot, output_tokens, rank_activations
+from .matrices import Bundle, MatrixSlot, output_tokens
+from .networks.base import CONTEXT, EMBEDDING, JOINT, TOKENS, Architecture
 
 
 def mixing_weights(
@@ -36,6 +37,31 @@ def mixing_weights(
     return weights
 
 
+def joint_weights(
+    values: Sequence[GateValue], context: ForwardContext, tokens: int, *, scaled: bool = True
+) -> Tensor:
+    """As `mixing_weights`, (B, L, N) for a sequence that holds image and text tokens.
+
+    Args:
+        values: what the gates of the image and of the text tokens said.
+        context: state of the mixture.
+        tokens: L.
+        scaled: whether to apply the experts' scales.
+    """
+    pieces = []
+    for stream, value in zip((TOKENS, CONTEXT), values, strict=True):
+        span = context.span(stream, tokens)
+        length = span.stop - span.start
+        weights = mixing_weights(value, context, stream, length, scaled=scaled)
+        pieces.append((span.start, weights.expand(weights.shape[0], length, -1)))
+    return torch.cat([weights for _, weights in sorted(pieces, key=lambda piece: piece[0])], dim=1)
+
+
+def streams_of(stream: str) -> tuple[str, ...]:
+    """The tokens in a tensor: those of one stream, or image and text tokens in one sequence."""
+    return (TOKENS, CONTEXT) if stream == JOINT else (stream,)
+
+
 class MatrixHook:
     """Forward hook of one matrix: output + mixed delta.
 
@@ -51,6 +77,10 @@ class MatrixHook:
         self.group = group
         self.bundle = bundle
         self.context = context
+        # What the tokens are, the gate's label, and whether this matrix computes it.
+        self._gates = tuple(
+            (stream, group.label(stream), group.leader(stream) is slot) for stream in streams_of(slot.stream)
+        )
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """See `torch.nn.Module.register_forward_hook`; None leaves the output as it is."""
@@ -64,72 +94,89 @@ class MatrixHook:
         projected = self.slot.projected(activation)
         with without_autocast(output.device):
             z = self.bundle.project(self.slot, x, output, activation) if projected else None
-            value = self._gate(x, z)
+            values = [self._gate(stream, label, leads, x, z) for stream, label, leads in self._gates]
             if not experts or z is None:
                 return None
             if experts != projected:
                 z = z.index_select(-1, self.slot.columns(projected, experts, z.device))
-            weights = self._rank_weights(value, experts, output, tokens=z.shape[1])
+            weights = self._rank_weights(values, experts, output, tokens=z.shape[1])
             return self._add(output, z, weights, experts)
 
     def _add(self, output: Tensor, z: Tensor, weights: Tensor, experts: tuple[int, ...]) -> Tensor:
-        rows = output.unsqueeze(1) if output.dim() == 2 else output
-        return functional.add_mixed_delta(rows, z, weights, self.slot.up(experts, output)).view(output.shape)
+        flat = output.unsqueeze(1) if output.dim() == 2 else output
+        up = self.slot.up(experts, output)
+        return functional.add_mixed_delta(flat, z, weights, up, self.slot.rows).view(output.shape)
 
-    def _gate(self, x: Tensor, z: Tensor | None) -> GateValue:
-        """The group's gate: computed here if this is its first matrix, else looked up."""
-        context, group, slot = self.context, self.group, self.slot
-        label = group.label(slot.stream)
-        if context.activation.fixed is not None:
-            weights = torch.tensor(context.activation.fixed, device=x.device).view(1, 1, -1)
+    def _gate(self, stream: str, label: str, leads: bool, x: Tensor, z: Tensor | None) -> GateValue:
+        """The gate of tokens of a stream: computed here if this is its first matrix, else looked up."""
+        context, gate = self.context, self.group.gate
+        activation = context.activation
+        if activation.fixed is not None:
+            weights = torch.tensor(activation.fixed, device=x.device).view(1, 1, -1)
             return context.values.get(label) or context.store(
                 label, GateValue(weights, None, in_backward()), trained=False
             )
-        if group.leader(slot.stream) is not slot:
-            return context.fetch(label, slot.name)
-        logits = None
-        if len(context.activation.active) > 1:
-            if group.gate.config.gate_input == "hidden" or z is None:
-                logits = group.gate.feature_logits(output_tokens(slot.module, x).float(), slot.stream)
+        if not leads:
+            return context.fetch(label, self.slot.name)
+        logits = real = None
+        if len(activation.active) > 1:
+            hidden = gate.config.gate_input == "hidden" or z is None
+            features = output_tokens(self.slot.module, x) if hidden else z
+            assert features is not None
+            if self.slot.stream == JOINT:
+                features = features[:, context.span(stream, features.shape[1])]
+            real = context.real_tokens(stream, features)
+            if hidden:
+                logits = gate.feature_logits(features.float(), stream, real)
             else:
-                logits = group.gate.rank_logits(z.float(), *slot.gate_factors(z.device), slot.stream)
-        return group.evaluate(logits, x, context, slot.stream)
+                factors = self.slot.gate_factors(features.device)
+                logits = gate.rank_logits(features.float(), *factors, stream, real)
+        return self.group.evaluate(logits, x, context, stream, real)
 
     def _rank_weights(
-        self, value: GateValue, experts: tuple[int, ...], output: Tensor, tokens: int
+        self, values: list[GateValue], experts: tuple[int, ...], output: Tensor, tokens: int
     ) -> Tensor:
         """(B, 1 or L, R) weight of each rank, shared by all matrices of the group with the same layout."""
         context, stream = self.context, self.slot.stream
         layout = self.slot.layout(experts)
+        value = values[0]
+        activation = context.activation
+        joint = stream == JOINT and (activation.fixed is None or activation.regions is not None)
         if stream == EMBEDDING and value.weights.shape[1] > 1:
             # One row for the whole picture, in a group whose gate speaks for every token.
             value = value.pooled()
-        per_token = value.weights.shape[1] > 1
-        if per_token and value.weights.shape[1] != tokens:
+        if not joint:
+            self._check_tokens(value, tokens)
+        regions = activation.regions is not None and stream == TOKENS
+        key = (layout, output.dtype, tokens if regions or joint else 0)
+        expanded = value.expanded_with(values[1]) if joint else value.expanded
+        if key not in expanded:
+            if joint:
+                for (kind, _, _), one in zip(self._gates, values, strict=True):
+                    span = context.span(kind, tokens)
+                    self._check_tokens(one, span.stop - span.start)
+                weights = joint_weights(values, context, tokens)
+            else:
+                weights = mixing_weights(value, context, stream, tokens)
+            weights = weights.to(output.dtype)
+            expanded[key] = weights @ self.slot.owners(experts, context.experts, output)
+        return expanded[key]
+
+    def _check_tokens(self, value: GateValue, tokens: int) -> None:
+        if value.weights.shape[1] not in (1, tokens):
             raise InjectionError(
                 f"{self.slot.name!r} has {tokens} tokens and its gate {value.weights.shape[1]}: a gate per "
                 "token needs the same tokens in the whole group; use pooling='mean' where tokens are merged."
             )
-        regions = context.activation.regions is not None and stream == TOKENS
-        key = (layout, output.dtype, tokens if regions else 0)
-        if key not in value.expanded:
-            weights = mixing_weights(value, context, stream, tokens).to(output.dtype)
-            value.expanded[key] = weights @ self.slot.owners(experts, context.experts, output)
-        return value.expanded[key]
 
     def _solo(self, x: Tensor, output: Tensor) -> Tensor | None:
         """Inside a block that runs once per expert: that expert's delta alone."""
         solo = self.group.solo
         if solo is None or solo == BASE or solo not in self.slot.factors:
             return None
-        experts = (solo,)
-        down, offset = self.slot.cache.get(
-            ("down", experts, output.device, output.dtype),
-            lambda: tuple(t.to(output.device, output.dtype) for t in self.slot.down(experts)),
-        )
-        z = rank_activations(self.slot.module, x, down, offset)
+        z = self.bundle.alone(self.slot, solo, x, output)
         scale = torch.full((1, 1, 1), self.context.activation.scales[solo], device=z.device, dtype=z.dtype)
-        return self._add(output, z, scale, experts)
+        return self._add(output, z, scale, (solo,))
 
 
 class BlockHook:
@@ -143,6 +190,7 @@ class BlockHook:
     def __init__(self, group: Group, context: ForwardContext) -> None:
         self.group = group
         self.context = context
+        self._streams = streams_of(group.stream)
         self._inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
     def _applies(self) -> bool:
@@ -168,9 +216,13 @@ class BlockHook:
             self.group.solo = None
         hidden = inputs[0][0] if inputs[0] else inputs[1]["hidden_states"]
         with without_autocast(base.device):
-            value = self.group.evaluate(self._logits(deltas, hidden), base, self.context, TOKENS)
+            values = [self._value(stream, deltas, hidden, base) for stream in self._streams]
             # The experts' scales are inside the block outputs already.
-            weights = mixing_weights(value, self.context, TOKENS, base.shape[1], scaled=False)
+            tokens = base.shape[1]
+            if self.group.stream == JOINT:
+                weights = joint_weights(values, self.context, tokens, scaled=False)
+            else:
+                weights = mixing_weights(values[0], self.context, TOKENS, tokens, scaled=False)
             active = self.context.activation.active
             mixed = base + sum(weights[..., i : i + 1].to(base.dtype) * deltas[i] for i in active)
         return mixed if isinstance(output, Tensor) else (mixed, *output[1:])
@@ -190,13 +242,20 @@ class BlockHook:
             deltas[i] = _primary(module.forward(*fresh, **named)) - base
         return deltas
 
-    def _logits(self, deltas: dict[int, Tensor], hidden: Tensor) -> Tensor | None:
-        if len(self.context.activation.active) == 1:
-            return None
-        if self.group.gate.config.gate_input == "hidden":
-            return self.group.gate.feature_logits(hidden.float(), TOKENS)
-        features = torch.stack([deltas[i].float() for i in range(self.context.experts)], dim=2)
-        return self.group.gate.feature_logits(features, TOKENS)
+    def _value(self, stream: str, deltas: dict[int, Tensor], hidden: Tensor, base: Tensor) -> GateValue:
+        """What the gate says for the block's tokens of a stream."""
+        context, gate = self.context, self.group.gate
+        logits = real = None
+        if len(context.activation.active) > 1:
+            if gate.config.gate_input == "hidden":
+                features = hidden.float()
+            else:
+                features = torch.stack([deltas[i].float() for i in range(context.experts)], dim=2)
+            if self.group.stream == JOINT:
+                features = features[:, context.span(stream, features.shape[1])]
+            real = context.real_tokens(stream, features)
+            logits = gate.feature_logits(features, stream, real)
+        return self.group.evaluate(logits, base, context, stream, real)
 
 
 def _primary(output: Any) -> Tensor:
@@ -213,28 +272,29 @@ class NetworkHook:
     Args:
         context: state of the mixture.
         groups, bundles: what to clean after an interrupted forward.
-        spatial: whether the inputs are a latent (B, C, H, W) and its timestep.
+        architecture: what the network is.
+        follow: called first; lets the hooks follow a network that runs other modules than before.
     """
 
     def __init__(
-        self, context: ForwardContext, groups: list[Group], bundles: list[Bundle], *, spatial: bool
+        self,
+        context: ForwardContext,
+        groups: list[Group],
+        bundles: list[Bundle],
+        architecture: Architecture,
+        follow: Callable[[], None],
     ) -> None:
         self.context = context
-        self.groups = groups
+        self.groups = [group for group in groups if group.block is not None]
         self.bundles = bundles
-        self.spatial = spatial
+        self.architecture = architecture
+        self.follow = follow
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """See `torch.nn.Module.register_forward_pre_hook`."""
-        latent = args[0] if args else kwargs.get("sample", kwargs.get("x"))
-        size = timestep = None
-        if self.spatial:
-            timestep = args[1] if len(args) > 1 else kwargs.get("timestep", kwargs.get("timesteps"))
-        if self.spatial and isinstance(latent, Tensor) and latent.dim() == 4:
-            size = (latent.shape[-2], latent.shape[-1])
-        self.context.begin(size, timestep)
+        self.follow()
+        self.context.begin(self.architecture.forward(args, kwargs, self.context.given_size))
         for group in self.groups:
-            if group.block is not None:
-                group.solo = None
+            group.solo = None
         for bundle in self.bundles:
             bundle.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,16 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .architectures import ATTENTION, UNET, MatrixSite, NetworkMap
 from .bases import check_fit
 from .context import Activation
 from .errors import InjectionError
 from .experts import Expert, LoraFactors
-from .keys import relocate
+from .modules import base_layer, kernel_size, matrix_shape
+from .networks.base import ATTENTION, NetworkMap, Site
 
 # Tensors (per device, data type and active experts) that a matrix keeps ready before it drops them all; more
 # than one forward needs, also with many experts that run one by one.
 _KEPT = 64
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -54,17 +57,24 @@ class MatrixSlot:
     Attributes:
         name: canonical name.
         module: the Linear or Convolution that is hooked (inside any PEFT wrapper).
-        stream: "tokens" or "context".
+        stream: "tokens", "context", "joint" or "embedding".
         factors: expert index -> factors.
-        leads: whether it computes its group's gate from its own rank activations.
+        rows: rows of the module's output that are this matrix; None for all.
+        leads: whether it computes a gate of its group from its own rank activations.
     """
 
     name: str
     module: nn.Module
     stream: str
     factors: Mapping[int, LoraFactors]
+    rows: slice | None = None
     leads: bool = False
     cache: TensorCache = field(default_factory=TensorCache)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in); a kernel does not count."""
+        return site_shape(self.module, self.rows)
 
     def mixed(self, active: tuple[int, ...]) -> tuple[int, ...]:
         """Active experts that have this matrix."""
@@ -75,11 +85,6 @@ class MatrixSlot:
         if self.leads and activation.fixed is None and len(activation.active) > 1:
             return tuple(self.factors)
         return self.mixed(activation.active)
-
-    def down(self, experts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """(R, in) concatenated down factors and (R,) what is added to their products, float32."""
-        chosen = [self.factors[i] for i in experts]
-        return torch.cat([f.rows() for f in chosen]), torch.cat([f.offset() for f in chosen])
 
     def rank(self, experts: tuple[int, ...]) -> int:
         """Sum of the ranks of `experts`."""
@@ -143,15 +148,28 @@ class Bundle:
     def project(self, slot: MatrixSlot, x: Tensor, like: Tensor, activation: Activation) -> Tensor:
         """Rank activations (B, L, R) of `slot` for its input x (B, L, d), in the data type of `like`."""
         if self._input is not x or slot.name not in self._parts:
-            rows = {s.name: experts for s in self.slots if (experts := s.projected(activation))}
-            z = rank_activations(slot.module, x, *self._down(rows, like))
-            sizes = [s.rank(rows[s.name]) for s in self.slots if s.name in rows]
-            self._parts = dict(zip(rows, torch.split(z, sizes, dim=-1), strict=True))
+            wanted = {s.name: experts for s in self.slots if (experts := s.projected(activation))}
+            factors = self._factors(wanted, like)
+            z = rank_activations(slot.module, x, factors.down, factors.offset)
+            if factors.shared is None:
+                self._parts = dict(zip(wanted, torch.split(z, factors.sizes, dim=-1), strict=True))
+            else:
+                self._parts = {
+                    name: z if columns is None else z.index_select(-1, columns)
+                    for name, columns in zip(wanted, factors.shared, strict=True)
+                }
             self._input = x
         part = self._parts.pop(slot.name)
         if not self._parts:
             self._input = None
         return part
+
+    def alone(self, slot: MatrixSlot, expert: int, x: Tensor, like: Tensor) -> Tensor:
+        """Rank activations of one expert for one matrix; its input is another one for every expert."""
+        factors = slot.cache.get(
+            ("down", expert, like.device, like.dtype), lambda: _share_down([[slot.factors[expert]]], like)
+        )
+        return rank_activations(slot.module, x, factors.down, factors.offset)
 
     def clear(self) -> None:
         """Let go of tensors that an interrupted forward left behind."""
@@ -163,14 +181,63 @@ class Bundle:
         self.clear()
         self._cache.clear()
 
-    def _down(self, rows: dict[str, tuple[int, ...]], like: Tensor) -> tuple[Tensor, Tensor | None]:
-        def build() -> tuple[Tensor, Tensor | None]:
-            parts = [s.down(rows[s.name]) for s in self.slots if s.name in rows]
-            down, offset = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-            down = down.to(like.device, like.dtype).contiguous()
-            return down, offset.to(like.device, like.dtype) if offset.any() else None
+    def _factors(self, wanted: dict[str, tuple[int, ...]], like: Tensor) -> _SharedDown:
+        return self._cache.get(
+            (tuple(wanted.items()), like.device, like.dtype),
+            lambda: _share_down(
+                [[s.factors[i] for i in wanted[s.name]] for s in self.slots if s.name in wanted], like
+            ),
+        )
 
-        return self._cache.get((tuple(rows.items()), like.device, like.dtype), build)
+
+@dataclass(frozen=True)
+class _SharedDown:
+    """The down factors of several matrices, each only once.
+
+    Attributes:
+        down: (R, in) for all matrices.
+        offset: (R,) what is added to the products, or None.
+        sizes: ranks of each matrix, if no two have a factor in common.
+        shared: else the columns of each matrix among the products, None for all of them in order.
+    """
+
+    down: Tensor
+    offset: Tensor | None
+    sizes: list[int]
+    shared: list[Tensor | None] | None
+
+
+def _share_down(matrices: Sequence[Sequence[LoraFactors]], like: Tensor) -> _SharedDown:
+    """The down factors of matrices; what the parts of a fused matrix have in common stands there once."""
+    starts: dict[tuple[int, bool], int] = {}
+    rows: list[Tensor] = []
+    offsets: list[Tensor] = []
+    columns: list[list[int]] = []
+    total = 0
+    for factors in matrices:
+        own: list[int] = []
+        for one in factors:
+            # A bias is one more row, after the same ones.
+            key = id(one.down), one.bias is not None
+            if key not in starts:
+                starts[key] = total
+                rows.append(one.rows())
+                offsets.append(one.offset())
+                total += one.width
+            own += range(starts[key], starts[key] + one.width)
+        columns.append(own)
+    offset = torch.cat(offsets)
+    sizes = [len(own) for own in columns]
+    shared = None
+    if sum(sizes) > total:
+        everything = list(range(total))
+        shared = [None if own == everything else torch.tensor(own, device=like.device) for own in columns]
+    return _SharedDown(
+        torch.cat(rows).to(like.device, like.dtype).contiguous(),
+        offset.to(like.device, like.dtype) if offset.any() else None,
+        sizes,
+        shared,
+    )
 
 
 def rank_activations(module: nn.Module, x: Tensor, down: Tensor, offset: Tensor | None) -> Tensor:
@@ -200,26 +267,10 @@ def output_tokens(module: nn.Module, x: Tensor) -> Tensor:
     return functional.tokens_of(x)
 
 
-def kernel_size(module: nn.Module) -> tuple[int, int] | None:
-    """(height, width) of a convolution's kernel; None for 1x1 and for Linears, which are plain products."""
-    kernel: Any = getattr(module, "kernel_size", None)
-    return None if kernel is None or tuple(kernel) == (1, 1) else tuple(kernel)
-
-
-def base_layer(module: nn.Module) -> nn.Module:
-    """The layer inside any number of PEFT wrappers."""
-    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
-        module = inner
-    return module
-
-
-def matrix_shape(module: nn.Module) -> tuple[int, int]:
-    """(out, in) of a Linear or convolution, also quantised or offloaded; a kernel does not count."""
-    for names in (("out_features", "in_features"), ("out_channels", "in_channels")):
-        if all(hasattr(module, name) for name in names):
-            return int(getattr(module, names[0])), int(getattr(module, names[1]))
-    weight: Any = module.weight
-    return int(weight.shape[0]), int(weight.shape[1])
+def site_shape(module: nn.Module, rows: slice | None) -> tuple[int, int]:
+    """(out, in) of a matrix, which may be some rows of a module's; a kernel does not count."""
+    out, fan_in = matrix_shape(module)
+    return (out if rows is None else rows.stop - rows.start), fan_in
 
 
 def fingerprint(network: nn.Module, layout: NetworkMap) -> dict[str, str]:
@@ -228,21 +279,24 @@ def fingerprint(network: nn.Module, layout: NetworkMap) -> dict[str, str]:
     Returns:
         "class"; "shapes" of the transformers' matrices, which files of format 1 have; "matrices" of all.
     """
-    # Some hosts give every text encoder a projection, also where the base has none.
-    sites = [site for site in layout.sites if site.name != "text_projection"]
+    sites = [site for site in layout.sites if site.identifies]
+    transformers = [site for site in sites if site.kind == ATTENTION]
     return {
         "class": type(network).__name__,
-        "shapes": _hash_shapes(network, [site for site in sites if site.kind == ATTENTION], matrix_shape),
+        "shapes": _hash_shapes(network, transformers, site_shape),
         "matrices": _hash_shapes(network, sites, _delta_shape),
     }
 
 
 def _hash_shapes(
-    network: nn.Module, sites: Sequence[MatrixSite], shape_of: Callable[[nn.Module], tuple[int, int]]
+    network: nn.Module,
+    sites: Sequence[Site],
+    shape_of: Callable[[nn.Module, slice | None], tuple[int, int]],
 ) -> str:
     digest = hashlib.sha256()
     for site in sorted(sites, key=lambda site: site.name):
-        digest.update(f"{site.name} {shape_of(base_layer(network.get_submodule(site.path)))};".encode())
+        shape = shape_of(base_layer(network.get_submodule(site.path)), site.rows)
+        digest.update(f"{site.name} {shape};".encode())
     return digest.hexdigest()
 
 
@@ -255,48 +309,91 @@ def build_slots(
         InjectionError: an expert was made for another network, or DoRA lacks the base's weights.
     """
     modules = {site.name: base_layer(network.get_submodule(site.path)) for site in layout.sites}
-    shapes = {name: _delta_shape(module) for name, module in modules.items()}
-    owned = [_placed(expert, layout) for expert in experts]
+    shapes = {site.name: _delta_shape(modules[site.name], site.rows) for site in layout.sites}
+    owned = [_widened(expert.name, _placed(expert, layout), layout, modules) for expert in experts]
     unmatched = {}
     for expert, own in zip(experts, owned, strict=True):
-        check_fit(expert, own, shapes, layout.part, type(network).__name__)
+        check_fit(expert, own, shapes, layout, type(network).__name__)
         unmatched[expert.name] = tuple(name for name in own if name not in shapes)
     slots: dict[str, MatrixSlot] = {}
     for site in layout.sites:
         module = modules[site.name]
         factors = {
-            i: _exact(own[site.name], module, site.name, experts[i].name)
+            i: _exact(own[site.name], module, site.rows, site.name, experts[i].name)
             for i, own in enumerate(owned)
             if site.name in own
         }
         if factors:
-            slots[site.name] = MatrixSlot(site.name, module, site.stream, factors)
+            slots[site.name] = MatrixSlot(site.name, module, site.stream, factors, site.rows)
     if not slots:
         names = ", ".join(repr(expert.name) for expert in experts)
         raise InjectionError(f"None of the experts {names} has matrices for the {layout.part}.")
     return slots, unmatched
 
 
-def _delta_shape(module: nn.Module) -> tuple[int, int]:
-    """(out, in) of a delta of the module's weight; a kernel counts as input."""
-    out, fan_in = matrix_shape(module)
+def _delta_shape(module: nn.Module, rows: slice | None) -> tuple[int, int]:
+    """(out, in) of a delta of a matrix; a kernel counts as input."""
+    out, fan_in = site_shape(module, rows)
     return out, fan_in * math.prod(kernel_size(module) or (1,))
 
 
 def _placed(expert: Expert, layout: NetworkMap) -> dict[str, LoraFactors]:
-    """Factors by the matrix names of this network: LDM names were read for two residual blocks per level."""
-    own = dict(expert.factors.get(layout.part, {}))
-    if layout.part != UNET or not expert.ldm_blocks or set(layout.layers) == {2}:
-        return own
-    blocks = expert.ldm_blocks
-    return {
-        relocate(name, blocks[name], layout.layers) if name in blocks else name: factors
-        for name, factors in own.items()
-    }
+    """Factors by the matrix names of this network: names that depend on it are read again."""
+    provisional = expert.provisional.get(layout.part, {})
+    usual, here = layout.architecture.read, layout.architecture.reader(layout.sites)
+    placed: dict[str, LoraFactors] = {}
+    for name, factors in expert.factors.get(layout.part, {}).items():
+        flat = provisional.get(name)
+        if flat is not None:
+            meant = [place.matrix for place in usual(flat)].index(name)
+            placed[here(flat)[meant].matrix] = factors
+        else:
+            placed[name] = factors
+    return placed
 
 
-def _exact(factors: LoraFactors, module: nn.Module, matrix: str, expert: str) -> LoraFactors:
-    """Factors that need no base weight any more; those of DoRA are computed from it."""
+def _widened(
+    expert: str, own: dict[str, LoraFactors], layout: NetworkMap, modules: Mapping[str, nn.Module]
+) -> dict[str, LoraFactors]:
+    """Factors for inputs that only this variant of the network has are zero, as web UIs have it."""
+    for site in layout.sites:
+        factors = own.get(site.name) if site.widens else None
+        if factors is None:
+            continue
+        module = modules[site.name]
+        out, inputs = site_shape(module, site.rows)
+        kernel = math.prod(kernel_size(module) or (1,))
+        theirs, rest = divmod(factors.matrices[0].shape[1], kernel)
+        if rest or factors.up.shape[0] != out or theirs >= inputs:
+            continue
+        own[site.name] = _exact(factors, module, site.rows, site.name, expert, theirs).widened(inputs, kernel)
+        logger.warning(
+            "Expert %r knows %d of the %d input channels of %r in this network: it leaves the others as they "
+            "are.",
+            expert,
+            theirs,
+            inputs,
+            site.name,
+        )
+    return own
+
+
+def _exact(
+    factors: LoraFactors,
+    module: nn.Module,
+    rows: slice | None,
+    matrix: str,
+    expert: str,
+    inputs: int | None = None,
+) -> LoraFactors:
+    """Factors that need no base weight any more; those of DoRA are computed from it.
+
+    Args:
+        factors: of an expert.
+        module, rows: the matrix.
+        matrix, expert: their names, for errors.
+        inputs: how many of the matrix' inputs the factors know; None for all.
+    """
     if factors.magnitude is None:
         return factors
     weight: Any = getattr(module, "weight", None)
@@ -306,6 +403,7 @@ def _exact(factors: LoraFactors, module: nn.Module, matrix: str, expert: str) ->
             "(quantised or offloaded): what a DoRA adds is computed from them. Load the expert first, then "
             "offload; a quantised base cannot take it."
         )
+    weight = weight[slice(None) if rows is None else rows, :inputs]
     if factors.magnitude.per_input and factors.magnitude.values.numel() != weight.shape[1]:
         raise InjectionError(
             f"Expert {expert!r} does not fit {matrix!r}: it has DoRA magnitudes for "

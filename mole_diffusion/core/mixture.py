@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from . import functional
-from .architectures import UNET, NetworkMap, map_network
 from .config import MoLEConfig
 from .context import Activation, ForwardContext, GateRecord, RegionMasks
 from .errors import (
@@ -25,6 +24,9 @@ from .experts import Expert
 from .gates import build_groups
 from .hooks import BlockHook, MatrixHook, NetworkHook
 from .matrices import build_bundles, build_slots, fingerprint
+from .modules import base_layer
+from .networks import map_network
+from .networks.base import DENOISER, Architecture, NetworkMap, Role
 
 _injected: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -33,7 +35,8 @@ class Mixture:
     """Experts and gates attached to one network. Made by `inject`.
 
     Attributes:
-        part: "unet", "text_encoder" or "text_encoder_2".
+        part: what the host calls the network; gate files have it under this name.
+        architecture: what kind of network it is.
         config: the form of the gates.
         network: the network the hooks are on.
         experts: the experts in the order of the gates' rows.
@@ -55,9 +58,12 @@ class Mixture:
         self.experts = tuple(experts)
         self.config = config
         self.part = layout.part
+        self.architecture: Architecture = layout.architecture
         self.base = fingerprint(network, layout)
         self._context = ForwardContext(self.part, len(self.experts))
         self._handles: list[RemovableHandle] = []
+        self._on_matrices: list[RemovableHandle] = []
+        self._arrangement = _Arrangement(network)
         slots, self.unmatched = build_slots(network, self.experts, layout)
         self.groups = build_groups(network, slots, layout, len(self.experts), config, flatten_tokens)
         self._bundles = build_bundles(slots, layout)
@@ -71,7 +77,12 @@ class Mixture:
     @property
     def in_picture(self) -> bool:
         """Whether the network has image tokens, which region masks can weight."""
-        return self.part == UNET
+        return self.role == DENOISER
+
+    @property
+    def role(self) -> Role:
+        """What the network is for; decides trained strength, timestep and regions."""
+        return self.architecture.role
 
     @property
     def records(self) -> list[GateRecord]:
@@ -123,9 +134,10 @@ class Mixture:
 
     def eject(self) -> None:
         """Remove all hooks; the network is as before. Calling it twice does no harm."""
-        for handle in self._handles:
+        for handle in (*self._handles, *self._on_matrices):
             handle.remove()
         self._handles.clear()
+        self._on_matrices.clear()
         _injected.discard(self.network)
 
     def activate(
@@ -183,7 +195,7 @@ class Mixture:
     def live_weights(self) -> dict[str, Tensor]:
         """Gate weights of the last forward, with gradient: group -> (B, N), mean over tokens.
 
-        The gate of the text tokens of a UNet group is named "GROUP.context". Empty with fixed weights.
+        The gate of a denoiser's text tokens in a group is named "GROUP.context". Empty with fixed weights.
         """
         return dict(self._context.live)
 
@@ -250,20 +262,64 @@ class Mixture:
             raise InjectionError(
                 f"This {type(self.network).__name__} already carries a mixture; eject() that first."
             )
-        by_matrix = {slot.name: bundle for bundle in self._bundles for slot in bundle.slots}
-        start = NetworkHook(self._context, self.groups, self._bundles, spatial=self.part == UNET)
+        self._follow()
+        start = NetworkHook(self._context, self.groups, self._bundles, self.architecture, self._follow)
         self._handles.append(self.network.register_forward_pre_hook(start, with_kwargs=True))
         for group in self.groups:
-            for slot in group.slots:
-                hook = MatrixHook(slot, group, by_matrix[slot.name], self._context)
-                self._handles.append(slot.module.register_forward_hook(hook))
             if group.block is not None:
                 block = BlockHook(group, self._context)
                 self._handles.append(group.block.register_forward_pre_hook(block.before, with_kwargs=True))
                 # Before the hooks of others, which are to see the mixed output.
                 after = group.block.register_forward_hook(block.after, with_kwargs=True, prepend=True)
                 self._handles.append(after)
+        self._hook_matrices()
         _injected.add(self.network)
+
+    def _hook_matrices(self) -> None:
+        by_matrix = {slot.name: bundle for bundle in self._bundles for slot in bundle.slots}
+        for group in self.groups:
+            for slot in group.slots:
+                hook = MatrixHook(slot, group, by_matrix[slot.name], self._context)
+                self._on_matrices.append(slot.module.register_forward_hook(hook))
+
+    def _follow(self) -> None:
+        """Let the hooks follow a network whose attentions have fused or parted their projections since."""
+        if not self._arrangement.changed():
+            return
+        self._arrangement = _Arrangement(self.network)
+        sites = {site.name: site for site in map_network(self.network, self.part).sites}
+        for group in self.groups:
+            for slot in group.slots:
+                if slot.name not in sites:
+                    raise InjectionError(
+                        f"This {type(self.network).__name__} does not run {slot.name!r} any more, which "
+                        "experts change: eject() and inject again."
+                    )
+                site = sites[slot.name]
+                slot.module, slot.rows = base_layer(self.network.get_submodule(site.path)), site.rows
+        if self._on_matrices:
+            for handle in self._on_matrices:
+                handle.remove()
+            self._on_matrices.clear()
+            self._hook_matrices()
+
+
+class _Arrangement:
+    """Which projections a network's attentions run, as far as diffusers' processors and fusing decide it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._seen = [
+            (module, getattr(module, "processor", None), getattr(module, "fused_projections", None))
+            for module in network.modules()
+            if hasattr(module, "processor")
+        ]
+
+    def changed(self) -> bool:
+        """Whether an attention has another processor by now, or has been fused."""
+        return any(
+            module.processor is not processor or getattr(module, "fused_projections", None) is not fused
+            for module, processor, fused in self._seen
+        )
 
 
 def inject(
@@ -277,13 +333,13 @@ def inject(
     """Attach experts and fresh gates to a network by forward hooks.
 
     Args:
-        network: diffusers UNet, LDM-named UNet or CLIP text encoder; its modules and state dict stay as is.
+        network: of any kind in `networks`; its modules and state dict stay as is.
         experts: at least one; their order is the order of the gates' rows.
         config: the form of the gates.
-        part: "unet", "text_encoder" or "text_encoder_2"; None to tell from the names (the second text encoder
-            looks like the first).
-        flatten_tokens: for pooling "flatten": the latent's (height, width) for a UNet (None: its
-            `config.sample_size`), the number of tokens for a text encoder (None: 77).
+        part: what the host and the experts' files call it; None for the usual name of its kind (a second text
+            encoder looks like the first).
+        flatten_tokens: for pooling "flatten": the latent's (height, width) for a denoiser (None: its own
+            size), the number of tokens for a text encoder (None: 77).
     Raises:
         NoExpertsError: `experts` is empty.
         ConfigError: two experts have one name, or flattened gates are asked for and no size is known.

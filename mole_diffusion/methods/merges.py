@@ -14,8 +14,9 @@ from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.experts import load_expert
 from mole_diffusion.core.factors import LoraFactors
-from mole_diffusion.core.matrices import MatrixSlot, kernel_size, matrix_shape
+from mole_diffusion.core.matrices import MatrixSlot
 from mole_diffusion.core.mixture import Mixture
+from mole_diffusion.core.modules import kernel_size
 from mole_diffusion.methods.prepared import Prepared, Request
 from mole_diffusion.methods.stand_in import StandIn
 
@@ -139,7 +140,7 @@ def _config(cls: Any, own: Mapping[str, LoraFactors]) -> Any:
 
 def _shell(slot: MatrixSlot) -> nn.Module:
     """A layer of the matrix' shape; nobody reads its weight, which takes no memory until somebody does."""
-    out, fan_in = matrix_shape(slot.module)
+    out, fan_in = slot.shape
     kernel = kernel_size(slot.module)
     if kernel is None:
         return nn.Linear(fan_in, out, bias=False, device="meta").to_empty(device="cpu")

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from mole_diffusion.core.architectures import map_network
 from mole_diffusion.core.errors import ConfigError, GateMismatchError
 from mole_diffusion.core.files import replacing
-from mole_diffusion.core.matrices import base_layer, fingerprint
+from mole_diffusion.core.matrices import fingerprint
+from mole_diffusion.core.modules import base_layer
+from mole_diffusion.core.networks import map_network
 from mole_diffusion.methods.methods import METHODS
 
 FORMAT = "mole-baseline"

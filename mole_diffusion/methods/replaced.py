@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mole_diffusion.core.errors import ConfigError
-from mole_diffusion.core.matrices import base_layer
+from mole_diffusion.core.modules import base_layer
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mole_diffusion.core.architectures import TEXT_ENCODER_2
 from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.experts import Expert
@@ -27,6 +26,7 @@ from mole_diffusion.core.export import (
     write_lora,
 )
 from mole_diffusion.core.mixture import Mixture, inject
+from mole_diffusion.core.networks.clip import TEXT_ENCODER_2
 from mole_diffusion.core.records import GateWeight
 from mole_diffusion.pictures.gates import GatesMixin
 

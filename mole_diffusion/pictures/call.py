@@ -9,7 +9,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import nn
 
-from mole_diffusion.core.architectures import TEXT_ENCODER, TEXT_ENCODER_2, UNET
+from mole_diffusion.core.networks.clip import TEXT_ENCODER, TEXT_ENCODER_2
+from mole_diffusion.core.networks.unet import UNET
 from mole_diffusion.core.records import CallRecorder
 from mole_diffusion.methods.prepared import Prepared
 from mole_diffusion.pictures.calibration import ExportMixin

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from mole_diffusion.core.architectures import UNET
 from mole_diffusion.core.errors import TrainingError
 from mole_diffusion.core.files import replacing
+from mole_diffusion.core.networks.unet import UNET
 from mole_diffusion.pictures.training.config import TrainingConfig
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
 from mole_diffusion import MoLEConfig, inject, load_expert, save_gates
-from mole_diffusion.core.architectures import map_network
 from mole_diffusion.core.keys import factor_keys
+from mole_diffusion.core.networks import map_network
 
 #: Experts of the comparison; the last one is loaded by ComfyUI's own loader in the example workflow.
 NAMES = ("dog", "cat", "style")

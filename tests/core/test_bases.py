@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mole_diffusion import Expert, ExpertLoadError, InjectionError, MoLEConfig, inject
-from mole_diffusion.core.bases import SD1, SD2, SDXL, base_of_expert, check_prediction, prediction_type
+from mole_diffusion.core.bases import base_of_expert, check_prediction, prediction_type
 from mole_diffusion.core.inspection import describe_file
+from mole_diffusion.core.networks.families import SD1, SD2, SDXL
 
 from .core_tools import make_unet, run
 from .dialect_tools import make_unet as make_family

@@ -7,8 +7,9 @@ import torch
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from torch import nn
 
-from mole_diffusion.core.architectures import map_network
 from mole_diffusion.core.keys import parse_key
+from mole_diffusion.core.networks import map_network
+from mole_diffusion.core.networks.unet import layers_of
 
 from .core_tools import LDMUNet
 from .dialect_tools import KOHYA_XL, dotted, flat, ldm_names, make_text, make_unet, matrices
@@ -28,7 +29,7 @@ def test_every_matrix_of_a_unet_has_a_place_and_a_name(family: str) -> None:
     names = set(matrices(unet))
     assert {site.name for site in layout.sites} == {site.path for site in layout.sites} == names
     assert len(layout.sites) == len(names)
-    assert layout.layers == LAYERS[family]
+    assert layers_of(layout.sites) == LAYERS[family]
     ldm = ldm_names(unet)
     # Does the walk of `ldm_names` give LDM's names? diffusers converts whole checkpoints and knows.
     known = {f"model.diffusion_model.{name}.weight": canonical for canonical, name in ldm.items()}
@@ -87,4 +88,4 @@ def test_sites_run_in_the_order_they_say() -> None:
             handle.remove()
         assert ran == [site.name for site in layout.sites]
         assert isinstance(network, nn.Module)
-        assert layout.layers == (2, 2)
+        assert layers_of(layout.sites) == (2, 2)

@@ -18,6 +18,7 @@ from mole_diffusion import (
     inject,
 )
 from mole_diffusion.core import functional
+from mole_diffusion.core.networks.base import Forward
 
 from .core_tools import LDMUNet, lora_state, make_clip, make_experts, make_unet, randomise, run, to_experts
 from .test_invariants import FORMS, differs, form_id
@@ -270,7 +271,7 @@ def test_an_unknown_order_of_execution_is_an_error(unet: nn.Module) -> None:
     mixture = inject(unet, make_experts(2, unet), MoLEConfig())
     run(unet)
     late = mixture.groups[0].slots[1]
-    mixture._context.begin(None)
+    mixture._context.begin(Forward())
     with pytest.raises(
         InjectionError, match=r"attn1.to_q' ran before the gate 'down_blocks.0.* was computed"
     ):

@@ -13,7 +13,7 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model, get_peft_mo
 from torch import Tensor, nn
 
 from mole_diffusion import ConfigError, Expert, ExpertLoadError, InjectionError, MoLEConfig, inject
-from mole_diffusion.core.architectures import map_network
+from mole_diffusion.core.networks import map_network
 
 from .core_tools import LDMUNet, make_unet, run, with_peft
 from .dialect_tools import make_factors

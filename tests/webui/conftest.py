@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mole_diffusion import MoLEConfig, inject, load_expert, save_gates
-from mole_diffusion.core.architectures import map_network
+from mole_diffusion.core.networks import map_network
 
 ROOT = Path(__file__).resolve().parents[2]
 FAKE = ROOT / "tests" / "fake_webui"

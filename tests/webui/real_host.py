@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from mole_diffusion import MoLEConfig, inject, load_expert, save_gates
-from mole_diffusion.core.architectures import map_network
+from mole_diffusion.core.networks import map_network
 
 EXTENSION = Path(__file__).resolve().parents[2] / "webui_extension"
 DEFAULT_ARGUMENTS = "--skip-torch-cuda-test --skip-python-version-check --skip-version-check --no-hashing"

@@ -13,7 +13,6 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from mole_diffusion.core.architectures import PARTS
 from mole_diffusion.core.errors import NoExpertsError, TrainingError
 from mole_diffusion.core.functional import balance_loss, entropy
 from mole_diffusion.core.mixture import Mixture
@@ -324,7 +323,8 @@ class GateTrainer:
 
     def _frozen(self) -> list[nn.Module]:
         """Every network that takes part."""
-        networks = [getattr(self._pipe, part, None) for part in (*PARTS, "vae")] + [self._bench.decoder]
+        parts = (*self._pipe._networks(), "vae")
+        networks = [getattr(self._pipe, part, None) for part in parts] + [self._bench.decoder]
         networks += [self._guide.model] if self._guide is not None else []
         return list({id(network): network for network in networks if network is not None}.values())
 

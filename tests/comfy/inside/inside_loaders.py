@@ -20,9 +20,9 @@ import torch
 from conftest import part
 from torch import Tensor
 
-from mole_diffusion.core.architectures import map_network
 from mole_diffusion.core.experts import Expert
-from mole_diffusion.core.matrices import kernel_size, matrix_shape
+from mole_diffusion.core.modules import kernel_size, matrix_shape
+from mole_diffusion.core.networks import map_network
 from tools import draw
 
 PROMPT = "a boot on the beach"

@@ -1,0 +1,29 @@
+"""What a module that holds a matrix is: the layer inside wrappers, its shape, its kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def base_layer(module: nn.Module) -> nn.Module:
+    """The layer inside any number of PEFT wrappers."""
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
+    return module
+
+
+def matrix_shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of a Linear or convolution, also quantised or offloaded; a kernel does not count."""
+    for names in (("out_features", "in_features"), ("out_channels", "in_channels")):
+        if all(hasattr(module, name) for name in names):
+            return int(getattr(module, names[0])), int(getattr(module, names[1]))
+    weight: Any = module.weight
+    return int(weight.shape[0]), int(weight.shape[1])
+
+
+def kernel_size(module: nn.Module) -> tuple[int, int] | None:
+    """(height, width) of a convolution's kernel; None for 1x1 and for Linears, which are plain products."""
+    kernel: Any = getattr(module, "kernel_size", None)
+    return None if kernel is None or tuple(kernel) == (1, 1) else tuple(kernel)

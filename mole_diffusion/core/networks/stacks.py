@@ -1,0 +1,259 @@
+"""`Stack`: an architecture from a table, for networks whose blocks stand in rows of equal ones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from ..modules import base_layer, matrix_shape
+from .base import ATTENTION, EMBEDDING, RESIDUAL, ROW, TOKENS, Base, Forward, Place, Role, Site
+
+#: Inputs of a network's forward (args, kwargs, a size that a host gives) -> what they say.
+Inputs = Callable[[tuple[Any, ...], Mapping[str, Any], "tuple[int, int] | None"], Forward]
+#: (network, stream, `flatten_tokens`) -> tokens that a flattened gate reads.
+Counter = Callable[[nn.Module, str, "tuple[int, int] | int | None"], int]
+#: Another name of a matrix: its canonical one, or those of the matrices that it fuses with their shares.
+Names = Mapping[str, "str | Mapping[str, int]"]
+
+
+# Section of what runs before all blocks.
+_BEFORE = -1
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One matrix of a block, or one outside all blocks.
+
+    Attributes:
+        name: dotted, inside the block.
+        stream: what it reads: "tokens", "context", "joint" or "embedding". A row that may run before any
+            tokens has a gate to itself.
+        source: leaves of equal source read the same tensor; by default its name.
+        layer: the attention or feed-forward it belongs to; by default its name up to the first dot.
+        identifies: see `Site`.
+    """
+
+    name: str
+    stream: str = TOKENS
+    source: str = ""
+    layer: str = ""
+    identifies: bool = True
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A row of equal blocks.
+
+    Attributes:
+        path: canonical; block 3 is `PATH.3`.
+        leaves: in execution order.
+        also: what networks and files of other hosts call the row.
+        written: what files alone call it.
+        names: other names of leaves inside a block. A fused matrix has the leaves in the order of their rows,
+            each with its share of them.
+    """
+
+    path: str
+    leaves: tuple[Leaf, ...]
+    also: tuple[str, ...] = ()
+    written: tuple[str, ...] = ()
+    names: Names = field(default_factory=dict)
+
+    @cached_property
+    def parts(self) -> dict[str, tuple[tuple[str, tuple[int, int, int] | None], ...]]:
+        """Name inside a block -> (canonical leaf, its share of the rows) of each matrix that is meant."""
+        parts = {leaf.name: ((leaf.name, None),) for leaf in self.leaves}
+        return parts | {name: tuple(_shares(meant)) for name, meant in self.names.items()}
+
+    @cached_property
+    def flat(self) -> dict[str, str]:
+        """The names of `parts` as files have them, with "_" for "." -> the name."""
+        return {name.replace(".", "_"): name for name in self.parts}
+
+
+def _shares(meant: str | Mapping[str, int]) -> Iterator[tuple[str, tuple[int, int, int] | None]]:
+    if isinstance(meant, str):
+        yield meant, None
+        return
+    start, total = 0, sum(meant.values())
+    for leaf, share in meant.items():
+        yield leaf, (start, start + share, total)
+        start += share
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """An `Architecture` whose blocks stand in rows.
+
+    Attributes:
+        name, role, slots, prefixes, families, example, text_gates: see `Architecture`.
+        inputs: what the inputs of a forward say.
+        counter: tokens for flattened gates.
+        before, after: matrices that run before and after all blocks.
+        blocks: rows of blocks in execution order.
+        wrapper: name of a module that may stand around the blocks and belongs to no canonical name.
+        refused: (pattern of flat names, reason) of what such networks have and cannot be gated.
+        kohya: slot -> what kohya puts before names in a base with one text encoder, and in one with more.
+        tell: slot, inputs of the matrices -> base model.
+    """
+
+    name: str
+    role: Role
+    slots: tuple[str, ...]
+    prefixes: Mapping[str, tuple[str, ...]]
+    blocks: tuple[Blocks, ...]
+    inputs: Inputs
+    counter: Counter
+    families: tuple[str, ...] = ()
+    before: tuple[Leaf, ...] = ()
+    after: tuple[Leaf, ...] = ()
+    wrapper: str = ""
+    refused: tuple[tuple[str, str], ...] = ()
+    kohya: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    tell: Callable[[str, Mapping[str, int]], Base | None] = lambda slot, inputs: None
+    text_gates: bool = False
+
+    @property
+    def example(self) -> str:
+        """See `Architecture`."""
+        row = self.blocks[0]
+        return f"{row.path}.0.{row.leaves[0].name}"
+
+    def sites(self, network: nn.Module) -> tuple[Site, ...]:
+        """See `Architecture`."""
+        sites: list[Site] = []
+        for path, module in network.named_modules():
+            for number, row in enumerate(self.blocks):
+                if match := self._paths[number].match(path):
+                    sites.extend(_block_sites(number, row, match, module))
+        if not sites:
+            return ()
+        modules = dict(network.named_modules())
+        for section, leaves in ((_BEFORE, self.before), (len(self.blocks), self.after)):
+            sites += [
+                _root_site(leaf, (section, index))
+                for index, leaf in enumerate(leaves)
+                if leaf.name in modules
+            ]
+        return tuple(sorted(sites, key=lambda site: site.order))
+
+    @cached_property
+    def _paths(self) -> tuple[re.Pattern[str], ...]:
+        """What modules of each row of blocks are called."""
+        around = rf"(?:(?:.*\.)?{re.escape(self.wrapper)}\.)?" if self.wrapper else r"(?:.*\.)?"
+        return tuple(
+            re.compile(
+                rf"^(?P<holder>{around}(?:{_either((row.path, *row.also))}))\."
+                rf"(?P<index>\d+)\.(?P<leaf>{_either(row.parts)})$"
+            )
+            for row in self.blocks
+        )
+
+    @cached_property
+    def _flat_rows(self) -> tuple[re.Pattern[str], ...]:
+        """The same in files."""
+        around = f"(?:{self.wrapper}_)?" if self.wrapper else ""
+        rows = [[name.replace(".", "_") for name in (r.path, *r.also, *r.written)] for r in self.blocks]
+        return tuple(re.compile(rf"^{around}(?:{_either(row)})_(?P<index>\d+)_(?P<leaf>.+)$") for row in rows)
+
+    def reader(self, sites: Sequence[Site]) -> Callable[[str], tuple[Place, ...]]:
+        """See `Architecture`: the same in all networks."""
+        return self.read
+
+    def read(self, flat: str) -> tuple[Place, ...]:
+        """See `Architecture`."""
+        bare = flat.removeprefix(f"{self.wrapper}_") if self.wrapper else flat
+        for leaf in (*self.before, *self.after):
+            if bare == leaf.name.replace(".", "_"):
+                return (Place(leaf.name),)
+        for row, pattern in zip(self.blocks, self._flat_rows, strict=True):
+            match = pattern.match(flat)
+            if match and match["leaf"] in row.flat:
+                block = f"{row.path}.{match['index']}"
+                parts = row.parts[row.flat[match["leaf"]]]
+                return tuple(Place(f"{block}.{leaf}", share) for leaf, share in parts)
+        return ()
+
+    def why_not(self, flat: str) -> str | None:
+        """See `Architecture`."""
+        return next((reason for pattern, reason in self.refused if re.search(pattern, flat)), None)
+
+    def write(self, matrix: str, dialect: str) -> str:
+        """See `Architecture`."""
+        if not any(place.matrix == matrix for place in self.read(matrix.replace(".", "_"))):
+            return ""
+        # What stands outside the blocks stands beside the wrapper.
+        inside = matrix.startswith(tuple(f"{row.path}." for row in self.blocks))
+        return f"{self.wrapper}.{matrix}" if self.wrapper and inside else matrix
+
+    def prefix(self, slot: str, dialect: str, *, several: bool) -> str:
+        """See `Architecture`."""
+        return self.kohya[slot][several] if dialect == "kohya" else f"{slot}."
+
+    def family(self, slot: str, inputs: Mapping[str, int]) -> Base | None:
+        """See `Architecture`."""
+        return self.tell(slot, inputs)
+
+    def tokens(self, network: nn.Module, site: Site, stream: str, given: tuple[int, int] | int | None) -> int:
+        """See `Architecture`."""
+        return self.counter(network, stream, given)
+
+    def forward(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], given_size: tuple[int, int] | None
+    ) -> Forward:
+        """See `Architecture`."""
+        return self.inputs(args, kwargs, given_size)
+
+
+def _either(names: Sequence[str] | Mapping[str, object]) -> str:
+    return "|".join(re.escape(name) for name in names)
+
+
+def _block_sites(number: int, row: Blocks, match: re.Match[str], module: nn.Module) -> Iterator[Site]:
+    """The sites of one module of a block: several if it fuses matrices."""
+    index = int(match["index"])
+    block, block_path = f"{row.path}.{index}", f"{match['holder']}.{index}"
+    leaves = {leaf.name: (position, leaf) for position, leaf in enumerate(row.leaves)}
+    for name, share in row.parts[match["leaf"]]:
+        position, leaf = leaves[name]
+        layer = leaf.layer or name.partition(".")[0]
+        # A layer of its own that is one matrix is no module around it.
+        inside = match["leaf"].rpartition(".")[0].partition(".")[0]
+        rows = Place(name, share).rows(matrix_shape(base_layer(module))[0])
+        apart = leaf.stream == EMBEDDING
+        yield Site(
+            name=f"{block}.{name}",
+            path=match.string,
+            block=f"{block}.{name}" if apart else block,
+            layer=f"{block}.{name}" if apart else f"{block}.{layer}",
+            block_path=None if apart else block_path,
+            layer_path=f"{block_path}.{inside}" if inside and not apart else None,
+            stream=leaf.stream,
+            source=f"{block}.{leaf.source or name}",
+            order=(number, index, position),
+            kind=ROW if apart else ATTENTION,
+            rows=rows,
+            identifies=leaf.identifies,
+        )
+
+
+def _root_site(leaf: Leaf, order: tuple[int, int]) -> Site:
+    """The site of a matrix outside all blocks, which is a block of its own."""
+    return Site(
+        name=leaf.name,
+        path=leaf.name,
+        block=leaf.name,
+        layer=leaf.name,
+        block_path=None,
+        layer_path=None,
+        stream=leaf.stream,
+        source=leaf.source or leaf.name,
+        order=order,
+        kind=ROW if leaf.stream == EMBEDDING and order[0] == _BEFORE else RESIDUAL,
+        identifies=leaf.identifies,
+    )
