@@ -327,7 +327,10 @@ def build_slots(
             slots[site.name] = MatrixSlot(site.name, module, site.stream, factors, site.rows)
     if not slots:
         names = ", ".join(repr(expert.name) for expert in experts)
-        raise InjectionError(f"None of the experts {names} has matrices for the {layout.part}.")
+        known = ", ".join(sorted({part for expert in experts for part in expert.factors})) or "nothing"
+        raise InjectionError(
+            f"None of the experts {names} has matrices for the {layout.part}; they have some for: {known}."
+        )
     return slots, unmatched
 
 

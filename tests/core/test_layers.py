@@ -13,7 +13,12 @@ import pytest
 import mole_diffusion
 
 PACKAGE = Path(mole_diffusion.__file__).parent
-CORE = sorted(path.stem for path in (PACKAGE / "core").glob("*.py") if path.stem != "__init__")
+# Module of the core by its dotted name inside it -> file; a room's own file is called as the room.
+CORE = {
+    ".".join(path.relative_to(PACKAGE / "core").with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((PACKAGE / "core").rglob("*.py"))
+    if path != PACKAGE / "core" / "__init__.py"
+}
 HOSTS = "comfy comfy_api comfy_extras nodes modules modules_forge comfy_nodes webui_extension".split()
 BLOCKED = "diffusers transformers peft accelerate open_clip gradio timm matplotlib".split()
 # What hosts lay on top; nothing below may import it.
@@ -51,14 +56,16 @@ def own(name: str) -> str | None:
 
 
 def core(name: str) -> str | None:
-    """Name of a module of the core, else None."""
-    parts = name.split(".")
-    return parts[2] if parts[:2] == ["mole_diffusion", "core"] and len(parts) > 2 else None
+    """Name of a module of the core inside it, also of a name that is imported from it; else None."""
+    found = name.removeprefix("mole_diffusion.core.")
+    while found != name and found not in CORE and "." in found:
+        found = found.rpartition(".")[0]
+    return found if found != name else None
 
 
 @pytest.mark.parametrize("name", CORE)
 def test_core_imports_only_core_torch_and_safetensors(name: str) -> None:
-    for module, _ in imports(PACKAGE / "core" / f"{name}.py"):
+    for module, _ in imports(CORE[name]):
         if own(module) is not None:
             assert core(module) in CORE, f"{name}.py imports {module}, which lies above the core"
         else:
@@ -67,9 +74,7 @@ def test_core_imports_only_core_torch_and_safetensors(name: str) -> None:
 
 
 def test_core_modules_import_each_other_without_a_circle() -> None:
-    edges = {
-        name: {core(m) for m, _ in imports(PACKAGE / "core" / f"{name}.py")} & set(CORE) for name in CORE
-    }
+    edges = {name: {core(m) for m, _ in imports(path)} & set(CORE) for name, path in CORE.items()}
     while edges:
         leaves = [name for name, below in edges.items() if not below & set(edges)]
         assert leaves, f"circle among {sorted(edges)}"
