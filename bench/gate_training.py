@@ -81,7 +81,8 @@ def random_expert(networks: Mapping[str, nn.Module], name: str, seed: int) -> Ex
     generator = torch.Generator().manual_seed(seed)
 
     def random(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        return (torch.randn(rows, columns, generator=generator) / columns**0.5).to(dtype)
+        values = torch.randn(rows, columns, generator=generator)
+        return values.mul_(float(columns) ** -0.5).to(dtype)
 
     state = {}
     for part, network in networks.items():

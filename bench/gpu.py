@@ -15,9 +15,9 @@ import shlex
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,12 +89,8 @@ class Bench:
         made = {}
         for name, network in self.networks.items():
             forward = forward_of(network, self.shape, batch, self.device)
-            if name in self.adapters:
-                made[name] = Variant(
-                    forward, lambda n=network, a=self.adapters[name]: activate_adapters(n, a)
-                )
-            else:
-                made[name] = Variant(forward)
+            adapters = self.adapters.get(name)
+            made[name] = Variant(forward, partial(activate_adapters, network, adapters) if adapters else None)
         return made
 
 
@@ -283,7 +279,6 @@ def as_markdown(result: dict[str, Any]) -> str:
 def run(device: torch.device, *, tiny: bool, rounds: int, seconds: float) -> dict[str, Any]:
     """Everything, in at most about so many seconds."""
     diffusers.utils.logging.set_verbosity_error()  # it warns about every cast of a module tree
-    warnings.filterwarnings("ignore", message="Already found a `peft_config`")
     start, counts = time.monotonic(), TINY_COUNTS if tiny else COUNTS
     result: dict[str, Any] = {
         "machine": machine(device),

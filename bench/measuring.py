@@ -12,7 +12,7 @@ from typing import Any
 import diffusers
 import peft
 import torch
-from torch.autograd import DeviceType, profiler_legacy
+from torch.autograd import profiler_legacy
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -46,13 +46,14 @@ def seconds_of(forward: Forward, device: torch.device) -> float:
         start = time.perf_counter()
         forward()
         return time.perf_counter() - start
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    last: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     torch.cuda.synchronize(device)
     first.record()
     forward()
     last.record()
     last.synchronize()
-    return first.elapsed_time(last) / 1000
+    return float(first.elapsed_time(last)) / 1000
 
 
 def measure(
@@ -87,16 +88,16 @@ def median_ratio(runs: Sequence[float], others: Sequence[float]) -> float:
 def operations(forward: Forward) -> int:
     """ATen operations of a forward as torch's profiler counts them, those that call others included."""
     # The profiler of old counts the same and neither starts a service nor writes to the console.
-    with profiler_legacy.profile() as profiler:
+    with profiler_legacy.profile() as profiler:  # type: ignore[no-untyped-call]
         forward()
     return sum(event.name.startswith("aten::") for event in profiler.function_events)
 
 
-class Dispatched(TorchDispatchMode):
+class Dispatched(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the operations that reach a device's kernels, by name; views are not among them."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counts: dict[str, int] = {}
 
     def __torch_dispatch__(
@@ -125,7 +126,7 @@ def launches(forward: Forward, device: torch.device) -> int:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         forward()
         torch.cuda.synchronize(device)
-    return sum(event.device_type == DeviceType.CUDA for event in profiler.events())
+    return len([event for event in profiler.events() if event.device_type.name == "CUDA"])
 
 
 def allocated(device: torch.device) -> int | None:
@@ -133,7 +134,7 @@ def allocated(device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
-    return torch.cuda.memory_allocated(device)
+    return int(torch.cuda.memory_allocated(device))
 
 
 def peak_of(work: Callable[[], Any], device: torch.device) -> int | None:
@@ -145,7 +146,7 @@ def peak_of(work: Callable[[], Any], device: torch.device) -> int | None:
     torch.cuda.reset_peak_memory_stats(device)
     work()
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    return int(torch.cuda.max_memory_allocated(device)) - before
 
 
 def mebibytes(size: int | None) -> str:

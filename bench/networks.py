@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -148,7 +149,8 @@ def share_weights(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 def add_adapters(unet: UNet2DConditionModel, names: Sequence[str]) -> None:
     """Unmerged PEFT adapters with random factors (seeded by their name's place), all active at weight 1/N."""
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, init_lora_weights=False)
-    with unet.conv_in.weight.device:
+    with unet.conv_in.weight.device, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         for seed, name in enumerate(names):
             torch.manual_seed(100 + seed)
             unet.add_adapter(config, adapter_name=name)
