@@ -120,7 +120,8 @@ class Dispatched(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def launches(forward: Forward, device: torch.device) -> int:
     """Kernels, copies and fills that a forward gives to a GPU; elsewhere its operations that are no views."""
     if device.type != "cuda":
-        with Dispatched() as counted:
+        counted = Dispatched()
+        with counted:
             forward()
         return counted.total
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
