@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import functional
 from .config import MoLEConfig
 from .context import ForwardContext, GateValue, in_backward
-from .errors import InjectionError
+from .errors import ConfigError, InjectionError
 from .matrices import MatrixSlot, site_shape
 from .modules import base_layer
 from .networks.base import CONTEXT, DENOISER, EMBEDDING, JOINT, ROW, TOKENS, NetworkMap, Role, Site
@@ -169,6 +169,7 @@ class Group:
         gate: its parameters.
         block: for composition "output" the module that runs once per expert; else None.
         solo: while that module runs: the one expert to apply, or BASE for none.
+        returns: streams of the tensors that it returns.
     """
 
     name: str
@@ -176,6 +177,7 @@ class Group:
     gate: Gate
     block: nn.Module | None = None
     solo: int | None = None
+    returns: tuple[str, ...] = (TOKENS,)
 
     @property
     def matrices(self) -> tuple[str, ...]:
@@ -193,11 +195,6 @@ class Group:
         if self.gate.context_projection is None:
             return self.slots[0]
         return first_reader(self.slots, CONTEXT if stream == CONTEXT else TOKENS)
-
-    @property
-    def stream(self) -> str:
-        """What the module `block` returns: image tokens or, in one sequence, text too."""
-        return JOINT if any(slot.stream == JOINT for slot in self.slots) else TOKENS
 
     def evaluate(
         self,
@@ -266,8 +263,11 @@ def build_groups(
         # A single matrix outside the block (proj_in, proj_out) has the same mixture either way.
         block = network.get_submodule(path) if config.composition == "output" and path else None
         own = [slots[site.name] for site in sites]
-        gate = builder.matrix_gate(own, sites) if block is None else builder.block_gate(own, sites)
-        groups.append(Group(name, own, gate, block))
+        if block is None:
+            groups.append(Group(name, own, builder.matrix_gate(own, sites)))
+        else:
+            returns = _returned(first, own, config)
+            groups.append(Group(name, own, builder.block_gate(returns, sites), block, returns=returns))
     return groups
 
 
@@ -276,6 +276,20 @@ def _group_name(site: Site, config: MoLEConfig, part: str) -> str:
         return site.name
     names = {"matrix": site.name, "layer": site.layer, "block": site.block, "network": part}
     return names[config.granularity]
+
+
+def _returned(site: Site, slots: list[MatrixSlot], config: MoLEConfig) -> tuple[str, ...]:
+    """Streams of the tensors that the module of a group returns.
+
+    Raises:
+        ConfigError: it is not known how.
+    """
+    if len(site.returns) > 1 and (config.granularity != "block" or config.gate_input == "hidden"):
+        raise ConfigError(
+            f"{site.block!r} returns {' and '.join(site.returns)} apart: composition='output' goes with "
+            "granularity='block' and gate_input='experts' there."
+        )
+    return site.returns or (JOINT if any(slot.stream == JOINT for slot in slots) else TOKENS,)
 
 
 @dataclass(frozen=True)
@@ -301,10 +315,10 @@ class _GateBuilder:
             leader.leads = self.config.gate_input == "experts"
         return self._gate([leader.shape[side] for leader in leaders], sites)
 
-    def block_gate(self, slots: list[MatrixSlot], sites: list[Site]) -> Gate:
+    def block_gate(self, returns: tuple[str, ...], sites: list[Site]) -> Gate:
         """The gate of a group whose module runs once per expert."""
         width = self._block_width(sites[0])
-        texts = any(slot.stream == JOINT for slot in slots)
+        texts = JOINT in returns or CONTEXT in returns
         return self._gate([width, width] if texts else [width], sites)
 
     def _gate(self, features: list[int], sites: list[Site]) -> Gate:

@@ -190,7 +190,6 @@ class BlockHook:
     def __init__(self, group: Group, context: ForwardContext) -> None:
         self.group = group
         self.context = context
-        self._streams = streams_of(group.stream)
         self._inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
     def _applies(self) -> bool:
@@ -209,26 +208,33 @@ class BlockHook:
         if not self._applies() or self.group.solo != BASE:
             return output
         try:
-            base = _primary(output)
-            deltas = self._deltas(module, base)
+            bases = self._returned(output)
+            deltas = self._deltas(module, bases)
         finally:
             inputs, self._inputs = self._inputs, ((), {})
             self.group.solo = None
         hidden = inputs[0][0] if inputs[0] else inputs[1]["hidden_states"]
-        with without_autocast(base.device):
-            values = [self._value(stream, deltas, hidden, base) for stream in self._streams]
-            # The experts' scales are inside the block outputs already.
-            tokens = base.shape[1]
-            if self.group.stream == JOINT:
-                weights = joint_weights(values, self.context, tokens, scaled=False)
-            else:
-                weights = mixing_weights(values[0], self.context, TOKENS, tokens, scaled=False)
-            active = self.context.activation.active
-            mixed = base + sum(weights[..., i : i + 1].to(base.dtype) * deltas[i] for i in active)
-        return mixed if isinstance(output, Tensor) else (mixed, *output[1:])
+        with without_autocast(bases[0].device):
+            mixed = [
+                self._mixed(stream, base, {i: own[k] for i, own in deltas.items()}, hidden)
+                for k, (stream, base) in enumerate(zip(self.group.returns, bases, strict=True))
+            ]
+        return mixed[0] if isinstance(output, Tensor) else (*mixed, *output[len(mixed) :])
 
-    def _deltas(self, module: nn.Module, base: Tensor) -> dict[int, Tensor]:
-        """Expert index -> (B, L, d); of all experts if the gate reads them, else of the active ones."""
+    def _mixed(self, stream: str, base: Tensor, deltas: dict[int, Tensor], hidden: Tensor) -> Tensor:
+        """One of the returned tensors (B, L, d); `deltas` are what each expert adds to it alone."""
+        values = [self._value(kind, stream, deltas, hidden, base) for kind in streams_of(stream)]
+        # The experts' scales are inside the block outputs already.
+        tokens = base.shape[1]
+        if stream == JOINT:
+            weights = joint_weights(values, self.context, tokens, scaled=False)
+        else:
+            weights = mixing_weights(values[0], self.context, stream, tokens, scaled=False)
+        active = self.context.activation.active
+        return base + sum(weights[..., i : i + 1].to(base.dtype) * deltas[i] for i in active)
+
+    def _deltas(self, module: nn.Module, bases: list[Tensor]) -> dict[int, list[Tensor]]:
+        """Expert index -> (B, L, d) for each returned tensor; of all experts if the gate reads them."""
         activation = self.context.activation
         reads_all = self.group.gate.config.gate_input == "experts" and len(activation.active) > 1
         args, kwargs = self._inputs
@@ -239,11 +245,14 @@ class BlockHook:
             named = {k: v.clone() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
             # Not module(...): hooks of others on the block, such as those by which transformers 5 collects
             # hidden states, are to see the mixed output, once.
-            deltas[i] = _primary(module.forward(*fresh, **named)) - base
+            found = self._returned(module.forward(*fresh, **named))
+            deltas[i] = [one - base for one, base in zip(found, bases, strict=True)]
         return deltas
 
-    def _value(self, stream: str, deltas: dict[int, Tensor], hidden: Tensor, base: Tensor) -> GateValue:
-        """What the gate says for the block's tokens of a stream."""
+    def _value(
+        self, kind: str, stream: str, deltas: dict[int, Tensor], hidden: Tensor, base: Tensor
+    ) -> GateValue:
+        """What the gate says for the tokens of a kind in a returned tensor."""
         context, gate = self.context, self.group.gate
         logits = real = None
         if len(context.activation.active) > 1:
@@ -251,19 +260,19 @@ class BlockHook:
                 features = hidden.float()
             else:
                 features = torch.stack([deltas[i].float() for i in range(context.experts)], dim=2)
-            if self.group.stream == JOINT:
-                features = features[:, context.span(stream, features.shape[1])]
-            real = context.real_tokens(stream, features)
-            logits = gate.feature_logits(features, stream, real)
-        return self.group.evaluate(logits, base, context, stream, real)
+            if stream == JOINT:
+                features = features[:, context.span(kind, features.shape[1])]
+            real = context.real_tokens(kind, features)
+            logits = gate.feature_logits(features, kind, real)
+        return self.group.evaluate(logits, base, context, kind, real)
 
-
-def _primary(output: Any) -> Tensor:
-    """The hidden states among what a block returns (older libraries return tuples)."""
-    primary = output if isinstance(output, Tensor) else output[0]
-    if not isinstance(primary, Tensor):
-        raise InjectionError(f"A block returned {type(output).__name__}; expected a tensor or a tuple.")
-    return primary
+    def _returned(self, output: Any) -> list[Tensor]:
+        """The tensors of known streams among what a block returns (older libraries return tuples)."""
+        returned = [output] if isinstance(output, Tensor) else list(output)[: len(self.group.returns)]
+        wrong = next((one for one in returned if not isinstance(one, Tensor)), None)
+        if wrong is not None:
+            raise InjectionError(f"A block returned {type(wrong).__name__}; expected a tensor or a tuple.")
+        return returned
 
 
 class NetworkHook:

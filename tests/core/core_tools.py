@@ -16,7 +16,17 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from mole_diffusion import Expert, Mixture
+from mole_diffusion.core import networks
 
+from .joint_network import CHANNELS, TEXT_TOKENS, TEXT_WIDTH, JointNetwork, parted
+from .joint_table import JOINT_TABLE
+
+networks.register(JOINT_TABLE)
+
+JOINT_TARGETS = (
+    *("to_q", "to_k", "to_v", ".out", "fc1", "fc2"),
+    *("modulation", "modulation_out", "time_in", "image_in", "text_in", "image_out"),
+)
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
 CLIP_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 LATENT = 8
@@ -42,6 +52,11 @@ def make_unet(*, linear: bool = True, layers: int = 1) -> UNet2DConditionModel:
     ).eval()
 
 
+def make_joint() -> JointNetwork:
+    torch.manual_seed(4)
+    return JointNetwork().eval()
+
+
 def make_clip() -> CLIPTextModel:
     torch.manual_seed(2)
     config = CLIPTextConfig(
@@ -61,9 +76,11 @@ def make_clip() -> CLIPTextModel:
 def lora_state(network: nn.Module, rank: int, seed: int, leaves: Sequence[str] = ()) -> dict[str, Tensor]:
     """A LoRA that visibly changes the network: PEFT keys, canonical names, no prefix."""
     generator = torch.Generator().manual_seed(seed)
-    targets = tuple(leaves) or (UNET_TARGETS if isinstance(network, UNet2DConditionModel) else CLIP_TARGETS)
+    targets = tuple(leaves) or {"unet": UNET_TARGETS, "text_encoder": CLIP_TARGETS}.get(
+        part_of(network), JOINT_TARGETS
+    )
     state = {}
-    for name, module in network.named_modules():
+    for name, module in twin(network).named_modules():
         if name.endswith(targets):
             out, fan_in, *kernel = module.weight.shape
             state[f"{name}.lora_A.weight"] = torch.randn(rank, fan_in, *kernel, generator=generator) * 0.2
@@ -88,7 +105,14 @@ def make_experts(count: int, network: nn.Module) -> list[Expert]:
 
 
 def part_of(network: nn.Module) -> str:
+    if isinstance(network, JointNetwork):
+        return "transformer"
     return "text_encoder" if isinstance(network, CLIPTextModel) else "unet"
+
+
+def twin(network: nn.Module) -> nn.Module:
+    """A copy whose modules have the canonical names."""
+    return parted(network) if isinstance(network, JointNetwork) else copy.deepcopy(network)
 
 
 def run(network: nn.Module, *, batch: slice = slice(None), size: int = LATENT, grad: bool = False) -> Tensor:
@@ -103,6 +127,11 @@ def _run(network: nn.Module, batch: slice, size: int) -> Tensor:
         ids = torch.randint(3, 64, (2, CLIP_TEXT), generator=generator)[batch]
         return network(ids).last_hidden_state
     dtype = next(network.parameters()).dtype
+    if isinstance(network, JointNetwork):
+        latent = torch.randn(2, CHANNELS, size, size, generator=generator)[batch].to(dtype)
+        text = torch.randn(2, TEXT_TOKENS, TEXT_WIDTH, generator=generator)[batch].to(dtype)
+        mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])[batch]
+        return network(latent, torch.tensor([0.5, 0.3])[batch], text, mask)
     x = torch.randn(2, 4, size, size, generator=generator)[batch].to(dtype)
     text = torch.randn(2, TEXT, WIDTH, generator=generator)[batch].to(dtype)
     output = network(x, torch.tensor(500), text)
@@ -116,7 +145,7 @@ def with_peft(
     alpha: float = 0,
 ) -> nn.Module:
     """The oracle: a copy of the network with the LoRAs attached by PEFT, each with its weight."""
-    model = copy.deepcopy(network)
+    model = twin(network)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # PEFT remarks on every adapter after the first
         _add_adapters(model, loras, alpha)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,12 +14,14 @@ from .core_tools import (
     lora_state,
     make_clip,
     make_experts,
+    make_joint,
     make_unet,
     part_of,
     randomise,
     run,
     states,
     to_experts,
+    twin,
     with_peft,
 )
 
@@ -32,6 +32,7 @@ NETWORKS = {
     "linear": lambda: make_unet(linear=True),
     "conv": lambda: make_unet(linear=False),
     "clip": make_clip,
+    "joint": make_joint,
 }
 FORMS = [
     MoLEConfig(granularity="matrix", pooling="mean"),
@@ -67,8 +68,9 @@ def differs(found: Tensor, expected: Tensor) -> bool:
 
 
 def hosts(network: nn.Module) -> list[nn.Module]:
-    """The network, and the same under LDM names if it is a UNet."""
-    return [network] if part_of(network) == "text_encoder" else [network, LDMUNet(network)]
+    """The network, and the same under the names of other hosts: LDM's, or with parted projections."""
+    other = {"unet": LDMUNet, "transformer": twin}.get(part_of(network))
+    return [network] if other is None else [network, other(network)]
 
 
 def flatten_tokens(network: nn.Module) -> tuple[int, int] | int:
@@ -267,7 +269,7 @@ def test_fixed_weights_equal_single_deltas_and_merged_weights(kind: str, count: 
     loras = states(count, network)
     weights = {name: (0.4 + 0.2 * i) / count for i, name in enumerate(loras)}
     together = run(with_peft(network, loras, weights))
-    merged = copy.deepcopy(network)
+    merged = twin(network)
     with torch.no_grad():
         for name, state in loras.items():
             for key in [key for key in state if "lora_A" in key]:

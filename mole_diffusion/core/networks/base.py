@@ -44,6 +44,8 @@ class Site:
         source: matrices of equal source read the same tensor.
         order: sort key of execution.
         kind: "attention", "residual" or "row".
+        returns: streams of the tensors that the module at `block_path` returns; () for one, which is of image
+            tokens or joint.
         rows: rows of the module's output that are this matrix, where a module fuses several; None for all.
         widens: whether variants of the network append inputs to it that an expert need not know.
         identifies: whether it belongs to every network of its base; some hosts add what a base does not have.
@@ -59,6 +61,7 @@ class Site:
     source: str
     order: tuple[int, ...]
     kind: str = ATTENTION
+    returns: tuple[str, ...] = ()
     rows: slice | None = None
     widens: bool = False
     identifies: bool = True

@@ -56,6 +56,7 @@ class Blocks:
         written: what files alone call it.
         names: other names of leaves inside a block. A fused matrix has the leaves in the order of their rows,
             each with its share of them.
+        returns: streams of the tensors that a block returns, where they are several.
     """
 
     path: str
@@ -63,6 +64,7 @@ class Blocks:
     also: tuple[str, ...] = ()
     written: tuple[str, ...] = ()
     names: Names = field(default_factory=dict)
+    returns: tuple[str, ...] = ()
 
     @cached_property
     def parts(self) -> dict[str, tuple[tuple[str, tuple[int, int, int] | None], ...]]:
@@ -237,6 +239,7 @@ def _block_sites(number: int, row: Blocks, match: re.Match[str], module: nn.Modu
             source=f"{block}.{leaf.source or name}",
             order=(number, index, position),
             kind=ROW if apart else ATTENTION,
+            returns=row.returns,
             rows=rows,
             identifies=leaf.identifies,
         )
