@@ -32,13 +32,13 @@ class MoLEConfig:
             once per expert and mix what the block returns; N + 1 passes).
         gate_function: "softmax" (Eq. 11) or "sigmoid" (each expert has a weight of its own, so that several
             can be fully on; at logits of zero both give 1/N).
-        timestep: whether the gates of a UNet also read the timestep.
+        timestep: whether the gates of a denoiser also read the timestep.
         temperature: initial tau of Eq. 11, above 0.
         learn_temperature: whether tau is trained.
-        strength: initial factor of the mixed delta in UNets, above 0; the paper has 1.
+        strength: initial factor of the mixed delta in denoisers, above 0; the paper has 1.
         text_strength: the same in text encoders, where it is never trained: with 1, words that the gates give
             to their expert come out as if it were alone.
-        learn_strength: whether the strength of each group of a UNet is trained.
+        learn_strength: whether the strength of each group of a denoiser is trained.
 
     Raises:
         ConfigError: a value is not allowed, or two settings contradict each other.

@@ -13,8 +13,8 @@ from . import functional
 from .config import MoLEConfig
 from .context import ForwardContext, GateValue, in_backward
 from .errors import ConfigError, InjectionError
-from .matrices import MatrixSlot, site_shape
-from .modules import base_layer
+from .matrices import MatrixSlot
+from .modules import base_layer, site_shape
 from .networks.base import CONTEXT, DENOISER, EMBEDDING, JOINT, ROW, TOKENS, NetworkMap, Role, Site
 
 # `Group.solo` while a block runs without any expert.

@@ -42,7 +42,7 @@ class ParsedKey:
     Attributes:
         module: the key without its role suffix; equal for all keys of one matrix.
         role: "down", "up", "alpha", "hada_w1_a" ...; None if the key is refused or unknown.
-        network: the slot of the network, "text_encoder_2" for example, or None.
+        network: the slot of the network, or None.
         places: the matrices that are meant: several if the file's matrix is a fused one.
         reason: why the key cannot be used; None if it can.
         dialect: who writes keys like this one, in a word or two.
@@ -191,8 +191,10 @@ def _dialect(key: str, blocks: str | None) -> str:
         name = "PEFT"
     elif re.match(r"lora_[a-z]+\d?_", key):
         name = "kohya"
-    elif key.startswith(("clip_l.", "clip_g.")):
-        name = "OneTrainer"
+    elif own := next(
+        (who for one in architectures() for p, who in one.writers.items() if key.startswith(p)), ""
+    ):
+        name = own
     elif key.startswith("lycoris_"):
         name = "LyCORIS"
     elif "diffusion_model" in key:

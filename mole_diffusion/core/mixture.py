@@ -21,9 +21,10 @@ from .errors import (
     UnknownExpertError,
 )
 from .experts import Expert
+from .fitting import build_slots, fingerprint
 from .gates import build_groups
 from .hooks import BlockHook, MatrixHook, NetworkHook
-from .matrices import build_bundles, build_slots, fingerprint
+from .matrices import build_bundles
 from .modules import base_layer
 from .networks import map_network
 from .networks.base import DENOISER, Architecture, NetworkMap, Role
@@ -283,7 +284,7 @@ class Mixture:
                 self._on_matrices.append(slot.module.register_forward_hook(hook))
 
     def _follow(self) -> None:
-        """Let the hooks follow a network whose attentions have fused or parted their projections since."""
+        """Let the hooks follow a network that has fused or parted its projections since."""
         if not self._arrangement.changed():
             return
         self._arrangement = _Arrangement(self.network)
@@ -305,7 +306,7 @@ class Mixture:
 
 
 class _Arrangement:
-    """Which projections a network's attentions run, as far as diffusers' processors and fusing decide it."""
+    """Which projections a network runs, as far as the processors and the fusing of diffusers decide it."""
 
     def __init__(self, network: nn.Module) -> None:
         self._seen = [

@@ -27,3 +27,9 @@ def kernel_size(module: nn.Module) -> tuple[int, int] | None:
     """(height, width) of a convolution's kernel; None for 1x1 and for Linears, which are plain products."""
     kernel: Any = getattr(module, "kernel_size", None)
     return None if kernel is None or tuple(kernel) == (1, 1) else tuple(kernel)
+
+
+def site_shape(module: nn.Module, rows: slice | None) -> tuple[int, int]:
+    """(out, in) of a matrix, which may be some rows of a module's; a kernel does not count."""
+    out, fan_in = matrix_shape(module)
+    return (out if rows is None else rows.stop - rows.start), fan_in

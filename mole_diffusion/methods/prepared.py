@@ -15,7 +15,7 @@ from torch import nn
 
 from mole_diffusion.core.errors import ConfigError, GateMismatchError
 from mole_diffusion.core.files import replacing
-from mole_diffusion.core.matrices import fingerprint
+from mole_diffusion.core.fitting import fingerprint
 from mole_diffusion.core.modules import base_layer
 from mole_diffusion.core.networks import map_network
 from mole_diffusion.methods.methods import METHODS

@@ -9,7 +9,7 @@ from torch import nn
 
 from mole_diffusion.core.keys import parse_key
 from mole_diffusion.core.networks import map_network
-from mole_diffusion.core.networks.unet import layers_of
+from mole_diffusion.core.networks.unet.names import layers_of
 
 from .core_tools import LDMUNet
 from .dialect_tools import KOHYA_XL, dotted, flat, ldm_names, make_text, make_unet, matrices

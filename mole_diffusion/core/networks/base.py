@@ -187,6 +187,10 @@ class Architecture(Protocol):
         """Slot -> beginnings of the names of its matrices in files, with "_" for "."."""
 
     @property
+    def writers(self) -> Mapping[str, str]:
+        """Beginnings of whole keys that only one program writes -> that program."""
+
+    @property
     def families(self) -> Sequence[str]:
         """The base models that such networks belong to."""
 
@@ -213,6 +217,9 @@ class Architecture(Protocol):
 
     def why_not(self, flat: str) -> str | None:
         """Reason for a name that such networks have, but that cannot be gated."""
+
+    def leaf(self, matrix: str) -> str:
+        """A canonical name without the numbered blocks that the matrix lies in."""
 
     def write(self, matrix: str, dialect: str) -> str:
         """Name of a canonical matrix after its slot's prefix, dotted; "" for one that is none of these."""

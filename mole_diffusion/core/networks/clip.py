@@ -87,5 +87,6 @@ CLIP = Stack(
     inputs=_read,
     counter=_count,
     kohya={TEXT_ENCODER: ("lora_te_", "lora_te1_"), TEXT_ENCODER_2: ("lora_te2_", "lora_te2_")},
+    writers={"clip_l.": "OneTrainer", "clip_g.": "OneTrainer"},
     tell=_tell,
 )

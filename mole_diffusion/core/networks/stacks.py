@@ -93,7 +93,7 @@ class Stack:
     """An `Architecture` whose blocks stand in rows.
 
     Attributes:
-        name, role, slots, prefixes, families, example, text_gates: see `Architecture`.
+        name, role, slots, prefixes, writers, families, example, text_gates: see `Architecture`.
         inputs: what the inputs of a forward say.
         counter: tokens for flattened gates.
         before, after: matrices that run before and after all blocks.
@@ -117,6 +117,7 @@ class Stack:
     wrapper: str = ""
     refused: tuple[tuple[str, str], ...] = ()
     kohya: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    writers: Mapping[str, str] = field(default_factory=dict)
     tell: Callable[[str, Mapping[str, int]], Base | None] = lambda slot, inputs: None
     text_gates: bool = False
 
@@ -184,6 +185,14 @@ class Stack:
     def why_not(self, flat: str) -> str | None:
         """See `Architecture`."""
         return next((reason for pattern, reason in self.refused if re.search(pattern, flat)), None)
+
+    def leaf(self, matrix: str) -> str:
+        """See `Architecture`."""
+        for row in self.blocks:
+            index, _, leaf = matrix.removeprefix(f"{row.path}.").partition(".")
+            if matrix.startswith(f"{row.path}.") and index.isdigit():
+                return leaf
+        return matrix
 
     def write(self, matrix: str, dialect: str) -> str:
         """See `Architecture`."""
