@@ -8,6 +8,7 @@ import torch
 from comfy_api.latest import io
 
 from mole_diffusion.core.experts import load_expert
+from mole_diffusion.core.peft_folder import expert_facts
 
 from . import places
 from .apply import applied_to
@@ -87,7 +88,7 @@ class LoadExpert(io.ComfyNode):  # type: ignore[misc]
 
     @classmethod
     def fingerprint_inputs(cls, lora: str, **_: Any) -> str:
-        return places.fingerprint(places.expert_file(lora))
+        return str(expert_facts(places.expert_file(lora)))
 
     @classmethod
     def execute(
@@ -96,7 +97,7 @@ class LoadExpert(io.ComfyNode):  # type: ignore[misc]
         path = places.expert_file(lora)
         # Tensors made in inference mode could not be trained with.
         with torch.inference_mode(False):
-            expert = load_expert(path, name=name.strip() or path.stem, scale=strength)
+            expert = load_expert(path, name=name.strip() or None, scale=strength)
         triggers = (
             f"triggers: {', '.join(expert.triggers)}" if expert.triggers else "the file names no trigger"
         )

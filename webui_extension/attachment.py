@@ -267,7 +267,7 @@ def _load(settings: Settings, library: Library, header: GatesHeader | None) -> d
     experts = {}
     for chosen in settings.experts:
         expert = library.load(chosen.name)
-        name = known.get(expert.sha256, chosen.name.rpartition("/")[2])
+        name = known.get(expert.sha256, expert.name)
         experts[chosen.name] = dataclasses.replace(expert, name=name, scale=chosen.scale)
     if header is not None:
         _check_experts(settings.gates, {e.name for e in experts.values()}, set(known.values()))

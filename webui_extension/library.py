@@ -27,7 +27,7 @@ class Library:
     def __init__(self, lora_folder: str | Path, gates_folder: str | Path) -> None:
         self.lora_folder = Path(lora_folder)
         self.gates_folder = Path(gates_folder)
-        self._loaded: dict[tuple[str, int, int], Expert] = {}
+        self._loaded: dict[tuple[tuple[str, int, int], ...], Expert] = {}
 
     def experts(self) -> list[str]:
         """Names of all LoRA files, folders included, without suffix."""
@@ -61,10 +61,10 @@ class Library:
             MoLEError: it holds no usable LoRA.
         """
         from mole_diffusion import load_expert
+        from mole_diffusion.core.peft_folder import expert_facts
 
         path = self.expert_path(name)
-        facts = path.stat()
-        key = (str(path), facts.st_mtime_ns, facts.st_size)
+        key = expert_facts(path)
         if key not in self._loaded:
             while len(self._loaded) >= _KEPT:
                 self._loaded.pop(next(iter(self._loaded)))
@@ -97,9 +97,12 @@ class Library:
 
     def _expert_of(self, gates: str, name: str, digest: str) -> str:
         """The file in the Lora folder that is an expert of gates; several may have its name."""
-        candidates = [file for file in self.experts() if file.rpartition("/")[2] == name]
+        from mole_diffusion.core.peft_folder import own_name
+
+        paths = {file: self.lora_folder / f"{file}{_SUFFIX}" for file in self.experts()}
+        candidates = [file for file, path in paths.items() if own_name(path) == name]
         for file in candidates:
-            if _sha256(self.expert_path(file)) == digest:
+            if _sha256(paths[file]) == digest:
                 return file
         what = "another file of this name is" if candidates else "no file of this name is"
         raise SettingsError(
@@ -121,19 +124,14 @@ def _find(folder: Path, name: str, kind: str) -> Path:
     return folder / f"{name}{_SUFFIX}"
 
 
-_hashes: dict[tuple[str, int, int], str] = {}
+_hashes: dict[tuple[tuple[str, int, int], ...], str] = {}
 
 
 def _sha256(path: Path) -> str:
-    """The file's hash, computed once."""
-    import hashlib
+    """The expert's hash, computed once."""
+    from mole_diffusion.core.peft_folder import expert_facts, expert_sha256
 
-    facts = path.stat()
-    key = (str(path), facts.st_mtime_ns, facts.st_size)
+    key = expert_facts(path)
     if key not in _hashes:
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        _hashes[key] = digest.hexdigest()
+        _hashes[key] = expert_sha256(path)
     return _hashes[key]

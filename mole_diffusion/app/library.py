@@ -14,6 +14,7 @@ from mole_diffusion.core.bases import base_of_expert, check_prediction
 from mole_diffusion.core.checkpoint import read_gates_header
 from mole_diffusion.core.errors import ConfigError, ExpertLoadError, GateMismatchError
 from mole_diffusion.core.experts import Expert, load_expert
+from mole_diffusion.core.peft_folder import expert_paths
 from mole_diffusion.pictures.sources import find_expert_file
 from mole_diffusion.pictures.training.concepts import concepts_from_experts
 
@@ -28,16 +29,26 @@ def add_file(studio: Studio, session: Session, path: Path, name: str = "") -> Ex
         ConfigError: no safetensors file, too many experts, or another base model is being opened.
         ExpertLoadError: no LoRA, or for another base model.
     """
-    session.check_settled()
     if check_upload(path) != "safetensors":
         raise ConfigError(f"{path.name!r} is no safetensors file")
+    return _add(studio, session, path, name or path.stem)
+
+
+def _add(studio: Studio, session: Session, path: Path, name: str) -> ExpertCard:
+    """A LoRA file, or a folder with one, as one more expert of the session."""
+    session.check_settled()
     if sum(card.own for card in session.library.values()) >= MAX_OWN:
         raise ConfigError(f"{MAX_OWN} own experts are in the library already; remove some first")
-    expert = load_expert(path, name=name or path.stem)
+    expert = load_expert(path, name=name)
     check_base(studio, session, expert)
-    kept = session.new_path("experts", ".safetensors")
-    shutil.copyfile(path, kept)
-    card = _card(expert, kept, _free_name(session, name or path.stem))
+    files = expert_paths(path)
+    alone = len(files) == 1 and path.suffix == ".safetensors"
+    kept = session.new_path("experts", ".safetensors" if alone else "")
+    for own_name, file in files.items():
+        target = kept if alone else kept / own_name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+    card = _card(expert, kept, _free_name(session, name))
     session.add(card)
     return card
 
@@ -50,7 +61,7 @@ def add_source(studio: Studio, session: Session, source: str, name: str = "") ->
         ExpertLoadError: nothing is there, or no LoRA for this base.
     """
     path, own_name = find_expert_file(studio.check_source(source))
-    return add_file(studio, session, path, name.strip() or own_name)
+    return _add(studio, session, path, name.strip() or own_name)
 
 
 def add_gates(session: Session, path: Path) -> tuple[str, ...]:

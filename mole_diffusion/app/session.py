@@ -31,7 +31,7 @@ class ExpertCard:
 
     Attributes:
         name: expert name.
-        path: LoRA file.
+        path: LoRA file or folder.
         text: phrase with its trigger; empty if its file names none.
         class_text: the phrase without the trigger.
         kind: "concept" or "style".
@@ -184,7 +184,9 @@ class Session:
             raise UnknownExpertError(name, own)
         card = self.library.pop(name)
         self.chosen = tuple(other for other in self.chosen if other != name)
-        if self.folder in card.path.parents:
+        if self.folder in card.path.parents and card.path.is_dir():
+            shutil.rmtree(card.path, ignore_errors=True)
+        elif self.folder in card.path.parents:
             card.path.unlink(missing_ok=True)
 
     def describe(self, name: str, **changes: Any) -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
 from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.core.reading import BadFileError, read_header
 
 MAX_FILE_BYTES = 2 * 2**30
 MAX_PICTURE_BYTES = 32 * 2**20
 MAX_PICTURE_PIXELS = 40_000_000
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 LORA_SUFFIXES = (".safetensors",)
-_MAX_HEADER_BYTES = 100 * 2**20
 
 
 def check_upload(path: Path) -> str:
@@ -39,16 +38,11 @@ def check_upload(path: Path) -> str:
 
 
 def _check_safetensors(path: Path) -> None:
-    """The header is there, is JSON and lies inside the file."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
-            raise ConfigError(f"{path.name!r} is no safetensors file: it has no header")
-        try:
-            json.loads(file.read(length))
-        except ValueError as error:
-            raise ConfigError(f"{path.name!r} is no safetensors file: its header cannot be read") from error
+    """The header is there, can be read and describes the rest of the file."""
+    try:
+        read_header(path)
+    except (BadFileError, OSError) as error:
+        raise ConfigError(f"{path.name!r} is no safetensors file: {error}") from error
 
 
 def _check_picture(path: Path) -> None:

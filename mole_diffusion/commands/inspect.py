@@ -13,10 +13,10 @@ from mole_diffusion.commands.common import console, show
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A LoRA file or a gates file (safetensors).", dir_okay=False)],
+    file: Annotated[Path, typer.Argument(help="A LoRA file, a PEFT folder, or a gates file (safetensors).")],
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Say what a LoRA file or a gates file contains, and which of its keys would be ignored.
+    """Say what a LoRA or a gates file contains, where its strength stands, and which keys would be ignored.
 
     Example: [bold]mole inspect demo/gates.safetensors[/]
     """

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from .config import MoLEConfig
 from .errors import GateMismatchError
 from .files import replacing
 from .mixture import Mixture
+from .reading import BadFileError, is_finite, parse_json, read_header, read_safetensors
 
 logger = logging.getLogger(__name__)
 
@@ -97,22 +97,63 @@ def read_gates_header(path: str | Path) -> GatesHeader:
     """Read what a gate file says about itself, without its tensors.
 
     Raises:
-        GateMismatchError: the file is missing, is not a gate file, or is of a newer format.
+        GateMismatchError: the file is missing, is not a gate file, is damaged, or is of a newer format.
     """
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
+        metadata = read_header(Path(path)).metadata
+    except (BadFileError, OSError) as error:
         raise GateMismatchError(f"{str(path)!r} cannot be read as a gate file: {error}.") from error
     if metadata.get("format") != FORMAT:
         raise GateMismatchError(f"{str(path)!r} is not a gate file: its header has no format={FORMAT!r}.")
     version = metadata.get("format_version", "")
-    if not version.isdigit() or not 1 <= int(version) <= FORMAT_VERSION:
+    if version not in map(str, range(1, FORMAT_VERSION + 1)):
         raise GateMismatchError(
-            f"{str(path)!r} has format_version {version!r}; this mole_diffusion reads 1 to {FORMAT_VERSION}."
+            f"{str(path)!r} has format_version {version!r:.40}; "
+            f"this mole_diffusion reads 1 to {FORMAT_VERSION}."
         )
     rest = {key: value for key, value in metadata.items() if key not in _OWN_KEYS}
-    return GatesHeader(int(version), json.loads(metadata["parts"]), rest)
+    try:
+        parts = parse_json(metadata.get("parts", ""))
+    except BadFileError as error:
+        raise GateMismatchError(f"{str(path)!r} is damaged: its header's 'parts': {error}.") from error
+    wrong = _not_of_parts(parts)
+    if wrong is not None:
+        raise GateMismatchError(f"{str(path)!r} is damaged: its header's 'parts' has no {wrong}.")
+    return GatesHeader(int(version), parts, rest)
+
+
+def _not_of_parts(parts: Any) -> str | None:
+    """What is missing, or of another kind, in a header's account of its parts; None if nothing is."""
+    if not isinstance(parts, dict) or not parts:
+        return "object with an entry for each part"
+    for part, content in parts.items():
+        entry = content if isinstance(content, dict) else {}
+        experts, groups, base = entry.get("experts"), entry.get("groups"), entry.get("base")
+        if not isinstance(entry.get("config"), dict):
+            return f"config of {part!r:.40}"
+        if not _texts(groups):
+            return f"list of groups of {part!r:.40}"
+        if not (isinstance(base, dict) and "class" in base and _texts([*base, *base.values()])):
+            return f"base of {part!r:.40}"
+        if not {"shapes", "matrices"} & set(base):
+            return f"base of {part!r:.40}"
+        known = [
+            isinstance(one, dict)
+            and _texts([one.get("name"), one.get("sha256")])
+            and _numbers(one.get("ranks"))
+            for one in (experts if isinstance(experts, list) else ())
+        ]
+        if not known or not all(known):
+            return f"list of experts of {part!r:.40}, each with name, sha256 and ranks"
+    return None
+
+
+def _texts(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
+def _numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int for value in values)
 
 
 def load_gates(
@@ -175,8 +216,10 @@ def _fill(path: str | Path, mixtures: Mapping[str, Mixture], orders: Mapping[str
     Raises:
         GateMismatchError: a tensor is missing or of another shape; nothing was copied.
     """
-    with safe_open(path, framework="pt", device="cpu") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+    try:
+        tensors = read_safetensors(Path(path)).tensors
+    except (BadFileError, OSError) as error:
+        raise GateMismatchError(f"{str(path)!r} cannot be read as a gate file: {error}.") from error
     states: list[tuple[torch.nn.Module, dict[str, Tensor]]] = []
     differences: list[str] = []
     for part, mixture in mixtures.items():
@@ -194,7 +237,7 @@ def _fill(path: str | Path, mixtures: Mapping[str, Mixture], orders: Mapping[str
 
 
 def _compare_tensors(stem: str, tensors: Mapping[str, Tensor], gate: torch.nn.Module) -> list[str]:
-    """Sentences on tensors of one gate that are missing or of another shape."""
+    """Sentences on tensors of one gate that are missing, of another shape, or no finite numbers."""
     differences = []
     for key, value in gate.state_dict().items():
         found = tensors.get(f"{stem}/{key}")
@@ -204,6 +247,8 @@ def _compare_tensors(stem: str, tensors: Mapping[str, Tensor], gate: torch.nn.Mo
             differences.append(
                 f"{stem}/{key}: shape {tuple(found.shape)} in the file, {tuple(value.shape)} here"
             )
+        elif not found.is_floating_point() or not is_finite(found):
+            differences.append(f"{stem}/{key}: holds what are no finite numbers")
     return differences
 
 

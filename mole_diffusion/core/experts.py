@@ -1,29 +1,35 @@
-"""Reading a LoRA file into an `Expert`, with an account of every key."""
+"""Reading a LoRA file into an `Expert`, with an account of every key and of what its strength comes from."""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
-import json
+import logging
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .embeddings import split_embeddings
+from .alphas import NOWHERE, TENSORS, Alphas
+from .collecting import Collector
 from .errors import ConfigError, ExpertLoadError
-from .factors import LoraFactors, compress
-from .keys import ParsedKey, parse_keys
-from .lycoris import absent_roles, build_factors
-from .roles import NOT_LORA
+from .factors import LoraFactors
+from .key_table import KeyTable
+from .peft_folder import expert_files, own_name, read_files
+from .peft_options import PeftOptions
+from .reading import BadFileError, Content, parse_json
 
 __all__ = ["Expert", "ExpertReport", "LoraFactors", "load_expert"]
+
+logger = logging.getLogger(__name__)
+
+# Reasons that an error lists.
+_LISTED = 5
+# A file of which less is used does not stay in memory as a whole.
+_WORTH_KEEPING = 0.75
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,9 @@ class ExpertReport:
         missing: keys that should be there and are not (the other factor of a pair).
         dialects: how the loaded keys are named, the most frequent first.
         errors: "NETWORK.MATRIX" -> relative error (Frobenius) of a delta that was compressed.
+        alphas: where alphas stand ("tensors", "adapter_config.json", "header's ss_network_alpha", ...) ->
+            number of matrices that take theirs from there.
+        notes: sentences on what the file says of its strength or form and what was not used so.
     """
 
     loaded: tuple[str, ...]
@@ -43,6 +52,8 @@ class ExpertReport:
     missing: tuple[str, ...]
     dialects: tuple[str, ...] = ()
     errors: Mapping[str, float] = field(default_factory=dict)
+    alphas: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """One line for people."""
@@ -52,7 +63,16 @@ class ExpertReport:
         if self.errors:
             worst = max(self.errors, key=lambda name: self.errors[name])
             text += f"; {len(self.errors)} deltas compressed, error up to {self.errors[worst]:.2%} ({worst})"
-        return text
+        if set(self.alphas) - {TENSORS, NOWHERE}:
+            text += f"; alpha from {self.origin()}"
+        return "; ".join([text, *self.notes])
+
+    def origin(self) -> str:
+        """Where alphas stand, for people; empty where no matrix has one."""
+        return ", ".join(
+            source if len(self.alphas) == 1 else f"{source} ({count} matrices)"
+            for source, count in self.alphas.items()
+        )
 
 
 @dataclass(frozen=True)
@@ -115,197 +135,137 @@ class Expert:
             ExpertLoadError: no key is usable, factors do not fit together, or DoRA is to be compressed.
             ConfigError: the name is empty, the scale is not a finite number, or the rank is below 1.
         """
-        if not name:
-            raise ConfigError("An expert needs a name that is not empty.")
-        if not math.isfinite(scale):
-            raise ConfigError(f"scale={scale!r} of expert {name!r} is not a finite number.")
-        if rank is not None and rank < 1:
-            raise ConfigError(
-                f"rank={rank!r} of expert {name!r} is not allowed; give a whole number above 0."
-            )
-        metadata = dict(metadata or {})
-        collector = _Collector(state_dict, _PeftAlphas(metadata))
-        if rank is not None:
-            collector.compress(rank)
-        report = collector.report()
-        if not report.loaded:
-            reasons = {reason: key for key, reason in reversed(list(report.ignored.items()))}
-            listed = "; ".join(f"{reason} (e.g. {key!r})" for reason, key in reasons.items())
-            raise ExpertLoadError(
-                f"Expert {name!r}: none of its {len(state_dict)} keys can be used: {listed or 'no keys'}."
-            )
-        return cls(
-            name,
-            float(scale),
-            sha256 or _hash_tensors(state_dict),
-            metadata,
-            collector.factors,
-            report,
-            collector.embeddings,
-            collector.architectures,
-            collector.provisional,
-        )
+        _check_use(name, scale, rank)
+        content = Content(state_dict, dict(metadata or {}), sha256 or "")
+        return _expert(content, {}, KeyTable.of(state_dict), name=name, scale=scale, rank=rank)
 
 
 def load_expert(
     path: str | Path, name: str | None = None, scale: float = 1.0, *, rank: int | None = None
 ) -> Expert:
-    """Read a LoRA from a safetensors file.
+    """Read a LoRA from a safetensors file or a PEFT folder.
 
     Args:
-        path: a .safetensors file in any dialect of `naming`. Pickled files are refused: they can run code.
-        name: the expert's name; the file's stem if None.
+        path: a .safetensors file in any dialect of `keys`; a folder with PEFT's `adapter_config.json` and
+            `adapter_model.safetensors` (or `.bin`, of which nothing is run), or with such a folder per
+            network. Other pickled files are refused: they can run code.
+        name: the expert's name; the file's stem if None, or the folder's name where the stem is a usual one.
         scale: the user's factor for this expert.
         rank: compress deltas of higher rank to this one; see `Expert.from_state_dict`.
     Raises:
-        ExpertLoadError: the file is missing, is not safetensors, or holds no usable LoRA.
+        ExpertLoadError: nothing is there, it cannot be read, or it holds no usable LoRA.
+        ConfigError: see `Expert.from_state_dict`.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ExpertLoadError(f"There is no file {str(path)!r}.")
-    if path.suffix != ".safetensors":
-        raise ExpertLoadError(f"{str(path)!r} is not a .safetensors file; no other format is read.")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError) as error:
-        raise ExpertLoadError(f"{str(path)!r} cannot be read as safetensors: {error}.") from error
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Expert.from_state_dict(
-        tensors,
-        name=name if name is not None else path.stem,
-        scale=scale,
-        metadata=metadata,
-        sha256=digest,
-        rank=rank,
+    name = own_name(path) if name is None else name
+    _check_use(name, scale, rank)
+    files = expert_files(path)
+    tables: list[KeyTable] = []
+
+    def check(keys: Sequence[str]) -> None:
+        """Refuse, before gigabytes are read, what is no LoRA: a whole model, for example."""
+        tables.append(KeyTable.of(keys))
+        if len(files) == 1:
+            _check_usable(tables[0], name)
+
+    content, options = read_files(files, check)
+    table = tables[0] if len(tables) == len(files) == 1 else KeyTable.of(content.tensors)
+    used = [*table.embeddings, *(key for roles in table.modules.values() for key in roles.values())]
+    copy = _size(content, used) < _WORTH_KEEPING * _size(content, content.tensors)
+    expert = _expert(content, options, table, name=name, scale=scale, rank=rank, copy=copy)
+    for note in expert.report.notes:
+        logger.warning("expert %r: %s", expert.name, note)
+    return expert
+
+
+def _expert(
+    content: Content,
+    options: Mapping[str, PeftOptions],
+    table: KeyTable,
+    *,
+    name: str,
+    scale: float,
+    rank: int | None,
+    copy: bool = False,
+) -> Expert:
+    """An expert of what a file, or several, hold."""
+    alphas = Alphas(content.metadata, options)
+    for module, meaning in list(table.meanings.items()):
+        for setting, role in alphas.expects(str(meaning.network)):
+            if "down" in table.modules.get(module, {}) and role not in table.modules[module]:
+                table.refuse(module, f"{setting} is set, and this matrix has no {role}")
+    _check_usable(table, name)
+    collector = Collector(table, content.tensors, alphas, finite=content.finite, copy=copy)
+    if rank is not None:
+        collector.compress(rank)
+    return Expert(
+        name,
+        float(scale),
+        content.sha256 or _hash_tensors(content.tensors),
+        content.metadata,
+        collector.factors,
+        _report(table, collector),
+        collector.embeddings,
+        collector.architectures,
+        collector.provisional,
     )
 
 
-class _Collector:
-    """Puts together the tensors of each matrix; every key ends up loaded or ignored.
-
-    Args:
-        state_dict: content of a file.
-        alphas: what the file's header says of alphas.
-    """
-
-    def __init__(self, state_dict: Mapping[str, Tensor], alphas: _PeftAlphas) -> None:
-        self.tensors = state_dict
-        self.alphas = alphas
-        self.factors: dict[str, dict[str, LoraFactors]] = {}
-        self.architectures: dict[str, str] = {}
-        self.provisional: dict[str, dict[str, str]] = {}
-        self.errors: dict[str, float] = {}
-        self._missing: list[str] = []
-        self._dialects: Counter[str] = Counter()
-        self.embeddings, used, self._ignored = split_embeddings(state_dict)
-        self._loaded = sorted(used)
-        modules: dict[str, dict[str, tuple[str, ParsedKey]]] = {}
-        refused: dict[str, str] = {}
-        keys = [key for key in state_dict if key not in used and key not in self._ignored]
-        for key, parsed in parse_keys(keys).items():
-            if parsed.role is None or parsed.reason is not None:
-                self._ignored[key] = parsed.reason or NOT_LORA
-                refused[parsed.module] = self._ignored[key]
-            else:
-                modules.setdefault(parsed.module, {})[parsed.role] = (key, parsed)
-        for module, roles in modules.items():
-            self._add(module, roles, refused.get(module))
-
-    def _add(self, module: str, roles: dict[str, tuple[str, ParsedKey]], refused: str | None) -> None:
-        keys = [key for key, _ in roles.values()]
-        absent = [f"{module} ({role})" for role in absent_roles(roles)]
-        if refused or absent:
-            self._ignored.update(dict.fromkeys(keys, refused or "the other factor is missing"))
-            self._missing.extend(() if refused else absent)
-            return
-        parsed = next(iter(roles.values()))[1]
-        network, matrix = str(parsed.network), parsed.places[0].matrix
-        tensors = {role: self.tensors[key] for role, (key, _) in roles.items() if role != "alpha"}
-        if "alpha" in roles:
-            alpha: float | None = float(self.tensors[roles["alpha"][0]].float().item())
-        else:
-            rank = tensors["down"].shape[0] if "down" in tensors else None
-            alpha = None if rank is None else self.alphas.find(network, matrix, rank=rank)
-        self._place(parsed, build_factors(module, tensors, alpha))
-        self._loaded.extend(keys)
-        self._dialects.update(other.dialect for _, other in roles.values())
-
-    def _place(self, parsed: ParsedKey, factors: LoraFactors) -> None:
-        """Give each matrix that a name means its factors: all of them, or some rows of a fused matrix.
-
-        Raises:
-            ExpertLoadError: a matrix has factors already, or the rows cannot be shared out.
-        """
-        network, module = str(parsed.network), parsed.module
-        own = self.factors.setdefault(network, {})
-        for place in parsed.places:
-            if place.matrix in own:
-                raise ExpertLoadError(
-                    f"{module!r} is the second entry for matrix {place.matrix!r} of the {network}."
-                )
-            try:
-                rows = place.rows(factors.up.shape[0])
-                own[place.matrix] = factors if rows is None else factors.rows_of(rows)
-            except ValueError as error:
-                raise ExpertLoadError(f"{module!r} fuses several matrices: {error}.") from error
-            if place.provisional:
-                self.provisional.setdefault(network, {})[place.matrix] = parsed.flat
-        self.architectures[network] = str(parsed.architecture)
-
-    def compress(self, rank: int) -> None:
-        """Bring all deltas to `rank` at most.
-
-        Raises:
-            ExpertLoadError: a delta is DoRA's: it is known only together with a base.
-        """
-        for network, matrices in self.factors.items():
-            for matrix, factors in matrices.items():
-                if factors.magnitude is not None:
-                    raise ExpertLoadError(
-                        f"rank={rank} cannot compress DoRA ({network}, {matrix!r}): what it adds depends on "
-                        "the base's weights and has full rank. Load it without rank."
-                    )
-                matrices[matrix], error = compress(factors, rank)
-                if matrices[matrix] is not factors:
-                    self.errors[f"{network}.{matrix}"] = error
-
-    def report(self) -> ExpertReport:
-        """What became of every key."""
-        dialects = tuple(name for name, _ in self._dialects.most_common())
-        return ExpertReport(tuple(self._loaded), self._ignored, tuple(self._missing), dialects, self.errors)
+def _report(table: KeyTable, collector: Collector) -> ExpertReport:
+    loaded = [*table.embeddings]
+    dialects: Counter[str] = Counter()
+    for module, roles in table.modules.items():
+        loaded += roles.values()
+        dialects[table.meanings[module].dialect] += len(roles)
+    return ExpertReport(
+        tuple(loaded),
+        table.ignored,
+        tuple(table.missing),
+        tuple(dialect for dialect, _ in dialects.most_common()),
+        collector.errors,
+        dict(collector.sources),
+        tuple(collector.notes),
+    )
 
 
-class _PeftAlphas:
-    """LoRA alphas that diffusers writes into the header (`lora_adapter_metadata`); r where there are none."""
+def _check_use(name: str, scale: float, rank: int | None) -> None:
+    """Raise ConfigError for what no expert can be called, or used with."""
+    if not name:
+        raise ConfigError("An expert needs a name that is not empty.")
+    if not math.isfinite(scale):
+        raise ConfigError(f"scale={scale!r} of expert {name!r} is not a finite number.")
+    if rank is not None and rank < 1:
+        raise ConfigError(f"rank={rank!r} of expert {name!r} is not allowed; give a whole number above 0.")
 
-    def __init__(self, metadata: Mapping[str, str]) -> None:
-        try:
-            values = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        except json.JSONDecodeError:
-            values = {}
-        self.values: dict[str, Any] = values if isinstance(values, dict) else {}
 
-    def find(self, network: str, matrix: str, *, rank: int) -> float:
-        alpha = self.values.get(f"{network}.lora_alpha", rank)
-        for pattern, value in (self.values.get(f"{network}.alpha_pattern") or {}).items():
-            if matrix == pattern or fnmatch(matrix, f"*.{pattern.removeprefix('text_model.')}"):
-                alpha = value
-        if self.values.get(f"{network}.use_rslora"):
-            alpha = alpha * math.sqrt(rank)
-        return float(alpha)
+def _check_usable(table: KeyTable, name: str) -> None:
+    """Raise ExpertLoadError if no key can be used."""
+    if table.modules or table.embeddings:
+        return
+    reasons = {reason: key for key, reason in reversed(list(table.ignored.items()))}
+    listed = "; ".join(f"{reason} (e.g. {key!r})" for reason, key in list(reasons.items())[:_LISTED])
+    more = f"; and {len(reasons) - _LISTED} more reasons" if len(reasons) > _LISTED else ""
+    raise ExpertLoadError(
+        f"Expert {name!r}: none of its {len(table.ignored)} keys can be used: {listed or 'no keys'}{more}."
+    )
+
+
+def _size(content: Content, keys: Iterable[str]) -> int:
+    """Bytes of tensors."""
+    return sum(content.tensors[key].numel() * content.tensors[key].element_size() for key in keys)
 
 
 def _kohya_triggers(tag_frequency: str) -> tuple[str, ...]:
+    """The tag that most pictures have; none if the entry is not what kohya writes."""
     try:
-        folders = json.loads(tag_frequency or "{}")
-    except json.JSONDecodeError:
+        folders = parse_json(tag_frequency or "{}")
+    except BadFileError:
         return ()
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for tags in folders.values() if isinstance(folders, dict) else ():
         for tag, count in tags.items() if isinstance(tags, dict) else ():
-            counts[tag.strip()] = counts.get(tag.strip(), 0) + int(count)
+            if isinstance(count, (int, float)) and math.isfinite(count):
+                counts[tag.strip()] += int(count)
     best = max(counts, key=lambda tag: counts[tag], default="")
     return (best,) if best else ()
 

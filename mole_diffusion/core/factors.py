@@ -157,10 +157,10 @@ class LoraFactors:
 
 def dense(delta: Tensor, kind: str = "full") -> LoraFactors:
     """Factors of a full delta (out, in) or (out, in, kh, kw): itself and an identity, on the smaller side."""
-    flat = delta.flatten(1).float()
+    flat = delta.flatten(1)
     out, fan_in = flat.shape
     rank = min(out, fan_in)
-    identity = torch.eye(rank, device=flat.device)
+    identity = torch.eye(rank, dtype=flat.dtype, device=flat.device)
     if out <= fan_in:
         return LoraFactors(flat, identity, rank, kind=kind)
     return LoraFactors(identity, flat, rank, kind=kind)

@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from .bases import base_of_expert, prediction_type
 from .checkpoint import FORMAT as GATES_FORMAT
 from .checkpoint import GatesHeader, read_gates_header
 from .errors import ExpertLoadError
 from .experts import Expert, load_expert
 from .factors import LoraFactors
+from .reading import BadFileError, read_header
 
 __all__ = ["FileDescription", "describe_expert", "describe_file", "describe_gates"]
 
@@ -51,22 +50,20 @@ class FileDescription:
 
 
 def describe_file(path: str | Path) -> FileDescription:
-    """Describe a safetensors file, whichever of the two kinds it is.
+    """Describe a safetensors file, whichever of the two kinds it is, or an expert's folder.
 
     Raises:
-        ExpertLoadError: no such file, not safetensors, or neither gates nor a usable LoRA.
-        GateMismatchError: gates of a newer format.
+        ExpertLoadError: nothing is there, it cannot be read, or it is neither gates nor a usable LoRA.
+        GateMismatchError: gates that are damaged, or of a newer format.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ExpertLoadError(f"There is no file {str(path)!r}.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ExpertLoadError(f"{str(path)!r} cannot be read as safetensors: {error}.") from error
-    if metadata.get("format") == GATES_FORMAT:
-        return describe_gates(read_gates_header(path), path.name)
+    if path.is_file() and path.suffix == ".safetensors":
+        try:
+            header = read_header(path)
+        except (BadFileError, OSError) as error:
+            raise ExpertLoadError(f"{str(path)!r} cannot be read as safetensors: {error}.") from error
+        if header.metadata.get("format") == GATES_FORMAT:
+            return describe_gates(read_gates_header(path), path.name)
     return describe_expert(load_expert(path))
 
 
@@ -82,6 +79,7 @@ def describe_expert(expert: Expert) -> FileDescription:
         "prediction": prediction or "not named in the file",
         "sha256": expert.sha256,
         "triggers": ", ".join(expert.triggers) or "none named in the file",
+        "alpha": report.origin() or "none of these matrices has one",
         "keys": report.summary(),
     }
     sections = {"networks": [_network_line(network, found) for network, found in expert.factors.items()]}
@@ -99,6 +97,8 @@ def describe_expert(expert: Expert) -> FileDescription:
         sections["ignored keys"] = _by_reason(report.ignored)
     if report.missing:
         sections["missing"] = list(report.missing)
+    if report.notes:
+        sections["notes"] = list(report.notes)
     data = {
         "name": expert.name,
         "sha256": expert.sha256,
@@ -115,9 +115,34 @@ def describe_expert(expert: Expert) -> FileDescription:
         },
         "ignored": dict(report.ignored),
         "missing": list(report.missing),
+        "alphas": dict(report.alphas),
+        "notes": list(report.notes),
         "metadata": dict(expert.metadata),
     }
-    return FileDescription("expert", expert.name, facts, sections, data)
+    return _described("expert", expert.name, facts, sections, data)
+
+
+def _described(
+    kind: str,
+    title: str,
+    facts: Mapping[str, str],
+    sections: Mapping[str, list[str]],
+    data: Mapping[str, Any],
+) -> FileDescription:
+    """A description whose texts, which a stranger wrote, cannot steer a terminal."""
+    return FileDescription(
+        kind,
+        _printable(title),
+        {name: _printable(fact) for name, fact in facts.items()},
+        {_printable(heading): [_printable(line) for line in lines] for heading, lines in sections.items()},
+        data,
+    )
+
+
+def _printable(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _network_line(network: str, matrices: Mapping[str, LoraFactors]) -> str:
@@ -178,7 +203,7 @@ def describe_gates(header: GatesHeader, name: str) -> FileDescription:
         "parts": {part: dict(content) for part, content in header.parts.items()},
         "metadata": dict(header.metadata),
     }
-    return FileDescription("gates", name, facts, sections, data)
+    return _described("gates", name, facts, sections, data)
 
 
 def _by_reason(ignored: Mapping[str, str]) -> list[str]:

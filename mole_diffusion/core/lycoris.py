@@ -8,13 +8,15 @@ the full delta takes their place. Shapes are those of LyCORIS (arXiv 2309.14859)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
 from .errors import ExpertLoadError
 from .factors import LoraFactors, Magnitude, dense
+from .reading import is_finite
+from .scaling import Scaling
 
 _W = ("w1", "w2")
 
@@ -33,32 +35,68 @@ def absent_roles(roles: Mapping[str, object]) -> list[str]:
     return [f"{role} factor" for role in ("down", "up") if role not in roles]
 
 
-def build_factors(module: str, tensors: Mapping[str, Tensor], alpha: float | None) -> LoraFactors:
+def surplus_roles(roles: Collection[str]) -> list[str]:
+    """Which tensors of a matrix do not go with the kind of the others, so that nothing would use them."""
+    common = {"alpha", "magnitude", "dora_scale", "diff_b"}
+    if any(role.startswith("hada_") for role in roles):
+        used = common | {f"hada_{w}_{f}" for w in _W for f in "ab"}
+        used |= {"hada_t1", "hada_t2"} if {"hada_t1", "hada_t2"} <= set(roles) else set()
+    elif any(role.startswith("lokr_") for role in roles):
+        used = common | {f"lokr_{w}" for w in _W if f"lokr_{w}" in roles}
+        used |= {f"lokr_{w}_{f}" for w in _W for f in "ab" if f"lokr_{w}" not in roles}
+        used |= {"lokr_t2"} if "lokr_w2" not in roles else set()
+    elif "diff" in roles:
+        used = common | {"diff"}
+    else:
+        used = common | {"down", "up", "mid", "up_bias"}
+    used -= {"up_bias"} if "diff_b" in roles else set()
+    used -= {"dora_scale"} if "magnitude" in roles else set()
+    return [role for role in roles if role not in used]
+
+
+def own_rank(tensors: Mapping[str, Tensor]) -> int | None:
+    """r of the factors that a file has for a matrix; None for whole ones (LoKr, full differences)."""
+    for role in ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b"):
+        if role in tensors and tensors[role].dim() > 0:
+            return int(tensors[role].shape[0])
+    return None
+
+
+def build_factors(module: str, tensors: Mapping[str, Tensor], scaling: Scaling | None) -> LoraFactors:
     """Factors of one matrix from the tensors that a file has for it.
 
     Args:
         module: its name in the file, for errors.
-        tensors: by role of `naming.parse_key`, complete by `absent_roles`.
-        alpha: None where the file says nothing: scaling is 1 then.
+        tensors: by role of `roles.split_role`, complete by `absent_roles`, of finite numbers.
+        scaling: None where the file says nothing: the factor is 1 then.
     Raises:
-        ExpertLoadError: the tensors do not fit together, or hold values that are not finite.
+        ExpertLoadError: the tensors do not fit together, or their products are too large for numbers.
     """
-    for role, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise ExpertLoadError(f"{module!r}: a factor ({role}) holds values that are not finite.")
     try:
         if "hada_w1_a" in tensors:
-            factors = _loha(tensors, alpha)
+            factors = _loha(tensors, _scale(tensors, scaling))
         elif "lokr_w2" in tensors or "lokr_w2_a" in tensors:
-            factors = _lokr(tensors, alpha)
+            factors = _lokr(tensors, _scale(tensors, scaling))
         elif "diff" in tensors:
             factors = _full(tensors["diff"])
         else:
-            factors = _lora(module, tensors, alpha)
+            factors = _lora(module, tensors, scaling)
     except (RuntimeError, IndexError) as error:
         shapes = ", ".join(f"{role} {tuple(tensor.shape)}" for role, tensor in tensors.items())
         raise ExpertLoadError(f"{module!r}: its tensors do not fit together: {shapes}.") from error
+    computed = "mid" in tensors or factors.kind in ("LoHa", "LoKr")
+    if computed and not (is_finite(factors.down) and is_finite(factors.up)):
+        raise ExpertLoadError(f"{module!r}: products of its tensors are too large for float32.")
     return _finish(module, factors, tensors)
+
+
+def _scale(tensors: Mapping[str, Tensor], scaling: Scaling | None) -> float:
+    return 1.0 if scaling is None else scaling.factor(own_rank(tensors))
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Tensors read under inference mode (ComfyUI) could not be trained through; their clones can."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 def _finish(module: str, factors: LoraFactors, tensors: Mapping[str, Tensor]) -> LoraFactors:
@@ -82,7 +120,7 @@ def _finish(module: str, factors: LoraFactors, tensors: Mapping[str, Tensor]) ->
     return LoraFactors(factors.down, factors.up, factors.alpha, bias, dora, kind)
 
 
-def _lora(module: str, tensors: Mapping[str, Tensor], alpha: float | None) -> LoraFactors:
+def _lora(module: str, tensors: Mapping[str, Tensor], scaling: Scaling | None) -> LoraFactors:
     """LoRA and LoCon, with a Tucker core folded into the down factor."""
     down, up = tensors["down"], tensors["up"]
     for tensor, role in ((down, "down"), (up, "up")):
@@ -98,17 +136,19 @@ def _lora(module: str, tensors: Mapping[str, Tensor], alpha: float | None) -> Lo
         raise ExpertLoadError(
             f"{module!r}: rank {down.shape[0]} of the down factor and {up.shape[1]} of the up factor differ."
         )
+    rank = down.shape[0]
+    alpha = float(rank) if scaling is None else scaling.alpha
+    if scaling is not None and (scaling.root or scaling.fixed):
+        alpha = scaling.factor(rank) * rank
     with torch.inference_mode(False):
-        # Tensors read under inference mode (ComfyUI) could not be trained through; their clones can.
-        down, up = (t.clone() if t.is_inference() else t.detach() for t in (down, up))
-    return LoraFactors(down, up, float(down.shape[0]) if alpha is None else alpha)
+        return LoraFactors(_plain(down), _plain(up), alpha)
 
 
 def _full(diff: Tensor) -> LoraFactors:
     if diff.dim() not in (2, 4):
         raise RuntimeError("a difference of a matrix has two or four axes")
     with torch.inference_mode(False):
-        return dense(diff.clone())
+        return dense(_plain(diff))
 
 
 def _low_rank(tensors: Mapping[str, Tensor], stem: str, core: str) -> tuple[Tensor, Tensor]:
@@ -120,11 +160,10 @@ def _low_rank(tensors: Mapping[str, Tensor], stem: str, core: str) -> tuple[Tens
     return a.flatten(1), b.flatten(1)
 
 
-def _loha(tensors: Mapping[str, Tensor], alpha: float | None) -> LoraFactors:
+def _loha(tensors: Mapping[str, Tensor], scaling: float) -> LoraFactors:
     """(U1 V1) * (U2 V2) = (U1 row-wise-kron U2) (V1 column-wise-kron V2)."""
-    scaling = 1.0 if alpha is None else alpha / tensors["hada_w1_b"].shape[0]
     with torch.inference_mode(False):
-        copies = {role: tensor.clone() for role, tensor in tensors.items()}
+        copies = {role: _plain(tensor) for role, tensor in tensors.items()}
         up1, down1 = _low_rank(copies, "hada_w1", "hada_t1")
         up2, down2 = _low_rank(copies, "hada_w2", "hada_t2")
         if up1.shape[0] != up2.shape[0] or down1.shape[1] != down2.shape[1]:
@@ -136,21 +175,17 @@ def _loha(tensors: Mapping[str, Tensor], alpha: float | None) -> LoraFactors:
         return LoraFactors(down, up, scaling * down.shape[0], kind="LoHa")
 
 
-def _lokr(tensors: Mapping[str, Tensor], alpha: float | None) -> LoraFactors:
+def _lokr(tensors: Mapping[str, Tensor], scaling: float) -> LoraFactors:
     """kron(U1 V1, U2 V2) = kron(U1, U2) kron(V1, V2)."""
     split = [w for w in _W if f"lokr_{w}" not in tensors]
-    # As LyCORIS: the rank that alpha belongs to is that of a factor in two parts; without any, scaling is 1.
-    scaling = 1.0
-    if alpha is not None and split:
-        scaling = alpha / tensors[f"lokr_{split[0]}_b"].shape[0]
     with torch.inference_mode(False):
-        copies = {role: tensor.clone() for role, tensor in tensors.items()}
+        copies = {role: _plain(tensor) for role, tensor in tensors.items()}
         pairs = []
         for w in _W:
             if w in split:
                 pairs.append(_low_rank(copies, f"lokr_{w}", "lokr_t2" if w == "w2" else ""))
             else:
-                whole = dense(copies[f"lokr_{w}"])
+                whole = dense(copies[f"lokr_{w}"].float())
                 pairs.append((whole.up, whole.down))
         (up1, down1), (up2, down2) = pairs
         rank = down1.shape[0] * down2.shape[0]

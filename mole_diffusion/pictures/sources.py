@@ -1,23 +1,31 @@
-"""From what a user writes (a path, a folder, a hub id) to the file of one expert."""
+"""From what a user writes (a path, a folder, a hub id) to the file or folder of one expert."""
 
 import re
 from pathlib import Path
 from typing import Any
 
 from mole_diffusion.core.errors import ExpertLoadError
+from mole_diffusion.core.peft_folder import (
+    ADAPTER_FILES,
+    USUAL_STEMS,
+    is_adapter_folder,
+    network_folders,
+    own_name,
+)
 
-# What diffusers and PEFT training scripts call their file; it says nothing about the expert.
-_USUAL_NAME = "pytorch_lora_weights.safetensors"
+# What diffusers' training scripts call their file.
+_USUAL_NAME = f"{USUAL_STEMS[0]}.safetensors"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def find_expert_file(
     source: str | Path, weight_name: str | None = None, **hub_options: Any
 ) -> tuple[Path, str]:
-    """The safetensors file behind `source`, and a name for the expert in it.
+    """What `load_expert` is to open for `source`, and a name for the expert in it.
 
     Args:
-        source: a file, a folder with one LoRA file, or a hub id ("owner/name").
+        source: a file, a folder (with one LoRA file, as PEFT saves it, or with such a folder per network), or
+            a hub id ("owner/name") of a repository that is one of these.
         weight_name: which file of the folder or hub repository.
         hub_options: for `huggingface_hub.snapshot_download` (revision, cache_dir, local_files_only, ...).
 
@@ -26,25 +34,21 @@ def find_expert_file(
     """
     path = Path(source).expanduser()
     if path.is_file():
-        name = path.resolve().parent.name if path.name == _USUAL_NAME else path.stem
-        return path, name
+        return path, own_name(path)
     if path.is_dir():
-        return _named(_pick(path, weight_name, source), path.resolve().name)
+        found = _pick(path, weight_name, source)
+        return found, own_name(found)
     if not (isinstance(source, str) and _HUB_ID.fullmatch(source)) or path.suffix == ".safetensors":
         raise ExpertLoadError(
             f"no expert at {str(source)!r}: not a file, not a folder, and not a hub id such as 'owner/name'"
         )
-    folder = _download(source, weight_name, **hub_options)
-    return _named(_pick(folder, weight_name, source), source.split("/")[1])
-
-
-def _named(file: Path, home: str) -> tuple[Path, str]:
-    """The file and its own name, or that of its home where the file's name says nothing."""
-    return file, home if file.name == _USUAL_NAME else file.stem
+    found = _download(source, weight_name, **hub_options)
+    says_nothing = found.is_dir() or found.stem in USUAL_STEMS
+    return found, source.split("/")[1] if says_nothing else found.stem
 
 
 def _pick(folder: Path, weight_name: str | None, source: str | Path) -> Path:
-    """The one LoRA file in a folder."""
+    """The one LoRA in a folder: a file, or the folder itself where what lies beside the file counts."""
     files = sorted(folder.glob("*.safetensors"))
     names = [file.name for file in files]
     if weight_name is not None:
@@ -53,6 +57,8 @@ def _pick(folder: Path, weight_name: str | None, source: str | Path) -> Path:
         return folder / weight_name
     if _USUAL_NAME in names:
         return folder / _USUAL_NAME
+    if is_adapter_folder(folder) and (not files or ADAPTER_FILES[0] in names):
+        return folder
     if len(files) != 1:
         raise ExpertLoadError(
             f"{str(source)!r} has {len(files)} safetensors files, choose one with weight_name=: {names}"
@@ -61,13 +67,18 @@ def _pick(folder: Path, weight_name: str | None, source: str | Path) -> Path:
 
 
 def _download(repo_id: str, weight_name: str | None, **options: Any) -> Path:
-    """The hub repository's LoRA files on this machine."""
+    """The LoRA of a hub repository, on this machine."""
     from huggingface_hub import snapshot_download
 
+    beside = [name for name in ADAPTER_FILES if name != weight_name]
+    inside = [f"{folder}/{name}" for folder in network_folders() for name in (*ADAPTER_FILES, _USUAL_NAME)]
+    # First only the top folder: a whole model in the same repository would be gigabytes.
+    wanted = [weight_name, *beside] if weight_name else ["*.safetensors", *beside]
     try:
-        # Without a name only the top folder: a whole model in the same repository would be gigabytes.
-        wanted = [weight_name] if weight_name else ["*.safetensors"]
         unwanted = None if weight_name else ["*/*"]
-        return Path(snapshot_download(repo_id, allow_patterns=wanted, ignore_patterns=unwanted, **options))
+        folder = Path(snapshot_download(repo_id, allow_patterns=wanted, ignore_patterns=unwanted, **options))
+        if weight_name is None and not (is_adapter_folder(folder) or any(folder.glob("*.safetensors"))):
+            folder = Path(snapshot_download(repo_id, allow_patterns=inside, **options))
     except (OSError, ValueError) as error:
         raise ExpertLoadError(f"the hub gave nothing for {repo_id!r}: {error}") from error
+    return _pick(folder, weight_name, repo_id)

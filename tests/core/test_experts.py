@@ -153,7 +153,7 @@ def test_files_written_by_diffusers_and_peft(tmp_path: Path, unet: nn.Module, cl
         wrapped = get_peft_model(make_unet(), LoraConfig(r=3, target_modules=["to_q", "proj_in"]))
         wrapped.save_pretrained(tmp_path / "peft")
     expert = load_expert(tmp_path / "peft" / "adapter_model.safetensors")
-    assert expert.name == "adapter_model"
+    assert expert.name == "peft"
     assert "down_blocks.0.attentions.0.proj_in" in expert.factors["unet"]
 
 
