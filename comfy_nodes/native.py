@@ -26,6 +26,7 @@ from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.errors import NoExpertsError, TrainingError
 from mole_diffusion.core.experts import Expert
 from mole_diffusion.core.mixture import Mixture, inject
+from mole_diffusion.core.networks.clip import TEXT_ENCODER
 from mole_diffusion.core.networks.unet import UNET
 
 from .binding import Usage, networks_of
@@ -199,6 +200,9 @@ class NativePipeline:
             mixture.to(device)
         self._composition: tuple[Any, Any] = (None, "gates")
         self.usage = Usage()
+
+    def _networks(self) -> dict[str, nn.Module]:
+        return {UNET: self.unet, TEXT_ENCODER: self.text_encoder}
 
     def _inject(self, experts: ExpertSet, config: MoLEConfig) -> dict[str, Mixture]:
         networks = {UNET: self.unet.network, **networks_of(self.text_encoder)}

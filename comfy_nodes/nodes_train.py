@@ -26,6 +26,7 @@ from mole_diffusion.pictures.training import (
     TrainingResult,
 )
 from mole_diffusion.pictures.training.concepts import concepts_from_experts
+from mole_diffusion.pictures.training.config import Collage
 from mole_diffusion.pictures.training.workbench import tensor_picture
 from mole_diffusion.training.state import GATES_FILE
 
@@ -93,7 +94,7 @@ class TrainGates(io.ComfyNode):  # type: ignore[misc]
                 io.Int.Input("iterations", default=400, min=1, max=100_000),
                 io.Int.Input(
                     "batch",
-                    default=TrainingConfig.collage_batch,
+                    default=Collage.batch,
                     min=1,
                     max=64,
                     tooltip="Pictures per iteration.",
@@ -160,10 +161,9 @@ class TrainGates(io.ComfyNode):  # type: ignore[misc]
         if not prompts:
             raise ConfigError("The prompt is empty: write one that names what the experts know.")
         config = TrainingConfig(
-            objective=objective,  # type: ignore[arg-type]
+            objective=objective,
             iterations=iterations,
-            batch_size=batch,
-            collage_batch=batch,
+            batch=batch,
             seed=seed,
             drawn_pictures=pictures,
             preview_every=preview_every,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from PIL import Image
 
@@ -16,7 +16,7 @@ from mole_diffusion.app.session import ExpertCard, Session, Training
 from mole_diffusion.app.studio import Studio
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.pictures.training import Concept, GateTrainer, TrainingConfig
-from mole_diffusion.pictures.training.config import Objective
+from mole_diffusion.pictures.training.config import OBJECTIVES
 from mole_diffusion.training.progress import TrainingEvent
 from mole_diffusion.training.state import STATE_FILE
 
@@ -55,23 +55,21 @@ class TrainRequest:
             raise ConfigError(f"iterations is {self.iterations}; allowed are 1 to {MAX_ITERATIONS}")
         if not 0 <= self.batch <= 64:
             raise ConfigError(f"batch is {self.batch}; allowed are 1 to 64, and 0 for the default")
-        if self.objective not in get_args(Objective):
-            raise ConfigError(f"objective is {self.objective!r}; allowed are {list(get_args(Objective))}")
+        if self.objective not in OBJECTIVES:
+            raise ConfigError(f"objective is {self.objective!r}; allowed are {list(OBJECTIVES)}")
 
     def config(self) -> TrainingConfig:
         """As the trainer takes it."""
-        batch = {"batch_size": self.batch, "collage_batch": self.batch, "pool_size": max(96, self.batch)}
-        settings: dict[str, Any] = {
-            "objective": self.objective,
-            "iterations": self.iterations,
-            "seed": self.seed,
-            "collage_background": "base" if self.backgrounds else "sources",
-            "preview_every": self.preview_every,
-            "checkpoint_every": _CHECKPOINT_EVERY,
-            "progress": False,
-            **(batch if self.batch else {}),
-        }
-        return TrainingConfig(**settings)
+        return TrainingConfig(
+            objective=self.objective,
+            iterations=self.iterations,
+            seed=self.seed,
+            batch=self.batch or None,
+            collage_background="base" if self.backgrounds else "sources",
+            preview_every=self.preview_every,
+            checkpoint_every=_CHECKPOINT_EVERY,
+            progress=False,
+        )
 
 
 def start_training(studio: Studio, session: Session, request: TrainRequest) -> Training:

@@ -75,6 +75,14 @@ def train_gates(
     preview_every: Annotated[
         int, typer.Option(min=0, help="Iterations between pictures in OUT/previews; 0 draws none.")
     ] = 0,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help='Any other setting of `TrainingConfig`: "prior_weight=0.1"; again for each.',
+        ),
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew, whatever the folder holds.")] = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -88,14 +96,8 @@ def train_gates(
     from mole_diffusion.pictures.training import TrainingConfig
 
     choices, texts = parse_experts(experts), parse_concepts(concepts)
-    settings: dict[str, Any] = {"collage_batch": batch, "batch_size": batch, "pool_size": max(96, batch or 0)}
-    config = TrainingConfig(
-        objective=objective.value,
-        iterations=iterations,
-        seed=seed,
-        preview_every=preview_every,
-        **({} if batch is None else settings),
-    )
+    given = {"objective": objective.value, "iterations": iterations, "batch": batch, "seed": seed}
+    config = TrainingConfig.from_dict({**given, "preview_every": preview_every, **parse_settings(settings)})
     say(f"Loading {model} ...")
     pipe = open_pipeline(model, choices, None, device, training=True)
     known = known_concepts(pipe.experts, texts, references, model)
@@ -197,6 +199,24 @@ def parse_concepts(texts: Sequence[str] | None) -> dict[str, str]:
         if not name or not text:
             raise typer.BadParameter(f"{entry!r}; write NAME=TEXT or NAME=TEXT|CLASS", param_hint="--concept")
         parsed[name] = text
+    return parsed
+
+
+def parse_settings(texts: Sequence[str] | None) -> dict[str, Any]:
+    """`["prior_weight=0.1", "collage_layouts=[\\"strips\\"]"]` as settings: values are JSON, or else words.
+
+    Raises:
+        typer.BadParameter: there is no name or no value.
+    """
+    parsed: dict[str, Any] = {}
+    for entry in texts or ():
+        name, _, value = (part.strip() for part in entry.partition("="))
+        if not name or not value:
+            raise typer.BadParameter(f"{entry!r}; write NAME=VALUE", param_hint="--set")
+        try:
+            parsed[name] = json.loads(value)
+        except json.JSONDecodeError:
+            parsed[name] = value
     return parsed
 
 

@@ -19,9 +19,9 @@ def guidance_clips(protocol: Protocol) -> dict[Clip, list[str]]:
     """The CLIPs that guide the preparation of this protocol's methods, and the methods each one guides."""
     found: dict[Clip, list[str]] = {}
     for method in protocol.methods:
-        config = protocol.training_config(method)
-        if method.kind in _GUIDED and config.uses_clip:
-            clip: Clip = config.clip or f"local-dir:{starter_dir() / 'clip'}"
+        guidance = protocol.training_config(method).clip_guidance
+        if method.kind in _GUIDED and guidance is not None:
+            clip: Clip = guidance.model or f"local-dir:{starter_dir() / 'clip'}"
             found.setdefault(clip, []).append(method.name)
     return found
 

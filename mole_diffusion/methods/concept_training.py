@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from mole_diffusion.methods.preparation import Job
     from mole_diffusion.pictures.training import Concept
+    from mole_diffusion.training.objective import Losses
 
 #: Pictures of its class that the base draws to be kept as they are (prior preservation).
 PRIOR_PICTURES = 16
@@ -74,15 +76,13 @@ class ConceptTrainer:
     """
 
     def __init__(self, method: str, job: Job, recipe: ConceptRecipe) -> None:
-        from mole_diffusion.pictures.training import TrainingConfig
         from mole_diffusion.pictures.training.workbench import Workbench
 
         self.method, self.job, self.recipe = method, job, recipe
+        pictures = job.config.pictures
         # What decides the pictures that the base draws.
-        self._drawing = {name: getattr(job.config, name) for name in ("guidance", "sampling_steps")}
-        kept = {**self._drawing, "resolution": job.config.resolution, "autocast": job.config.autocast}
-        config = TrainingConfig(seed=recipe.seed, **kept)
-        self.bench = Workbench(job.pipe, (), job.concepts, config, job.pipe.vae)
+        self._drawing = {"guidance": pictures.guidance, "sampling_steps": pictures.sampling_steps}
+        self.bench = Workbench(job.pipe, pictures, recipe.seed)
         #: Loss of every step of the last training.
         self.losses: list[float] = []
         self._base = describe_base(job.pipe)
@@ -120,13 +120,13 @@ class ConceptTrainer:
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Networks without gradient and without experts, pictures encoded at full precision."""
-        from mole_diffusion.training import state as training_state
+        from mole_diffusion.pictures.training.precision import full_precision
+        from mole_diffusion.training.state import frozen
 
         pipe = self.job.pipe
-        networks = [*pipe._networks().values(), pipe.vae]
         with (
-            training_state.only_gates_train(networks, []),
-            training_state.full_precision([pipe.vae]),
+            frozen([*pipe._networks().values(), pipe.vae]),
+            full_precision([pipe.vae]),
             pipe.composing(mixture="none"),
         ):
             yield
@@ -172,21 +172,24 @@ class ConceptTrainer:
             pictures: of the concept.
             prior: of its class.
         """
-        recipe = self.recipe
-        optimiser = torch.optim.Adam(list(parameters), lr=recipe.rate)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, recipe.steps)
-        draws = torch.Generator().manual_seed(recipe.seed + 2)
-        self.losses = []
-        for _ in range(recipe.steps):
-            with torch.enable_grad(), self.bench.autocast(), engaged():
-                loss = self._loss(pictures, prior, draws)
-                optimiser.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-            schedule.step()
-            self.losses.append(float(loss.detach()))
+        from mole_diffusion.training.loop import TrainingLoop
+        from mole_diffusion.training.objective import Parameters
+        from mole_diffusion.training.settings import LoopSettings
 
-    def _loss(self, pictures: Captioned, prior: Captioned | None, draws: torch.Generator) -> Tensor:
+        recipe = self.recipe
+        learner = Parameters(
+            {str(i): parameter for i, parameter in enumerate(parameters)},
+            lambda tensors: torch.optim.Adam(tensors, lr=recipe.rate),
+        )
+        settings = LoopSettings(
+            iterations=recipe.steps, seed=recipe.seed, gradient_clip=math.inf, progress=False
+        )
+        objective = _ConceptObjective(self, engaged, pictures, prior)
+        with torch.enable_grad():
+            history = TrainingLoop(objective, learner, settings).run().history
+        self.losses = [row["loss"] for row in history]
+
+    def loss(self, pictures: Captioned, prior: Captioned | None, draws: torch.Generator) -> Tensor:
         """Mean squared error on pictures of the concept, plus that on pictures of its class."""
         from mole_diffusion.pictures.training.rollout import denoising_target
 
@@ -231,10 +234,51 @@ class ConceptTrainer:
             "pictures": pictures_digest(self.job.captioned(concept)),
             "size": self.bench.picture_size,
             "prior": self._drawing if self.recipe.prior else None,
-            "autocast": self.bench.config.autocast,
+            "autocast": self.bench.settings.autocast,
         }
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         return cache_folder(self.job.options.cache) / self.method / f"{concept.name}-{digest}.safetensors"
+
+
+class _ConceptObjective:
+    """The denoising loss of a concept; keeps nothing, as its trainings are short.
+
+    Args:
+        trainer: whose recipe and workbench it uses.
+        engaged: context in which the networks compute with what is trained.
+        pictures: of the concept.
+        prior: of its class.
+    """
+
+    def __init__(
+        self,
+        trainer: ConceptTrainer,
+        engaged: Callable[[], AbstractContextManager[None]],
+        pictures: Captioned,
+        prior: Captioned | None,
+    ) -> None:
+        self._trainer, self._engaged = trainer, engaged
+        self._pictures, self._prior = pictures, prior
+        self._draws = torch.Generator().manual_seed(trainer.recipe.seed + 2)
+
+    def prepare(self) -> None:
+        """Nothing: the pictures are encoded."""
+
+    def losses(self, iteration: int) -> Losses:
+        """One loss and an update."""
+        from mole_diffusion.training.objective import LossTerms
+
+        with self._trainer.bench.autocast(), self._engaged():
+            loss = self._trainer.loss(self._pictures, self._prior, self._draws)
+        yield LossTerms(loss, {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """The random generator."""
+        return {"draws": self._draws.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state."""
+        self._draws.set_state(state["draws"])
 
 
 def cache_folder(given: str | Path | None) -> Path:

@@ -33,21 +33,21 @@ def search(method: str, job: Job) -> None:
     """
     if not job.prompts:
         raise ConfigError("weights are searched for prompts, and none is given")
-    from mole_diffusion.pictures.training.judging import Judge
+    from mole_diffusion.pictures.training.judging import ObjectiveScore
 
     names = list(job.pipe.experts)
     make_optimiser = _optimiser_maker(len(names), job.config.seed)
-    batches = ROLLOUTS if job.config.uses_clip else COLLAGE_BATCHES
-    judge = Judge(job.pipe, job.prompts, job.concepts, job.config, batches)
+    batches = COLLAGE_BATCHES if job.config.clip_guidance is None else ROLLOUTS
+    objective = ObjectiveScore(job.pipe, job.prompts, job.concepts, job.config, batches)
 
     def score(weights: Sequence[float]) -> tuple[float, int]:
-        before = judge.passes
-        loss = judge.loss(dict(zip(names, weights, strict=True)))
-        return loss + l1_penalty(weights), judge.passes - before
+        before = objective.passes
+        loss = objective.loss(dict(zip(names, weights, strict=True)))
+        return loss + l1_penalty(weights), objective.passes - before
 
     history = History(job.folder / HISTORY_FILE)
-    with judge.ready(job.folder):
-        drawing = judge.passes
+    with objective.ready(job.folder):
+        drawing = objective.passes
         passes = job.options.search_passes or job.config.iterations
         found, value = minimise(score, make_optimiser, passes, [0.0] * len(names), history)
         nla, _ = score([1 / len(names)] * len(names))

@@ -18,7 +18,7 @@ from mole_diffusion.methods.search import (
     l1_penalty,
     minimise,
 )
-from mole_diffusion.pictures.training.judging import Judge
+from mole_diffusion.pictures.training.judging import ObjectiveScore
 
 # nevergrad's own dependencies warn.
 pytestmark = [
@@ -95,16 +95,16 @@ def test_is_better_than_nla_on_the_objective_of_the_gates(pipe, draw, concepts, 
     weights = prepared.details["mixture"]
     assert list(weights) == ["boot", "cat", "clock"]
     assert all(abs(weight) <= BOUND for weight in weights.values())
-    judge = Judge(pipe, [PROMPT], concepts, config, 4)
-    with judge.ready():
-        score = judge.loss(weights) + l1_penalty(list(weights.values()))
-        nla = judge.loss(dict.fromkeys(weights, 1 / 3)) + l1_penalty([1 / 3] * 3)
+    objective = ObjectiveScore(pipe, [PROMPT], concepts, config, 4)
+    with objective.ready():
+        score = objective.loss(weights) + l1_penalty(list(weights.values()))
+        nla = objective.loss(dict.fromkeys(weights, 1 / 3)) + l1_penalty([1 / 3] * 3)
     assert score < nla
     assert prepared.details["score_of_nla"] == pytest.approx(nla)
     rows = [json.loads(line) for line in (tmp_path / HISTORY_FILE).read_text().splitlines()]
     assert prepared.unet_passes["with_gradient"] == 0
-    assert prepared.unet_passes["without_gradient"] == judge.passes - 8 + sum(row["passes"] for row in rows)
     assert sum(row["passes"] for row in rows) == 80
+    assert prepared.unet_passes["without_gradient"] == objective.passes - 8 + 80
     torch.testing.assert_close(draw(pipe, mixture=prepared), draw(pipe, mixture=weights), rtol=0, atol=0)
     masked = draw(pipe, mixture=prepared, active_experts=["cat"])
     torch.testing.assert_close(masked, draw(pipe, mixture={"cat": weights["cat"]}), rtol=0, atol=0)
@@ -122,12 +122,12 @@ def test_search_by_clip(pipe, concepts, tiny, clip_folder, objective, tmp_path) 
 
 
 def test_judges_the_same_way_twice(pipe, concepts, tiny, tmp_path) -> None:
-    judge = Judge(pipe, [PROMPT], concepts, tiny(redraw_every=1), 2)
-    with judge.ready(tmp_path):
-        losses = [judge.loss({"boot": weight, "cat": 0.0, "clock": 0.0}) for weight in (0.5, 1.0, 0.5)]
+    objective = ObjectiveScore(pipe, [PROMPT], concepts, tiny(redraw_every=1), 2)
+    with objective.ready(tmp_path):
+        losses = [objective.loss({"boot": weight, "cat": 0.0, "clock": 0.0}) for weight in (0.5, 1.0, 0.5)]
     assert losses[0] == losses[2] != losses[1]
-    drawn = judge.passes
-    again = Judge(pipe, [PROMPT], concepts, tiny(redraw_every=1), 2)
+    drawn = objective.passes
+    again = ObjectiveScore(pipe, [PROMPT], concepts, tiny(redraw_every=1), 2)
     with again.ready(tmp_path):
         assert again.passes == drawn - 6
         assert again.loss({"boot": 0.5, "cat": 0.0, "clock": 0.0}) == losses[0]

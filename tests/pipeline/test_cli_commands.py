@@ -15,7 +15,7 @@ from pipeline_helpers import build, train_a_little
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from mole_diffusion import StableDiffusionMoLEPipeline
+from mole_diffusion import StableDiffusionMoLEPipeline, read_gates_header
 from mole_diffusion.cli import app
 
 
@@ -187,6 +187,25 @@ def test_another_training_is_not_overwritten_unless_asked(training, tmp_path):
     result = run(*training, "--iterations", 2, "--out", out, "--fresh")
     assert result.exit_code == 0, result.output
     assert len((out / "history.jsonl").read_text().splitlines()) == 2
+
+
+def test_any_setting_of_the_trainer_can_be_given(training, tmp_path):
+    out = ["--iterations", 1, "--out", tmp_path / "run"]
+    given = ["--set", "outside_weight=0.25", "--set", "collage_source=references"]
+    result = run(*training, *out, *given, "--set", 'collage_layouts=["strips"]')
+    assert result.exit_code == 0, result.output
+    written = json.loads(read_gates_header(tmp_path / "run" / "gates.safetensors").metadata["training"])
+    assert written["outside_weight"] == 0.25
+    assert written["collage_source"] == "references"
+    assert written["collage_layouts"] == ["strips"]
+    assert written["collage_batch"] == 2
+    refused = run(*training, *out, "--set", "outside_weight=2")
+    assert refused.exit_code == 1
+    assert "outside_weight is 2; allowed are numbers from 0 to 1" in refused.stderr
+    unknown = run(*training, *out, "--set", "speed=2")
+    assert unknown.exit_code == 1
+    assert "unknown fields ['speed']" in unknown.stderr
+    assert run(*training, *out, "--set", "speed").exit_code == 2
 
 
 def test_train_gates_refuses(options, tmp_path):

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from mole_diffusion.core.functional import balance_loss
 from mole_diffusion.pictures.training import losses
+from mole_diffusion.training.losses import mean_per_gate
 
 
 def unit(*values: float) -> torch.Tensor:
@@ -15,7 +16,7 @@ def unit(*values: float) -> torch.Tensor:
 
 
 def test_gates_of_different_batches_count_once_each() -> None:
-    weights = losses.mean_per_gate([torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0]])])
+    weights = mean_per_gate([torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0]])])
     torch.testing.assert_close(weights, torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
     assert float(balance_loss(weights[:1], normalised=True)) == pytest.approx(0, abs=1e-6)
     expected = -math.log(0.75) - math.log(0.25) - 2 * math.log(2)

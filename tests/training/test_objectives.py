@@ -31,8 +31,8 @@ def losses_before_and_after(
     """
 
     def repeat(_: object = None) -> None:
-        trainer._bench.draws.tensors.manual_seed(99)
-        trainer._bench.draws.choices.seed(99)
+        trainer.objective.bench.draws.tensors.manual_seed(99)
+        trainer.objective.bench.draws.choices.seed(99)
 
     trainer = GateTrainer(pipe, PROMPT, concepts, config, callback=repeat)
     gates = {part: mixture.gates for part, mixture in pipe.mixtures.items()}
@@ -45,7 +45,7 @@ def losses_before_and_after(
             module.load_state_dict(states[part])
         repeat()
         with torch.no_grad():
-            found.append(sum(float(term.loss) for term in trainer._objective.losses(0)))
+            found.append(sum(float(term.loss) for term in trainer.objective.losses(0)))
     return found[0], found[1]
 
 
@@ -70,11 +70,10 @@ def test_every_gate_gets_gradient_and_nothing_else_does(
     pipe: Any, concepts: list[Concept], clip_folder: str, tiny: Tiny
 ) -> None:
     trainer = GateTrainer(pipe, PROMPT, concepts, tiny(objective="both", clip=clip_folder, clip_from=0.0))
-    trainer._pictures.prepare(backgrounds=False)
-    trainer._objective.prepare()
-    for module in trainer._frozen():
+    trainer.objective.prepare()
+    for module in trainer.objective.networks:
         module.requires_grad_(False)
-    for term in trainer._objective.losses(0):
+    for term in trainer.objective.losses(0):
         term.loss.backward()
     for part, mixture in pipe.mixtures.items():
         for name, gate in mixture.gates.named_parameters():
@@ -82,7 +81,7 @@ def test_every_gate_gets_gradient_and_nothing_else_does(
             if "temperature" not in name:
                 assert gate.grad is not None, f"{part}.{name}"
                 assert float(gate.grad.abs().sum()) > 0, f"{part}.{name}"
-    assert all(p.grad is None for module in trainer._frozen() for p in module.parameters())
+    assert all(p.grad is None for module in trainer.objective.networks for p in module.parameters())
 
 
 def test_terms_of_clip_guidance_have_weights(
@@ -91,9 +90,8 @@ def test_terms_of_clip_guidance_have_weights(
     def loss(**weights: float) -> float:
         config = tiny(objective="clip", clip=clip_folder, contrast_weight=0.0, **weights)
         trainer = GateTrainer(pipe, PROMPT, concepts, config)
-        trainer._pictures.prepare(backgrounds=False)
-        trainer._objective.prepare()
-        (term,) = trainer._objective.losses(0)
+        trainer.objective.prepare()
+        (term,) = trainer.objective.losses(0)
         loss = float(term.loss.detach())
         wanted = (
             weights["global_weight"] * term.parts["global"] + weights["local_weight"] * term.parts["local"]
@@ -104,6 +102,36 @@ def test_terms_of_clip_guidance_have_weights(
     whole = loss(global_weight=1.0, local_weight=0.0)
     crops = loss(global_weight=0.0, local_weight=1.0)
     assert loss(global_weight=2.0, local_weight=0.5) == pytest.approx(2 * whole + crops / 2)
+
+
+def first_terms(pipe: Any, concepts: list[Concept], config: TrainingConfig) -> list[Any]:
+    """The losses of the first iteration, of fresh gates."""
+    trainer = GateTrainer(pipe, PROMPT, concepts, config)
+    trainer.objective.prepare()
+    with torch.no_grad():
+        return list(trainer.objective.losses(0))
+
+
+def test_the_background_of_collages_has_a_weight(pipe: Any, concepts: list[Concept], tiny: Tiny) -> None:
+    """The loss is a mean over the picture, so it lies between that inside and that of the whole."""
+    inside, half, whole = (
+        first_terms(pipe, concepts, tiny(outside_weight=weight))[0].parts["collage"] for weight in (0, 0.5, 1)
+    )
+    assert inside != pytest.approx(whole, rel=1e-3)
+    assert min(inside, whole) < half < max(inside, whole)
+
+
+def test_guidance_on_top_of_collages_has_a_weight(
+    pipe: Any, concepts: list[Concept], clip_folder: str, tiny: Tiny
+) -> None:
+    settings = {"objective": "both", "clip": clip_folder, "clip_from": 0.0}
+    once = first_terms(pipe, concepts, tiny(**settings))
+    twice = first_terms(pipe, concepts, tiny(**settings, clip_weight=2.0))
+    assert [term.update for term in twice] == [False, True]
+    assert float(twice[0].loss) == pytest.approx(float(once[0].loss))
+    assert float(twice[1].loss) == pytest.approx(2 * float(once[1].loss))
+    later = first_terms(pipe, concepts, tiny(**{**settings, "clip_from": 0.5}))
+    assert [term.update for term in later] == [True]
 
 
 def test_cost_in_passes(pipe: Any, concepts: list[Concept], clip_folder: str, tiny: Tiny) -> None:
@@ -128,8 +156,8 @@ def test_experts_draw_alone_where_there_are_no_references(
 
     def drawn() -> dict[str, torch.Tensor]:
         trainer = GateTrainer(pipe, [PROMPT, "a vim cat"], silent, config)
-        trainer._pictures.prepare(backgrounds=True)
-        return trainer._pictures.state_dict()
+        trainer.objective.pictures.prepare(backgrounds=True)
+        return trainer.objective.pictures.state_dict()
 
     before = drawn()
     assert {key: len(value) for key, value in before.items()} == {
@@ -159,12 +187,11 @@ def test_references_can_be_demanded(pipe: Any, concepts: list[Concept], tiny: Ti
 
 def test_the_pool_is_made_anew_bit_by_bit(pipe: Any, concepts: list[Concept], tiny: Tiny) -> None:
     trainer = GateTrainer(pipe, PROMPT, concepts, tiny(pool_size=6, collage_batch=2, redraw_every=1))
-    trainer._pictures.prepare(backgrounds=False)
-    trainer._objective.prepare()
-    before = trainer._objective.state_dict()["latents"].clone()
+    trainer.objective.prepare()
+    before = trainer.objective.task.state_dict()["latents"].clone()
     for iteration in (0, 1):
-        list(trainer._objective.losses(iteration))
-    after = trainer._objective.state_dict()["latents"]
+        list(trainer.objective.losses(iteration))
+    after = trainer.objective.task.state_dict()["latents"]
     changed = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
     assert changed == [True, True, False, False, False, False]
 
@@ -176,8 +203,8 @@ def test_collages_follow_the_order_of_the_prompt(
     config = tiny(collage_layouts=(layout,), box_jitter=0.0, resolution=64)
     for prompt, first in ((PROMPT, "boot"), ("a vim cat and a zor boot", "cat")):
         trainer = GateTrainer(pipe, prompt, concepts, config)
-        trainer._pictures.prepare(backgrounds=False)
-        made, _ = trainer._objective.make_collage(0)  # type: ignore[attr-defined]
+        trainer.objective.pictures.prepare(backgrounds=False)
+        made, _ = trainer.objective.task.make_collage(0)  # type: ignore[attr-defined]
         left, right = made.pixels[:, 36, 16], made.pixels[:, 36, 48]
         is_boot = [float(side[1]) < 0.4 for side in (left, right)]
         assert is_boot == ([True, False] if first == "boot" else [False, True])
@@ -190,9 +217,8 @@ def test_a_prompt_of_many_concepts_is_learned_in_parts(
         trainer = GateTrainer(
             pipe, f"{PROMPT} at night", concepts, tiny(collage_layouts=("scene",), **changes)
         )
-        trainer._pictures.prepare(backgrounds=False)
-        trainer._objective.prepare()
-        return set(trainer._objective.state_dict()["captions"])
+        trainer.objective.prepare()
+        return set(trainer.objective.task.state_dict()["captions"])
 
     parts = {"a zor boot at night", "a vim cat at night"}
     assert captions(collage_objects=1, pool_size=12) == parts
@@ -207,8 +233,8 @@ def test_a_prompt_of_many_concepts_is_learned_in_parts(
 def test_own_boxes_replace_the_table(pipe: Any, concepts: list[Concept], tiny: Tiny) -> None:
     boxes = ((0.0, 0.0, 0.4, 0.4), (0.6, 0.6, 1.0, 1.0))
     trainer = GateTrainer(pipe, PROMPT, concepts, tiny(collage_boxes=boxes, box_jitter=0.0, resolution=64))
-    trainer._pictures.prepare(backgrounds=False)
-    inside = trainer._objective.make_collage(0)[0].inside[0]  # type: ignore[attr-defined]
+    trainer.objective.pictures.prepare(backgrounds=False)
+    inside = trainer.objective.task.make_collage(0)[0].inside[0]  # type: ignore[attr-defined]
     assert inside[:26, :26].mean() > 0.5
     assert inside[:32, 32:].sum() == 0
 
@@ -255,7 +281,7 @@ def test_clean_latents_and_targets_agree(pipe: Any, prediction: str) -> None:
 def test_sampling_is_that_of_the_pipeline(pipe: Any, concepts: list[Concept], tiny: Tiny) -> None:
     """The trainer's sampler and diffusers' own loop draw the same picture."""
     trainer = GateTrainer(pipe, PROMPT, concepts, tiny(guidance=3.0))
-    ours = trainer._bench.draw([PROMPT], torch.Generator().manual_seed(4))
+    ours = trainer.objective.bench.draw([PROMPT], torch.Generator().manual_seed(4))
     latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(4))
     theirs = pipe(PROMPT, num_inference_steps=4, guidance_scale=3.0, latents=latents, output_type="pt").images
     torch.testing.assert_close(ours, theirs, atol=1 / 200, rtol=0)

@@ -14,7 +14,8 @@ from PIL import Image
 from mole_diffusion import MoLEConfig, StableDiffusionMoLEPipeline
 from mole_diffusion.core.errors import ConfigError, NoExpertsError, TrainingError
 from mole_diffusion.pictures.training import Concept, GateTrainer, TrainingConfig, TrainingEvent
-from mole_diffusion.training.state import learning_rate_factor, parameter_groups, trained
+from mole_diffusion.pictures.training.trainer import trained_parts
+from mole_diffusion.training.gates import Gates
 
 PROMPT = "a zor boot and a vim cat"
 Tiny = Callable[..., TrainingConfig]
@@ -79,7 +80,7 @@ def test_only_gates_change(
 
 def test_the_optimiser_holds_exactly_the_gates(pipe: Any, tiny: Tiny) -> None:
     config = tiny(gate_lr=3e-3, scalar_lr=7e-3)
-    groups = parameter_groups(pipe.mixtures, config)
+    groups = Gates(pipe.mixtures, config).optimiser().param_groups
     held = {id(p): group["lr"] for group in groups for p in group["params"]}
     expected = {
         id(p): 7e-3 if name.split(".")[-1] in ("strength", "log_temperature") else 3e-3
@@ -103,8 +104,9 @@ def test_gates_of_the_text_encoder_can_stay_as_they_are(
 
 def test_gates_of_a_text_encoder_train_where_there_are_no_others(pipe: Any, tiny: Tiny) -> None:
     alone = {"text_encoder": pipe.mixtures["text_encoder"]}
-    assert trained(alone, tiny(text_encoder_gates=False)) == alone
-    assert list(trained(pipe.mixtures, tiny(text_encoder_gates=False))) == ["unet"]
+    assert trained_parts(alone, tiny(text_encoder_gates=False)) == ["text_encoder"]
+    assert trained_parts(pipe.mixtures, tiny(text_encoder_gates=False)) == ["unet"]
+    assert trained_parts(pipe.mixtures, tiny()) == ["unet", "text_encoder"]
 
 
 def test_balance_of_every_gate_sees_what_the_average_does_not(
@@ -130,15 +132,15 @@ def test_balance_of_every_gate_sees_what_the_average_does_not(
 
 def test_flattened_gates_have_a_rate_of_their_own(pipe: Any, tiny: Tiny) -> None:
     pipe.configure(MoLEConfig(pooling="flatten", learn_strength=False, learn_temperature=False))
-    groups = parameter_groups(pipe.mixtures, tiny(flatten_lr=2e-5))
+    groups = Gates(pipe.mixtures, tiny(flatten_lr=2e-5)).optimiser().param_groups
     assert {group["lr"] for group in groups} == {2e-5}
 
 
 def test_cosine_ends_at_zero() -> None:
     config = TrainingConfig(iterations=10)
-    assert [learning_rate_factor(config, i) for i in (0, 5)] == pytest.approx([1.0, 0.5])
-    assert learning_rate_factor(config, 10) == pytest.approx(0)
-    assert learning_rate_factor(TrainingConfig(schedule="constant"), 399) == 1
+    assert [config.rate(i) for i in (0, 5)] == pytest.approx([1.0, 0.5])
+    assert config.rate(10) == pytest.approx(0)
+    assert TrainingConfig(schedule="constant").rate(399) == 1
 
 
 @pytest.mark.parametrize("objective", ["collage", "both"])
@@ -154,9 +156,9 @@ def test_six_iterations_are_three_and_three(
     # One concept draws its own pictures, the other has references.
     mixed = [concepts[0], Concept("cat", "a vim cat", "a cat")]
     config = tiny(objective=objective, clip=clip_folder, iterations=6, clip_from=0.3, seed=11)
-    straight = GateTrainer(fresh(), PROMPT, mixed, config)
-    whole = straight.train()
-    expected = gate_values(straight._pipe)
+    pipe = fresh()
+    whole = GateTrainer(pipe, PROMPT, mixed, config).train()
+    expected = gate_values(pipe)
 
     def until_three(event: TrainingEvent) -> bool:
         return event.iteration < 3
@@ -165,10 +167,10 @@ def test_six_iterations_are_three_and_three(
     assert first.stopped
     assert len(first.history) == 3
     torch.manual_seed(12345)
-    second = GateTrainer(fresh(), PROMPT, mixed, config, checkpoint_dir=tmp_path)
-    result = second.train(resume=True)
+    pipe = fresh()
+    result = GateTrainer(pipe, PROMPT, mixed, config, checkpoint_dir=tmp_path).train(resume=True)
     assert not result.stopped
-    assert_equal(gate_values(second._pipe), expected)
+    assert_equal(gate_values(pipe), expected)
     for row, other in zip(whole.history, result.history, strict=True):
         assert {**row, "seconds": 0} == {**other, "seconds": 0}
     assert whole.passes["with_gradient"] == result.passes["with_gradient"]
@@ -231,7 +233,7 @@ def test_a_fault_in_an_iteration_keeps_the_last_checkpoint(
         trainer.train()
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     assert len(state["history"]) == 2
-    assert all(bool(v.isfinite().all()) for gates in state["gates"].values() for v in gates.values())
+    assert all(bool(v.isfinite().all()) for gates in state["learner"].values() for v in gates.values())
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -292,7 +294,7 @@ def test_a_newer_checkpoint_is_refused(
     pipe: Any, concepts: list[Concept], tiny: Tiny, tmp_path: Path
 ) -> None:
     torch.save({"format_version": 99}, tmp_path / "state.pt")
-    with pytest.raises(TrainingError, match="format version 99; this version reads 1"):
+    with pytest.raises(TrainingError, match="format version 99; this version reads 2"):
         GateTrainer(pipe, PROMPT, concepts, tiny(), checkpoint_dir=tmp_path).train()
 
 

@@ -11,7 +11,7 @@ from xl_components import make_xl_components, write_xl_lora
 from mole_diffusion import MoLEConfig, StableDiffusionXLMoLEImg2ImgPipeline, StableDiffusionXLMoLEPipeline
 from mole_diffusion.core.errors import TrainingError
 from mole_diffusion.pictures.training import Concept, GateTrainer, TrainingConfig
-from mole_diffusion.training.state import full_precision
+from mole_diffusion.pictures.training.precision import full_precision
 
 PROMPT = "a zor boot and a vim cat"
 PARTS = ["unet", "text_encoder", "text_encoder_2"]
@@ -49,8 +49,8 @@ def losses_before_and_after(pipe: Any, concepts: list[Concept], config: Training
     """Losses of fresh and of trained gates on the same draws, which the training repeats."""
 
     def repeat(_: object = None) -> None:
-        trainer._bench.draws.tensors.manual_seed(99)
-        trainer._bench.draws.choices.seed(99)
+        trainer.objective.bench.draws.tensors.manual_seed(99)
+        trainer.objective.bench.draws.choices.seed(99)
 
     trainer = GateTrainer(pipe, PROMPT, concepts, config, callback=repeat)
     fresh = {
@@ -66,7 +66,7 @@ def losses_before_and_after(pipe: Any, concepts: list[Concept], config: Training
             mixture.gates.load_state_dict(states[part])
         repeat()
         with torch.no_grad():
-            found.append(sum(float(term.loss) for term in trainer._objective.losses(0)))
+            found.append(sum(float(term.loss) for term in trainer.objective.losses(0)))
     return found
 
 
@@ -92,11 +92,10 @@ def test_every_gate_gets_gradient_and_nothing_else_does(
     trainer = GateTrainer(
         pipe, PROMPT, concepts, tiny(objective=objective, clip=clip_folder, empty_prompts=0.0)
     )
-    trainer._pictures.prepare(backgrounds=False)
-    trainer._objective.prepare()
-    for module in trainer._frozen():
+    trainer.objective.prepare()
+    for module in trainer.objective.networks:
         module.requires_grad_(False)
-    for term in trainer._objective.losses(0):
+    for term in trainer.objective.losses(0):
         term.loss.backward()
     assert list(pipe.mixtures) == PARTS
     for part, mixture in pipe.mixtures.items():
@@ -106,17 +105,17 @@ def test_every_gate_gets_gradient_and_nothing_else_does(
             if "temperature" not in name and not (part != "unet" and "layers__1" in name):
                 assert gate.grad is not None, f"{part}.{name}"
                 assert float(gate.grad.abs().sum()) > 0, f"{part}.{name}"
-    assert all(p.grad is None for module in trainer._frozen() for p in module.parameters())
+    assert all(p.grad is None for module in trainer.objective.networks for p in module.parameters())
 
 
 def test_training_draws_what_the_pipeline_draws(make_xl: Any, concepts: list[Concept], tiny: Tiny) -> None:
     """Same noise, same steps, same guidance: the conditions of training are those of the pipeline."""
     pipe = make_xl()
-    bench = GateTrainer(pipe, PROMPT, concepts, tiny(guidance=3.0))._bench
+    bench = GateTrainer(pipe, PROMPT, concepts, tiny(guidance=3.0)).objective.bench
     found = bench.draw([PROMPT], torch.Generator().manual_seed(4))
     pipe.scheduler = bench.sampler.scheduler
     noise = torch.randn(1, *bench.latent_shape, generator=torch.Generator().manual_seed(4))
-    steps = bench.config.sampling_steps
+    steps = bench.settings.sampling_steps
     expected = pipe(
         PROMPT, latents=noise, num_inference_steps=steps, guidance_scale=3.0, output_type="pt"
     ).images
@@ -137,7 +136,7 @@ def test_unets_that_want_more_are_refused(
     with pytest.raises(
         TrainingError, match="added conditions are 48 wide, pooled text and picture sizes are 56"
     ):
-        GateTrainer(pipe, PROMPT, concepts, tiny())._bench.encode_texts(["a boot"])
+        GateTrainer(pipe, PROMPT, concepts, tiny()).objective.bench.encode_texts(["a boot"])
     pipe.unet.register_to_config(in_channels=9)
     with pytest.raises(TrainingError, match="it reads 9 channels, latents have 4"):
         GateTrainer(pipe, PROMPT, concepts, tiny())

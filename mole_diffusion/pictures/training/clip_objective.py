@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mole_diffusion.pictures.training.clip_guidance import ClipGuide, random_crops, random_views
+from mole_diffusion.pictures.training.config import Clip, ClipWalk
 from mole_diffusion.pictures.training.losses import crop_similarities, global_loss, local_loss, released_loss
-from mole_diffusion.pictures.training.objectives import LossTerms
 from mole_diffusion.pictures.training.sources import ConceptPictures
 from mole_diffusion.pictures.training.workbench import Workbench
+from mole_diffusion.training.objective import Losses, LossTerms, Objective
 
 #: Shortest and longest walk of the released code, in steps of a 50-step schedule, and walked steps per
 #: update.
@@ -20,34 +21,31 @@ WALK_STEPS = (20, 50)
 WALK_UPDATE = 2
 
 
-class ClipObjective:
-    """CLIP guidance on pictures the gates draw.
+class _Guided:
+    """What both objectives share: the features of the references, and how pictures are judged.
 
     Args:
         bench: The shared workbench.
         pictures: Pictures of the concepts, the references of the local term.
+        settings: Batch, views, crops and weights.
         guide: The guiding CLIP.
     """
 
-    def __init__(self, bench: Workbench, pictures: ConceptPictures, guide: ClipGuide) -> None:
+    def __init__(
+        self, bench: Workbench, pictures: ConceptPictures, settings: Clip | ClipWalk, guide: ClipGuide
+    ) -> None:
         self._bench = bench
         self._pictures = pictures
+        self._settings = settings
         self._guide = guide
         self._references: dict[str, Tensor] = {}
 
     def prepare(self) -> None:
         """Features of the reference pictures; the pictures must be prepared."""
         with torch.no_grad():
-            for name in self._bench.concepts:
+            for name in self._pictures.concepts:
                 pictures = self._pictures.of(name).to(self._guide.device)
                 self._references[name] = self._guide.pictures(pictures)
-
-    def losses(self, iteration: int) -> Iterator[LossTerms]:
-        """One loss after a rollout, or one for every step of a walk, with an update every two."""
-        if self._bench.config.rollout == "walk":
-            yield from self._walk()
-        else:
-            yield self._rollout()
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the features follow from the pictures."""
@@ -58,29 +56,84 @@ class ClipObjective:
         self.prepare()
 
     def _batch(self) -> list[int]:
-        bench = self._bench
-        return [bench.draws.choices.randrange(len(bench.prompts)) for _ in range(bench.config.batch_size)]
+        choose, count = self._bench.draws.choices, len(self._pictures.prompts)
+        return [choose.randrange(count) for _ in range(self._settings.batch)]
 
-    def _rollout(self) -> LossTerms:
+    def _texts(self, prompts: list[int]) -> list[str]:
+        return [self._pictures.prompts[i].text for i in prompts]
+
+    def judge(self, pictures: Tensor, prompts: list[int]) -> LossTerms:
+        """The CLIP loss of pictures (batch, 3, H, W) in 0..1 drawn for the prompts of these indices."""
+        if self._settings.formula == "released":
+            return self._released(pictures, prompts)
+        settings, draws = self._settings, self._bench.draws.tensors
+        whole = self._guide.texts([self._pictures.prompts[i].class_text for i in prompts])
+        batch = len(prompts)
+        views = self._guide.windows(pictures, random_views(batch, settings.views, draws))
+        picture_loss = global_loss(views, whole)
+        parts = {"global": float(picture_loss.detach())}
+        crops = self._guide.windows(pictures, random_crops(batch, settings.crops, draws))
+        local, contrast = self._local(crops, prompts)
+        parts |= {"local": float(local.detach()), "contrast": float(contrast.detach())}
+        return LossTerms(settings.global_weight * picture_loss + settings.local_weight * local, parts)
+
+    def _local(self, crops: Tensor, prompts: list[int]) -> tuple[Tensor, Tensor]:
+        """The local term, picture by picture: their prompts may name different concepts."""
+        terms = []
+        for features, prompt in zip(crops, prompts, strict=True):
+            names = self._pictures.prompts[prompt].order
+            texts = self._guide.texts([self._pictures.concepts[name].class_text for name in names])
+            similarities = crop_similarities(
+                features[None], texts, [self._references[name] for name in names]
+            )
+            terms.append(torch.stack(local_loss(similarities, self._settings.contrast_weight)))
+        local, contrast = torch.stack(terms).mean(dim=0)
+        return local, contrast
+
+    def _released(self, pictures: Tensor, prompts: list[int]) -> LossTerms:
+        features = self._guide.pictures(pictures)
+        terms = []
+        for feature, index in zip(features, prompts, strict=True):
+            prompt = self._pictures.prompts[index]
+            whole = self._guide.texts([prompt.class_text])
+            names = self._guide.texts([self._pictures.concepts[name].class_text for name in prompt.order])
+            references = [self._references[name] for name in prompt.order]
+            terms.append(released_loss(feature[None], whole, references, names))
+        loss = torch.stack(terms).mean()
+        return LossTerms(loss, {"released": float(loss.detach())})
+
+
+class ClipObjective(_Guided):
+    """CLIP guidance on pictures the gates draw. Arguments: see `_Guided`."""
+
+    def __init__(self, bench: Workbench, pictures: ConceptPictures, settings: Clip, guide: ClipGuide) -> None:
+        super().__init__(bench, pictures, settings, guide)
+        self._truncated = settings.truncated_steps
+
+    def losses(self, iteration: int) -> Losses:
         """Sample to a random step (10-90 % of the schedule) and judge the predicted clean picture."""
-        bench, config = self._bench, self._bench.config
+        bench = self._bench
         prompts = self._batch()
-        steps = config.sampling_steps
+        steps = bench.settings.sampling_steps
         first, last = round(0.1 * steps), max(round(0.1 * steps), round(0.9 * steps) - 1)
         target = bench.draws.choices.randint(first, last)
         with bench.autocast():
-            text, empty = bench.encode_texts([bench.prompts[i].text for i in prompts])
+            text, empty = bench.encode_texts(self._texts(prompts))
             latents = bench.sampler.rollout(
-                steps, target, config.truncated_steps, text, empty, bench.latent_shape, bench.draws.tensors
+                steps, target, self._truncated, text, empty, bench.latent_shape, bench.draws.tensors
             )
             pictures = bench.decode(latents)
-        return self.judge(pictures, prompts)
+        yield self.judge(pictures, prompts)
 
-    def _walk(self) -> Iterator[LossTerms]:
-        """The released code's walk from a renoised reference: every step with gradient, decoded, detached."""
+
+class ClipWalkObjective(_Guided):
+    """CLIP guidance along the walk of the authors' code. Arguments: see `_Guided`."""
+
+    def losses(self, iteration: int) -> Losses:
+        """Walk from a renoised reference: every step with gradient, then detached; an update every two."""
         bench = self._bench
         prompts = self._batch()
-        names = [bench.draws.choices.choice(bench.prompts[i].order) for i in prompts]
+        names = [bench.draws.choices.choice(self._pictures.prompts[i].order) for i in prompts]
         sources = [self._pictures.of(name) for name in names]
         chosen = torch.stack([p[bench.draws.choices.randrange(len(p))] for p in sources])
         shortest, longest = WALK_STEPS
@@ -91,7 +144,7 @@ class ClipObjective:
         latents = bench.sampler.scheduler.add_noise(latents, noise, timesteps[:1]).to(noise.dtype)
         for position, timestep in enumerate(timesteps, start=1):
             with bench.autocast():
-                text, empty = bench.encode_texts([bench.prompts[i].text for i in prompts])
+                text, empty = bench.encode_texts(self._texts(prompts))
                 following, clean = bench.sampler.step(latents, timestep, text, empty)
                 pictures = bench.decode(clean)
             terms = self.judge(pictures, prompts)
@@ -99,76 +152,34 @@ class ClipObjective:
             update = position % WALK_UPDATE == 0 or position == len(timesteps)
             yield LossTerms(terms.loss / WALK_UPDATE, terms.parts, update)
 
-    def judge(self, pictures: Tensor, prompts: list[int]) -> LossTerms:
-        """The CLIP loss of pictures (batch, 3, H, W) in 0..1 drawn for the prompts of these indices."""
-        if self._bench.config.objective == "released":
-            return self._released(pictures, prompts)
-        config, draws = self._bench.config, self._bench.draws.tensors
-        whole = self._guide.texts([self._bench.prompts[i].class_text for i in prompts])
-        batch = len(prompts)
-        views = self._guide.windows(pictures, random_views(batch, config.views, draws))
-        picture_loss = global_loss(views, whole)
-        parts = {"global": float(picture_loss.detach())}
-        crops = self._guide.windows(pictures, random_crops(batch, config.crops, draws))
-        local, contrast = self._local(crops, prompts)
-        parts |= {"local": float(local.detach()), "contrast": float(contrast.detach())}
-        return LossTerms(config.global_weight * picture_loss + config.local_weight * local, parts)
-
-    def _local(self, crops: Tensor, prompts: list[int]) -> tuple[Tensor, Tensor]:
-        """The local term, picture by picture: their prompts may name different concepts."""
-        terms = []
-        for features, prompt in zip(crops, prompts, strict=True):
-            names = self._bench.prompts[prompt].order
-            texts = self._guide.texts([self._bench.concepts[name].class_text for name in names])
-            similarities = crop_similarities(
-                features[None], texts, [self._references[name] for name in names]
-            )
-            terms.append(torch.stack(local_loss(similarities, self._bench.config.contrast_weight)))
-        local, contrast = torch.stack(terms).mean(dim=0)
-        return local, contrast
-
-    def _released(self, pictures: Tensor, prompts: list[int]) -> LossTerms:
-        features = self._guide.pictures(pictures)
-        terms = []
-        for feature, index in zip(features, prompts, strict=True):
-            prompt = self._bench.prompts[index]
-            whole = self._guide.texts([prompt.class_text])
-            names = self._guide.texts([self._bench.concepts[name].class_text for name in prompt.order])
-            references = [self._references[name] for name in prompt.order]
-            terms.append(released_loss(feature[None], whole, references, names))
-        loss = torch.stack(terms).mean()
-        return LossTerms(loss, {"released": float(loss.detach())})
-
 
 class BothObjectives:
-    """Collages from the start, CLIP guidance on top of them from the share ``clip_from`` of the iterations
-    on.
+    """One objective from the start, another on top of it later.
 
     Args:
-        bench: The shared workbench.
-        first: The collage objective.
-        second: The CLIP objective.
+        first: The collage objective; one loss an iteration.
+        second: The CLIP objective; one loss an iteration.
+        first_iteration: From which the second counts, from 0.
+        weight: Weight of the second.
     """
 
-    def __init__(self, bench: Workbench, first: Any, second: ClipObjective) -> None:
-        self._bench = bench
-        self._first = first
-        self._second = second
+    def __init__(self, first: Objective, second: Objective, first_iteration: float, weight: float) -> None:
+        self._first, self._second = first, second
+        self._first_iteration, self._weight = first_iteration, weight
 
     def prepare(self) -> None:
         """Prepare both."""
         self._first.prepare()
         self._second.prepare()
 
-    def losses(self, iteration: int) -> Iterator[LossTerms]:
-        """Both, for one update; in the first iterations the collage objective alone."""
-        config = self._bench.config
-        (collages,) = self._first.losses(iteration)
-        alone = iteration < config.clip_from * config.iterations
-        yield LossTerms(collages.loss, collages.parts, update=alone)
+    def losses(self, iteration: int) -> Losses:
+        """Both, for one update; in the first iterations the first alone."""
+        (first,) = self._first.losses(iteration)
+        alone = iteration < self._first_iteration
+        yield LossTerms(first.loss, first.parts, update=alone)
         if not alone:
-            (guided,) = self._second.losses(iteration)
-            yield LossTerms(config.clip_weight * guided.loss, guided.parts)
+            (second,) = self._second.losses(iteration)
+            yield LossTerms(self._weight * second.loss, second.parts)
 
     def state_dict(self) -> dict[str, Any]:
         """Of both."""

@@ -1,171 +1,270 @@
-"""Settings of the gate trainer, checked when they are built."""
+"""Settings of gate training on pictures: by objective, or as flat words."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.training.settings import (
+    COSMETIC,
+    GateSettings,
+    check,
+    choice,
+    flag,
+    free,
+    listed,
+    number,
+    share,
+    whole,
+    words_of,
+)
 
 Objective = Literal["clip", "collage", "both", "released"]
+Layout = Literal["scene", "strips"]
 Box = tuple[float, float, float, float]
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "objective": ("clip", "collage", "both", "released"),
-    "schedule": ("cosine", "constant"),
-    "rollout": ("step", "walk"),
-    "collage_source": ("auto", "references", "drawn"),
-    "collage_background": ("base", "sources"),
-    "balance": ("average", "per_gate"),
-}
-_LAYOUTS = ("scene", "strips")
-_POSITIVE_INTEGERS = (
-    *("iterations", "batch_size", "collage_batch", "checkpoint_every", "sampling_steps", "truncated_steps"),
-    *("views", "crops", "collage_objects", "drawn_pictures", "pool_size", "redraw_every"),
-)
-_POSITIVE = ("gate_lr", "flatten_lr", "scalar_lr", "gradient_clip")
-_NOT_NEGATIVE = (
-    "alpha",
-    "global_weight",
-    "local_weight",
-    "contrast_weight",
-    "clip_weight",
-    "prior_weight",
-    "preview_every",
-    "guidance",
-)
-#: Settings that change what is shown and kept, and nothing of what is trained.
-_COSMETIC = ("progress", "preview_every", "checkpoint_every")
-_SHARES = ("clip_from", "seam", "box_jitter", "outside_weight", "empty_prompts")
+OBJECTIVES: tuple[Objective, ...] = ("clip", "collage", "both", "released")
+_LAYOUTS: tuple[Layout, ...] = ("scene", "strips")
+_ROLLOUTS = ("step", "walk")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """How gates are trained.
-
-    The defaults are the collage objective, which did best on the starter; :meth:`paper` gives the settings of
-    "Mixture of LoRA Experts" (Wu et al., 2024).
+class Pictures:
+    """Pictures of training: how they are drawn, and where those of the concepts come from.
 
     Args:
-        objective: ``"clip"`` (local and global CLIP guidance, the paper), ``"collage"`` (denoising loss on
-            cut-and-mixed pictures of the experts), ``"both"`` (collages first, CLIP on top of them from the
-            share ``clip_from`` of the iterations on) or ``"released"`` (the CLIP formula of the authors'
-            code).
-        iterations: Number of iterations.
-        batch_size: Pictures per iteration of the CLIP objectives.
-        collage_batch: Collages per iteration of the collage objective.
-        alpha: Weight of the balance loss, which is 0 when all experts are used equally (paper: Eq. 16).
-        balance: ``"average"`` balances the weights averaged over all gates, so that a gate may choose one
-            expert where another chooses the next (paper: Eq. 15); ``"per_gate"`` balances every gate alone.
-        text_encoder_gates: Whether the gates of text encoders are trained; they stay as they are otherwise.
-        gate_lr: Learning rate of the projections of pooled and token gates. Adam moves a gate on normalised
-            features by at most ``lr * sqrt(features)`` a step, so 1e-5 would leave it uniform.
-        flatten_lr: Learning rate of the projections of flattened gates, which have ``L`` times more inputs.
-        scalar_lr: Learning rate of strengths and temperatures.
-        schedule: ``"cosine"`` (down to zero at the last iteration) or ``"constant"``.
-        gradient_clip: Largest norm of the gradient of all gates together.
-        seed: Seed of everything that is drawn.
-        checkpoint_every: Iterations between checkpoints, written where the trainer has a folder.
-        autocast: Run the frozen networks in bfloat16 under autocast; gates stay float32.
-        gradient_checkpointing: Recompute the activations of the UNet and the decoder in the backward pass.
-        resolution: Height and width of the pictures in pixels; None is the UNet's own size.
+        resolution: Height and width in pixels; None is the model's own size.
         sampling_steps: Steps of the sampling schedule.
         guidance: Scale of classifier-free guidance in every picture that is sampled.
-        rollout: ``"step"`` samples without gradient up to a random step (10-90 % of the schedule) and takes
-            one step with gradient; ``"walk"`` walks as the authors' code does (20-50 steps from a renoised
-            reference, all with gradient, an optimiser step every two), which exists to compare the cost.
-        truncated_steps: Last steps of a rollout that carry gradient.
-        views: Augmented views per picture of the global CLIP term.
-        crops: Crops per picture of the local CLIP term.
-        global_weight: Weight of the global CLIP term.
-        local_weight: Weight of the local CLIP term.
-        contrast_weight: Weight of the contrast between concepts inside the local CLIP term.
-        clip: Guidance CLIP of open_clip: a model name such as ``"local-dir:/folder"``, or a pair (model,
-            pretrained). None is the CLIP that comes with the starter.
-        decoder: Folder or hub id of an ``AutoencoderTiny`` that decodes for CLIP in place of the VAE.
-        clip_weight: Weight of the CLIP terms with ``objective="both"``.
-        clip_from: Share of the iterations after which ``objective="both"`` adds the CLIP terms.
-        collage_source: Where pictures of the concepts come from: ``"references"``, ``"drawn"`` (by each
-            expert alone), or ``"auto"``: references where a concept has them, drawn where not.
-        collage_layouts: Layouts to choose from at random: ``"scene"`` (objects in boxes on a background),
-            ``"strips"`` (centre strips of the pictures side by side).
-        collage_background: Background of scenes: ``"base"`` (from pictures the base draws of one object, so
-            that it fits the prompt) or ``"sources"`` (of one of the pictures that are mixed).
-        collage_objects: Most concepts in one collage; a prompt that names more is learned in parts of so
-            many. Three is what small bases draw, and the starter's; ``collage_boxes`` for more allow more.
-        collage_boxes: Boxes of a scene (left, top, right, bottom as shares of the picture), one per concept
-            in the order of the prompt; None takes `collage.SCENE_BOXES`.
+        source: Where pictures of the concepts come from: `"references"`, `"drawn"` (by each expert alone), or
+            `"auto"`: references where a concept has them, drawn where not. (`collage_source`)
+        drawn: Pictures an expert draws for one concept, and backgrounds the base draws. (`drawn_pictures`)
+        autocast: Run the frozen networks in bfloat16 under autocast; gates stay float32.
+        gradient_checkpointing: Recompute the activations of denoiser and decoder in the backward pass.
+    """
+
+    resolution: int | None = free(None)
+    sampling_steps: int = whole(20)
+    guidance: float = number(5.0)
+    source: Literal["auto", "references", "drawn"] = choice(
+        "auto", "references", "drawn", word="collage_source"
+    )
+    drawn: int = whole(12, word="drawn_pictures")
+    autocast: bool = flag(False)
+    gradient_checkpointing: bool = flag(False)
+
+    def __post_init__(self) -> None:
+        check(self)
+        size = self.resolution
+        if size is not None and (not isinstance(size, int) or size < 8 or size % 8):
+            raise ConfigError(f"resolution is {size!r}; allowed are multiples of 8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collage:
+    """Denoising loss on cut-and-mixed pictures of the experts.
+
+    Args:
+        batch: Collages per iteration. (`collage_batch`)
+        layouts: Layouts to choose from at random: `"scene"` (objects in boxes on a background), `"strips"`
+            (centre strips of the pictures side by side). (`collage_layouts`)
+        background: Background of scenes: `"base"` (from pictures the base draws of one object, so that it
+            fits the prompt) or `"sources"` (of one of the pictures that are mixed). (`collage_background`)
+        objects: Most concepts in one collage; a prompt that names more is learned in parts of so many. Three
+            is what small bases draw, and the starter's; `boxes` for more allow more. (`collage_objects`)
+        boxes: Boxes of a scene (left, top, right, bottom as shares of the picture), one per concept in the
+            order of the prompt; None takes `collage.SCENE_BOXES`. (`collage_boxes`)
         seam: Width of the soft seams as a share of the picture.
         box_jitter: Largest random shift and change of size of a box, as a share of the picture.
-        outside_weight: Weight of the denoising loss outside the boxes of a scene (1 inside).
-        drawn_pictures: Pictures an expert draws for one concept, and backgrounds the base draws.
+        outside_weight: Weight of the denoising loss outside the objects of a scene (1 inside).
         pool_size: Collages kept ready as latents.
-        redraw_every: Iterations after which ``collage_batch`` collages of the pool are made anew.
+        redraw_every: Iterations after which `batch` collages of the pool are made anew.
         empty_prompts: Share of collages that are captioned with the empty prompt.
-        prior_weight: Weight of the distance to the prediction of the base alone outside the boxes of a scene.
-        preview_every: Iterations between preview pictures; 0 draws none.
-        progress: Show a progress bar.
+        prior_weight: Weight of the distance to the prediction of the base alone outside the objects.
+    """
+
+    batch: int = whole(6, word="collage_batch")
+    layouts: tuple[Layout, ...] = free(("scene",), word="collage_layouts")
+    background: Literal["base", "sources"] = choice("base", "sources", word="collage_background")
+    objects: int = whole(3, word="collage_objects")
+    boxes: tuple[Box, ...] | None = free(None, word="collage_boxes")
+    seam: float = share(0.02)
+    box_jitter: float = share(0.05)
+    outside_weight: float = share(0.5)
+    pool_size: int = whole(96)
+    redraw_every: int = whole(8)
+    empty_prompts: float = share(0.0)
+    prior_weight: float = number(0.0)
+
+    def __post_init__(self) -> None:
+        for name in ("layouts", "boxes"):
+            object.__setattr__(self, name, _as_tuples(getattr(self, name)))
+        check(self)
+        if not self.layouts or set(self.layouts) - set(_LAYOUTS):
+            raise ConfigError(
+                f"collage_layouts is {self.layouts!r}; allowed are {listed(_LAYOUTS)}, at least one"
+            )
+        _check_boxes(self.boxes)
+        if self.pool_size < self.batch:
+            raise ConfigError(
+                f"pool_size is {self.pool_size}; allowed is at least collage_batch ({self.batch})"
+            )
+
+    @property
+    def needs_backgrounds(self) -> bool:
+        """Whether collages stand on backgrounds that the base draws."""
+        return "scene" in self.layouts and self.background == "base"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Guidance:
+    """What both kinds of guidance by CLIP have; see `Clip`."""
+
+    batch: int = whole(2, word="batch_size")
+    views: int = whole(4)
+    crops: int = whole(12)
+    global_weight: float = number(1.0)
+    local_weight: float = number(1.0)
+    contrast_weight: float = number(0.5)
+    model: str | tuple[str, str] | None = free(None, word="clip")
+    decoder: str | None = free(None)
+    formula: Literal["paper", "released"] = "paper"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", _as_tuples(self.model))
+        check(self)
+        if self.model is not None and not isinstance(self.model, str) and len(self.model) != 2:
+            raise ConfigError(
+                f"clip is {self.model!r}; allowed are a model name and a pair (model, pretrained)"
+            )
+        if self.formula not in ("paper", "released"):
+            raise ConfigError(f"formula is {self.formula!r}; allowed are 'paper', 'released'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip(_Guidance):
+    """Guidance by CLIP, the paper's objective: sample without gradient up to a random step (10-90 % of the
+    schedule), and judge the clean picture that one step with gradient predicts.
+
+    Args:
+        batch: Pictures per iteration. (`batch_size`)
+        views: Augmented views per picture of the global term.
+        crops: Crops per picture of the local term.
+        global_weight: Weight of the global term.
+        local_weight: Weight of the local term.
+        contrast_weight: Weight of the contrast between concepts inside the local term.
+        model: Guidance CLIP of open_clip: a name such as `"local-dir:/folder"`, or a pair (model,
+            pretrained). None is the CLIP that comes with the starter. (`clip`)
+        decoder: Folder or hub id of an `AutoencoderTiny` that decodes for CLIP in place of the VAE.
+        formula: `"paper"` for local and global guidance, `"released"` for the formula of the authors' code.
+        truncated_steps: Last steps of a rollout that carry gradient.
+    """
+
+    truncated_steps: int = whole(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipWalk(_Guidance):
+    """Guidance by CLIP along a walk as the authors' code takes it: 20-50 steps from a renoised reference, all
+    with gradient, an optimiser step every two. It exists to compare the cost. Settings: see `Clip`.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Both:
+    """Collages first, guidance by CLIP on top of them later.
+
+    Args:
+        collage: The collages.
+        clip: The guidance, by the paper's formula.
+        weight: Weight of the CLIP terms. (`clip_weight`)
+        start: Share of the iterations after which they are added. (`clip_from`)
+    """
+
+    collage: Collage = field(default_factory=Collage)
+    clip: Clip = field(default_factory=Clip)
+    weight: float = number(1.0, word="clip_weight")
+    start: float = share(0.5, word="clip_from")
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.clip.formula != "paper":
+            raise ConfigError("formula 'released' is an objective of its own; allowed with both is 'paper'")
+
+
+Task = Collage | Clip | ClipWalk | Both
+#: What flat words belong to.
+_KINDS = (Pictures, Collage, Clip, Both)
+
+
+@dataclass(frozen=True, kw_only=True, init=False)
+class TrainingConfig(GateSettings):
+    """How gates are trained on pictures.
+
+    The defaults are the collage objective, which did best on the starter; `paper` gives the settings of
+    "Mixture of LoRA Experts" (Wu et al., 2024).
+
+        TrainingConfig(iterations=200, objective=Collage(batch=4))
+
+    Settings may also be given as flat words, as command lines and YAML files do, and be read as such. A word
+    is the name of a field of `Pictures`, `Collage`, `Clip` or `Both`, or what is in brackets behind it there:
+
+        TrainingConfig(iterations=200, objective="collage", collage_batch=4)
+
+    Words of objectives that are not chosen are checked and left aside. `rollout="walk"` is `ClipWalk`.
+
+    Args:
+        objective: A `Collage`, `Clip`, `ClipWalk` or `Both`; or a word: `"clip"` (local and global CLIP
+            guidance, the paper), `"collage"`, `"both"` (collages first, CLIP on top) or `"released"` (the
+            CLIP formula of the authors' code).
+        pictures: How pictures are drawn.
+        text_encoder_gates: Whether the gates of text encoders are trained; they stay as they are otherwise.
+        batch: Pictures per iteration of whatever objective; the pool of collages grows with it. None is the
+            objective's own.
+        words: Settings of the loop and of gates (`training.settings`), and flat words.
 
     Raises:
         ConfigError: if a value is out of range or two settings contradict each other.
     """
 
-    objective: Objective = "collage"
-    iterations: int = 400
-    batch_size: int = 2
-    collage_batch: int = 6
-    alpha: float = 0.5
-    balance: Literal["average", "per_gate"] = "average"
-    text_encoder_gates: bool = True
-    gate_lr: float = 1e-2
-    flatten_lr: float = 1e-5
-    scalar_lr: float = 1e-2
-    schedule: Literal["cosine", "constant"] = "cosine"
-    gradient_clip: float = 1.0
-    seed: int = 0
-    checkpoint_every: int = 50
-    autocast: bool = False
-    gradient_checkpointing: bool = False
-    resolution: int | None = None
-    sampling_steps: int = 20
-    guidance: float = 5.0
-    rollout: Literal["step", "walk"] = "step"
-    truncated_steps: int = 1
-    views: int = 4
-    crops: int = 12
-    global_weight: float = 1.0
-    local_weight: float = 1.0
-    contrast_weight: float = 0.5
-    clip: str | tuple[str, str] | None = None
-    decoder: str | None = None
-    clip_weight: float = 1.0
-    clip_from: float = 0.5
-    collage_source: Literal["auto", "references", "drawn"] = "auto"
-    collage_layouts: tuple[Literal["scene", "strips"], ...] = ("scene",)
-    collage_background: Literal["base", "sources"] = "base"
-    collage_objects: int = 3
-    collage_boxes: tuple[Box, ...] | None = None
-    seam: float = 0.02
-    box_jitter: float = 0.05
-    outside_weight: float = 0.5
-    drawn_pictures: int = 12
-    pool_size: int = 96
-    redraw_every: int = 8
-    empty_prompts: float = 0.0
-    prior_weight: float = 0.0
-    preview_every: int = 0
-    progress: bool = True
+    task: Task
+    pictures: Pictures
+    text_encoder_gates: bool
 
-    def __post_init__(self) -> None:
-        for name in ("collage_layouts", "collage_boxes", "clip"):
-            object.__setattr__(self, name, _as_tuples(getattr(self, name)))
-        _check_choices(self)
-        _check_ranges(self)
-        _check_contradictions(self)
-        _check_boxes(self.collage_boxes)
+    def __init__(
+        self,
+        *,
+        objective: Objective | Task | str | None = None,
+        task: Task | None = None,
+        pictures: Pictures | None = None,
+        text_encoder_gates: bool = True,
+        batch: int | None = None,
+        **words: Any,
+    ) -> None:
+        given = _flat(pictures) | _flat(task)
+        given |= {"objective": objective} if isinstance(objective, str) else _flat(objective)
+        given |= _batch(batch, given | words) | words
+        loop = {name: given.pop(name) for name in words_of(GateSettings) if name in given}
+        if unknown := sorted(set(given) - _WORDS):
+            raise TypeError(f"TrainingConfig() has no settings {unknown}; it has {sorted(known_words())}")
+        super().__init__(**loop)
+        if not isinstance(text_encoder_gates, bool):
+            raise ConfigError(f"text_encoder_gates is {text_encoder_gates!r}; allowed are True and False")
+        object.__setattr__(self, "text_encoder_gates", text_encoder_gates)
+        object.__setattr__(self, "pictures", Pictures(**_own(Pictures, given)))
+        object.__setattr__(self, "task", _task(given, self.pictures))
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """A setting by its flat word."""
+            if name in _WORDS:
+                return self.to_dict()[name]
+            raise AttributeError(f"TrainingConfig has no setting {name!r}")
 
     @classmethod
     def paper(cls, **changes: Any) -> TrainingConfig:
@@ -185,103 +284,144 @@ class TrainingConfig:
         return cls(**{**settings, **changes})
 
     @property
-    def uses_clip(self) -> bool:
-        """Whether any iteration asks CLIP."""
-        return self.objective != "collage"
+    def objective(self) -> str:
+        """The word of the objective."""
+        return _objective(self.task)
 
     @property
-    def uses_collages(self) -> bool:
-        """Whether any iteration trains on collages."""
-        return self.objective in ("collage", "both")
+    def collage(self) -> Collage | None:
+        """The settings of collages, where any iteration trains on them."""
+        if isinstance(self.task, Both):
+            return self.task.collage
+        return self.task if isinstance(self.task, Collage) else None
 
     @property
-    def needs_backgrounds(self) -> bool:
-        """Whether collages stand on backgrounds that the base draws."""
-        return self.uses_collages and "scene" in self.collage_layouts and self.collage_background == "base"
+    def clip_guidance(self) -> Clip | ClipWalk | None:
+        """The settings of guidance by CLIP, where any iteration asks CLIP."""
+        if isinstance(self.task, Both):
+            return self.task.clip
+        return None if isinstance(self.task, Collage) else self.task
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain values."""
-        return dataclasses.asdict(self)
+        """All settings by their flat words; those of objectives that are not chosen are the defaults."""
+        chosen = _flat(self.pictures) | _flat(self.task)
+        return {
+            **{name: getattr(self, name) for name in words_of(GateSettings)},
+            "text_encoder_gates": self.text_encoder_gates,
+            **_DEFAULTS,
+            **chosen,
+        }
 
     def facts(self) -> dict[str, Any]:
-        """The fields that the trained gates depend on."""
-        return {name: value for name, value in self.to_dict().items() if name not in _COSMETIC}
+        """The settings that the trained gates depend on."""
+        return {name: value for name, value in self.to_dict().items() if name not in COSMETIC}
 
     def to_json(self) -> str:
-        """All fields as one line of JSON."""
+        """All settings as one line of JSON."""
         return json.dumps(self.to_dict(), sort_keys=True)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TrainingConfig:
-        """The reverse of :meth:`to_dict`.
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainingConfig:
+        """The reverse of `to_dict`; what is not in it has its default.
 
         Raises:
-            ConfigError: if a field is unknown or a value is not allowed.
+            ConfigError: if a setting is unknown or a value is not allowed.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
+        unknown = sorted(set(values) - known_words())
         if unknown:
-            raise ConfigError(f"unknown fields {unknown} of TrainingConfig; known are {sorted(known)}")
+            raise ConfigError(
+                f"unknown fields {unknown} of TrainingConfig; known are {sorted(known_words())}"
+            )
         return cls(**values)
 
 
-def _as_tuples(value: Any) -> Any:
-    """Lists (from JSON) as tuples, at any depth; strings stay."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return tuple(_as_tuples(entry) for entry in value)
-    return value
+def known_words() -> set[str]:
+    """The flat words of `TrainingConfig`."""
+    return {*words_of(GateSettings), *_WORDS, "text_encoder_gates", "batch"}
 
 
-def _check_choices(config: TrainingConfig) -> None:
-    for name, allowed in _CHOICES.items():
-        if getattr(config, name) not in allowed:
-            raise ConfigError(f"{name} is {getattr(config, name)!r}; allowed are {_listed(allowed)}")
-    if not config.collage_layouts or set(config.collage_layouts) - set(_LAYOUTS):
+def _words(kind: type) -> dict[str, Any]:
+    """Word -> default, of the settings in a class."""
+    return {word: getattr(kind, name) for word, name in words_of(kind).items()}
+
+
+_DEFAULTS: dict[str, Any] = {word: default for kind in _KINDS for word, default in _words(kind).items()}
+_DEFAULTS |= {"objective": "collage", "rollout": "step"}
+_WORDS = set(_DEFAULTS)
+
+
+def _objective(task: Task) -> str:
+    if isinstance(task, Both):
+        return "both"
+    if isinstance(task, Collage):
+        return "collage"
+    return "clip" if task.formula == "paper" else "released"
+
+
+def _flat(settings: Task | Pictures | None) -> dict[str, Any]:
+    """Settings by their words."""
+    if settings is None:
+        return {}
+    found = {word: getattr(settings, name) for word, name in words_of(type(settings)).items()}
+    if isinstance(settings, Both):
+        found = _flat(settings.collage) | _flat(settings.clip) | found
+    if not isinstance(settings, Pictures):
+        found |= {"objective": _objective(settings)}
+    if isinstance(settings, (Clip, ClipWalk)):
+        found |= {"rollout": "walk" if isinstance(settings, ClipWalk) else "step"}
+    return found
+
+
+def _batch(batch: int | None, given: Mapping[str, Any]) -> dict[str, int]:
+    """What a number of pictures per iteration means for each objective."""
+    if batch is None:
+        return {}
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise ConfigError(f"batch is {batch!r}; allowed are whole numbers from 1")
+    pool = max(given.get("pool_size", Collage.pool_size), batch)
+    return {"batch_size": batch, "collage_batch": batch, "pool_size": pool}
+
+
+def _own(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a class of settings among flat words."""
+    return {name: given[word] for word, name in words_of(kind).items() if word in given}
+
+
+def _task(given: Mapping[str, Any], pictures: Pictures) -> Task:
+    """The settings of the chosen objective, from flat words; the words of all others are checked too."""
+    objective, rollout = given.get("objective", "collage"), given.get("rollout", "step")
+    for name, value, allowed in (("objective", objective, OBJECTIVES), ("rollout", rollout, _ROLLOUTS)):
+        if value not in allowed:
+            raise ConfigError(f"{name} is {value!r}; allowed are {listed(allowed)}")
+    collage = Collage(**_own(Collage, given))
+    formula: Any = "released" if objective == "released" else "paper"
+    clip = Clip(**_own(Clip, given), formula=formula)
+    both = Both(collage=collage, **_own(Both, given))
+    _check_rollout(clip, pictures)
+    if rollout == "walk":
+        if objective not in ("clip", "released"):
+            raise ConfigError(f"rollout 'walk' needs objective 'clip' or 'released', got {objective!r}")
+        if clip.truncated_steps != 1:
+            raise ConfigError(
+                "rollout 'walk' detaches between steps: "
+                f"truncated_steps must be 1, got {clip.truncated_steps}"
+            )
+        return ClipWalk(**_own(ClipWalk, given), formula=formula)
+    if objective == "both":
+        return dataclasses.replace(both, clip=clip)
+    return collage if objective == "collage" else clip
+
+
+def _check_rollout(clip: Clip, pictures: Pictures) -> None:
+    if clip.truncated_steps > max(1, pictures.sampling_steps // 2):
         raise ConfigError(
-            f"collage_layouts is {config.collage_layouts!r}; allowed are {_listed(_LAYOUTS)}, at least one"
+            f"truncated_steps is {clip.truncated_steps}; "
+            f"allowed is at most half of sampling_steps ({pictures.sampling_steps})"
         )
-    if config.clip is not None and not isinstance(config.clip, str) and len(config.clip) != 2:
-        raise ConfigError(f"clip is {config.clip!r}; allowed are a model name and a pair (model, pretrained)")
-
-
-def _check_ranges(config: TrainingConfig) -> None:
-    for name in _POSITIVE_INTEGERS:
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{name} is {value!r}; allowed are whole numbers from 1")
-    for name in _POSITIVE:
-        if not getattr(config, name) > 0:
-            raise ConfigError(f"{name} is {getattr(config, name)!r}; allowed are numbers above 0")
-    for name in _NOT_NEGATIVE:
-        if not getattr(config, name) >= 0:
-            raise ConfigError(f"{name} is {getattr(config, name)!r}; allowed are numbers from 0")
-    for name in _SHARES:
-        if not 0 <= getattr(config, name) <= 1:
-            raise ConfigError(f"{name} is {getattr(config, name)!r}; allowed are numbers from 0 to 1")
-    if config.resolution is not None and (config.resolution < 8 or config.resolution % 8):
-        raise ConfigError(f"resolution is {config.resolution!r}; allowed are multiples of 8")
-
-
-def _check_contradictions(config: TrainingConfig) -> None:
-    if config.rollout == "walk" and config.objective not in ("clip", "released"):
-        raise ConfigError(f"rollout 'walk' needs objective 'clip' or 'released', got {config.objective!r}")
-    if config.rollout == "walk" and config.truncated_steps != 1:
-        raise ConfigError(
-            f"rollout 'walk' detaches between steps: truncated_steps must be 1, got {config.truncated_steps}"
-        )
-    if config.truncated_steps > max(1, config.sampling_steps // 2):
-        raise ConfigError(
-            f"truncated_steps is {config.truncated_steps}; "
-            f"allowed is at most half of sampling_steps ({config.sampling_steps})"
-        )
-    if config.truncated_steps > 1 and config.gradient_checkpointing:
+    if clip.truncated_steps > 1 and pictures.gradient_checkpointing:
         raise ConfigError(
             "gradient_checkpointing recomputes one step of a rollout: "
-            f"truncated_steps must be 1, got {config.truncated_steps}"
-        )
-    if config.pool_size < config.collage_batch:
-        raise ConfigError(
-            f"pool_size is {config.pool_size}; allowed is at least collage_batch ({config.collage_batch})"
+            f"truncated_steps must be 1, got {clip.truncated_steps}"
         )
 
 
@@ -294,5 +434,8 @@ def _check_boxes(boxes: Iterable[Box] | None) -> None:
             )
 
 
-def _listed(values: Iterable[str]) -> str:
-    return ", ".join(repr(value) for value in values)
+def _as_tuples(value: Any) -> Any:
+    """Lists (from JSON) as tuples, at any depth; strings stay."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(_as_tuples(entry) for entry in value)
+    return value

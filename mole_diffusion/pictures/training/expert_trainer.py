@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from PIL.Image import Image
 from torch import Tensor, nn
 
@@ -18,8 +18,11 @@ from mole_diffusion.core.checkpoint import write_safetensors
 from mole_diffusion.core.errors import ConfigError, TrainingError
 from mole_diffusion.pictures.training.rollout import denoising_target, training_scheduler
 from mole_diffusion.pictures.training.workbench import picture_tensor
-from mole_diffusion.training import state as training_state
-from mole_diffusion.training.progress import Interrupt
+from mole_diffusion.training.loop import TrainingLoop
+from mole_diffusion.training.objective import Losses, LossTerms, Parameters
+from mole_diffusion.training.progress import HistoryRow, TrainingEvent
+from mole_diffusion.training.settings import LoopSettings, check, number, positive, whole
+from mole_diffusion.training.state import STATE_FILE, frozen
 
 TARGETS = {
     "unet": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"],
@@ -53,24 +56,17 @@ class ExpertTrainingConfig:
         ConfigError: a value is out of range.
     """
 
-    steps: int = 400
-    batch_size: int = 2
-    rank: int = 8
-    learning_rate: float = 1e-4
-    prior_weight: float = 0.0
-    prior_pictures: int = 24
-    seed: int = 0
-    checkpoint_every: int = 100
+    steps: int = whole(400)
+    batch_size: int = whole(2)
+    rank: int = whole(8)
+    learning_rate: float = positive(1e-4)
+    prior_weight: float = number(0.0)
+    prior_pictures: int = whole(24)
+    seed: int = whole(0, None)
+    checkpoint_every: int = whole(100)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "rank", "prior_pictures", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; allowed are whole numbers from 1")
-        if self.learning_rate <= 0 or self.prior_weight < 0:
-            raise ConfigError(
-                f"learning_rate is {self.learning_rate!r}, prior_weight {self.prior_weight!r};"
-                " allowed are numbers above 0, and from 0"
-            )
+        check(self)
 
 
 class ExpertTrainer:
@@ -113,7 +109,7 @@ class ExpertTrainer:
             raise ConfigError("prior preservation draws pictures of the class: class_text is empty")
         self.text, self.class_text = text.strip(), class_text.strip()
         self._pipe = pipe
-        self._scheduler = training_scheduler(pipe.scheduler)
+        training_scheduler(pipe.scheduler)  # raises for one that cannot be trained with
         size = pipe.unet.config.sample_size * pipe.vae_scale_factor
         self._pictures = torch.stack([picture_tensor(picture, (size, size)) for picture in pictures])
 
@@ -138,62 +134,132 @@ class ExpertTrainer:
         """
         if out.suffix != ".safetensors":
             raise ConfigError(f"out is {str(out)!r}; a LoRA file ends in .safetensors")
-        saved = None if fresh else self._saved(folder)
         networks = {"unet": self._pipe.unet, "text_encoder": self._pipe.text_encoder}
-        with ExitStack() as stack:
-            modules = [*networks.values(), self._pipe.vae]
-            stack.enter_context(training_state.only_gates_train(modules, []))
-            subject = self._encode(self._pictures)
-            prior = self._prior() if saved is None else saved["prior"]
-            stack.enter_context(self._adapters(networks))
-            factors = [p for network in networks.values() for p in network.parameters() if p.requires_grad]
-            optimiser = torch.optim.AdamW(factors, lr=self.config.learning_rate)
-            losses: list[float] = []
-            if saved is not None:
-                for part, network in networks.items():
-                    set_peft_model_state_dict(network, saved["factors"][part], adapter_name=_ADAPTER)
-                optimiser.load_state_dict(saved["optimiser"])
-                losses += saved["losses"]
-            interrupt = Interrupt()
-            with interrupt.watching():
-                for step in range(len(losses), self.config.steps):
-                    losses.append(self._step(optimiser, factors, step, subject, prior))
-                    if callback is not None:
-                        callback(step + 1, self.config.steps, losses[-1])
-                    last = step + 1 == self.config.steps
-                    if last or interrupt.asked or (step + 1) % self.config.checkpoint_every == 0:
-                        state = {"prior": prior, "losses": losses, "optimiser": optimiser.state_dict()}
-                        training_state.save_state(folder, {**state, **self._identity(networks)})
-                    if interrupt.asked and not last:
-                        raise KeyboardInterrupt
+        going_on = not fresh and (folder / STATE_FILE).is_file()
+        with frozen([*networks.values(), self._pipe.vae]), self._adapters(networks):
+            factors = {
+                f"{part}.{name}": parameter
+                for part, network in networks.items()
+                for name, parameter in network.named_parameters()
+                if parameter.requires_grad
+            }
+            rate = self.config.learning_rate
+            loop = TrainingLoop(
+                _SubjectObjective(self._pipe, self._pictures, self.text, self.class_text, self.config),
+                Parameters(factors, lambda tensors: torch.optim.AdamW(tensors, lr=rate)),
+                LoopSettings(
+                    iterations=self.config.steps,
+                    schedule="constant",
+                    seed=self.config.seed,
+                    checkpoint_every=self.config.checkpoint_every,
+                    progress=False,
+                ),
+                facts=self._facts(),
+                folder=folder,
+                callback=None if callback is None else _telling(callback),
+                what="steps",
+            )
+            history = self._run(loop, going_on)
             self._write(out, networks)
-        return losses
+        return [row["loss"] for row in history]
 
-    def _step(
-        self,
-        optimiser: torch.optim.Optimizer,
-        factors: Sequence[nn.Parameter],
-        step: int,
-        subject: Tensor,
-        prior: Tensor,
-    ) -> float:
-        """One update; all randomness comes from the step's number, so that a resumed training is the same."""
-        draws = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
-        pools = [(subject, self.text, 1.0)]
-        if self.config.prior_weight:
-            pools.append((prior, self.class_text, self.config.prior_weight))
+    def _run(self, loop: TrainingLoop, going_on: bool) -> list[HistoryRow]:
+        try:
+            # Not None, which begins anew over another training's results.
+            return loop.run(resume=going_on).history
+        except TrainingError as error:
+            if not going_on:
+                raise
+            raise TrainingError(f"{error}\nChoose another folder, or begin anew (fresh).") from error
+
+    @contextmanager
+    def _adapters(self, networks: Mapping[str, Any]) -> Iterator[None]:
+        """Fresh LoRA factors on both networks inside the `with` block."""
+        rank = self.config.rank
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(self.config.seed)
+                for part, network in networks.items():
+                    settings = LoraConfig(
+                        r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=TARGETS[part]
+                    )
+                    inject_adapter_in_model(settings, network, _ADAPTER)
+            yield
+        finally:
+            self._pipe.unload_lora_weights()
+
+    def _facts(self) -> dict[str, Any]:
+        """What makes this training this training."""
+        settings = {name: value for name, value in asdict(self.config).items() if name != "checkpoint_every"}
+        digest = hashlib.sha256(self._pictures.numpy().tobytes()).hexdigest()
+        return {**settings, "text": self.text, "class_text": self.class_text, "pictures": digest}
+
+    def _write(self, out: Path, networks: Mapping[str, Any]) -> None:
+        tensors = {
+            f"{part}.{key}": value.to(torch.float16).contiguous()
+            for part, network in networks.items()
+            for key, value in _factors(network).items()
+        }
+        facts = {"mole.trigger": self.text, "mole.class": self.class_text, "mole.kind": "concept"}
+        write_safetensors(out, tensors, {"format": "pt", **facts})
+
+
+def _telling(callback: Callback) -> Callable[[TrainingEvent], None]:
+    """A callback of the loop; what the user's returns is no answer."""
+
+    def tell(event: TrainingEvent) -> None:
+        callback(event.iteration, event.iterations, event.row["loss"])
+
+    return tell
+
+
+class _SubjectObjective:
+    """The denoising loss on pictures of the subject, and on pictures of its class that the base draws.
+
+    All randomness comes from the step's number, so that a resumed training is the same.
+
+    Args:
+        pipe: the pipeline, with fresh factors on its networks.
+        pictures: (n, 3, H, W) in 0..1, of the subject.
+        text: the subject's words.
+        class_text: words of its class.
+        config: the settings.
+    """
+
+    def __init__(
+        self, pipe: Any, pictures: Tensor, text: str, class_text: str, config: ExpertTrainingConfig
+    ) -> None:
+        self._pipe, self._text, self._class_text, self._config = pipe, text, class_text, config
+        self._scheduler = training_scheduler(pipe.scheduler)
+        self._subject = self._encode(pictures)
+        self._prior = torch.zeros(0)
+
+    def prepare(self) -> None:
+        """Draw pictures of the class; fresh factors change nothing, so these are the base's."""
+        if self._config.prior_weight:
+            self._prior = self._draw_prior()
+
+    def losses(self, iteration: int) -> Losses:
+        """One loss and an update."""
+        config = self._config
+        draws = torch.Generator().manual_seed(config.seed * 1_000_003 + iteration)
+        pools = [(self._subject, self._text, 1.0)]
+        if config.prior_weight:
+            pools.append((self._prior, self._class_text, config.prior_weight))
         loss = sum((self._loss(pool, text, draws) * weight for pool, text, weight in pools), torch.zeros(()))
-        if not torch.isfinite(loss):
-            raise TrainingError(f"the loss is {float(loss.detach())} in step {step + 1}")
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(factors, 1.0)
-        optimiser.step()
-        return float(loss.detach())
+        yield LossTerms(loss, {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Latents of the drawn pictures."""
+        return {"prior": self._prior}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self._prior = state["prior"]
 
     def _loss(self, pool: Tensor, text: str, draws: torch.Generator) -> Tensor:
         """Denoising loss on a batch from a pool of latents (n, c, h, w), on the CPU."""
-        scheduler, count, device = self._scheduler, self.config.batch_size, self._pipe.unet.device
+        scheduler, count, device = self._scheduler, self._config.batch_size, self._pipe.unet.device
         latents = pool[torch.randint(len(pool), (count,), generator=draws)]
         noise = torch.randn(latents.shape, generator=draws)
         times = torch.randint(scheduler.config.num_train_timesteps, (count,), generator=draws)
@@ -215,62 +281,15 @@ class ExpertTrainer:
         encoded: Tensor = (torch.cat(latents).float().cpu() - shift) * vae.config.scaling_factor
         return encoded
 
-    def _prior(self) -> Tensor:
-        """Latents of pictures of the class that the base draws; none without prior preservation."""
-        if not self.config.prior_weight:
-            return torch.zeros(0)
-        draws = torch.Generator().manual_seed(self.config.seed)
+    def _draw_prior(self) -> Tensor:
+        """Latents of pictures of the class."""
+        draws = torch.Generator().manual_seed(self._config.seed)
         parts = []
-        for start in range(0, self.config.prior_pictures, _DRAWN_AT_ONCE):
-            texts = [self.class_text] * min(_DRAWN_AT_ONCE, self.config.prior_pictures - start)
+        for start in range(0, self._config.prior_pictures, _DRAWN_AT_ONCE):
+            texts = [self._class_text] * min(_DRAWN_AT_ONCE, self._config.prior_pictures - start)
             drawn = self._pipe(texts, generator=draws, output_type="latent", **_PRIOR_DRAWING).images
             parts.append(drawn.float().cpu())
         return torch.cat(parts)
-
-    @contextmanager
-    def _adapters(self, networks: Mapping[str, Any]) -> Iterator[None]:
-        """Fresh LoRA factors on both networks inside the `with` block."""
-        rank = self.config.rank
-        try:
-            with torch.random.fork_rng():
-                torch.manual_seed(self.config.seed)
-                for part, network in networks.items():
-                    settings = LoraConfig(
-                        r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=TARGETS[part]
-                    )
-                    inject_adapter_in_model(settings, network, _ADAPTER)
-            yield
-        finally:
-            self._pipe.unload_lora_weights()
-
-    def _saved(self, folder: Path) -> dict[str, Any] | None:
-        """The checkpoint to go on from, or None."""
-        saved = training_state.load_state(folder)
-        if saved is None:
-            return None
-        different = training_state.differences(self._facts(), saved.get("facts", {}))
-        if different:
-            lines = "\n  - ".join([f"the checkpoint in {folder} is of another training", *different])
-            raise TrainingError(f"{lines}\nChoose another folder, or begin anew (fresh).")
-        return saved
-
-    def _facts(self) -> dict[str, Any]:
-        """What makes this training this training."""
-        settings = {name: value for name, value in asdict(self.config).items() if name != "checkpoint_every"}
-        digest = hashlib.sha256(self._pictures.numpy().tobytes()).hexdigest()
-        return {**settings, "text": self.text, "class_text": self.class_text, "pictures": digest}
-
-    def _identity(self, networks: Mapping[str, Any]) -> dict[str, Any]:
-        return {"facts": self._facts(), "factors": {part: _factors(n) for part, n in networks.items()}}
-
-    def _write(self, out: Path, networks: Mapping[str, Any]) -> None:
-        tensors = {
-            f"{part}.{key}": value.to(torch.float16).contiguous()
-            for part, network in networks.items()
-            for key, value in _factors(network).items()
-        }
-        facts = {"mole.trigger": self.text, "mole.class": self.class_text, "mole.kind": "concept"}
-        write_safetensors(out, tensors, {"format": "pt", **facts})
 
 
 def _factors(network: Any) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Pure loss functions of the gate trainer."""
+"""Pure loss functions of gate training on pictures."""
 
 from __future__ import annotations
 
@@ -14,17 +14,8 @@ CROP_TEMPERATURE = 0.05
 CONTRAST_TEMPERATURE = 0.07
 
 
-def mean_per_gate(weights: Sequence[Tensor]) -> Tensor:
-    """Weight of each expert in each gate, averaged over the batch: (gates, experts) from (batch, experts)
-    each.
-
-    The networks of a pipeline see batches of different sizes; this way every gate counts once (Eq. 15).
-    """
-    return torch.stack([gate.float().mean(dim=0) for gate in weights])
-
-
 def global_loss(views: Tensor, text: Tensor) -> Tensor:
-    """``1 - cos`` between views of pictures and the text of the whole prompt.
+    """`1 - cos` between views of pictures and the text of the whole prompt.
 
     Args:
         views: (batch, views, d), unit length.
@@ -57,13 +48,13 @@ def crop_similarities(crops: Tensor, texts: Tensor, references: Sequence[Tensor]
 def local_loss(similarities: Tensor, contrast_weight: float) -> tuple[Tensor, Tensor]:
     """Local guidance: every concept must be in some crop, and no crop may serve two concepts.
 
-    For concept c, ``w_c = softmax(s_c / 0.05)`` over crops picks its crops softly. The first term is ``1 -
-    w_c . s_c``. The contrast is the cross entropy of ``w_c . s_k`` over the concepts k at temperature 0.07
+    For concept c, `w_c = softmax(s_c / 0.05)` over crops picks its crops softly. The first term is `1 -
+    w_c . s_c`. The contrast is the cross entropy of `w_c . s_k` over the concepts k at temperature 0.07
     with c as the answer: where the crops of c look like k, features have bled, or one object is taken for
     both.
 
     Args:
-        similarities: (batch, crops, concepts) from :func:`crop_similarities`.
+        similarities: (batch, crops, concepts) from `crop_similarities`.
         contrast_weight: Weight of the contrast; it vanishes for a single concept.
 
     Returns:
@@ -81,15 +72,15 @@ def local_loss(similarities: Tensor, contrast_weight: float) -> tuple[Tensor, Te
 def released_loss(pictures: Tensor, prompt: Tensor, references: Sequence[Tensor], names: Tensor) -> Tensor:
     """CLIP formula of the authors' released code.
 
-    ``g = 1 - cos(I(y), T(prompt))``, ``d_j = 1 - cos(I(y) - I(ref_j), T(prompt) - T(name_j))``, and the loss
-    is ``sum_j -log((2.5 - g - d_j) / 2)``. The text direction is taken for each concept (the released code
-    keeps the first concept's, a bug). ``g + d_j`` can reach 4, where the logarithm has no value; its
+    `g = 1 - cos(I(y), T(prompt))`, `d_j = 1 - cos(I(y) - I(ref_j), T(prompt) - T(name_j))`, and the loss
+    is `sum_j -log((2.5 - g - d_j) / 2)`. The text direction is taken for each concept (the released code
+    keeps the first concept's, a bug). `g + d_j` can reach 4, where the logarithm has no value; its
     argument stops at 1e-3.
 
     Args:
         pictures: (batch, d), unit length.
         prompt: (batch, d), unit length.
-        references: For each concept (pictures, d), unit length; their mean stands for ``ref_j``.
+        references: For each concept (pictures, d), unit length; their mean stands for `ref_j`.
         names: (concepts, d), unit length.
 
     Returns:
@@ -106,7 +97,7 @@ def released_loss(pictures: Tensor, prompt: Tensor, references: Sequence[Tensor]
 def weighted_denoising_loss(
     prediction: Tensor, target: Tensor, inside: Tensor, outside_weight: float
 ) -> Tensor:
-    """Mean squared error with weight 1 where ``inside`` is 1 and ``outside_weight`` where it is 0.
+    """Mean squared error with weight 1 where `inside` is 1 and `outside_weight` where it is 0.
 
     Args:
         prediction: (batch, 4, h, w).

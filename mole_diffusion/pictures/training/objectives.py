@@ -1,180 +1,125 @@
-"""What an objective is, and the collage objective."""
+"""The objective of gate training on pictures, put together with everything it works with."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from mole_diffusion.pictures.training import collage
-from mole_diffusion.pictures.training.concepts import read_prompt
-from mole_diffusion.pictures.training.losses import weighted_denoising_loss
-from mole_diffusion.pictures.training.rollout import denoising_target
+from mole_diffusion.pictures.training.clip_guidance import ClipGuide
+from mole_diffusion.pictures.training.clip_objective import BothObjectives, ClipObjective, ClipWalkObjective
+from mole_diffusion.pictures.training.collage_objective import CollageObjective
+from mole_diffusion.pictures.training.concepts import Concept, TrainingPrompt
+from mole_diffusion.pictures.training.config import Both, Clip, ClipWalk, Collage, TrainingConfig
+from mole_diffusion.pictures.training.precision import full_precision, gradient_checkpointing
 from mole_diffusion.pictures.training.sources import ConceptPictures
 from mole_diffusion.pictures.training.workbench import Workbench
+from mole_diffusion.training.objective import Losses, Objective
+from mole_diffusion.training.state import frozen
 
 
-@dataclass
-class LossTerms:
-    """A loss with gradient, and its parts as numbers for the history.
-
-    The trainer runs backward on each loss at once, so that one graph is alive at a time, and takes a step of
-    the optimiser where ``update`` is set; gradients of the others add up until then.
-    """
-
-    loss: Tensor
-    parts: dict[str, float]
-    update: bool = True
-
-
-class TrainingObjective(Protocol):
-    """One objective of the trainer."""
-
-    def prepare(self) -> None:
-        """Everything that is constant over the iterations, without gradient."""
-
-    def losses(self, iteration: int) -> Iterator[LossTerms]:
-        """The losses of one iteration; the last one asks for an update."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What must survive a checkpoint beside gates, optimiser and generators."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint, instead of :meth:`prepare`."""
-
-
-class CollageObjective:
-    """Denoising loss on cut-and-mixed pictures of the experts, captioned with the joint prompt.
-
-    No base draws any number of objects, and gates cannot learn a picture the base has no way to. A prompt
-    with more than ``config.collage_objects`` concepts is learned in parts of so many, drawn at random.
-
-    One UNet pass with gradient per iteration; no sampling, decoding or CLIP. Collages wait as latents in a
-    pool, part of which is made anew every few iterations.
+class PictureObjective:
+    """An objective of `TrainingConfig` with its workbench, pictures and guiding CLIP; an `Objective` itself.
 
     Args:
-        bench: The shared workbench.
+        pipe: The pipeline, with experts.
+        prompts: The training prompts.
+        concepts: The concept of each expert.
+        config: The settings.
+
+    Attributes:
+        bench: Networks, random draws and the pass counter.
         pictures: Pictures of the concepts.
+        task: The objective alone.
     """
 
-    def __init__(self, bench: Workbench, pictures: ConceptPictures) -> None:
-        self._bench = bench
-        self._pictures = pictures
-        self._latents = torch.zeros(0)
-        self._inside = torch.zeros(0)
-        self._captions: list[str] = []
-        self._next = 0
+    def __init__(
+        self,
+        pipe: Any,
+        prompts: Sequence[TrainingPrompt],
+        concepts: Mapping[str, Concept],
+        config: TrainingConfig,
+    ) -> None:
+        self._config = config
+        clip = config.clip_guidance
+        decoder = None if clip is None else clip.decoder
+        self.bench = Workbench(pipe, config.pictures, config.seed, decoder)
+        self.pictures = ConceptPictures(self.bench, prompts, concepts)
+        self._guide = None if clip is None else _guide(clip, self.bench.device)
+        self.task: Objective = self._task(config.task)
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """Every network that takes part, once."""
+        pipe = self.bench.pipe
+        found = [*pipe._networks().values(), pipe.vae, self.bench.decoder]
+        found += [self._guide.model] if self._guide is not None else []
+        return list({id(network): network for network in found if network is not None}.values())
+
+    @contextmanager
+    def ready(self, training: Iterable[nn.Parameter] = ()) -> Iterator[None]:
+        """Have the networks as they must be inside the `with` block: frozen, and precise where they decode.
+
+        Args:
+            training: What trains.
+        """
+        bench, wanted = self.bench, self._config.pictures.gradient_checkpointing
+        recomputed = [bench.pipe.unet] if self._guide is None else [bench.pipe.unet, bench.decoder]
+        with ExitStack() as stack:
+            stack.enter_context(frozen(self.networks, training))
+            stack.enter_context(gradient_checkpointing(recomputed, wanted))
+            stack.enter_context(full_precision([bench.pipe.vae, bench.decoder]))
+            yield
 
     def prepare(self) -> None:
-        """Make the first pool. The pictures must be prepared."""
-        config = self._bench.config
-        size = config.collage_batch
-        channels, height, width = self._bench.latent_shape
-        self._latents = torch.zeros(config.pool_size, channels, height, width)
-        self._inside = torch.zeros(config.pool_size, 1, height, width)
-        self._captions = [""] * config.pool_size
-        for first in range(0, config.pool_size, size):
-            self._renew(range(first, min(first + size, config.pool_size)))
+        """Draw what is missing of pictures, and prepare the objective."""
+        collage = self._config.collage
+        self.pictures.prepare(backgrounds=collage is not None and collage.needs_backgrounds)
+        self.task.prepare()
 
-    def losses(self, iteration: int) -> Iterator[LossTerms]:
-        """The denoising loss of a batch from the pool."""
-        bench, config = self._bench, self._bench.config
-        if iteration and iteration % config.redraw_every == 0:
-            entries = [(self._next + i) % config.pool_size for i in range(config.collage_batch)]
-            self._next = (self._next + config.collage_batch) % config.pool_size
-            self._renew(entries)
-        chosen = torch.randperm(config.pool_size, generator=bench.draws.tensors)[: config.collage_batch]
-        latents = self._latents[chosen].to(bench.device)
-        inside = self._inside[chosen].to(bench.device)
-        scheduler = bench.sampler.scheduler
-        noise = torch.randn(latents.shape, generator=bench.draws.tensors).to(bench.device)
-        steps = scheduler.config.num_train_timesteps
-        timesteps = torch.randint(steps, (len(chosen),), generator=bench.draws.tensors).to(bench.device)
-        noisy = scheduler.add_noise(latents, noise, timesteps).to(bench.pipe.unet.dtype)
-        captions = [self._captions[i] for i in chosen.tolist()]
-        prior = self._base_prediction(noisy, timesteps, captions)
-        with bench.autocast():
-            prediction = self._predict(noisy, timesteps, self._some_empty(captions))
-        target = denoising_target(scheduler, latents, noise, timesteps)
-        loss = weighted_denoising_loss(prediction, target, inside, config.outside_weight)
-        parts = {"collage": float(loss.detach())}
-        if prior is not None:
-            distance = weighted_denoising_loss(prediction, prior, 1 - inside, 0.0)
-            parts["prior"] = float(distance.detach())
-            loss = loss + config.prior_weight * distance
-        yield LossTerms(loss, parts)
+    def losses(self, iteration: int) -> Losses:
+        """The losses of one iteration."""
+        return self.task.losses(iteration)
 
     def state_dict(self) -> dict[str, Any]:
-        """The pool."""
+        """Pictures, random generators, passes, and what the objective has to keep."""
         return {
-            "latents": self._latents,
-            "inside": self._inside,
-            "captions": list(self._captions),
-            "next": self._next,
+            "draws": self.bench.draws.state_dict(),
+            "pictures": self.pictures.state_dict(),
+            "task": self.task.state_dict(),
+            "passes": self.bench.counter.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The pool of a checkpoint."""
-        self._latents, self._inside = state["latents"], state["inside"]
-        self._captions, self._next = list(state["captions"]), int(state["next"])
+        """Continue from a checkpoint."""
+        self.bench.draws.load_state_dict(state["draws"])
+        self.pictures.load_state_dict(state["pictures"])
+        self.task.load_state_dict(state["task"])
+        self.bench.counter.load_state_dict(state["passes"])
 
-    def make_collage(self, prompt: int) -> tuple[collage.Collage, str]:
-        """Mix a new collage for the prompt of this index, at random; with its caption."""
-        bench, config = self._bench, self._bench.config
-        choose = bench.draws.choices
-        order = self._part(bench.prompts[prompt].order)
-        caption = bench.prompts[prompt].only(order)
-        indices = [choose.randrange(len(self._pictures.of(name, prompt))) for name in order]
-        sources = [self._pictures.of(name, prompt)[i] for name, i in zip(order, indices, strict=True)]
-        if choose.choice(config.collage_layouts) == "strips":
-            return collage.mix_strips(sources, config.seam), caption
-        drawn = self._pictures.of("", prompt) if config.collage_background == "base" else torch.stack(sources)
-        background = collage.edge_background(drawn[choose.randrange(len(drawn))])
-        cutouts = [self._pictures.cutout(name, prompt, i) for name, i in zip(order, indices, strict=True)]
-        boxes = collage.jitter_boxes(self._boxes(len(order)), config.box_jitter, choose)
-        return collage.mix_scene(background, cutouts, boxes, config.seam), caption
+    def _task(self, settings: Collage | Clip | ClipWalk | Both) -> Objective:
+        bench, pictures = self.bench, self.pictures
+        if isinstance(settings, Collage):
+            return CollageObjective(bench, pictures, settings)
+        assert self._guide is not None
+        if isinstance(settings, ClipWalk):
+            return ClipWalkObjective(bench, pictures, settings, self._guide)
+        if isinstance(settings, Clip):
+            return ClipObjective(bench, pictures, settings, self._guide)
+        return BothObjectives(
+            CollageObjective(bench, pictures, settings.collage),
+            ClipObjective(bench, pictures, settings.clip, self._guide),
+            first_iteration=settings.start * self._config.iterations,
+            weight=settings.weight,
+        )
 
-    def _part(self, order: Sequence[str]) -> Sequence[str]:
-        """The concepts of a collage, in the order of the prompt."""
-        config = self._bench.config
-        if len(order) <= max(config.collage_objects, len(config.collage_boxes or ())):
-            return order
-        chosen = self._bench.draws.choices.sample(order, config.collage_objects)
-        return [name for name in order if name in chosen]
 
-    def _boxes(self, count: int) -> tuple[collage.Box, ...]:
-        boxes = self._bench.config.collage_boxes
-        return boxes if boxes is not None and len(boxes) == count else collage.scene_boxes(count)
+def _guide(settings: Clip | ClipWalk, device: torch.device) -> ClipGuide:
+    """The guiding CLIP; the starter's by default."""
+    from mole_diffusion.starter import starter_dir
 
-    def _renew(self, entries: Any) -> None:
-        entries = list(entries)
-        prompts = [self._bench.draws.choices.randrange(len(self._bench.prompts)) for _ in entries]
-        collages, captions = zip(*(self.make_collage(prompt) for prompt in prompts), strict=True)
-        latents = self._bench.encode_pictures(torch.stack([made.pixels for made in collages]))
-        inside = torch.stack([made.inside for made in collages])
-        size = self._latents.shape[-2:]
-        self._latents[entries] = latents.cpu()
-        self._inside[entries] = torch.nn.functional.interpolate(inside, size=size, mode="area")
-        for entry, caption in zip(entries, captions, strict=True):
-            self._captions[entry] = caption
-
-    def _some_empty(self, captions: list[str]) -> list[str]:
-        share, choose = self._bench.config.empty_prompts, self._bench.draws.choices
-        return ["" if choose.random() < share else caption for caption in captions]
-
-    def _predict(self, noisy: Tensor, timesteps: Tensor, captions: list[str]) -> Tensor:
-        text, _ = self._bench.encode_texts(captions)
-        self._bench.counter.unet()
-        prediction: Tensor = self._bench.pipe.unet(noisy, timesteps, **text.arguments()).sample
-        return prediction
-
-    def _base_prediction(self, noisy: Tensor, timesteps: Tensor, captions: list[str]) -> Tensor | None:
-        """What the base alone predicts for the captions in class words; None where nothing asks for it."""
-        if self._bench.config.prior_weight == 0:
-            return None
-        captions = [read_prompt(caption, self._bench.concepts).class_text for caption in captions]
-        with torch.no_grad(), self._bench.pipe.composing(mixture="none"), self._bench.autocast():
-            return self._predict(noisy, timesteps, captions)
+    model = settings.model
+    return ClipGuide.load(f"local-dir:{starter_dir() / 'clip'}" if model is None else model, device)

@@ -1,4 +1,4 @@
-"""What all objectives share: networks, prompts, concepts, random draws and the pass counter."""
+"""What all objectives share: networks, random draws, sampling and the pass counter."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from mole_diffusion.core.errors import TrainingError
-from mole_diffusion.pictures.training.concepts import Concept, TrainingPrompt
 from mole_diffusion.pictures.training.conditions import TextCondition, encode
-from mole_diffusion.pictures.training.config import TrainingConfig
+from mole_diffusion.pictures.training.config import Pictures
 from mole_diffusion.pictures.training.rollout import PassCounter, Sampler, training_scheduler
 
 
@@ -44,17 +43,16 @@ class Workbench:
 
     Args:
         pipe: The pipeline, with experts.
-        prompts: The training prompts.
-        concepts: The concept of each expert.
-        config: The settings.
-        decoder: What decodes latents for CLIP; the pipeline's VAE or an AutoencoderTiny.
+        settings: How pictures are drawn.
+        seed: Seed of everything that is drawn.
+        small_decoder: Folder or hub id of an `AutoencoderTiny` that decodes for CLIP; None for the VAE.
     """
 
     pipe: Any
-    prompts: Sequence[TrainingPrompt]
-    concepts: Mapping[str, Concept]
-    config: TrainingConfig
-    decoder: Any
+    settings: Pictures
+    seed: int
+    small_decoder: str | None = None
+    decoder: Any = field(init=False)
     draws: Draws = field(init=False)
     counter: PassCounter = field(default_factory=PassCounter)
     sampler: Sampler = field(init=False)
@@ -66,9 +64,10 @@ class Workbench:
                 f"gates of this UNet cannot be trained: it reads {channels} channels, latents have"
                 f" {self.latent_shape[0]} (an inpainting UNet reads mask and picture too); train on the base"
             )
-        self.draws = Draws(self.config.seed)
+        self.draws = Draws(self.seed)
+        self.decoder = self.pipe.vae if self.small_decoder is None else _tiny(self.small_decoder, self.device)
         scheduler = training_scheduler(self.pipe.scheduler)
-        self.sampler = Sampler(self.pipe.unet, scheduler, self.config.guidance, self.counter)
+        self.sampler = Sampler(self.pipe.unet, scheduler, self.settings.guidance, self.counter)
 
     @property
     def device(self) -> torch.device:
@@ -79,8 +78,8 @@ class Workbench:
     @property
     def picture_size(self) -> tuple[int, int]:
         """Height and width of the pictures in pixels."""
-        if self.config.resolution is not None:
-            return self.config.resolution, self.config.resolution
+        if self.settings.resolution is not None:
+            return self.settings.resolution, self.settings.resolution
         size, factor = self.pipe.unet.config.sample_size, self.pipe.vae_scale_factor
         rows, columns = (size, size) if isinstance(size, int) else size
         return rows * factor, columns * factor
@@ -94,7 +93,7 @@ class Workbench:
 
     def autocast(self) -> Any:
         """bfloat16 for the frozen networks, where asked for."""
-        if not self.config.autocast:
+        if not self.settings.autocast:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
@@ -136,9 +135,15 @@ class Workbench:
         """
         with self.pipe.composing(**composition), self.autocast():
             text, empty = self.encode_texts(texts)
-            latents = self.sampler.sample(self.config.sampling_steps, text, empty, self.latent_shape, draws)
+            latents = self.sampler.sample(self.settings.sampling_steps, text, empty, self.latent_shape, draws)
             pictures = _decode(self.pipe.vae, latents)
         return (pictures * 255).round().cpu() / 255
+
+
+def _tiny(source: str, device: torch.device) -> Any:
+    from diffusers import AutoencoderTiny
+
+    return AutoencoderTiny.from_pretrained(source).to(device)
 
 
 def _decode(decoder: Any, latents: Tensor) -> Tensor:

@@ -1,0 +1,154 @@
+"""The collage objective: denoise cut-and-mixed pictures of the experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mole_diffusion.pictures.training import collage
+from mole_diffusion.pictures.training.concepts import read_prompt
+from mole_diffusion.pictures.training.config import Collage
+from mole_diffusion.pictures.training.losses import weighted_denoising_loss
+from mole_diffusion.pictures.training.rollout import denoising_target
+from mole_diffusion.pictures.training.sources import ConceptPictures
+from mole_diffusion.pictures.training.workbench import Workbench
+from mole_diffusion.training.objective import Losses, LossTerms
+
+
+class CollageObjective:
+    """Denoising loss on cut-and-mixed pictures of the experts, captioned with the joint prompt.
+
+    No base draws any number of objects, and gates cannot learn a picture the base has no way to. A prompt
+    with more than `settings.objects` concepts is learned in parts of so many, drawn at random.
+
+    One UNet pass with gradient per iteration; no sampling, decoding or CLIP. Collages wait as latents in a
+    pool, part of which is made anew every few iterations.
+
+    Args:
+        bench: The shared workbench.
+        pictures: Pictures of the concepts.
+        settings: How collages are made.
+    """
+
+    def __init__(self, bench: Workbench, pictures: ConceptPictures, settings: Collage) -> None:
+        self._bench = bench
+        self._settings = settings
+        self._pictures = pictures
+        self._latents = torch.zeros(0)
+        self._inside = torch.zeros(0)
+        self._captions: list[str] = []
+        self._next = 0
+
+    def prepare(self) -> None:
+        """Make the first pool. The pictures must be prepared."""
+        settings = self._settings
+        size = settings.batch
+        channels, height, width = self._bench.latent_shape
+        self._latents = torch.zeros(settings.pool_size, channels, height, width)
+        self._inside = torch.zeros(settings.pool_size, 1, height, width)
+        self._captions = [""] * settings.pool_size
+        for first in range(0, settings.pool_size, size):
+            self._renew(range(first, min(first + size, settings.pool_size)))
+
+    def losses(self, iteration: int) -> Losses:
+        """The denoising loss of a batch from the pool."""
+        bench, settings = self._bench, self._settings
+        if iteration and iteration % settings.redraw_every == 0:
+            entries = [(self._next + i) % settings.pool_size for i in range(settings.batch)]
+            self._next = (self._next + settings.batch) % settings.pool_size
+            self._renew(entries)
+        chosen = torch.randperm(settings.pool_size, generator=bench.draws.tensors)[: settings.batch]
+        latents = self._latents[chosen].to(bench.device)
+        inside = self._inside[chosen].to(bench.device)
+        scheduler = bench.sampler.scheduler
+        noise = torch.randn(latents.shape, generator=bench.draws.tensors).to(bench.device)
+        steps = scheduler.config.num_train_timesteps
+        timesteps = torch.randint(steps, (len(chosen),), generator=bench.draws.tensors).to(bench.device)
+        noisy = scheduler.add_noise(latents, noise, timesteps).to(bench.pipe.unet.dtype)
+        captions = [self._captions[i] for i in chosen.tolist()]
+        prior = self._base_prediction(noisy, timesteps, captions)
+        with bench.autocast():
+            prediction = self._predict(noisy, timesteps, self._some_empty(captions))
+        target = denoising_target(scheduler, latents, noise, timesteps)
+        loss = weighted_denoising_loss(prediction, target, inside, settings.outside_weight)
+        parts = {"collage": float(loss.detach())}
+        if prior is not None:
+            distance = weighted_denoising_loss(prediction, prior, 1 - inside, 0.0)
+            parts["prior"] = float(distance.detach())
+            loss = loss + settings.prior_weight * distance
+        yield LossTerms(loss, parts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The pool."""
+        return {
+            "latents": self._latents,
+            "inside": self._inside,
+            "captions": list(self._captions),
+            "next": self._next,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The pool of a checkpoint."""
+        self._latents, self._inside = state["latents"], state["inside"]
+        self._captions, self._next = list(state["captions"]), int(state["next"])
+
+    def make_collage(self, prompt: int) -> tuple[collage.Collage, str]:
+        """Mix a new collage for the prompt of this index, at random; with its caption."""
+        bench, settings = self._bench, self._settings
+        choose = bench.draws.choices
+        order = self._part(self._pictures.prompts[prompt].order)
+        caption = self._pictures.prompts[prompt].only(order)
+        indices = [choose.randrange(len(self._pictures.of(name, prompt))) for name in order]
+        sources = [self._pictures.of(name, prompt)[i] for name, i in zip(order, indices, strict=True)]
+        if choose.choice(settings.layouts) == "strips":
+            return collage.mix_strips(sources, settings.seam), caption
+        drawn = self._pictures.of("", prompt) if settings.background == "base" else torch.stack(sources)
+        background = collage.edge_background(drawn[choose.randrange(len(drawn))])
+        cutouts = [self._pictures.cutout(name, prompt, i) for name, i in zip(order, indices, strict=True)]
+        boxes = collage.jitter_boxes(self._boxes(len(order)), settings.box_jitter, choose)
+        return collage.mix_scene(background, cutouts, boxes, settings.seam), caption
+
+    def _part(self, order: Sequence[str]) -> Sequence[str]:
+        """The concepts of a collage, in the order of the prompt."""
+        settings = self._settings
+        if len(order) <= max(settings.objects, len(settings.boxes or ())):
+            return order
+        chosen = self._bench.draws.choices.sample(order, settings.objects)
+        return [name for name in order if name in chosen]
+
+    def _boxes(self, count: int) -> tuple[collage.Box, ...]:
+        boxes = self._settings.boxes
+        return boxes if boxes is not None and len(boxes) == count else collage.scene_boxes(count)
+
+    def _renew(self, entries: Any) -> None:
+        entries = list(entries)
+        prompts = [self._bench.draws.choices.randrange(len(self._pictures.prompts)) for _ in entries]
+        collages, captions = zip(*(self.make_collage(prompt) for prompt in prompts), strict=True)
+        latents = self._bench.encode_pictures(torch.stack([made.pixels for made in collages]))
+        inside = torch.stack([made.inside for made in collages])
+        size = self._latents.shape[-2:]
+        self._latents[entries] = latents.cpu()
+        self._inside[entries] = torch.nn.functional.interpolate(inside, size=size, mode="area")
+        for entry, caption in zip(entries, captions, strict=True):
+            self._captions[entry] = caption
+
+    def _some_empty(self, captions: list[str]) -> list[str]:
+        share, choose = self._settings.empty_prompts, self._bench.draws.choices
+        return ["" if choose.random() < share else caption for caption in captions]
+
+    def _predict(self, noisy: Tensor, timesteps: Tensor, captions: list[str]) -> Tensor:
+        text, _ = self._bench.encode_texts(captions)
+        self._bench.counter.unet()
+        prediction: Tensor = self._bench.pipe.unet(noisy, timesteps, **text.arguments()).sample
+        return prediction
+
+    def _base_prediction(self, noisy: Tensor, timesteps: Tensor, captions: list[str]) -> Tensor | None:
+        """What the base alone predicts for the captions in class words; None where nothing asks for it."""
+        if self._settings.prior_weight == 0:
+            return None
+        captions = [read_prompt(caption, self._pictures.concepts).class_text for caption in captions]
+        with torch.no_grad(), self._bench.pipe.composing(mixture="none"), self._bench.autocast():
+            return self._predict(noisy, timesteps, captions)
