@@ -194,52 +194,53 @@ class Exploit:
         return Path.touch, (self.path,)
 
 
-def spoilt(kind: str, folder: Path) -> str:
-    """Spoil a state file; returns what the error should say."""
-    path = folder / STATE
+def changed(**entries: Any) -> Any:
+    """Writes a state with other entries."""
+
+    def write(path: Path) -> None:
+        state = torch.load(path, weights_only=True)
+        torch.save({**state, **entries}, path)
+
+    return write
+
+
+def cut(path: Path) -> None:
     whole = path.read_bytes()
-    if kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "cut":
-        path.write_bytes(whole[: len(whole) // 2])
-    elif kind == "text":
-        path.write_text("no state at all")
-    elif kind == "pickle":
-        path.write_bytes(pickle.dumps({"format_version": 2}))
-    elif kind == "unsafe":
-        torch.save({"format_version": 2, "facts": Exploit(folder / "touched")}, path)
-    elif kind == "list":
-        torch.save([1, 2, 3], path)
-        return "it holds something else"
-    elif kind == "weights":
-        torch.save({"a.weight": torch.zeros(2)}, path)
-        return "it holds something else"
-    elif kind == "version":
-        torch.save({"format_version": 99}, path)
-        return "format version 99; this version reads 2"
-    elif kind == "lacking":
-        torch.save({"format_version": 2, "facts": {}, "history": []}, path)
-        return "it has no learner, optimiser, objective"
-    elif kind == "kinds":
-        state = torch.load(path, weights_only=True)
-        torch.save({**state, "history": 3}, path)
-        return "it is of another kind"
-    elif kind == "other":
-        state = torch.load(path, weights_only=True)
-        state["learner"]["toy"] = {name: torch.zeros(9) for name in state["learner"]["toy"]}
-        torch.save(state, path)
-        return "does not fit this training"
-    return "is no training state: it cannot be read"
+    path.write_bytes(whole[: len(whole) // 2])
+
+
+def exploit(path: Path) -> None:
+    torch.save({"format_version": 2, "facts": Exploit(path.parent / "touched")}, path)
+
+
+OTHER_GATES = {"toy": dict.fromkeys(values_of(toy_mixture()), torch.zeros(9))}
+#: What may stand in place of a state, and what the error says.
+SPOILT = {
+    "empty": (lambda path: path.write_bytes(b""), "is no training state: it cannot be read"),
+    "cut": (cut, "is no training state: it cannot be read"),
+    "text": (lambda path: path.write_text("no state"), "is no training state: it cannot be read"),
+    "pickle": (lambda path: path.write_bytes(pickle.dumps({"a": 2})), "it cannot be read|something else"),
+    "unsafe": (exploit, "is no training state: it cannot be read"),
+    "list": (lambda path: torch.save([1, 2, 3], path), "it holds something else"),
+    "weights": (lambda path: torch.save({"a.weight": torch.zeros(2)}, path), "it holds something else"),
+    "version": (changed(format_version=99), "format version 99; this version reads 2"),
+    "lacking": (
+        lambda path: torch.save({"format_version": 2, "facts": {}, "history": []}, path),
+        "it has no learner, optimiser, objective",
+    ),
+    "kinds": (changed(history=3), "it is of another kind"),
+    "other": (changed(learner=OTHER_GATES), "does not fit this training"),
+    "lists": (changed(learner=[]), "does not fit this training"),
+    "optimiser": (changed(optimiser={}), "does not fit this training"),
+}
 
 
 @pytest.mark.parametrize("resume", [None, True])
-@pytest.mark.parametrize(
-    "kind",
-    "empty cut text pickle unsafe list weights version lacking kinds other".split(),
-)
+@pytest.mark.parametrize("kind", SPOILT)
 def test_a_state_file_that_is_none_is_one_clear_line(tmp_path: Path, kind: str, resume: bool | None) -> None:
     toy_loop(toy_mixture(), folder=tmp_path).run()
-    expected = spoilt(kind, tmp_path)
+    spoil, expected = SPOILT[kind]
+    spoil(tmp_path / STATE)
     mixture = toy_mixture()
     fresh, before = values_of(mixture), (tmp_path / STATE).read_bytes()
     with pytest.raises(TrainingError, match=expected) as raised:

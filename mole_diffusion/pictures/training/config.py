@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.training.settings import (
@@ -258,13 +258,11 @@ class TrainingConfig(GateSettings):
         object.__setattr__(self, "pictures", Pictures(**_own(Pictures, given)))
         object.__setattr__(self, "task", _task(given, self.pictures))
 
-    if not TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any:
-            """A setting by its flat word."""
-            if name in _WORDS:
-                return self.to_dict()[name]
-            raise AttributeError(f"TrainingConfig has no setting {name!r}")
+    def __getattr__(self, name: str) -> Any:
+        """A setting by its flat word."""
+        if name in _WORDS:
+            return self.to_dict()[name]
+        raise AttributeError(f"TrainingConfig has no setting {name!r}")
 
     @classmethod
     def paper(cls, **changes: Any) -> TrainingConfig:
