@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from mole_diffusion.app.composing import ComposeRequest, compose
 from mole_diffusion.app.exporting import ExportRequest, export
 from mole_diffusion.app.jobs import Job
 from mole_diffusion.app.library import add_file
+from mole_diffusion.app.metadata import PictureSettings
 from mole_diffusion.app.session import Session
-from mole_diffusion.app.studio import Studio
+from mole_diffusion.app.setup import Setup
+from mole_diffusion.app.studio import Studio, Work
 from mole_diffusion.app.training import TrainRequest, start_training
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.starter.location import GUIDANCE
@@ -64,6 +67,7 @@ def connect(studio: Studio) -> None:
             (endpoints.export, exporting, [file, facts]),
             (endpoints.add_expert, [upload, name], [facts]),
             (endpoints.experts, [], [facts]),
+            (endpoints.queue, [], [facts]),
         ):
             button = gr.Button(method.__name__)
             button.click(method, inputs, outputs, api_name=method.__name__, concurrency_limit=None)
@@ -76,7 +80,7 @@ class _Endpoints:
         self._studio = studio
 
     @show.friendly
-    def compose(
+    async def compose(
         self,
         prompt: str,
         experts: list[str] | None,
@@ -90,8 +94,8 @@ class _Endpoints:
         height: float,
         request: gr.Request,
     ) -> tuple[str, dict[str, Any]]:
-        """Draw a picture; returns the PNG file and its settings."""
-        session = self._session(request, experts)
+        """Draw a picture; returns the PNG file, its settings, and what it was drawn with."""
+        session, setup = self._asked(request, experts)
         wanted = ComposeRequest(
             prompt=prompt,
             negative=negative or "",
@@ -103,12 +107,12 @@ class _Endpoints:
             mixture=mixture,
             strengths={str(k): float(v) for k, v in (strengths or {}).items()},
         )
-        job = self._finish(session, "compose", compose(self._studio, session, wanted))
+        job = await self._finish(session, "compose", compose(self._studio, session, wanted, setup=setup))
         picture = job.result[0]
-        return str(picture.path), {"settings": picture.settings.to_json()}
+        return str(picture.path), {"settings": picture.settings.to_json(), **drawn_with(picture.settings)}
 
     @show.friendly
-    def train(
+    async def train(
         self,
         prompts: list[str] | str,
         experts: list[str] | None,
@@ -120,7 +124,7 @@ class _Endpoints:
         request: gr.Request,
     ) -> tuple[str, dict[str, Any]]:
         """Train gates, in use from then on; returns the gates file and the last line of the history."""
-        session = self._session(request, experts)
+        session, setup = self._asked(request, experts)
         wanted = TrainRequest(
             prompts=_lines(prompts),
             iterations=int(iterations),
@@ -129,12 +133,12 @@ class _Endpoints:
             batch=int(batch),
             backgrounds=bool(backgrounds),
         )
-        training = start_training(self._studio, session, wanted)
-        self._done(training.job)
+        training = start_training(self._studio, session, wanted, setup)
+        await self._done(session, training.job)
         return str(training.job.result), training.history[-1]
 
     @show.friendly
-    def export(
+    async def export(
         self,
         prompts: list[str] | str,
         experts: list[str] | None,
@@ -145,7 +149,7 @@ class _Endpoints:
         request: gr.Request,
     ) -> tuple[str, dict[str, Any]]:
         """Write the mixture as one plain LoRA; returns the file and how far it is from the gates."""
-        session = self._session(request, experts)
+        session, setup = self._asked(request, experts)
         wanted = ExportRequest(
             prompts=_lines(prompts),
             form=format,
@@ -153,7 +157,7 @@ class _Endpoints:
             steps=int(steps),
             strengths={str(k): float(v) for k, v in (strengths or {}).items()} or None,
         )
-        job = self._finish(session, "export", export(self._studio, session, wanted))
+        job = await self._finish(session, "export", export(self._studio, session, wanted, setup))
         # Without the path: clients take whatever has one for a file to download.
         facts = {key: value for key, value in job.result.to_dict().items() if key != "path"}
         return str(job.result.path), facts
@@ -161,32 +165,55 @@ class _Endpoints:
     @show.friendly
     def add_expert(self, file: str, name: str, request: gr.Request) -> dict[str, Any]:
         """Put a LoRA file into the session's library; returns its name and phrase."""
-        session = self._session(request, None)
+        session = show.session_of(self._studio, request)
         card = add_file(self._studio, session, Path(file), name)
         return {"name": card.name, "text": card.text}
 
     @show.friendly
     def experts(self, request: gr.Request) -> dict[str, Any]:
         """The session's library and which of it is chosen."""
-        session = self._session(request, None)
+        session = show.session_of(self._studio, request)
         library = {name: card.text for name, card in session.library.items()}
         return {"library": library, "chosen": list(session.chosen)}
 
-    def _session(self, request: gr.Request, experts: list[str] | None) -> Session:
+    @show.friendly
+    def queue(self, request: gr.Request) -> dict[str, Any]:
+        """How much is waiting, how much of it is yours, and how long the next piece of work would wait."""
         session = show.session_of(self._studio, request)
-        if experts:
-            session.choose([str(name) for name in experts])
-        return session
+        load = self._studio.worker.load()
+        own = sum(not job.finished for job in session.jobs)
+        seconds = None if load.seconds is None else round(load.seconds, 1)
+        return {"before_the_next": load.ahead, "yours": own, "seconds": seconds}
 
-    def _finish(self, session: Session, kind: str, work: Any) -> Job:
-        return self._done(self._studio.submit(session, kind, work))
+    def _asked(self, request: gr.Request, experts: list[str] | None) -> tuple[Session, Setup]:
+        """The session, and what this call is done with, whatever the session's next call chooses."""
+        session = show.session_of(self._studio, request)
+        with session.lock:
+            if experts:
+                session.choose([str(name) for name in experts])
+            return session, session.setup()
 
-    def _done(self, job: Job) -> Job:
-        job.wait()
+    async def _finish(self, session: Session, kind: str, work: Work) -> Job:
+        return await self._done(session, self._studio.submit(session, kind, work))
+
+    async def _done(self, session: Session, job: Job) -> Job:
+        await job.finish()
+        session.used = time.monotonic()
         show.raise_if_failed(job)
         if job.state == "cancelled":
             raise ConfigError("it was cancelled")
         return job
+
+
+def drawn_with(settings: PictureSettings) -> dict[str, Any]:
+    """What a picture was drawn with, in plain values: model, mixture, experts with their strengths, gates."""
+    return {
+        "model": settings.model,
+        "mixture": settings.mixture,
+        "experts": {use.name: use.strength for use in settings.experts if use.active},
+        "gates": settings.gates,
+        "gates_sha256": settings.gates_sha256,
+    }
 
 
 def _lines(prompts: list[str] | str) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from PIL import Image
 from mole_diffusion.app.jobs import Job
 from mole_diffusion.app.metadata import ExpertUse, PictureSettings, mask_to_text, save_picture
 from mole_diffusion.app.session import Picture, Session
-from mole_diffusion.app.studio import Studio
+from mole_diffusion.app.setup import Setup
+from mole_diffusion.app.stopping import stoppable
+from mole_diffusion.app.studio import Studio, Work
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.pictures.opening import drawing_settings
 from mole_diffusion.starter.location import GUIDANCE
@@ -72,34 +74,36 @@ def compose(
     session: Session,
     request: ComposeRequest,
     mixtures: Sequence[str] | None = None,
-    prepared: Mapping[str, Any] | None = None,
-) -> Callable[[Job], list[Picture]]:
+    *,
+    setup: Setup | None = None,
+) -> Work:
     """The work of drawing one picture, or the same one with several mixtures on the same seed.
+
+    Everything it needs is taken here and now; what the session has later changes nothing.
 
     Args:
         studio: the models.
         session: whose experts and gallery.
         request: what to draw.
-        mixtures: in place of the request's own.
-        prepared: what stands behind the names of mixtures that are no words of the pipeline's.
+        mixtures: in place of the request's own; also names of mixtures that were prepared for the session.
+        setup: model, experts and gates; None are the session's chosen ones.
 
     Returns:
         For `Studio.submit`; the job's result is the pictures, which are in the gallery too.
     """
     wanted = list(mixtures or [request.mixture])
+    setup = setup or session.setup()
+    prepared = session.prepared_for(setup)
+    request = replace(request, regions={name: mask.copy() for name, mask in request.regions.items()})
 
     def work(job: Job) -> list[Picture]:
         job.report(0, 0, "Loading the model and its experts")
-        with studio.opened(session) as pipe:
-            width, height = picture_size(pipe, request)
-            pictures = []
-            for i, mixture in enumerate(wanted):
-                behind = (prepared or {}).get(mixture, mixture)
-                image = _draw(pipe, session, request, behind, (width, height), job, i, len(wanted))
-                pictures.append(_keep(session, pipe, request, mixture, image))
-        return pictures
+        with studio.opened(setup) as pipe, stoppable(pipe, job.check):
+            drawing = _Drawing(session, setup, request, pipe, job, len(wanted))
+            return [drawing.draw(i, name, prepared.get(name, name)) for i, name in enumerate(wanted)]
 
-    return work
+    area = (request.width * request.height) / (512 * 512) or 1.0
+    return Work(work, setup, units=request.steps * len(wanted) * area)
 
 
 def picture_size(pipe: Any, request: ComposeRequest) -> tuple[int, int]:
@@ -108,17 +112,16 @@ def picture_size(pipe: Any, request: ComposeRequest) -> tuple[int, int]:
     return request.width or own, request.height or own
 
 
-def active_names(session: Session, request: ComposeRequest) -> tuple[str, ...]:
+def active_names(setup: Setup, request: ComposeRequest) -> tuple[str, ...]:
     """The experts that count."""
-    chosen = session.chosen
-    return chosen if request.active is None else tuple(n for n in chosen if n in request.active)
+    return setup.names if request.active is None else tuple(n for n in setup.names if n in request.active)
 
 
 def call_settings(
-    session: Session, request: ComposeRequest, mixture: Any, size: tuple[int, int]
+    setup: Setup, request: ComposeRequest, mixture: Any, size: tuple[int, int]
 ) -> dict[str, Any]:
     """The arguments of the pipeline's call, without its callback."""
-    active = active_names(session, request)
+    active = active_names(setup, request)
     settings: dict[str, Any] = {
         "prompt": request.prompt,
         "negative_prompt": request.negative or None,
@@ -126,7 +129,7 @@ def call_settings(
         "generator": torch.Generator().manual_seed(request.seed),
         "width": size[0],
         "height": size[1],
-        **drawing_settings(session.model, request.guidance),
+        **drawing_settings(setup.model, request.guidance),
     }
     if not active or mixture == "none":
         return {**settings, "mixture": "none"}
@@ -135,7 +138,7 @@ def call_settings(
     return {
         **settings,
         "mixture": mixture,
-        "active_experts": None if len(active) == len(session.chosen) else list(active),
+        "active_experts": None if len(active) == len(setup.cards) else list(active),
         "expert_scales": strengths if any(value != 1.0 for value in strengths.values()) else None,
         "region_masks": regions or None,
     }
@@ -176,52 +179,58 @@ def decode(pipe: Any, latents: torch.Tensor) -> Image.Image:
     return picture
 
 
-def _draw(
-    pipe: Any,
-    session: Session,
-    request: ComposeRequest,
-    mixture: Any,
-    size: tuple[int, int],
-    job: Job,
-    index: int,
-    count: int,
-) -> Image.Image:
-    note = "Drawing" if count == 1 else f"Drawing {index + 1} of {count}"
-    after = step_callback(pipe, job, request.steps, index * request.steps, count * request.steps, note)
-    settings = call_settings(session, request, mixture, size)
-    image: Image.Image = pipe(**settings, callback_on_step_end=after).images[0]
-    if settings["mixture"] == "gates":
-        session.weights, session.weights_of = pipe.gate_weights(), tuple(pipe.experts)
-    return image
+@dataclass(frozen=True)
+class _Drawing:
+    """One request at work."""
 
+    session: Session
+    setup: Setup
+    request: ComposeRequest
+    pipe: Any
+    job: Job
+    count: int
 
-def _keep(session: Session, pipe: Any, request: ComposeRequest, mixture: str, image: Image.Image) -> Picture:
-    """Save a picture with its settings, in the gallery."""
-    active = active_names(session, request)
-    trained = "trained" if session.gates() is not None else "fresh"
-    settings = PictureSettings(
-        prompt=request.prompt,
-        negative=request.negative,
-        seed=request.seed,
-        steps=request.steps,
-        guidance=float(request.guidance),
-        width=image.width,
-        height=image.height,
-        mixture=mixture,
-        model=session.model,
-        gates=trained if mixture == "gates" and active else "",
-        experts=tuple(
-            ExpertUse(
-                name=name,
-                sha256=pipe.experts[name].sha256,
-                strength=float(request.strengths.get(name, 1.0)),
-                active=name in active,
-            )
-            for name in session.chosen
-        ),
-        regions={name: mask_to_text(mask) for name, mask in request.regions.items() if name in active},
-    )
-    picture = Picture(session.new_path("picture", ".png"), settings)
-    save_picture(image, picture.path, settings)
-    session.keep(picture)
-    return picture
+    def draw(self, index: int, name: str, mixture: Any) -> Picture:
+        """Draw with one mixture and keep the picture."""
+        request, setup = self.request, self.setup
+        note = "Drawing" if self.count == 1 else f"Drawing {index + 1} of {self.count}"
+        first, total = index * request.steps, self.count * request.steps
+        after = step_callback(self.pipe, self.job, request.steps, first, total, note)
+        settings = call_settings(setup, request, mixture, picture_size(self.pipe, request))
+        image: Image.Image = self.pipe(**settings, callback_on_step_end=after).images[0]
+        if settings["mixture"] == "gates":
+            self.session.weights, self.session.weights_of = self.pipe.gate_weights(), setup.names
+        return self._keep(name, image)
+
+    def _keep(self, mixture: str, image: Image.Image) -> Picture:
+        """Save a picture with its settings, in the gallery."""
+        request, setup = self.request, self.setup
+        active = active_names(setup, request)
+        used = setup.gates_state if mixture == "gates" and active else ""
+        settings = PictureSettings(
+            prompt=request.prompt,
+            negative=request.negative,
+            seed=request.seed,
+            steps=request.steps,
+            guidance=float(request.guidance),
+            width=image.width,
+            height=image.height,
+            mixture=mixture,
+            model=setup.model,
+            gates=used,
+            gates_sha256=setup.gates.sha256 if setup.gates and used else "",
+            experts=tuple(
+                ExpertUse(
+                    name=card.name,
+                    sha256=self.pipe.experts[card.name].sha256,
+                    strength=float(request.strengths.get(card.name, 1.0)),
+                    active=card.name in active,
+                )
+                for card in setup.cards
+            ),
+            regions={name: mask_to_text(mask) for name, mask in request.regions.items() if name in active},
+        )
+        picture = Picture(self.session.new_path("picture", ".png"), settings)
+        save_picture(image, picture.path, settings)
+        self.session.keep(picture)
+        return picture

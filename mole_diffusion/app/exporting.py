@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,9 @@ import torch
 from mole_diffusion.app.composing import MAX_STEPS
 from mole_diffusion.app.jobs import Job
 from mole_diffusion.app.session import Session
-from mole_diffusion.app.studio import Studio
+from mole_diffusion.app.setup import Setup
+from mole_diffusion.app.stopping import stoppable
+from mole_diffusion.app.studio import Studio, Work
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.export import ExportReport
 from mole_diffusion.pictures.opening import drawing_settings
@@ -56,8 +57,9 @@ class ExportRequest:
             raise ConfigError(f"steps is {self.steps}; allowed are 1 to {MAX_STEPS}")
 
 
-def export(studio: Studio, session: Session, request: ExportRequest) -> Callable[[Job], ExportReport]:
-    """The work of exporting, for `Studio.submit`."""
+def export(studio: Studio, session: Session, request: ExportRequest, setup: Setup | None = None) -> Work:
+    """The work of exporting the chosen experts as they are now, or those of a setup, for `Studio.submit`."""
+    setup = setup or session.setup()
 
     def work(job: Job) -> ExportReport:
         job.report(0, 0, "Loading the model and its experts")
@@ -67,10 +69,10 @@ def export(studio: Studio, session: Session, request: ExportRequest) -> Callable
             job.report(done, total, "Comparing with the gates")
 
         settings: dict[str, Any] = {}
-        guidance = drawing_settings(session.model, None).get("guidance_scale")
+        guidance = drawing_settings(setup.model, None).get("guidance_scale")
         if guidance is not None:
             settings["guidance_scale"] = guidance
-        with studio.opened(session, strengths=request.strengths) as pipe:
+        with studio.opened(setup, request.strengths) as pipe, stoppable(pipe, job.check):
             report: ExportReport = pipe.export_lora(
                 session.new_path("export", ".safetensors"),
                 request.form,
@@ -84,4 +86,4 @@ def export(studio: Studio, session: Session, request: ExportRequest) -> Callable
             )
         return report
 
-    return work
+    return Work(work, setup, units=len(request.prompts) * request.steps)

@@ -26,8 +26,9 @@ from mole_diffusion.app.web import SessionCookie, UploadGuard
 from mole_diffusion.pictures.opening import STARTER
 from mole_diffusion.starter.location import starter_dir
 
-#: Requests that may wait in Gradio's own queue; the long work has one of its own.
-_MAX_REQUESTS = 64
+#: Calls that are open at once: whoever waits for a picture is one, and holds no thread. The long work has a
+#: queue of its own.
+_MAX_REQUESTS = 1024
 _HOUR = 3600
 
 _HEAD = """
@@ -143,6 +144,7 @@ def _launch_options(options: AppOptions) -> dict[str, Any]:
         "inbrowser": options.open_browser,
         "prevent_thread_lock": True,
         "quiet": True,
+        "max_threads": _MAX_REQUESTS,
         "show_error": True,
         "footer_links": [],
         "run_history": False,

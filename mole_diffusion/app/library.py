@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from mole_diffusion.app.session import ExpertCard, Session
+from mole_diffusion.app.session import Session
+from mole_diffusion.app.setup import ExpertCard, Gates
 from mole_diffusion.app.studio import Studio
 from mole_diffusion.app.uploads import check_upload
 from mole_diffusion.core.bases import base_of_expert, check_prediction
@@ -75,7 +76,8 @@ def add_gates(session: Session, path: Path) -> tuple[str, ...]:
         GateMismatchError: no gates file, or for experts that are not in the library.
     """
     session.check_settled()
-    check_upload(path)
+    if check_upload(path) != "safetensors":
+        raise ConfigError(f"{path.name!r} is no safetensors file")
     header = read_gates_header(path)
     names = tuple(dict.fromkeys(name for part in header.parts for name in header.expert_names(part)))
     missing = [name for name in names if name not in session.library]
@@ -84,10 +86,9 @@ def add_gates(session: Session, path: Path) -> tuple[str, ...]:
             f"these gates are for {', '.join(names)}; not in your library: {', '.join(missing)}."
             " Add those LoRAs first, under the same names"
         )
-    kept = session.new_path("gates", ".safetensors")
-    shutil.copyfile(path, kept)
+    kept = Gates.of_file(session.keep_file(path, "gates"))
     session.choose(names)
-    session.set_gates(names, kept)
+    session.set_gates(session.cards, kept)
     return names
 
 

@@ -20,7 +20,7 @@ KEY = "mole_diffusion"
 FORMAT_VERSION = 1
 #: What the fields of a picture's settings hold; files come from anywhere.
 _KINDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("prompt", "negative", "mixture", "model", "gates"), (str,)),
+    **dict.fromkeys(("prompt", "negative", "mixture", "model", "gates", "gates_sha256"), (str,)),
     **dict.fromkeys(("seed", "steps", "width", "height"), (int,)),
     "guidance": (int, float),
     "regions": (dict,),
@@ -43,7 +43,8 @@ class PictureSettings:
 
     Attributes:
         model: "starter", or what the user named.
-        gates: what made the weights: "trained", "fresh", or "" where no gate took part.
+        gates: what made the weights: "trained", "partly trained", "fresh", or "" where no gate took part.
+        gates_sha256: hash of the gates file, "" where there is none.
         regions: expert name -> PNG of the region mask, base64.
     """
 
@@ -57,6 +58,7 @@ class PictureSettings:
     mixture: str = "gates"
     model: str = "starter"
     gates: str = ""
+    gates_sha256: str = ""
     experts: tuple[ExpertUse, ...] = ()
     regions: dict[str, str] = field(default_factory=dict)
 

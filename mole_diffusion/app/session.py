@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,53 +15,15 @@ from PIL import Image
 
 from mole_diffusion.app.jobs import Job
 from mole_diffusion.app.metadata import PictureSettings
+from mole_diffusion.app.setup import COLOURS, STARTER, ExpertCard, Gates, Setup
 from mole_diffusion.core.errors import ConfigError, UnknownExpertError
-from mole_diffusion.starter.location import StarterExpert, default_experts, starter_dir, starter_experts
+from mole_diffusion.starter.location import default_experts, starter_dir, starter_experts
 
-STARTER = "starter"
 #: More experts than this make tiles and regions unreadable, and pictures slow.
 MAX_EXPERTS = 8
 MAX_PICTURES = 200
-#: One colour per expert, in tiles, regions and curves; told apart on light and on dark ground.
-COLOURS = ("#e4572e", "#2a9d8f", "#e9b44c", "#7b61c9", "#3a86c8", "#d1478c", "#6a994e", "#8d6e5a")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExpertCard:
-    """An expert as the app shows it.
-
-    Attributes:
-        name: expert name.
-        path: LoRA file or folder.
-        text: phrase with its trigger; empty if its file names none.
-        class_text: the phrase without the trigger.
-        kind: "concept" or "style".
-        picture: a reference picture to show.
-        references: pictures to train gates on.
-        own: brought by the user, not part of the starter.
-    """
-
-    name: str
-    path: Path
-    text: str = ""
-    class_text: str = ""
-    kind: str = "concept"
-    picture: Path | None = None
-    references: tuple[Path, ...] = ()
-    own: bool = False
-
-    @classmethod
-    def of_starter(cls, expert: StarterExpert) -> ExpertCard:
-        """The card of an expert of the starter."""
-        return cls(
-            name=expert.name,
-            path=expert.path,
-            text=expert.text,
-            class_text=expert.class_text,
-            kind=expert.kind,
-            picture=expert.references[0] if expert.references else None,
-            references=expert.references,
-        )
+#: Prepared mixtures that a session keeps: each holds tensors.
+MAX_PREPARED = 6
 
 
 @dataclass(frozen=True)
@@ -73,19 +36,35 @@ class Picture:
 
 @dataclass
 class Training:
-    """A training of gates, running or ended; what the Train tab shows after a reload."""
+    """A training of gates, running or ended; what the Train tab shows after a reload.
 
-    names: tuple[str, ...]
+    Attributes:
+        setup: what is trained; its gates are those from before.
+        request: a `TrainRequest`.
+        folder: checkpoint, history and previews.
+        iterations: wanted.
+        gates: what there is, once it has ended with anything.
+    """
+
+    setup: Setup
     request: Any
     folder: Path
     iterations: int
     job: Job = field(init=False)
     history: list[dict[str, Any]] = field(default_factory=list)
     previews: list[tuple[str, str]] = field(default_factory=list)
+    gates: Gates | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The experts whose gates are trained."""
+        return self.setup.names
 
 
 class Session:
     """Everything that belongs to one browser.
+
+    Its methods may be called from any thread. Work never reads it: it gets a `Setup`.
 
     Args:
         folder: where its files are kept; made here, removed by `close`.
@@ -99,40 +78,68 @@ class Session:
         self.chosen: tuple[str, ...] = ()
         self.pictures: list[Picture] = []
         self.training: Training | None = None
-        self.jobs: dict[str, Job] = {}
-        self.parked: Any = None
-        self.applied: Any = None
+        self.jobs: list[Job] = []
         self.weights: Any = None
         self.weights_of: tuple[str, ...] = ()
-        self.prepared: dict[tuple[str, tuple[str, ...]], Any] = {}
+        self.prepared: dict[tuple[str, Setup], Any] = {}
         self.used = time.monotonic()
-        self._gates: dict[tuple[str, ...], Path] = {}
+        self.lock = threading.RLock()
+        self._gates: dict[tuple[Path, ...], Gates] = {}
+        self._discarded: set[Path] = set()
         folder.mkdir(parents=True, exist_ok=True)
         if model == STARTER:
             self.use_starter()
 
     def use_starter(self) -> None:
         """The starter's experts, with the three it opens with and their gates if it has them."""
-        self.model, self.library, self._gates = STARTER, {}, {}
-        self.library = {name: ExpertCard.of_starter(expert) for name, expert in starter_experts().items()}
-        self.chosen = tuple(default_experts())
-        gates = starter_dir() / "experts" / "gates.safetensors"
-        if gates.is_file():
-            self._gates[self.chosen] = gates
+        with self.lock:
+            self.model, self._gates = STARTER, {}
+            self.library = {name: ExpertCard.of_starter(expert) for name, expert in starter_experts().items()}
+            self.chosen = tuple(default_experts())
+            gates = starter_dir() / "experts" / "gates.safetensors"
+            if gates.is_file():
+                self._gates[self._key(self.cards)] = Gates(gates)
 
     def use_model(self, model: str) -> None:
         """Another base model: experts and gates of the old one do not fit it."""
-        if model == STARTER:
-            self.use_starter()
-        else:
-            self.model, self.library, self.chosen, self._gates = model, {}, (), {}
-        self.parked = self.applied = self.weights = None
-        self.prepared.clear()
+        with self.lock:
+            if model == STARTER:
+                self.use_starter()
+            else:
+                self.model, self.library, self.chosen, self._gates = model, {}, (), {}
+            self.weights = None
+            self.prepared.clear()
+
+    def setup(self, names: Sequence[str] | None = None) -> Setup:
+        """Model, experts and gates as they are now; for everything that is drawn or trained from here on.
+
+        Args:
+            names: experts; None are the chosen ones.
+
+        Raises:
+            UnknownExpertError: a name that is not in the library.
+            ConfigError: too many.
+        """
+        with self.lock:
+            wanted = self.chosen if names is None else self.ordered(names)
+            cards = tuple(self.library[name] for name in wanted)
+            return Setup(self.model, cards, self._gates.get(self._key(cards)))
+
+    def enter(self, job: Job) -> None:
+        """Note a job of this session's; finished ones are forgotten."""
+        with self.lock:
+            self.jobs = [*(other for other in self.jobs if not other.finished), job]
+            self._sweep()
 
     def running(self, kind: str) -> Job | None:
-        """The session's work of this kind that waits or runs."""
-        job = self.jobs.get(kind)
-        return None if job is None or job.finished else job
+        """The session's oldest work of this kind that waits or runs."""
+        return next((job for job in self.jobs if job.kind == kind and not job.finished), None)
+
+    def cancel(self, *kinds: str) -> None:
+        """Stop all work of these kinds."""
+        for job in self.jobs:
+            if job.kind in kinds:
+                job.cancel()
 
     def check_settled(self) -> None:
         """Refuse what would be lost as soon as the base model that is being opened is there.
@@ -146,48 +153,61 @@ class Session:
     @property
     def cards(self) -> list[ExpertCard]:
         """The chosen experts, in the order of the library."""
-        return [self.library[name] for name in self.chosen]
+        with self.lock:
+            return [self.library[name] for name in self.chosen]
 
     def colour(self, name: str) -> str:
         """The colour of a chosen expert."""
         return COLOURS[self.chosen.index(name) % len(COLOURS)]
 
-    def choose(self, names: Iterable[str]) -> None:
-        """Which experts take part.
+    def ordered(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Expert names in the order of the library.
 
         Raises:
             UnknownExpertError: a name that is not in the library.
             ConfigError: too many.
         """
         wanted = set(names)
-        for name in wanted:
-            if name not in self.library:
-                raise UnknownExpertError(name, list(self.library))
-        if len(wanted) > MAX_EXPERTS:
-            raise ConfigError(f"{len(wanted)} experts; at most {MAX_EXPERTS} work together here")
-        self.chosen = tuple(name for name in self.library if name in wanted)
+        with self.lock:
+            for name in wanted:
+                if name not in self.library:
+                    raise UnknownExpertError(name, list(self.library))
+            if len(wanted) > MAX_EXPERTS:
+                raise ConfigError(f"{len(wanted)} experts; at most {MAX_EXPERTS} work together here")
+            return tuple(name for name in self.library if name in wanted)
+
+    def choose(self, names: Iterable[str]) -> None:
+        """Which experts take part from now on.
+
+        Raises:
+            UnknownExpertError: a name that is not in the library.
+            ConfigError: too many.
+        """
+        with self.lock:
+            self.chosen = self.ordered(names)
 
     def add(self, card: ExpertCard) -> None:
         """Put an expert into the library, and choose it where there is room."""
-        self.library[card.name] = card
-        if len(self.chosen) < MAX_EXPERTS and card.name not in self.chosen:
-            self.choose([*self.chosen, card.name])
+        with self.lock:
+            self.library[card.name] = card
+            if len(self.chosen) < MAX_EXPERTS and card.name not in self.chosen:
+                self.choose([*self.chosen, card.name])
 
     def remove(self, name: str) -> None:
-        """Take an expert that the user brought out of the library again, with its file.
+        """Take an expert that the user brought out of the library; its file goes when no work needs it.
 
         Raises:
             UnknownExpertError: no such expert of the user's.
         """
-        own = [known for known, card in self.library.items() if card.own]
-        if name not in own:
-            raise UnknownExpertError(name, own)
-        card = self.library.pop(name)
-        self.chosen = tuple(other for other in self.chosen if other != name)
-        if self.folder in card.path.parents and card.path.is_dir():
-            shutil.rmtree(card.path, ignore_errors=True)
-        elif self.folder in card.path.parents:
-            card.path.unlink(missing_ok=True)
+        with self.lock:
+            own = [known for known, card in self.library.items() if card.own]
+            if name not in own:
+                raise UnknownExpertError(name, own)
+            card = self.library.pop(name)
+            self.chosen = tuple(other for other in self.chosen if other != name)
+            self._gates = {key: gates for key, gates in self._gates.items() if card.path not in key}
+            self._discarded.add(card.path)
+            self._sweep()
 
     def describe(self, name: str, **changes: Any) -> None:
         """Change what is known of an expert (phrase, pictures).
@@ -195,18 +215,28 @@ class Session:
         Raises:
             UnknownExpertError: no such expert.
         """
-        if name not in self.library:
-            raise UnknownExpertError(name, list(self.library))
-        self.library[name] = replace(self.library[name], **changes)
+        with self.lock:
+            if name not in self.library:
+                raise UnknownExpertError(name, list(self.library))
+            self.library[name] = replace(self.library[name], **changes)
 
-    def gates(self, names: Sequence[str] | None = None) -> Path | None:
-        """The gates that belong to the chosen experts; None if they were not trained."""
-        return self._gates.get(self._key(self.chosen if names is None else names))
+    def gates(self, names: Sequence[str] | None = None) -> Gates | None:
+        """The gates in use for the chosen experts, or for others; None if they were not trained."""
+        with self.lock:
+            wanted = self.chosen if names is None else names
+            known = [self.library[name] for name in self.library if name in wanted]
+            return self._gates.get(self._key(known))
 
-    def set_gates(self, names: Sequence[str], path: Path) -> None:
-        """Gates for exactly these experts, to be used from now on."""
-        self._gates[self._key(names)] = path
-        self.applied = None
+    def set_gates(self, cards: Sequence[ExpertCard], gates: Gates) -> None:
+        """Gates for exactly these experts, in use from now on."""
+        with self.lock:
+            self._gates[self._key(cards)] = gates
+
+    def keep_file(self, path: Path, kind: str) -> Path:
+        """A copy of a file that stays as it is, in the session's folder."""
+        kept = self.new_path(kind, path.suffix.lower())
+        shutil.copyfile(path, kept)
+        return kept
 
     def new_path(self, kind: str, suffix: str) -> Path:
         """A file name in the session's folder that nobody has."""
@@ -216,23 +246,50 @@ class Session:
 
     def keep(self, picture: Picture) -> None:
         """Add a picture to the gallery, newest first; the oldest go, with their files."""
-        self.pictures.insert(0, picture)
-        for old in self.pictures[MAX_PICTURES:]:
+        with self.lock:
+            pictures = [picture, *self.pictures]
+            self.pictures = pictures[:MAX_PICTURES]
+        for old in pictures[MAX_PICTURES:]:
             old.path.unlink(missing_ok=True)
-        del self.pictures[MAX_PICTURES:]
+
+    def keep_prepared(self, name: str, setup: Setup, prepared: Any) -> None:
+        """A mixture that was prepared for a setup; the oldest go."""
+        with self.lock:
+            self.prepared[name, replace(setup, gates=None)] = prepared
+            for old in list(self.prepared)[:-MAX_PREPARED]:
+                del self.prepared[old]
+
+    def prepared_for(self, setup: Setup) -> dict[str, Any]:
+        """The mixtures that were prepared for these experts, by the method's name."""
+        with self.lock:
+            bare = replace(setup, gates=None)
+            return {name: made for (name, of), made in self.prepared.items() if of == bare}
 
     def busy(self) -> bool:
         """Whether any of its jobs waits or runs."""
-        return any(not job.finished for job in self.jobs.values())
+        return any(not job.finished for job in self.jobs)
 
     def close(self) -> None:
         """Stop its work and remove its files."""
-        for job in self.jobs.values():
+        for job in self.jobs:
             job.cancel()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _key(self, names: Sequence[str]) -> tuple[str, ...]:
-        return tuple(name for name in self.library if name in set(names))
+    def _sweep(self) -> None:
+        """Remove files of experts that are gone, unless some work still reads them."""
+        needed = {path for job in self.jobs if not job.finished for path in job.files}
+        if self.training is not None:  # it may go on
+            needed |= self.training.setup.files
+        for path in self._discarded - needed:
+            if self.folder in path.parents and path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif self.folder in path.parents:
+                path.unlink(missing_ok=True)
+        self._discarded &= needed
+
+    def _key(self, cards: Iterable[ExpertCard]) -> tuple[Path, ...]:
+        """By file: an expert of the same name may be another one tomorrow."""
+        return tuple(sorted(card.path for card in cards))
 
 
 def thumbnail(path: Path, side: int) -> Image.Image:

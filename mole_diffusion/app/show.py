@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import html
+import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import gradio as gr
 
-from mole_diffusion.app.jobs import Job
+from mole_diffusion.app.jobs import Job, Place, duration
 from mole_diffusion.app.session import Session
 from mole_diffusion.app.studio import Studio
 from mole_diffusion.app.web import COOKIE
 from mole_diffusion.core.errors import MoLEError
 
-R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 _OWN_FOLDERS = re.compile(r"[^\s'\"]*/mole-app-[^\s'\"]*/")
 
 
@@ -26,17 +28,44 @@ def session_of(studio: Studio, request: gr.Request) -> Session:
     return studio.session(key)
 
 
-def friendly(handler: Callable[..., R]) -> Callable[..., R]:
-    """The project's own errors as a message in the page; everything else is a bug and shows as such."""
+def friendly(handler: F) -> F:
+    """The project's own errors as a message in the page; everything else is a bug and shows as such.
 
-    @wraps(handler)
-    def wrapped(*args: Any, **kwargs: Any) -> R:
+    Args:
+        handler: a function, a coroutine function or an asynchronous generator.
+    """
+
+    @contextmanager
+    def friendly_errors() -> Iterator[None]:
         try:
-            return handler(*args, **kwargs)
+            yield
         except (MoLEError, FileNotFoundError) as error:
             raise gr.Error(plain(error), print_exception=False) from error
 
-    return wrapped
+    wrapped: Any
+    if inspect.isasyncgenfunction(handler):
+
+        @wraps(handler)
+        async def wrapped(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+            with friendly_errors():
+                async for value in handler(*args, **kwargs):
+                    yield value
+
+    elif inspect.iscoroutinefunction(handler):
+
+        @wraps(handler)
+        async def wrapped(*args: Any, **kwargs: Any) -> Any:
+            with friendly_errors():
+                return await handler(*args, **kwargs)
+
+    else:
+
+        @wraps(handler)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            with friendly_errors():
+                return handler(*args, **kwargs)
+
+    return cast(F, wrapped)
 
 
 def plain(error: BaseException) -> str:
@@ -44,14 +73,13 @@ def plain(error: BaseException) -> str:
     return html.escape(_OWN_FOLDERS.sub("", str(error))).replace("\n", "<br>")
 
 
-def progress_bar(job: Job | None, position: int = 0) -> str:
-    """A job's state as HTML: what it does, how far it is, and the time left."""
+def progress_bar(job: Job | None, place: Place | None = None) -> str:
+    """A job's state as HTML: what it does, how far it is, and the time left; `place` for one that waits."""
     if job is None:
         return '<div class="work" role="status"></div>'
     now = job.progress
     if job.state == "waiting":
-        ahead = "next in line" if position <= 1 else f"{position} pieces of work come first"
-        return _bar(f"Waiting: {ahead}", "", None)
+        return _bar(*_waiting(place), None)
     if job.state == "running":
         if not now.total:
             return _bar(now.note or "Starting", "", None)
@@ -62,16 +90,6 @@ def progress_bar(job: Job | None, position: int = 0) -> str:
         return f'<div class="work work-failed" role="status"><div class="work-line">{text}</div></div>'
     word = {"done": "Done", "cancelled": "Cancelled"}[job.state]
     return f'<div class="work" role="status"><div class="work-line"><b>{word}</b></div></div>'
-
-
-def duration(seconds: float) -> str:
-    """`"7 s"`, `"2 min 05 s"`, `"1 h 10 min"`."""
-    whole = max(round(seconds), 0)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def raise_if_failed(job: Job) -> None:
@@ -85,10 +103,21 @@ def raise_if_failed(job: Job) -> None:
     ) from job.error
 
 
-def watch(studio: Studio, job: Job) -> Iterator[tuple[Job, str]]:
-    """The job and its progress bar, at once, at every change and when it has finished."""
-    for _ in job.watch():
-        yield job, progress_bar(job, studio.worker.position(job))
+async def watch(studio: Studio, job: Job) -> AsyncIterator[str]:
+    """The job's progress bar, at once, at every change and when it has finished."""
+    async for _ in job.follow():
+        yield progress_bar(job, studio.worker.place(job))
+
+
+def _waiting(place: Place | None) -> tuple[str, str]:
+    """Where a job stands, and how long it will wait."""
+    if place is None or place.ahead <= 1:
+        text = "Waiting: next in line"
+    else:
+        text = f"Waiting: number {place.ahead} in line"
+    if place is None or place.seconds is None:
+        return text, ""
+    return text, f"begins in about {duration(place.seconds)}"
 
 
 def _bar(what: str, left: str, share: float | None) -> str:

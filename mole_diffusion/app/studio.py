@@ -1,28 +1,48 @@
-"""The models behind the app: bases are shared, experts and gates attached only while a session works."""
+"""The models behind the app: bases are shared, experts and gates attached only while some work needs them."""
 
 from __future__ import annotations
 
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mole_diffusion.app.jobs import Job, QueueFullError, Worker
-from mole_diffusion.app.session import STARTER, Session
+from mole_diffusion.app.attaching import Shelf
+from mole_diffusion.app.jobs import Job, Worker
+from mole_diffusion.app.session import Session
+from mole_diffusion.app.setup import STARTER, Setup
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.pictures.opening import open_base, pick_device
 
-#: Jobs that may wait for the one that runs.
-QUEUE_LENGTH = 12
-#: Sessions kept; the one that was not used for longest goes first.
-MAX_SESSIONS = 64
+#: Jobs that may wait for the one that runs, and how many of them may be one visitor's.
+QUEUE_LENGTH, QUEUE_SHARE = 256, 32
+#: Sessions kept; beyond, those go that were not used for longest, but none that was in use this long ago.
+MAX_SESSIONS, SESSION_REST = 64, 600
+#: However busy it is, more sessions are never kept.
+MOST_SESSIONS = 512
 #: Seconds after which an unused session is forgotten.
 SESSION_SECONDS = 6 * 3600
 #: Base models kept in memory.
 MAX_MODELS = 2
+
+
+@dataclass(frozen=True)
+class Work:
+    """Something for the worker to do, with everything it needs.
+
+    Attributes:
+        run: does it; called with its job.
+        setup: what it is done with.
+        units: how much it is, to tell how long it will take.
+    """
+
+    run: Callable[[Job], Any]
+    setup: Setup
+    units: float = 1.0
 
 
 class Studio:
@@ -40,8 +60,9 @@ class Studio:
     ) -> None:
         self.folder, self.model, self.trusted = folder, model, trusted
         self.device = pick_device(device)
-        self.worker = Worker(QUEUE_LENGTH)
+        self.worker = Worker(QUEUE_LENGTH, QUEUE_SHARE)
         self._bases: dict[str, Any] = {}
+        self._shelf = Shelf()
         self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
         self._numbers = 0
@@ -51,55 +72,54 @@ class Studio:
     def session(self, key: str) -> Session:
         """The session of a browser, made where there is none."""
         with self._lock:
-            self._forget_old()
             found = self._sessions.get(key)
             if found is None:
+                self._forget_old()
                 self._numbers += 1
                 found = Session(self.folder / f"session-{self._numbers:05d}", self.model)
                 self._sessions[key] = found
             found.used = time.monotonic()
             return found
 
-    def submit(self, session: Session, kind: str, work: Callable[[Job], Any]) -> Job:
-        """Queue a session's work; one piece of each kind at a time.
+    def submit(self, session: Session, kind: str, work: Work) -> Job:
+        """Queue a session's work.
 
         Raises:
-            QueueFullError: the queue is full, or the same kind of work is on its way for this session.
+            QueueFullError: the queue is full, or the visitor's share of it.
         """
-        with self._lock:
-            if session.running(kind):
-                raise QueueFullError("this is being worked on already; cancel it first or wait for it")
-            job = Job(kind, work)
+        setup = work.setup
+        job = Job(
+            kind,
+            work.run,
+            visitor=session,
+            like=(setup.model, len(setup.cards)),
+            units=work.units,
+            files=setup.files,
+        )
+        with session.lock:
             self.worker.submit(job)
-            session.jobs[kind] = job
-            return job
+            session.enter(job)
+        return job
 
     @contextmanager
-    def opened(
-        self, session: Session, *, strengths: dict[str, float] | None = None, fresh_gates: bool = False
-    ) -> Iterator[Any]:
-        """The session's pipeline with its experts and gates attached; for the worker's thread only.
+    def opened(self, setup: Setup, scales: Mapping[str, float] | None = None) -> Iterator[Any]:
+        """A pipeline with the setup's experts and gates attached; for the worker's thread only.
 
         Args:
-            session: whose.
-            strengths: scales to load the experts with (for export); elsewhere scales belong to a call.
-            fresh_gates: untrained gates, whatever the session has; they may be changed.
+            setup: what to draw with.
+            scales: to load the experts with, for export; elsewhere scales belong to a call.
 
         Raises:
             MoLEError: the model, an expert or the gates cannot be had.
         """
-        pipe = self.base(session.model)
-        if session.parked is not None and session.parked.networks.get("unet") is pipe.unet:
-            pipe.attach_experts(session.parked)
-        else:
-            session.applied = None
-        try:
-            _match(session, pipe, strengths or {}, None if fresh_gates else session.gates())
+        with self._shelf.attached(self.base(setup.model), setup, scales) as pipe:
             yield pipe
-        finally:
-            if fresh_gates:
-                session.applied = None
-            session.parked = pipe.detach_experts()
+
+    @contextmanager
+    def training(self, setup: Setup) -> Iterator[Any]:
+        """As `opened`, with fresh gates that may be changed."""
+        with self._shelf.trained(self.base(setup.model), setup) as pipe:
+            yield pipe
 
     def base(self, model: str) -> Any:
         """A base model, opened at first use; for the worker's thread only.
@@ -110,8 +130,8 @@ class Studio:
         if model not in self._bases:
             while len(self._bases) >= MAX_MODELS:
                 self._bases.pop(next(iter(self._bases)))
-            pipe = open_base(model, self.device)
-            self._bases[model] = pipe
+                self._shelf.clear()
+            self._bases[model] = open_base(model, self.device)
         return self._bases[model]
 
     def facts(self, model: str) -> dict[str, Any] | None:
@@ -151,24 +171,9 @@ class Studio:
     def _forget_old(self) -> None:
         """Close sessions that nobody used for long, and the oldest where there are too many."""
         now = time.monotonic()
-        by_age = sorted(self._sessions.items(), key=lambda item: item[1].used)
-        spare = len(by_age) - MAX_SESSIONS + 1
-        for i, (key, session) in enumerate(by_age):
-            if not session.busy() and (i < spare or now - session.used > SESSION_SECONDS):
+        for key, session in sorted(self._sessions.items(), key=lambda item: item[1].used):
+            rest, count = now - session.used, len(self._sessions)
+            crowded = count >= MOST_SESSIONS or (count >= MAX_SESSIONS and rest > SESSION_REST)
+            if not session.busy() and (crowded or rest > SESSION_SECONDS):
                 session.close()
                 del self._sessions[key]
-
-
-def _match(session: Session, pipe: Any, strengths: dict[str, float], gates: Path | None) -> None:
-    """Give the pipeline the session's experts and these gates; nothing is done where it has them."""
-    experts = [(card.name, str(card.path), strengths.get(card.name, 1.0)) for card in session.cards]
-    wanted = (experts, gates)
-    if session.applied == wanted:
-        return
-    session.applied = None
-    pipe.eject()
-    for name, path, scale in experts:
-        pipe.load_expert(path, name=name, scale=scale)
-    if gates is not None:
-        pipe.load_gates(gates)
-    session.applied = wanted

@@ -11,7 +11,8 @@ from typing import Any
 
 import gradio as gr
 
-from mole_diffusion.app.session import ExpertCard, Session, thumbnail
+from mole_diffusion.app.session import Session, thumbnail
+from mole_diffusion.app.setup import ExpertCard
 from mole_diffusion.core.errors import ConfigError
 
 #: Side in pixels of the pictures in the tiles (drawn at half of it on dense screens).

@@ -12,8 +12,10 @@ from typing import Any
 from PIL import Image
 
 from mole_diffusion.app.jobs import Cancelled, Job, Progress
-from mole_diffusion.app.session import ExpertCard, Session, Training
-from mole_diffusion.app.studio import Studio
+from mole_diffusion.app.session import Session, Training
+from mole_diffusion.app.setup import ExpertCard, Gates, Setup
+from mole_diffusion.app.stopping import stoppable
+from mole_diffusion.app.studio import Studio, Work
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.pictures.training import Concept, GateTrainer, TrainingConfig
 from mole_diffusion.pictures.training.config import OBJECTIVES
@@ -72,39 +74,40 @@ class TrainRequest:
         )
 
 
-def start_training(studio: Studio, session: Session, request: TrainRequest) -> Training:
-    """Queue a training of the chosen experts' gates.
+def start_training(
+    studio: Studio, session: Session, request: TrainRequest, setup: Setup | None = None
+) -> Training:
+    """Queue a training of gates for the chosen experts as they are now, or for those of a setup.
 
     Raises:
         ConfigError: fewer than two experts, or one whose phrase is not known.
         QueueFullError: see `Studio.submit`.
     """
-    if len(session.chosen) < 2:
+    setup = setup or session.setup()
+    if len(setup.cards) < 2:
         raise ConfigError("gates decide between experts: choose at least two")
-    for card in session.cards:
+    for card in setup.cards:
         if not card.text:
             raise ConfigError(f"the file of {card.name!r} names no trigger: write its phrase under Concepts")
-    folder = session.new_path("training", "")
-    training = Training(session.chosen, request, folder, request.iterations)
-    training.job = studio.submit(session, "train", _work(studio, session, training, resume=False))
+    training = Training(setup, request, session.new_path("training", ""), request.iterations)
+    _submit(studio, session, training, resume=False)
     session.training = training
     return training
 
 
 def resume_training(studio: Studio, session: Session) -> Training:
-    """Queue the rest of the session's last training.
+    """Queue the rest of the session's last training, of the experts that it was begun with.
 
     Raises:
-        ConfigError: there is none that was stopped, or the experts are others now.
+        ConfigError: there is none that was stopped.
         QueueFullError: see `Studio.submit`.
     """
     training = session.training
     if training is None or not can_resume(training):
         raise ConfigError("there is no training to go on with")
-    if training.names != session.chosen:
-        names = ", ".join(training.names)
-        raise ConfigError(f"that training was of {names}; choose these experts again to go on with it")
-    training.job = studio.submit(session, "train", _work(studio, session, training, resume=True))
+    if training.setup.model != session.model:
+        raise ConfigError(f"that training was of the base model {training.setup.model!r}: open it first")
+    _submit(studio, session, training, resume=True)
     return training
 
 
@@ -118,16 +121,22 @@ def can_resume(training: Training | None) -> bool:
     )
 
 
-def _work(studio: Studio, session: Session, training: Training, *, resume: bool) -> Callable[[Job], Path]:
+def _submit(studio: Studio, session: Session, training: Training, *, resume: bool) -> None:
+    left = training.iterations - len(training.history)
+    work = Work(_run(studio, session, training, resume=resume), training.setup, units=max(left, 1))
+    training.job = studio.submit(session, "train", work)
+
+
+def _run(studio: Studio, session: Session, training: Training, *, resume: bool) -> Callable[[Job], Path]:
     def work(job: Job) -> Path:
         job.report(0, 0, "Loading the model and its experts")
         request: TrainRequest = training.request
         going_on = resume and (training.folder / STATE_FILE).is_file()
-        with studio.opened(session, fresh_gates=True) as pipe:
+        with studio.training(training.setup) as pipe:
             trainer = GateTrainer(
                 pipe,
                 request.prompts,
-                [concept_of(card) for card in session.cards],
+                [concept_of(card) for card in training.setup.cards],
                 request.config(),
                 callback=_teller(job, training),
                 checkpoint_dir=training.folder,
@@ -135,10 +144,12 @@ def _work(studio: Studio, session: Session, training: Training, *, resume: bool)
             with _stoppable_preparation(pipe, job, training):
                 result = trainer.train(resume=going_on)
         assert result.gates is not None
-        session.set_gates(training.names, result.gates)
+        # A copy: the training's own file changes when it goes on.
+        training.gates = Gates.of_file(session.keep_file(result.gates, "gates"))
         if result.stopped:
             raise Cancelled
-        return result.gates
+        session.set_gates(training.setup.cards, training.gates)
+        return training.gates.path
 
     return work
 
@@ -161,18 +172,14 @@ def _teller(job: Job, training: Training) -> Callable[[TrainingEvent], Any]:
 @contextmanager
 def _stoppable_preparation(pipe: Any, job: Job, training: Training) -> Iterator[None]:
     """Let Cancel work before the first iteration too, while pictures are drawn; an iteration ends first."""
-    before = len(training.history)
 
-    def look(*_: object) -> None:
-        if len(training.history) == before and not training.history:
+    def look() -> None:
+        if not training.history:
             job.check()
-            job.report(0, 0, "Preparing pictures to train on")
 
-    handle = pipe.unet.register_forward_pre_hook(look)
-    try:
+    job.report(0, 0, "Preparing pictures to train on")
+    with stoppable(pipe, look):
         yield
-    finally:
-        handle.remove()
 
 
 def concept_of(card: ExpertCard) -> Concept:

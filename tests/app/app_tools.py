@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mole_diffusion.app.jobs import Job
+
 ROOT = Path(__file__).parents[2]
 _START_SECONDS = 180
 # What Gradio logs when a page goes away while it listens.
@@ -73,6 +75,19 @@ def running(folder: Path, *options: str) -> Iterator[Server]:
         yield server
     finally:
         server.stop()
+
+
+def blocked(kind: str = "sleep", **options: Any) -> tuple[Job, threading.Event]:
+    """A job that reports once and then waits for the event."""
+    go = threading.Event()
+
+    def work(job: Job) -> str:
+        job.report(1, 4, "half asleep")
+        while not go.wait(0.01):
+            job.check()
+        return "awake"
+
+    return Job(kind, work, **options), go
 
 
 class Visitor:

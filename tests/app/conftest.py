@@ -9,6 +9,8 @@ import pytest
 from app_tools import Server, Visitor, running
 from machine import browser
 
+from mole_diffusion.app.studio import Studio
+
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
@@ -16,6 +18,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with running(tmp_path_factory.mktemp("app")) as started:
         yield started
     assert "Traceback" not in started.said, started.said
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
+    """The models and sessions without a page."""
+    made = Studio(tmp_path_factory.mktemp("studio"), device="cpu")
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="module")

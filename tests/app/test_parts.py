@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from app_tools import blocked
 from PIL import Image, PngImagePlugin
 
 from mole_diffusion.app import charts, regions, tiles
 from mole_diffusion.app.composing import ComposeRequest, compose
-from mole_diffusion.app.jobs import Job, QueueFullError, Worker
+from mole_diffusion.app.jobs import Job, QueueFullError, Worker, duration
 from mole_diffusion.app.library import add_file, add_gates
 from mole_diffusion.app.metadata import (
     KEY,
@@ -25,7 +25,8 @@ from mole_diffusion.app.metadata import (
     save_picture,
 )
 from mole_diffusion.app.session import MAX_EXPERTS, Session
-from mole_diffusion.app.show import duration, progress_bar
+from mole_diffusion.app.setup import Gates
+from mole_diffusion.app.show import progress_bar
 from mole_diffusion.app.studio import Studio
 from mole_diffusion.app.uploads import check_upload
 from mole_diffusion.core.errors import ConfigError, ExpertLoadError, GateMismatchError, UnknownExpertError
@@ -37,26 +38,6 @@ def worker() -> Iterator[Worker]:
     made = Worker(length=2)
     yield made
     made.close()
-
-
-@pytest.fixture(scope="module")
-def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
-    made = Studio(tmp_path_factory.mktemp("studio"), device="cpu")
-    yield made
-    made.close()
-
-
-def blocked() -> tuple[Job, threading.Event]:
-    """A job that reports once and then waits for the event."""
-    go = threading.Event()
-
-    def work(job: Job) -> str:
-        job.report(1, 4, "half asleep")
-        while not go.wait(0.01):
-            job.check()
-        return "awake"
-
-    return Job("sleep", work), go
 
 
 def test_jobs_run_in_turn_and_the_queue_has_an_end(worker: Worker) -> None:
@@ -173,7 +154,7 @@ def test_paint_becomes_masks_and_back(tmp_path: Path) -> None:
 def test_a_session_knows_its_experts(tmp_path: Path) -> None:
     session = Session(tmp_path / "s")
     assert session.chosen == ("boot", "monster", "clock")
-    assert session.gates() == starter_dir() / "experts" / "gates.safetensors"
+    assert session.gates() == Gates(starter_dir() / "experts" / "gates.safetensors")
     session.choose(["clock", "boot"])
     assert session.chosen == ("boot", "clock")
     assert session.gates() is None
@@ -213,8 +194,8 @@ def test_what_users_bring_is_copied_and_checked(studio: Studio, tmp_path: Path) 
 
 def test_nothing_is_added_to_a_library_that_is_about_to_go(studio: Studio) -> None:
     session = studio.session("opening")
-    opening, go = blocked()
-    session.jobs["open"] = studio.worker.submit(opening)
+    opening, go = blocked("open")
+    session.enter(studio.worker.submit(opening))
     before = dict(session.library)
     for add in (
         lambda: add_file(studio, session, starter_experts()["cat"].path),

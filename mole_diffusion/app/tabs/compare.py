@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from mole_diffusion.app import show
 from mole_diffusion.app.composing import MAX_STEPS, ComposeRequest, compose
 from mole_diffusion.app.jobs import Job
 from mole_diffusion.app.session import Picture, Session
-from mole_diffusion.app.studio import Studio
+from mole_diffusion.app.stopping import stoppable
+from mole_diffusion.app.studio import Studio, Work
 from mole_diffusion.app.tabs.train import suggested_prompt
 from mole_diffusion.app.training import concept_of
 from mole_diffusion.core.errors import ConfigError
@@ -94,32 +95,28 @@ class CompareTab:
         session = show.session_of(self.studio, request)
         return [prompt or suggested_prompt(session), *_lists(session, chosen)]
 
-    def compare(
+    @show.friendly
+    async def compare(
         self, request: gr.Request, prompt: str, names: list[str], seed: Any, steps: Any
-    ) -> Iterator[Any]:
+    ) -> AsyncIterator[Any]:
         """Draw the prompt with each method."""
         session = show.session_of(self.studio, request)
         wanted = self._request(session, prompt, names, seed, steps)
-        prepared = {
-            name: session.prepared[name, session.chosen] for name in names if _is_prepared(session, name)
-        }
-        job = show.friendly(self.studio.submit)(
-            session, "compare", compose(self.studio, session, wanted, names, prepared)
-        )
-        for _, bar in show.watch(self.studio, job):
+        job = self.studio.submit(session, "compare", compose(self.studio, session, wanted, names))
+        async for bar in show.watch(self.studio, job):
             yield bar, gr.skip(), gr.skip()
         if job.state == "done":
             yield show.progress_bar(None), *_results(session, wanted, names, job.result)
         show.raise_if_failed(job)
 
-    def make_ready(
+    @show.friendly
+    async def make_ready(
         self, request: gr.Request, name: str | None, prompt: str, chosen: list[str] | None
-    ) -> Iterator[Any]:
+    ) -> AsyncIterator[Any]:
         """Do the work of a method that needs it."""
         session = show.session_of(self.studio, request)
-        work = show.friendly(self._preparation)(session, name, prompt)
-        job = show.friendly(self.studio.submit)(session, "compare", work)
-        for _, bar in show.watch(self.studio, job):
+        job = self.studio.submit(session, "compare", self._preparation(session, name, prompt))
+        async for bar in show.watch(self.studio, job):
             yield bar, gr.skip(), gr.skip(), gr.skip()
         more = [*(chosen or ()), name] if job.state == "done" and name else chosen
         yield show.progress_bar(job), *_lists(session, more)
@@ -127,11 +124,8 @@ class CompareTab:
 
     def stop(self, request: gr.Request) -> None:
         """Cancel."""
-        job = show.session_of(self.studio, request).jobs.get("compare")
-        if job is not None:
-            job.cancel()
+        show.session_of(self.studio, request).cancel("compare")
 
-    @show.friendly
     def _request(
         self, session: Session, prompt: str, names: list[str], seed: Any, steps: Any
     ) -> ComposeRequest:
@@ -141,42 +135,36 @@ class CompareTab:
             raise ConfigError("no expert is chosen: choose some in Compose")
         return ComposeRequest(prompt=prompt or "", seed=int(seed or 0), steps=int(steps))
 
-    def _preparation(self, session: Session, name: str | None, prompt: str) -> Callable[[Job], None]:
+    def _preparation(self, session: Session, name: str | None, prompt: str) -> Work:
         if name is None or name not in METHODS:
             raise ConfigError("no method is chosen: choose one to prepare")
         if not prompt.strip():
             raise ConfigError("the prompt is empty: methods are prepared for a prompt")
-        names, folder = session.chosen, session.new_path("prepared", "")
+        setup, folder = session.setup(), session.new_path("prepared", "")
 
         def work(job: Job) -> None:
             job.report(0, 0, f"Preparing {METHODS[name].label}")
-            with self.studio.opened(session) as pipe:
-                handle = pipe.unet.register_forward_pre_hook(lambda *_: job.check())
-                try:
-                    session.prepared[name, names] = prepare(
-                        name,
-                        pipe,
-                        prompts=[prompt],
-                        concepts=[concept_of(card) for card in session.cards],
-                        config=TrainingConfig(progress=False),
-                        folder=folder,
-                    )
-                finally:
-                    handle.remove()
+            with self.studio.opened(setup) as pipe, stoppable(pipe, job.check):
+                made = prepare(
+                    name,
+                    pipe,
+                    prompts=[prompt],
+                    concepts=[concept_of(card) for card in setup.cards],
+                    config=TrainingConfig(progress=False),
+                    folder=folder,
+                )
+            session.keep_prepared(name, setup, made)
 
-        return work
-
-
-def _is_prepared(session: Session, name: str) -> bool:
-    return (name, session.chosen) in session.prepared
+        return Work(work, setup)
 
 
 def _lists(session: Session, chosen: list[str] | None) -> list[Any]:
     """Updates of the list of methods, of the list of those to prepare, and what they are."""
+    prepared = session.prepared_for(session.setup())
     ready = {
         name: method
         for name, method in METHODS.items()
-        if not method.needs_preparation or name == "gates" or _is_prepared(session, name)
+        if not method.needs_preparation or name == "gates" or name in prepared
     }
     rest = [name for name in METHODS if name not in ready]
     ticked = [name for name in (chosen or _FIRST) if name in ready]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import random
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -243,15 +243,23 @@ class ComposeTab:
             gr.Warning(show.plain(error))
         return self._experts(session, values)
 
-    def draw(self, request: gr.Request, *values: Any) -> Iterator[Any]:
+    @show.friendly
+    async def draw(self, request: gr.Request, *values: Any) -> AsyncIterator[Any]:
         """Queue a picture and show how it comes along."""
-        yield from self._draw(values, request)
+        session = show.session_of(self.studio, request)
+        wanted = self._request(values, session)
+        mixtures = [wanted.mixture, "nla"] if values[-1] and wanted.mixture != "nla" else [wanted.mixture]
+        work = compose(self.studio, session, wanted, mixtures)
+        job = self.studio.submit(session, "compose", work)
+        async for update in self._follow(session, job):
+            yield update
 
-    def rejoin(self, request: gr.Request) -> Iterator[Any]:
+    async def rejoin(self, request: gr.Request) -> AsyncIterator[Any]:
         """After a reload: show the drawing that is under way, or the last picture."""
         session = show.session_of(self.studio, request)
         if job := session.running("compose"):
-            yield from self._follow(session, job)
+            async for update in self._follow(session, job):
+                yield update
         elif session.pictures:
             yield show.progress_bar(None), str(session.pictures[0].path), gr.skip(), gr.skip()
         else:
@@ -259,9 +267,7 @@ class ComposeTab:
 
     def stop(self, request: gr.Request) -> None:
         """Cancel the drawing."""
-        job = show.session_of(self.studio, request).jobs.get("compose")
-        if job is not None:
-            job.cancel()
+        show.session_of(self.studio, request).cancel("compose")
 
     def paint_over(self, request: gr.Request) -> Any:
         """The last picture as the editor's background."""
@@ -294,7 +300,6 @@ class ComposeTab:
             return [gr.skip()] * 13
         return self._fill(show.session_of(self.studio, request), read_settings(path))
 
-    @show.friendly
     def _request(self, values: tuple[Any, ...], session: Session) -> ComposeRequest:
         prompt, negative, mixture, seed, steps, guidance, width, height, mix, canvas, _ = values
         shown = tiles.read(mix)
@@ -312,17 +317,9 @@ class ComposeTab:
             regions=regions.read_regions(session, canvas),
         )
 
-    def _draw(self, values: tuple[Any, ...], request: gr.Request) -> Iterator[Any]:
-        session = show.session_of(self.studio, request)
-        wanted = self._request(values, session)
-        mixtures = [wanted.mixture, "nla"] if values[-1] and wanted.mixture != "nla" else [wanted.mixture]
-        work = compose(self.studio, session, wanted, mixtures)
-        job = show.friendly(self.studio.submit)(session, "compose", work)
-        yield from self._follow(session, job)
-
-    def _follow(self, session: Session, job: Job) -> Iterator[Any]:
+    async def _follow(self, session: Session, job: Job) -> AsyncIterator[Any]:
         preview = None
-        for _, bar in show.watch(self.studio, job):
+        async for bar in show.watch(self.studio, job):
             fresh = job.preview if job.preview is not preview and not job.finished else None
             preview = job.preview
             yield bar, gr.skip() if fresh is None else fresh, gr.skip(), gr.skip()

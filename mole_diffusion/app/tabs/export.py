@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,14 +93,15 @@ class ExportTab:
         session = show.session_of(self.studio, request)
         return [_who(session), prompt or suggested_prompt(session)]
 
-    def export(
+    @show.friendly
+    async def export(
         self, request: gr.Request, prompt: str, form: str, rank: Any, steps: Any, half: bool
-    ) -> Iterator[Any]:
+    ) -> AsyncIterator[Any]:
         """Queue an export and show it."""
         session = show.session_of(self.studio, request)
         wanted = self._request(session, prompt, form, rank, steps, half)
-        job = show.friendly(self.studio.submit)(session, "export", export(self.studio, session, wanted))
-        for _, bar in show.watch(self.studio, job):
+        job = self.studio.submit(session, "export", export(self.studio, session, wanted))
+        async for bar in show.watch(self.studio, job):
             yield bar, gr.skip(), gr.skip()
         if job.state == "done":
             file = gr.update(value=str(job.result.path), interactive=True)
@@ -109,11 +110,8 @@ class ExportTab:
 
     def stop(self, request: gr.Request) -> None:
         """Cancel."""
-        job = show.session_of(self.studio, request).jobs.get("export")
-        if job is not None:
-            job.cancel()
+        show.session_of(self.studio, request).cancel("export")
 
-    @show.friendly
     def _request(
         self, session: Session, prompt: str, form: str, rank: Any, steps: Any, half: bool
     ) -> ExportRequest:

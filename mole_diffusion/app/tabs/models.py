@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ import gradio as gr
 from mole_diffusion.app import show
 from mole_diffusion.app.library import add_file, add_gates, add_source
 from mole_diffusion.app.session import Session
-from mole_diffusion.app.studio import Studio
+from mole_diffusion.app.setup import Setup
+from mole_diffusion.app.studio import Studio, Work
 from mole_diffusion.pictures.opening import STARTER
 
 _PRIVATE: dict[str, Any] = {"api_visibility": "private"}
@@ -98,10 +99,11 @@ class ModelsTab:
         """What the session has."""
         return _state(show.session_of(self.studio, request))
 
-    def open_model(self, request: gr.Request, kind: str, source: str) -> Iterator[Any]:
+    @show.friendly
+    async def open_model(self, request: gr.Request, kind: str, source: str) -> AsyncIterator[Any]:
         """Open another base model."""
         session = show.session_of(self.studio, request)
-        model = STARTER if kind == _OWN else show.friendly(self.studio.check_source)(source)
+        model = STARTER if kind == _OWN else self.studio.check_source(source)
 
         def work(job: Any) -> None:
             job.report(0, 0, f"Opening {model}")
@@ -109,8 +111,8 @@ class ModelsTab:
             if session.model != model:
                 session.use_model(model)
 
-        job = show.friendly(self.studio.submit)(session, "open", work)
-        for _, bar in show.watch(self.studio, job):
+        job = self.studio.submit(session, "open", Work(work, Setup(model)))
+        async for bar in show.watch(self.studio, job):
             yield bar, gr.skip(), gr.skip(), gr.skip()
         yield show.progress_bar(job), *_state(session)
         show.raise_if_failed(job)

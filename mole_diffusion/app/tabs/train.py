@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import shutil
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 
 from mole_diffusion.app import charts, show, tiles
-from mole_diffusion.app.jobs import Job
+from mole_diffusion.app.jobs import Job, QueueFullError
 from mole_diffusion.app.session import Session, Training
 from mole_diffusion.app.studio import Studio
 from mole_diffusion.app.training import (
@@ -221,19 +221,25 @@ class TrainTab:
             session.describe(name, references=())
         return _concept(session, name)
 
-    def train(self, request: gr.Request, *values: Any) -> Iterator[Any]:
+    @show.friendly
+    async def train(self, request: gr.Request, *values: Any) -> AsyncIterator[Any]:
         """Queue a training and show it."""
         session = show.session_of(self.studio, request)
-        training = show.friendly(start_training)(self.studio, session, self._request(*values))
-        yield from self._follow(session, training)
+        if session.running("train"):
+            raise QueueFullError("your last training is not done yet: wait for it, or cancel it first")
+        training = start_training(self.studio, session, self._request(*values))
+        async for update in self._follow(session, training):
+            yield update
 
-    def go_on(self, request: gr.Request) -> Iterator[Any]:
+    @show.friendly
+    async def go_on(self, request: gr.Request) -> AsyncIterator[Any]:
         """Go on with the training that was stopped."""
         session = show.session_of(self.studio, request)
-        training = show.friendly(resume_training)(self.studio, session)
-        yield from self._follow(session, training)
+        training = resume_training(self.studio, session)
+        async for update in self._follow(session, training):
+            yield update
 
-    def rejoin(self, request: gr.Request) -> Iterator[Any]:
+    async def rejoin(self, request: gr.Request) -> AsyncIterator[Any]:
         """After a reload: the training as it is, and on from there."""
         session = show.session_of(self.studio, request)
         if session.training is None:
@@ -241,15 +247,13 @@ class TrainTab:
         elif session.training.job.finished:
             yield self._view(session, session.training, session.training.job)
         else:
-            yield from self._follow(session, session.training)
+            async for update in self._follow(session, session.training):
+                yield update
 
     def stop(self, request: gr.Request) -> None:
         """Cancel the training; what it has is kept."""
-        training = show.session_of(self.studio, request).training
-        if training is not None:
-            training.job.cancel()
+        show.session_of(self.studio, request).cancel("train")
 
-    @show.friendly
     def _request(
         self, prompt: str, iterations: float, objective: str, batch: Any, seed: Any, backgrounds: bool
     ) -> TrainRequest:
@@ -263,15 +267,15 @@ class TrainTab:
             backgrounds=bool(backgrounds),
         )
 
-    def _follow(self, session: Session, training: Training) -> Iterator[Any]:
+    async def _follow(self, session: Session, training: Training) -> AsyncIterator[Any]:
         job = training.job
-        for _ in show.watch(self.studio, job):
+        async for _ in job.follow():
             yield self._view(session, training, job)
         show.raise_if_failed(job)
 
     def _view(self, session: Session, training: Training | None, job: Job | None) -> tuple[Any, ...]:
         gates = session.gates(training.names) if training is not None else None
-        position = self.studio.worker.position(job) if job is not None else 0
+        position = self.studio.worker.place(job) if job is not None else None
         return (
             show.progress_bar(job, position),
             _curves(training, session),
