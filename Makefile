@@ -4,12 +4,13 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo app test test-slow gpu-kit lint types format clean help
+.PHONY: demo app test test-slow soak gpu-kit lint types format clean help
 
 help:
 	@echo "make demo    the demo: one picture grid in demo/ (a few minutes)"
 	@echo "make app     the app in the browser"
 	@echo "make test    the test suite"
+	@echo "make soak    fifty visitors of the app for ten minutes: nothing lost, nothing mixed"
 	@echo "make gpu-kit a folder that tests and measures on a machine with a GPU and no network (bench/README.md)"
 	@echo "make lint    ruff: style and formatting"
 	@echo "make types   mypy --strict"
@@ -25,6 +26,9 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(PY) -m pytest -m slow $(ARGS)
+
+soak: $(STAMP)
+	$(PY) tests/app/soak.py $(ARGS)
 
 gpu-kit: $(STAMP)
 	$(PY) bench/kit.py $(ARGS)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from anyio import CapacityLimiter
 from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
@@ -29,6 +30,8 @@ from mole_diffusion.starter.location import starter_dir
 #: Calls that are open at once: whoever waits for a picture is one, and holds no thread. The long work has a
 #: queue of its own.
 _MAX_REQUESTS = 1024
+#: Threads for the short work of pages: reading what was sent, answering at once.
+_THREADS = 16
 _HOUR = 3600
 
 _HEAD = """
@@ -117,6 +120,8 @@ def serving(options: AppOptions, folder: Path) -> Iterator[tuple[str, str | None
     with closing(_studio(folder, options)) as studio:
         demo = build(studio)
         _, local, public = demo.launch(**_launch_options(options))
+        # Gradio would take as many as there may be open calls.
+        demo.limiter = CapacityLimiter(_THREADS)
         try:
             yield local, public
         finally:
