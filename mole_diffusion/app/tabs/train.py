@@ -274,13 +274,13 @@ class TrainTab:
         show.raise_if_failed(job)
 
     def _view(self, session: Session, training: Training | None, job: Job | None) -> tuple[Any, ...]:
-        gates = session.gates(training.names) if training is not None else None
+        gates = training.gates if training is not None else None
         position = self.studio.worker.place(job) if job is not None else None
         return (
             show.progress_bar(job, position),
             _curves(training, session),
             list(training.previews) if training is not None else None,
-            gr.update(value=str(gates) if gates else None, interactive=gates is not None),
+            gr.update(value=str(gates.path) if gates else None, interactive=gates is not None),
             gr.update(interactive=can_resume(training)),
         )
 
