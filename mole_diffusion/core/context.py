@@ -210,8 +210,10 @@ class ForwardContext:
     def store(self, label: str, value: GateValue, *, trained: bool) -> GateValue:
         """Keep a gate's value for the rest of the group; note it unless it is a recomputation."""
         self.values[label] = value
-        if trained and not value.in_backward:
-            self.live[label] = value.mean()
+        # Autograd wants a recomputation to keep the same tensors, and this mean may keep one.
+        mean = value.mean() if trained else None
+        if mean is not None and not value.in_backward:
+            self.live[label] = mean
             if self.recording:
                 weights = self.live[label].detach().float().cpu()
                 self.records.append(GateRecord(self.part, label, self.step, weights))

@@ -1,0 +1,111 @@
+"""The registry of networks: whose names a file has, and which kind a network is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from mole_diffusion import Expert
+from mole_diffusion.core import networks
+from mole_diffusion.core.keys import factor_keys, parse_key, parse_keys
+from mole_diffusion.core.networks import families, foreign
+from mole_diffusion.core.networks.base import Forward
+from mole_diffusion.core.networks.stacks import Blocks, Leaf, Stack
+
+from .joint_table import JOINT_TABLE
+
+
+@pytest.fixture
+def cousin() -> Iterator[Stack]:
+    """Another network that has blocks of the joint network's name, with leaves of its own too."""
+    row = Blocks("joined", (Leaf("attn.to_q"), Leaf("attn.to_k"), Leaf("ff.up"), Leaf("ff.down")))
+    table = dataclasses.replace(JOINT_TABLE, name="cousin", blocks=(row,), before=(), after=())
+    networks.register(table)
+    yield table
+    networks.unregister("cousin")
+
+
+def pair(name: str) -> dict[str, Tensor]:
+    return {f"{name}.lora_A.weight": torch.ones(2, 16), f"{name}.lora_B.weight": torch.ones(16, 2)}
+
+
+def test_the_kind_that_knows_more_of_a_file_is_meant(cousin: Stack) -> None:
+    shared = pair("transformer.joined.0.attn.to_q")
+    ours = shared | pair("transformer.joined.0.attn.to_v") | pair("transformer.joined.0.mlp.fc2")
+    theirs = shared | pair("transformer.joined.0.ff.up") | pair("transformer.joined.0.ff.down")
+    for state, kind in ((ours, "joint"), (theirs, "cousin"), (shared, "joint")):
+        assert {parsed.architecture for parsed in parse_keys(state).values()} == {kind}
+        expert = Expert.from_state_dict(state, name="dog")
+        assert expert.architectures == {"transformer": kind}
+        assert set(expert.report.loaded) == set(state)
+    # Both know the name; alone it belongs to whom is asked first.
+    assert parse_key("transformer.joined.0.attn.to_q.lora_A.weight").architecture == "joint"
+
+
+def test_registering() -> None:
+    assert networks.by_name("joint") is JOINT_TABLE
+    networks.register(JOINT_TABLE)
+    with pytest.raises(ValueError, match="an architecture named 'joint' is registered already"):
+        networks.register(dataclasses.replace(JOINT_TABLE))
+    assert networks.by_name("gone") is None
+    networks.unregister("gone")
+
+
+def test_names_go_both_ways() -> None:
+    matrices = {
+        "unet": "up_blocks.1.attentions.2.transformer_blocks.0.attn1.to_out.0",
+        "text_encoder": "encoder.layers.3.mlp.fc1",
+        "text_encoder_2": "text_projection",
+        "transformer": "apart.0.text.to_k",
+    }
+    leaves = {"unet": "attn1.to_out.0", "text_encoder": "mlp.fc1", "transformer": "text.to_k"}
+    for slot, matrix in matrices.items():
+        for dialect in ("diffusers", "kohya"):
+            for key in factor_keys(slot, matrix, dialect, xl=True).values():
+                parsed = parse_key(key)
+                assert (parsed.network, parsed.matrix) == (slot, matrix)
+        architecture = networks.of_matrices([matrix])
+        assert architecture is not None
+        assert slot in architecture.slots
+        assert architecture.leaf(matrix) == leaves.get(slot, matrix)
+    assert networks.of_matrices(["somewhere.else"]) is None
+
+
+@pytest.mark.parametrize(
+    ("names", "family"),
+    [
+        (["double_blocks_0_img_attn_qkv", "double_blocks_0_txt_mlp_0"], families.FLUX1),
+        (
+            ["transformer_single_transformer_blocks_3_attn_to_q", "transformer_blocks_0_ff_context_net_2"],
+            families.FLUX1,
+        ),
+        (["transformer_blocks_0_attn_add_q_proj", "transformer_blocks_0_attn_to_q"], families.SD3),
+        (["joint_blocks_0_x_block_attn_qkv"], families.SD3),
+        (["double_blocks_0_img_attn_qkv", "double_stream_modulation_img_lin"], families.FLUX2),
+        (["double_blocks_0_img_attn_qkv", "double_blocks_0_img_mlp_fc1"], families.HUNYUAN_VIDEO),
+        (["transformer_blocks_0_attn_to_q", "transformer_blocks_0_img_mlp_net_0_proj"], families.QWEN_IMAGE),
+        (["layers_0_attention_to_q", "layers_0_feed_forward_w1"], families.Z_IMAGE),
+        (["blocks_0_self_attn_q", "blocks_0_ffn_0"], families.WAN),
+        (["blocks_0_self_attn_q_proj", "llm_adapter_blocks_0_self_attn_q_proj"], families.ANIMA),
+        (["blocks_0_attn_wq"], families.KREA2),
+        (["down_blocks_0_attentions_0_transformer_blocks_0_attn2_somewhere", "lora_te1_whatever"], None),
+        ([], None),
+    ],
+)
+def test_families_without_an_architecture_are_told_by_names(names: list[str], family: str | None) -> None:
+    assert foreign.foreign_family(names) == family
+
+
+def test_timesteps_of_every_unit() -> None:
+    assert Forward(time=250, noise=1000.0).timestep == 0.25
+    assert Forward(time=0.25).timestep == 0.25
+    assert Forward(time=0.25, clean=1.0, noise=0.0).timestep == 0.75
+    assert Forward().timestep is None
+    steps = torch.arange(1000)
+    found = Forward(time=steps, noise=1000.0).timestep
+    assert isinstance(found, Tensor)
+    assert torch.equal(found, steps.float() / 1000)
