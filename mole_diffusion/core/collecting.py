@@ -15,6 +15,7 @@ from .factors import LoraFactors, compress
 from .key_table import KeyTable
 from .keys import ParsedKey
 from .lycoris import build_factors, own_rank
+from .networks import by_name
 from .reading import FLOATS_OF_8_BITS, LARGEST, is_finite
 from .scaling import Scaling, Target
 
@@ -175,7 +176,10 @@ def _names(module: str, meaning: ParsedKey) -> list[str]:
     for prefix in ("base_model.", "model.", f"{meaning.network}."):
         name = name.removeprefix(prefix)
     canonical = [place.matrix for place in meaning.places]
-    return list(dict.fromkeys([name, *canonical, *(f"text_model.{matrix}" for matrix in canonical)]))
+    architecture = by_name(meaning.architecture or "")
+    if architecture is not None:
+        canonical += [architecture.write(matrix, "diffusers") for matrix in canonical]
+    return list(dict.fromkeys([name, *canonical]))
 
 
 def _name(dtype: torch.dtype) -> str:

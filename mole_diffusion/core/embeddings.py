@@ -1,7 +1,6 @@
 """Embeddings bundled in a LoRA file: trigger words that the expert brings along with their vectors.
 
-Keys are those of AUTOMATIC1111 and OneTrainer: `bundle_emb.WORD.string_to_param.*` or `.emb_params` (one text
-encoder), `bundle_emb.WORD.clip_l` and `.clip_g` (SDXL).
+Keys are those of AUTOMATIC1111 and OneTrainer: `bundle_emb.WORD.VECTORS`.
 """
 
 from __future__ import annotations
@@ -13,10 +12,12 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .errors import ExpertLoadError
-from .networks.clip import EMBEDDING_SLOTS, TEXT_ENCODER
+from .networks.clip import EMBEDDING_SLOTS
 
 _PREFIX = "bundle_emb."
-_KEY = re.compile(r"^bundle_emb\.(?P<word>.+)\.(?P<vector>string_to_param\.[^.]+|emb_params|clip_l|clip_g)$")
+_KEYS = tuple(
+    (re.compile(rf"^bundle_emb\.(?P<word>.+)\.{vectors}$"), slot) for vectors, slot in EMBEDDING_SLOTS.items()
+)
 
 
 class EmbeddingKey(NamedTuple):
@@ -45,11 +46,10 @@ def embedding_keys(keys: Iterable[str]) -> tuple[dict[str, EmbeddingKey], dict[s
     for key in keys:
         if not key.startswith(_PREFIX):
             continue
-        match = _KEY.match(key)
-        if match is None:
+        meaning = next((EmbeddingKey(m["word"], slot) for one, slot in _KEYS if (m := one.match(key))), None)
+        if meaning is None:
             ignored[key] = "not a vector of a bundled embedding of a known form"
             continue
-        meaning = EmbeddingKey(match["word"], EMBEDDING_SLOTS.get(match["vector"], TEXT_ENCODER))
         other = first.setdefault(meaning, key)
         if other != key:
             raise ExpertLoadError(f"{key!r} and {other!r} are both the embedding of {meaning.word!r}.")

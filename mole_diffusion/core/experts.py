@@ -18,6 +18,7 @@ from .collecting import Collector
 from .errors import ConfigError, ExpertLoadError
 from .factors import LoraFactors
 from .key_table import KeyTable
+from .networks import known_families, other_base
 from .peft_folder import expert_files, own_name, read_files
 from .peft_options import PeftOptions
 from .reading import BadFileError, Content, parse_json
@@ -141,7 +142,12 @@ class Expert:
 
 
 def load_expert(
-    path: str | Path, name: str | None = None, scale: float = 1.0, *, rank: int | None = None
+    path: str | Path,
+    name: str | None = None,
+    scale: float = 1.0,
+    *,
+    rank: int | None = None,
+    base: object = None,
 ) -> Expert:
     """Read a LoRA from a safetensors file or a PEFT folder.
 
@@ -152,8 +158,11 @@ def load_expert(
         name: the expert's name; the file's stem if None, or the folder's name where the stem is a usual one.
         scale: the user's factor for this expert.
         rank: compress deltas of higher rank to this one; see `Expert.from_state_dict`.
+        base: the base model it is for (`bases.base_of_network`), to be named if the file is for a base of
+            another kind; None where that is not known yet.
     Raises:
-        ExpertLoadError: nothing is there, it cannot be read, or it holds no usable LoRA.
+        ExpertLoadError: nothing is there, it cannot be read, it holds no usable LoRA, or its matrices are
+            those of networks that experts cannot be attached to.
         ConfigError: see `Expert.from_state_dict`.
     """
     path = Path(path)
@@ -162,17 +171,17 @@ def load_expert(
     files = expert_files(path)
     tables: list[KeyTable] = []
 
-    def check(keys: Sequence[str]) -> None:
+    def check(keys: Sequence[str], metadata: Mapping[str, str]) -> None:
         """Refuse, before gigabytes are read, what is no LoRA: a whole model, for example."""
         tables.append(KeyTable.of(keys))
         if len(files) == 1:
-            _check_usable(tables[0], name)
+            _check_usable(tables[0], name, metadata, base)
 
     content, options = read_files(files, check)
     table = tables[0] if len(tables) == len(files) == 1 else KeyTable.of(content.tensors)
     used = [*table.embeddings, *(key for roles in table.modules.values() for key in roles.values())]
     copy = _size(content, used) < _WORTH_KEEPING * _size(content, content.tensors)
-    expert = _expert(content, options, table, name=name, scale=scale, rank=rank, copy=copy)
+    expert = _expert(content, options, table, name=name, scale=scale, rank=rank, base=base, copy=copy)
     for note in expert.report.notes:
         logger.warning("expert %r: %s", expert.name, note)
     return expert
@@ -186,6 +195,7 @@ def _expert(
     name: str,
     scale: float,
     rank: int | None,
+    base: object = None,
     copy: bool = False,
 ) -> Expert:
     """An expert of what a file, or several, hold."""
@@ -194,7 +204,7 @@ def _expert(
         for setting, role in alphas.expects(str(meaning.network)):
             if "down" in table.modules.get(module, {}) and role not in table.modules[module]:
                 table.refuse(module, f"{setting} is set, and this matrix has no {role}")
-    _check_usable(table, name)
+    _check_usable(table, name, content.metadata, base)
     collector = Collector(table, content.tensors, alphas, finite=content.finite, copy=copy)
     if rank is not None:
         collector.compress(rank)
@@ -238,8 +248,13 @@ def _check_use(name: str, scale: float, rank: int | None) -> None:
         raise ConfigError(f"rank={rank!r} of expert {name!r} is not allowed; give a whole number above 0.")
 
 
-def _check_usable(table: KeyTable, name: str) -> None:
-    """Raise ExpertLoadError if no key can be used."""
+def _check_usable(table: KeyTable, name: str, metadata: Mapping[str, str], base: object) -> None:
+    """Raise ExpertLoadError if no key can be used, or if those that matter are for a base of another kind."""
+    other = other_base(table.strangers, metadata)
+    if other is not None and not any(meaning.denoises for meaning in table.meanings.values()):
+        known = ", ".join(known_families())
+        here = f"the base here is {base}" if base else f"the bases known here are {known}"
+        raise ExpertLoadError(f"Expert {name!r} was made for {other}; {here}.")
     if table.modules or table.embeddings:
         return
     reasons = {reason: key for key, reason in reversed(list(table.ignored.items()))}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from .checkpoint import GatesHeader, read_gates_header
 from .errors import ExpertLoadError
 from .experts import Expert, load_expert
 from .factors import LoraFactors
+from .networks import of_matrices
 from .reading import BadFileError, read_header
 
 __all__ = ["FileDescription", "describe_expert", "describe_file", "describe_gates"]
@@ -23,11 +23,6 @@ __all__ = ["FileDescription", "describe_expert", "describe_file", "describe_gate
 EXAMPLES_PER_REASON = 3
 # kohya writes whole tag lists into the header; `--json` has them in full.
 HEADER_CHARACTERS = 120
-# The numbered blocks that a matrix lies in.
-_PLACE = re.compile(
-    r"^(?:(?:down|up)_blocks\.\d+\.|mid_block\.|encoder\.)?"
-    r"(?:(?:attentions|resnets|downsamplers|upsamplers|layers)\.\d+\.)?(?:transformer_blocks\.\d+\.)?"
-)
 
 
 @dataclass(frozen=True)
@@ -162,8 +157,9 @@ def _matrix_data(factors: LoraFactors) -> dict[str, Any]:
 
 
 def _by_leaf(matrices: Mapping[str, LoraFactors]) -> list[str]:
-    """Lines such as "16 x attn1.to_q": names without the numbered blocks that they lie in."""
-    leaves = Counter(_PLACE.sub("", name) for name in matrices)
+    """Lines such as "16 x ff.up": names without the numbered blocks that they lie in."""
+    architecture = of_matrices(matrices)
+    leaves = Counter(name if architecture is None else architecture.leaf(name) for name in matrices)
     return [f"{count} x {leaf}" for leaf, count in sorted(leaves.items())]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from .embeddings import EmbeddingKey, embedding_keys
 from .errors import ExpertLoadError
-from .keys import ParsedKey, parse_key, parse_keys
+from .keys import NO_MATRIX, ParsedKey, parse_key, parse_keys
 from .lycoris import absent_roles, surplus_roles
 from .roles import NOT_LORA
 
@@ -26,6 +26,7 @@ class KeyTable:
         embeddings: key -> the word and the text encoder it is for.
         ignored: key -> reason.
         missing: keys that should be there and are not.
+        strangers: names of matrices that no network known here has.
     """
 
     modules: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -33,6 +34,7 @@ class KeyTable:
     embeddings: dict[str, EmbeddingKey] = field(default_factory=dict)
     ignored: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
+    strangers: list[str] = field(default_factory=list)
     _owners: dict[tuple[str, str], list[str]] = field(default_factory=dict)
 
     @classmethod
@@ -51,6 +53,8 @@ class KeyTable:
             if parsed.role is None or parsed.reason is not None:
                 table.ignored[key] = parsed.reason or NOT_LORA
                 unknown[key] = parsed
+                if parsed.reason == NO_MATRIX:
+                    table.strangers.append(parsed.flat)
             else:
                 table._enter(key, parsed.role, parsed)
         for key, parsed in unknown.items() if table.modules else ():

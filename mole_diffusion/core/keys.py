@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .errors import ConfigError
-from .networks import architectures, of_matrices, readers
-from .networks.base import Architecture, Place
+from .networks import architectures, by_name, of_matrices, readers
+from .networks.base import DENOISER, Architecture, Place
 from .roles import NOT_LORA, split_role
 
 # Dialects that can be written.
@@ -58,6 +58,12 @@ class ParsedKey:
     dialect: str = "unknown"
     flat: str = ""
     architecture: str | None = None
+
+    @property
+    def denoises(self) -> bool:
+        """Whether its network is a denoiser."""
+        architecture = by_name(self.architecture or "")
+        return architecture is not None and architecture.role == DENOISER
 
     @property
     def matrix(self) -> str | None:

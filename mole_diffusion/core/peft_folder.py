@@ -84,14 +84,16 @@ def expert_files(path: Path) -> list[ExpertFile]:
     return [_with_surroundings(path)]
 
 
-def read_files(
-    files: Sequence[ExpertFile], check: Callable[[Sequence[str]], None]
-) -> tuple[Content, dict[str, PeftOptions]]:
+#: Is shown the keys and the header of a file, and may raise.
+Check = Callable[[Sequence[str], Mapping[str, str]], None]
+
+
+def read_files(files: Sequence[ExpertFile], check: Check) -> tuple[Content, dict[str, PeftOptions]]:
     """The content of all files of an expert as if it were one file, and PEFT's settings of each part.
 
     Args:
         files: at least one.
-        check: is shown the keys of each file before its data is read, and may raise.
+        check: is shown keys and header of each file before its data is read, and may raise.
     Raises:
         ExpertLoadError: a file cannot be read.
     """
@@ -210,10 +212,8 @@ def _renaming(part: str) -> Callable[[str], str]:
     return rename
 
 
-def _checking(
-    check: Callable[[Sequence[str]], None], rename: Callable[[str], str]
-) -> Callable[[Sequence[str]], None]:
-    return lambda keys: check([rename(key) for key in keys])
+def _checking(check: Check, rename: Callable[[str], str]) -> Check:
+    return lambda keys, metadata: check([rename(key) for key in keys], metadata)
 
 
 def _of_part(metadata: Mapping[str, str], file: ExpertFile) -> tuple[dict[str, str], PeftOptions | None]:
@@ -228,11 +228,11 @@ def _of_part(metadata: Mapping[str, str], file: ExpertFile) -> tuple[dict[str, s
     return named, PeftOptions(f"{file.part}: {label}", _json(file.path, values, f"{label}: "))
 
 
-def _read(path: Path, check: Callable[[Sequence[str]], None]) -> Content:
+def _read(path: Path, check: Check) -> Content:
     try:
         if path.suffix == _PICKLED:
             return _unpickled(path)
-        return read_safetensors(path, lambda header: check(list(header.entries)))
+        return read_safetensors(path, lambda header: check(list(header.entries), header.metadata))
     except (BadFileError, OSError) as error:
         kind = "PyTorch weights" if path.suffix == _PICKLED else "safetensors"
         raise ExpertLoadError(f"{str(path)!r} cannot be read as {kind}: {error}.") from error

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mole_diffusion import Expert, ExpertLoadError, InjectionError, MoLEConfig, inject
-from mole_diffusion.core.bases import base_of_expert, check_prediction, prediction_type
+from mole_diffusion import Expert, ExpertLoadError, InjectionError, MoLEConfig, inject, load_expert
+from mole_diffusion.core.bases import base_of_expert, base_of_network, check_prediction, prediction_type
 from mole_diffusion.core.inspection import describe_file
 from mole_diffusion.core.networks.families import SD1, SD2, SDXL
 
@@ -143,3 +144,92 @@ def test_inspection(tmp_path: Path) -> None:
     matrices = found.to_dict()["networks"]["unet"]
     assert matrices["down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_k"] == {"rank": 2, "alpha": 1.0}
     assert matrices["down_blocks.1.resnets.0.conv1"]["kind"] == "LoHa"
+
+
+@pytest.mark.parametrize(
+    ("stem", "header", "named"),
+    [
+        ("lora_unet_double_blocks_0_img_attn_qkv", {}, "FLUX.1 (told by the names of its matrices)"),
+        ("transformer.single_transformer_blocks.0.attn.to_q", {}, "FLUX.1 (told by"),
+        (
+            "lora_unet_joint_blocks_0_x_block_attn_qkv",
+            {"modelspec.architecture": "stable-diffusion-3-medium/lora"},
+            "Stable Diffusion 3 (its header says 'stable-diffusion-3-medium/lora')",
+        ),
+        ("diffusion_model.blocks.0.self_attn.q", {"ss_base_model_version": "wan2.1"}, "Wan (its header"),
+        (
+            "unet.some.other.block.to_q",
+            {"modelspec.architecture": "auraflow/lora"},
+            "auraflow/lora (its header says 'auraflow/lora')",
+        ),
+    ],
+)
+def test_a_file_for_a_network_of_another_kind_names_both_bases(
+    stem: str, header: dict[str, str], named: str, tmp_path: Path
+) -> None:
+    """Also where its text encoder is one that is known."""
+    text = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    state = {}
+    for name in (stem, text):
+        state |= {f"{name}.lora_down.weight": torch.ones(2, 8), f"{name}.lora_up.weight": torch.ones(6, 2)}
+    save_file(state, tmp_path / "dog.safetensors", metadata=header)
+    for base, here in ((None, f"the bases known here are {SD1}, {SD2}, "), (SD1, f"the base here is {SD1}.")):
+        with pytest.raises(ExpertLoadError) as caught:
+            load_expert(tmp_path / "dog.safetensors", base=base)
+        assert f"Expert 'dog' was made for {named}" in str(caught.value)
+        assert here in str(caught.value)
+    # A matrix of a known denoiser says that the rest is something else.
+    known = {f"{QUERY}.lora_A.weight": torch.ones(1, 32), f"{QUERY}.lora_B.weight": torch.ones(32, 1)}
+    expert = Expert.from_state_dict(state | known, name="dog", metadata=header)
+    assert set(expert.factors) == {"unet", "text_encoder"}
+
+
+def test_the_base_of_a_network() -> None:
+    with torch.device("meta"):
+        unet = make_family("sdxl", full=True)
+    assert str(base_of_network(unet)) == f"{SDXL} (cross-attention to text of width 2048)"
+
+
+def test_new_input_channels_are_left_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
+    """A LoCon of a base with four latent channels on one with nine (inpainting), LoRA and DoRA."""
+    four, nine = make_inpainting(4), make_inpainting(9)
+    same = four.state_dict()
+    same["conv_in.weight"] = torch.cat([same["conv_in.weight"], torch.randn(16, 5, 3, 3)], dim=1)
+    nine.load_state_dict(same)
+    down, up = torch.randn(2, 4, 3, 3) * 0.3, torch.randn(16, 2, 1, 1) * 0.3
+    state = {"unet.conv_in.lora_A.weight": down, "unet.conv_in.lora_B.weight": up}
+    for extra in ({}, {"unet.conv_in.dora_scale": torch.rand(16, 1, 1, 1) + 0.5}):
+        expert = Expert.from_state_dict(state | extra, name="dog")
+        mixture = inject(nine, [expert], MoLEConfig())
+        [factors] = mixture.groups[0].slots[0].factors.values()
+        delta = factors.delta().view(16, 9, 3, 3)
+        assert torch.all(delta[:, 4:] == 0)
+        alone = inject(four, [expert], MoLEConfig())
+        [own] = alone.groups[0].slots[0].factors.values()
+        torch.testing.assert_close(delta[:, :4].flatten(1), own.delta(), rtol=1e-5, atol=1e-6)
+        x, text = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 16)
+        with torch.no_grad():
+            found = nine(torch.cat([x, torch.zeros(1, 5, 8, 8)], dim=1), torch.tensor(5), text).sample
+            torch.testing.assert_close(found, four(x, torch.tensor(5), text).sample, rtol=1e-4, atol=1e-5)
+        mixture.eject()
+        alone.eject()
+    assert "Expert 'dog' knows 4 of the 9 input channels of 'conv_in' in this network" in caplog.text
+    wide = {**state, "unet.conv_in.lora_A.weight": torch.randn(2, 9, 3, 3)}
+    expert = Expert.from_state_dict(wide, name="dog")
+    with pytest.raises(InjectionError, match=r"'conv_in': its delta is 16 x 81, the matrix 16 x 36"):
+        inject(four, [expert], MoLEConfig())
+
+
+def make_inpainting(channels: int) -> UNet2DConditionModel:
+    torch.manual_seed(1)
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=channels,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    ).eval()

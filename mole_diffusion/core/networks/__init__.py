@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
 from ..errors import InjectionError
-from .base import Architecture, NetworkMap
+from .base import DENOISER, Architecture, NetworkMap
 from .clip import CLIP
+from .families import header_name, named_family
+from .foreign import foreign_family
 from .unet import UNet
 
 _REGISTERED: dict[str, Architecture] = {}
@@ -87,6 +89,30 @@ def readers(flat: str) -> Iterator[tuple[Architecture, str, str]]:
     if not found:
         for architecture in architectures():
             yield architecture, architecture.slots[0], flat
+
+
+def known_families() -> tuple[str, ...]:
+    """The base models whose denoisers experts can be attached to."""
+    known = [family for one in architectures() if one.role == DENOISER for family in one.families]
+    return tuple(dict.fromkeys(known))
+
+
+def other_base(strangers: Iterable[str], metadata: Mapping[str, str]) -> str | None:
+    """The base that a file is for if it is of no kind known here, and what tells; else None.
+
+    Args:
+        strangers: names in the file, with "_" for ".", that no architecture reads.
+        metadata: the file's header.
+    """
+    names = list(strangers)
+    family, header = foreign_family(names), header_name(metadata)
+    if family is not None:
+        told = f"its header says {header!r}" if header else "told by the names of its matrices"
+        return f"{family} ({told})"
+    named = named_family(metadata)
+    if not names or named is None or named in known_families():
+        return None
+    return f"{named} (its header says {header!r})"
 
 
 for _architecture in (UNet(), CLIP):

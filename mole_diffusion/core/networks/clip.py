@@ -20,8 +20,14 @@ TEXT_ENCODER = "text_encoder"
 TEXT_ENCODER_2 = "text_encoder_2"
 #: Tokens of a text.
 TOKENS_OF_A_TEXT = 77
-#: Vectors of a bundled embedding by the name of their encoder in files -> slot.
-EMBEDDING_SLOTS = {"clip_l": TEXT_ENCODER, "clip_g": TEXT_ENCODER_2}
+#: What files call the vectors of a bundled embedding, as patterns -> slot of their encoder: with one encoder,
+#: and with two.
+EMBEDDING_SLOTS = {
+    r"string_to_param\.[^.]+": TEXT_ENCODER,
+    "emb_params": TEXT_ENCODER,
+    "clip_l": TEXT_ENCODER,
+    "clip_g": TEXT_ENCODER_2,
+}
 
 
 def _tell(slot: str, inputs: Mapping[str, int]) -> Base | None:
