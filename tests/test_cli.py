@@ -171,6 +171,97 @@ def test_inspect_refuses_in_one_line(tmp_path: Path, name: str, content: bytes |
     assert len(result.stderr.strip().splitlines()) == 1
 
 
+MODULE = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+PAIR = {f"{MODULE}.lora_down.weight": torch.ones(2, 8), f"{MODULE}.lora_up.weight": torch.ones(8, 2)}
+NAN = torch.tensor(float("nan"))
+DEEP = "[" * 100_000
+# Tensors, header, and what is wrong with them.
+DAMAGED: dict[str, tuple[dict[str, torch.Tensor], dict[str, str], str]] = {
+    "integers": (
+        PAIR | {f"{MODULE}.lora_up.weight": torch.ones(8, 2, dtype=torch.int8)},
+        {},
+        "is of type int8",
+    ),
+    "alpha": (PAIR | {f"{MODULE}.alpha": NAN}, {}, "is nan; an alpha is a finite number"),
+    "embedding": (PAIR | {"bundle_emb.zor.clip_l": NAN.view(1, 1)}, {}, "values that are not finite (nan)"),
+    "factor": (
+        PAIR | {f"{MODULE}.lora_up.weight": NAN.expand(8, 2).clone()},
+        {},
+        "values that are not finite",
+    ),
+    "entry": (PAIR, {"lora_alpha": "many\nlines"}, r"lora_alpha='many\nlines' is not a finite number"),
+    "settings": (PAIR, {"lora_adapter_metadata": "{"}, "lora_adapter_metadata cannot be read"),
+    "nested settings": (PAIR, {"lora_adapter_metadata": DEEP}, "lora_adapter_metadata cannot be read"),
+    "pissa": (PAIR, {"lora_adapter_metadata": '{"init_lora_weights": "pissa"}'}, "'pissa' is not read"),
+    "gates": ({}, {"format": "mole-gates", "format_version": "2", "parts": "{"}, "is damaged"),
+    "nested gates": ({}, {"format": "mole-gates", "format_version": "2", "parts": DEEP}, "is damaged"),
+    "other gates": (
+        {},
+        {"format": "mole-gates", "format_version": "2", "parts": '{"unet": 3}'},
+        "is damaged",
+    ),
+    "version of gates": ({}, {"format": "mole-gates", "format_version": "\u00b2"}, "format_version"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_inspect_says_what_is_wrong_in_one_line(kind: str, tmp_path: Path) -> None:
+    tensors, header, message = DAMAGED[kind]
+    save_file(tensors, tmp_path / "bad.safetensors", metadata=header)
+    result = run("inspect", tmp_path / "bad.safetensors")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("header", [DEEP, "9" * 10_000, '{"x": 1}', '"'])
+def test_inspect_of_a_file_without_a_header(header: str, tmp_path: Path) -> None:
+    raw = header.encode()
+    (tmp_path / "bad.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw)
+    result = run("inspect", tmp_path / "bad.safetensors")
+    assert result.exit_code == 1
+    assert "cannot be read as safetensors: its header" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_inspect_a_peft_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "dog"
+    folder.mkdir()
+    save_file({f"base_model.model.{k}": v for k, v in PAIR.items()}, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "modules_to_save": ["classifier"]}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    for path in (folder, folder / "adapter_model.safetensors"):
+        result = run("inspect", path)
+        assert result.exit_code == 0, result.output
+        assert result.stdout.startswith("dog\n")
+        assert re.search(r"alpha +adapter_config.json", result.stdout)
+        assert "modules_to_save=['classifier']: whole modules of the base are no differences" in result.stdout
+    data = json.loads(run("inspect", folder, "--json").stdout)
+    assert data["alphas"] == {"adapter_config.json": 1}
+    assert data["networks"]["text_encoder"]["encoder.layers.0.mlp.fc1"]["alpha"] == 6.0
+    (folder / "adapter_config.json").write_text('{"peft_type": "ADALORA"}')
+    result = run("inspect", folder)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "adapter_config.json: peft_type='ADALORA' is not read" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    result = run("inspect", tmp_path)
+    assert result.exit_code == 1
+    assert "is no expert" in result.stderr
+
+
+def test_inspect_prints_nothing_that_steers_a_terminal(tmp_path: Path) -> None:
+    evil = "\x1b]0;title\x07\x1b[2Jzor\nboot\u202e"
+    tags = json.dumps({"10": {evil: 3}})
+    path = tmp_path / "dog.safetensors"
+    save_file(PAIR | {f"{evil}.x": torch.ones(1)}, path, metadata={evil: evil, "ss_tag_frequency": tags})
+    result = run("inspect", path)
+    assert result.exit_code == 0, result.output
+    assert "zor" in result.stdout
+    assert not set(result.output) & {"\x1b", "\x07", "\u202e"}
+    assert json.loads(run("inspect", path, "--json").stdout)["triggers"] == [evil]
+
+
 def test_inspect_refuses_tensors_that_are_no_lora(tmp_path: Path) -> None:
     path = tmp_path / "other.safetensors"
     save_file({"weight": torch.zeros(2)}, path)

@@ -16,7 +16,7 @@ from .key_table import KeyTable
 from .keys import ParsedKey
 from .lycoris import build_factors, own_rank
 from .networks import by_name
-from .reading import FLOATS_OF_8_BITS, LARGEST, is_finite
+from .reading import FLOATS_OF_8_BITS, LARGEST, finite_values, is_finite
 from .scaling import Scaling, Target
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -60,11 +60,13 @@ class Collector:
         self._copy = copy
         self._stacked: dict[str, float] = {}
         self._other_ranks: dict[tuple[str, float], list[str]] = {}
-        for key, (word, network) in table.embeddings.items():
-            vectors = embedding_vectors(key, self._numbers(key))
-            self.embeddings.setdefault(word, {})[network] = vectors
-        for module, roles in table.modules.items():
-            self._add(module, roles, table.meanings[module])
+        # Tensors that are made in inference mode (ComfyUI) could not be trained through.
+        with torch.inference_mode(False), torch.no_grad():
+            for key, (word, network) in table.embeddings.items():
+                vectors = embedding_vectors(key, self._numbers(key))
+                self.embeddings.setdefault(word, {})[network] = vectors
+            for module, roles in table.modules.items():
+                self._add(module, roles, table.meanings[module])
         self._note()
 
     def compress(self, rank: int) -> None:
@@ -123,7 +125,7 @@ class Collector:
         if tensor.numel() != 1 or tensor.is_complex() or tensor.dtype == torch.bool:
             kind = f"{_name(tensor.dtype)} of shape {tuple(tensor.shape)}"
             raise ExpertLoadError(f"{key!r} is {kind}; an alpha is one number.")
-        value = tensor.float().item() if tensor.is_floating_point() else float(tensor.item())
+        value = float(tensor.to(torch.float32) if tensor.dtype == torch.float64 else tensor)
         if not abs(value) <= LARGEST:
             raise ExpertLoadError(f"{key!r} is {value}; an alpha is a finite number.")
         return value
@@ -144,7 +146,7 @@ class Collector:
         if tensor.numel() == 0:
             raise ExpertLoadError(f"{key!r} is empty: its shape is {tuple(tensor.shape)}.")
         if key not in self._finite and not is_finite(tensor):
-            value = tensor[~(tensor.abs() <= LARGEST)][0].item()
+            value = tensor[~finite_values(tensor)][0].item()
             raise ExpertLoadError(f"{key!r} holds values that are not finite ({value}).")
         return tensor
 

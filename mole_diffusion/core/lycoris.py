@@ -67,7 +67,8 @@ def build_factors(module: str, tensors: Mapping[str, Tensor], scaling: Scaling |
 
     Args:
         module: its name in the file, for errors.
-        tensors: by role of `roles.split_role`, complete by `absent_roles`, of finite numbers.
+        tensors: by role of `roles.split_role`, complete by `absent_roles`, of finite numbers. Outside of
+            inference mode.
         scaling: None where the file says nothing: the factor is 1 then.
     Raises:
         ExpertLoadError: the tensors do not fit together, or their products are too large for numbers.
@@ -140,15 +141,13 @@ def _lora(module: str, tensors: Mapping[str, Tensor], scaling: Scaling | None) -
     alpha = float(rank) if scaling is None else scaling.alpha
     if scaling is not None and (scaling.root or scaling.fixed):
         alpha = scaling.factor(rank) * rank
-    with torch.inference_mode(False):
-        return LoraFactors(_plain(down), _plain(up), alpha)
+    return LoraFactors(_plain(down), _plain(up), alpha)
 
 
 def _full(diff: Tensor) -> LoraFactors:
     if diff.dim() not in (2, 4):
         raise RuntimeError("a difference of a matrix has two or four axes")
-    with torch.inference_mode(False):
-        return dense(_plain(diff))
+    return dense(_plain(diff))
 
 
 def _low_rank(tensors: Mapping[str, Tensor], stem: str, core: str) -> tuple[Tensor, Tensor]:
@@ -162,33 +161,31 @@ def _low_rank(tensors: Mapping[str, Tensor], stem: str, core: str) -> tuple[Tens
 
 def _loha(tensors: Mapping[str, Tensor], scaling: float) -> LoraFactors:
     """(U1 V1) * (U2 V2) = (U1 row-wise-kron U2) (V1 column-wise-kron V2)."""
-    with torch.inference_mode(False):
-        copies = {role: _plain(tensor) for role, tensor in tensors.items()}
-        up1, down1 = _low_rank(copies, "hada_w1", "hada_t1")
-        up2, down2 = _low_rank(copies, "hada_w2", "hada_t2")
-        if up1.shape[0] != up2.shape[0] or down1.shape[1] != down2.shape[1]:
-            raise RuntimeError("the two matrices of a Hadamard product differ in shape")
-        if up1.shape[1] * up2.shape[1] >= min(up1.shape[0], down1.shape[1]):
-            return dense((up1 @ down1) * (up2 @ down2) * scaling, "LoHa")
-        up = (up1[:, :, None] * up2[:, None, :]).flatten(1)
-        down = (down1[:, None, :] * down2[None, :, :]).flatten(0, 1)
-        return LoraFactors(down, up, scaling * down.shape[0], kind="LoHa")
+    copies = {role: _plain(tensor) for role, tensor in tensors.items()}
+    up1, down1 = _low_rank(copies, "hada_w1", "hada_t1")
+    up2, down2 = _low_rank(copies, "hada_w2", "hada_t2")
+    if up1.shape[0] != up2.shape[0] or down1.shape[1] != down2.shape[1]:
+        raise RuntimeError("the two matrices of a Hadamard product differ in shape")
+    if up1.shape[1] * up2.shape[1] >= min(up1.shape[0], down1.shape[1]):
+        return dense((up1 @ down1) * (up2 @ down2) * scaling, "LoHa")
+    up = (up1[:, :, None] * up2[:, None, :]).flatten(1)
+    down = (down1[:, None, :] * down2[None, :, :]).flatten(0, 1)
+    return LoraFactors(down, up, scaling * down.shape[0], kind="LoHa")
 
 
 def _lokr(tensors: Mapping[str, Tensor], scaling: float) -> LoraFactors:
     """kron(U1 V1, U2 V2) = kron(U1, U2) kron(V1, V2)."""
     split = [w for w in _W if f"lokr_{w}" not in tensors]
-    with torch.inference_mode(False):
-        copies = {role: _plain(tensor) for role, tensor in tensors.items()}
-        pairs = []
-        for w in _W:
-            if w in split:
-                pairs.append(_low_rank(copies, f"lokr_{w}", "lokr_t2" if w == "w2" else ""))
-            else:
-                whole = dense(copies[f"lokr_{w}"].float())
-                pairs.append((whole.up, whole.down))
-        (up1, down1), (up2, down2) = pairs
-        rank = down1.shape[0] * down2.shape[0]
-        if rank >= min(up1.shape[0] * up2.shape[0], down1.shape[1] * down2.shape[1]):
-            return dense(torch.kron(up1 @ down1, up2 @ down2) * scaling, "LoKr")
-        return LoraFactors(torch.kron(down1, down2), torch.kron(up1, up2), scaling * rank, kind="LoKr")
+    copies = {role: _plain(tensor) for role, tensor in tensors.items()}
+    pairs = []
+    for w in _W:
+        if w in split:
+            pairs.append(_low_rank(copies, f"lokr_{w}", "lokr_t2" if w == "w2" else ""))
+        else:
+            whole = dense(copies[f"lokr_{w}"].float())
+            pairs.append((whole.up, whole.down))
+    (up1, down1), (up2, down2) = pairs
+    rank = down1.shape[0] * down2.shape[0]
+    if rank >= min(up1.shape[0] * up2.shape[0], down1.shape[1] * down2.shape[1]):
+        return dense(torch.kron(up1 @ down1, up2 @ down2) * scaling, "LoKr")
+    return LoraFactors(torch.kron(down1, down2), torch.kron(up1, up2), scaling * rank, kind="LoKr")

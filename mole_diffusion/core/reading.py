@@ -10,10 +10,11 @@ import ctypes
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,7 +119,7 @@ def read_safetensors(path: Path, check: Callable[[Header], None] | None = None) 
             with ThreadPoolExecutor(1) as hasher:
                 for chunk in _chunks(file, buffer):
                     hasher.submit(digest.update, chunk)
-                tensors, finite = _tensors(buffer, header)
+                tensors, finite = _tensors(buffer, header.entries)
     return Content(tensors, header.metadata, digest.hexdigest(), finite)
 
 
@@ -164,8 +165,14 @@ def is_finite(tensor: Tensor) -> bool:
         # Both carry NaN on, at ten times the speed of isfinite.
         low, high = torch.aminmax(tensor.detach())
     except RuntimeError:  # older torch: not for every data type
-        return bool((tensor.abs() <= LARGEST).all())
+        return bool(finite_values(tensor).all())
     return bool(low.item() >= -LARGEST and high.item() <= LARGEST)
+
+
+def finite_values(tensor: Tensor) -> Tensor:
+    """Where floating-point numbers (of any shape, not of 8 bits) are finite, also as float32."""
+    # A half cannot be compared with a number that it does not have.
+    return tensor.abs() <= LARGEST if tensor.dtype == torch.float64 else torch.isfinite(tensor)
 
 
 def _check_bounds(text: str) -> None:
@@ -288,39 +295,33 @@ def _chunks(file: FileIO, buffer: Tensor) -> Iterator[memoryview]:
         done += count
 
 
-def _tensors(buffer: Tensor, header: Header) -> tuple[dict[str, Tensor], frozenset[str]]:
-    """Tensors as views of the data, and the keys whose numbers are finite."""
+def _tensors(buffer: Tensor, entries: Mapping[str, Entry]) -> tuple[dict[str, Tensor], frozenset[str]]:
+    """Tensors as views of the data, and the keys whose numbers are known to be finite."""
     tensors: dict[str, Tensor] = {}
-    finite: set[str] = set()
-    run: list[str] = []
-    for key, entry in header.entries.items():
-        tensors[key] = _view(buffer, key, entry)
-        if run and header.entries[run[0]].dtype != entry.dtype:
-            finite.update(_finite_run(buffer, header.entries, run))
-            run = []
-        run.append(key)
-    finite.update(_finite_run(buffer, header.entries, run))
+    finite: list[str] = []
+    for dtype, run in groupby(entries.items(), key=lambda item: item[1].dtype):
+        members = list(run)
+        whole = _numbers(buffer, dtype, members)
+        sizes = [(entry.end - entry.start) // whole.element_size() for _, entry in members]
+        for (key, entry), part in zip(members, whole.split_with_sizes(sizes), strict=True):
+            try:
+                tensors[key] = part.view(entry.shape)
+            except RuntimeError as error:
+                raise BadFileError(f"{key!r} cannot have the shape {entry.shape!r:.80}") from error
+        # One look at all of them; where it finds something, each is looked at when it is used.
+        if dtype in _CHECKED and is_finite(whole):
+            finite += [key for key, _ in members]
     return tensors, frozenset(finite)
 
 
-def _view(buffer: Tensor, key: str, entry: Entry) -> Tensor:
-    name, size = _TYPES[entry.dtype]
-    dtype = getattr(torch, name, None)
-    if dtype is None:
-        raise BadFileError(f"{key!r} is of type {entry.dtype}, which this torch does not have")
-    data = buffer[entry.start : entry.end]
-    if entry.start % size:
+def _numbers(buffer: Tensor, dtype: str, members: Sequence[tuple[str, Entry]]) -> Tensor:
+    """The numbers (n,) of tensors of one data type that lie in a row."""
+    name, size = _TYPES[dtype]
+    if not hasattr(torch, name):
+        raise BadFileError(f"{members[0][0]!r} is of type {dtype}, which this torch does not have")
+    start = members[0][1].start
+    data = buffer[start : members[-1][1].end]
+    if start % size:
         data = data.clone()  # other writers need not align
-    try:
-        return data.view(dtype).view(entry.shape)
-    except RuntimeError as error:
-        raise BadFileError(f"{key!r} cannot have the shape {entry.shape!r:.80}") from error
-
-
-def _finite_run(buffer: Tensor, entries: Mapping[str, Entry], run: list[str]) -> list[str]:
-    """`run`, keys of one data type in a row, if all its numbers are finite; else none: each is looked at."""
-    if not run or entries[run[0]].dtype not in _CHECKED:
-        return []
-    first, last = entries[run[0]], entries[run[-1]]
-    whole = Entry(first.dtype, (-1,), first.start, last.end)
-    return run if is_finite(_view(buffer, run[0], whole)) else []
+    numbers: Tensor = data.view(getattr(torch, name))
+    return numbers

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from PIL import Image, PngImagePlugin
 from mole_diffusion.app import charts, regions, tiles
 from mole_diffusion.app.composing import ComposeRequest, compose
 from mole_diffusion.app.jobs import Job, QueueFullError, Worker, duration
-from mole_diffusion.app.library import add_file, add_gates
+from mole_diffusion.app.library import add_file, add_gates, add_source
 from mole_diffusion.app.metadata import (
     KEY,
     ExpertUse,
@@ -30,6 +32,7 @@ from mole_diffusion.app.show import progress_bar
 from mole_diffusion.app.studio import Studio
 from mole_diffusion.app.uploads import check_upload
 from mole_diffusion.core.errors import ConfigError, ExpertLoadError, GateMismatchError, UnknownExpertError
+from mole_diffusion.core.experts import load_expert
 from mole_diffusion.starter.location import starter_dir, starter_experts
 
 
@@ -190,6 +193,26 @@ def test_what_users_bring_is_copied_and_checked(studio: Studio, tmp_path: Path) 
     assert not card.path.exists()
     with pytest.raises(UnknownExpertError):
         session.remove("boot")
+
+
+def test_a_folder_is_copied_with_what_lies_beside_the_file(studio: Studio, tmp_path: Path) -> None:
+    session = studio.session("folders")
+    folder = tmp_path / "tom"
+    folder.mkdir()
+    shutil.copy(starter_experts()["cat"].path, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
+    card = add_source(studio, session, str(folder))
+    assert card.name == "tom"
+    assert session.folder in card.path.parents
+    assert load_expert(card.path).sha256 == load_expert(folder).sha256
+    file = add_source(studio, session, str(folder / "adapter_model.safetensors"), "tim")
+    assert load_expert(file.path).sha256 == load_expert(folder).sha256
+    shutil.rmtree(folder)
+    assert load_expert(card.path).metadata["adapter_config.json"]
+    for name in ("tom", "tim"):
+        session.remove(name)
+    assert not card.path.exists()
+    assert not file.path.exists()
 
 
 def test_nothing_is_added_to_a_library_that_is_about_to_go(studio: Studio) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from mole_diffusion import (
     save_gates,
 )
 from mole_diffusion.core.checkpoint import FORMAT_VERSION
+from mole_diffusion.core.inspection import describe_file
 
 from .core_tools import CLIP_TEXT, lora_state, make_clip, make_experts, make_unet, randomise, run, to_experts
 from .test_invariants import FORMS, assert_close, differs, form_id
@@ -265,6 +267,74 @@ def test_files_that_are_no_gate_files(tmp_path: Path, unet: nn.Module) -> None:
     removed = sorted(tensors)[0]
     save_file({k: v for k, v in tensors.items() if k != removed}, path, metadata=metadata)
     assert refused(path, mixtures) == [f"{removed}: missing in the file"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (None, "header's 'parts': it is no JSON"),
+        ("{", "header's 'parts': its brackets are not closed"),
+        ("nope", "header's 'parts': it is no JSON"),
+        ("[" * 100_000 + "]" * 100_000, "header's 'parts': its brackets are not closed, or nest deeper"),
+        ("[]", "header's 'parts' has no object with an entry for each part"),
+        ("{}", "header's 'parts' has no object with an entry for each part"),
+        ({"unet": []}, "header's 'parts' has no config of 'unet'"),
+        ({"unet": {"config": "x"}}, "header's 'parts' has no config of 'unet'"),
+        ({"groups": None}, "header's 'parts' has no list of groups of 'unet'"),
+        ({"groups": [1]}, "header's 'parts' has no list of groups of 'unet'"),
+        ({"base": {}}, "header's 'parts' has no base of 'unet'"),
+        ({"base": {"class": "X"}}, "header's 'parts' has no base of 'unet'"),
+        ({"base": {"class": "X", "matrices": 3}}, "header's 'parts' has no base of 'unet'"),
+        ({"experts": []}, "header's 'parts' has no list of experts of 'unet'"),
+        ({"experts": [3]}, "header's 'parts' has no list of experts of 'unet'"),
+        ({"experts": [{"name": "dog", "sha256": None, "ranks": []}]}, "no list of experts of 'unet'"),
+        ({"experts": [{"name": "dog", "sha256": "a", "ranks": "4"}]}, "no list of experts of 'unet'"),
+    ],
+)
+def test_damaged_headers(tmp_path: Path, unet: nn.Module, parts: object, message: str) -> None:
+    mixtures = {"unet": inject(unet, make_experts(2, unet), MoLEConfig())}
+    path = tmp_path / "gates.safetensors"
+    save_gates(path, mixtures)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    whole = json.loads(metadata.pop("parts"))
+    if isinstance(parts, dict):
+        parts = json.dumps(parts if "unet" in parts else {"unet": {**whole["unet"], **parts}})
+    header = metadata if parts is None else {**metadata, "parts": parts}
+    save_file(load_file(path), path, metadata=header)
+    for read in (read_gates_header, describe_file, lambda path: load_gates(path, mixtures)):
+        with pytest.raises(GateMismatchError, match=message) as caught:
+            read(path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("version", ["", "0", "3", "\u00b2", "9" * 5000, "1.0", "x"])
+def test_versions_that_are_none(tmp_path: Path, unet: nn.Module, version: str) -> None:
+    path = tmp_path / "gates.safetensors"
+    save_file({"x": torch.zeros(1)}, path, metadata={"format": "mole-gates", "format_version": version})
+    with pytest.raises(GateMismatchError, match=r"has format_version '.*; this mole_diffusion reads 1 to 2"):
+        read_gates_header(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_gates_that_are_no_numbers(tmp_path: Path, unet: nn.Module, value: float) -> None:
+    mixtures = {"unet": inject(unet, make_experts(2, unet), MoLEConfig())}
+    path = tmp_path / "gates.safetensors"
+    save_gates(path, mixtures)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    bad, whole = sorted(tensors)[:2]
+    tensors[bad] = torch.full_like(tensors[bad], value)
+    tensors[whole] = tensors[whole].to(torch.int8)
+    save_file(tensors, path, metadata=metadata)
+    before = mixtures["unet"].gates.state_dict()
+    before = {key: tensor.clone() for key, tensor in before.items()}
+    assert sorted(refused(path, mixtures)) == [
+        f"{key}: holds what are no finite numbers" for key in (bad, whole)
+    ]
+    after = mixtures["unet"].gates.state_dict()
+    assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path, unet: nn.Module, monkeypatch) -> None:
