@@ -72,7 +72,9 @@ def build_slots(
             if site.name in own
         }
         if factors:
-            slots[site.name] = MatrixSlot(site.name, module, site.stream, factors, site.rows)
+            slots[site.name] = MatrixSlot(
+                site.name, module, site.stream, factors, site.rows, site.source, site.leads
+            )
     if not slots:
         names = ", ".join(repr(expert.name) for expert in experts)
         known = ", ".join(sorted({part for expert in experts for part in expert.factors})) or "nothing"

@@ -190,11 +190,15 @@ class Group:
             return f"{self.name}.{CONTEXT}"
         return self.name
 
-    def leader(self, stream: str) -> MatrixSlot:
-        """The matrix that computes the gate for `stream`: the first one in execution order that reads it."""
+    def first(self, stream: str) -> MatrixSlot:
+        """The matrix at which the gate for `stream` is computed: the first to run that reads it."""
         if self.gate.context_projection is None:
             return self.slots[0]
         return first_reader(self.slots, CONTEXT if stream == CONTEXT else TOKENS)
+
+    def leader(self, stream: str) -> MatrixSlot:
+        """The matrix whose outputs or inputs that gate reads: the first, or one of the same source."""
+        return leader_for(self.first(stream), self.slots)
 
     def evaluate(
         self,
@@ -240,6 +244,13 @@ class Group:
 def first_reader(slots: Sequence[MatrixSlot], stream: str) -> MatrixSlot:
     """The first matrix that reads tokens of a stream, alone or in a joint sequence."""
     return next(slot for slot in slots if slot.stream in (stream, JOINT))
+
+
+def leader_for(first: MatrixSlot, slots: Sequence[MatrixSlot]) -> MatrixSlot:
+    """The matrix that a gate is read off when `first` runs: itself, or one that reads the same tensor."""
+    if first.may_lead:
+        return first
+    return next((slot for slot in slots if slot.may_lead and slot.source == first.source), first)
 
 
 def build_groups(
@@ -307,9 +318,10 @@ class _GateBuilder:
         streams = {slot.stream for slot in slots}
         per_stream = self.config.pooling == "token" or self.layout.architecture.text_gates
         if JOINT in streams or ({TOKENS, CONTEXT} <= streams and per_stream):
-            leaders = [first_reader(slots, stream) for stream in (TOKENS, CONTEXT)]
+            firsts = [first_reader(slots, stream) for stream in (TOKENS, CONTEXT)]
         else:
-            leaders = [slots[0]]
+            firsts = [slots[0]]
+        leaders = [leader_for(first, slots) for first in firsts]
         side = 0 if self.config.gate_input == "experts" else 1
         for leader in leaders:
             leader.leads = self.config.gate_input == "experts"

@@ -77,9 +77,10 @@ class MatrixHook:
         self.group = group
         self.bundle = bundle
         self.context = context
-        # What the tokens are, the gate's label, and whether this matrix computes it.
+        # What the tokens are, the gate's label, and the matrix it is read off if it is computed here.
         self._gates = tuple(
-            (stream, group.label(stream), group.leader(stream) is slot) for stream in streams_of(slot.stream)
+            (stream, group.label(stream), group.leader(stream) if group.first(stream) is slot else None)
+            for stream in streams_of(slot.stream)
         )
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
@@ -93,8 +94,8 @@ class MatrixHook:
         experts = self.slot.mixed(activation.active)
         projected = self.slot.projected(activation)
         with without_autocast(output.device):
+            values = [self._gate(stream, label, leader, x, output) for stream, label, leader in self._gates]
             z = self.bundle.project(self.slot, x, output, activation) if projected else None
-            values = [self._gate(stream, label, leads, x, z) for stream, label, leads in self._gates]
             if not experts or z is None:
                 return None
             if experts != projected:
@@ -107,7 +108,9 @@ class MatrixHook:
         up = self.slot.up(experts, output)
         return functional.add_mixed_delta(flat, z, weights, up, self.slot.rows).view(output.shape)
 
-    def _gate(self, stream: str, label: str, leads: bool, x: Tensor, z: Tensor | None) -> GateValue:
+    def _gate(
+        self, stream: str, label: str, leader: MatrixSlot | None, x: Tensor, output: Tensor
+    ) -> GateValue:
         """The gate of tokens of a stream: computed here if this is its first matrix, else looked up."""
         context, gate = self.context, self.group.gate
         activation = context.activation
@@ -116,20 +119,22 @@ class MatrixHook:
             return context.values.get(label) or context.store(
                 label, GateValue(weights, None, in_backward()), trained=False
             )
-        if not leads:
+        if leader is None:
             return context.fetch(label, self.slot.name)
         logits = real = None
         if len(activation.active) > 1:
-            hidden = gate.config.gate_input == "hidden" or z is None
-            features = output_tokens(self.slot.module, x) if hidden else z
-            assert features is not None
+            hidden = gate.config.gate_input == "hidden"
+            if hidden:
+                features = output_tokens(leader.module, x)
+            else:
+                features = self.bundle.peek(leader, x, output, activation)
             if self.slot.stream == JOINT:
                 features = features[:, context.span(stream, features.shape[1])]
             real = context.real_tokens(stream, features)
             if hidden:
                 logits = gate.feature_logits(features.float(), stream, real)
             else:
-                factors = self.slot.gate_factors(features.device)
+                factors = leader.gate_factors(features.device)
                 logits = gate.rank_logits(features.float(), *factors, stream, real)
         return self.group.evaluate(logits, x, context, stream, real)
 

@@ -53,6 +53,8 @@ class MatrixSlot:
         stream: "tokens", "context", "joint" or "embedding".
         factors: expert index -> factors.
         rows: rows of the module's output that are this matrix; None for all.
+        source: matrices of equal source read the same tensor.
+        may_lead: whether its gate is read off it where another matrix of the same source could do.
         leads: whether it computes a gate of its group from its own rank activations.
     """
 
@@ -61,6 +63,8 @@ class MatrixSlot:
     stream: str
     factors: Mapping[int, LoraFactors]
     rows: slice | None = None
+    source: str = ""
+    may_lead: bool = True
     leads: bool = False
     cache: TensorCache = field(default_factory=TensorCache)
 
@@ -139,7 +143,18 @@ class Bundle:
         self._parts: dict[str, Tensor] = {}
 
     def project(self, slot: MatrixSlot, x: Tensor, like: Tensor, activation: Activation) -> Tensor:
-        """Rank activations (B, L, R) of `slot` for its input x (B, L, d), in the data type of `like`."""
+        """Rank activations (B, L, R) of `slot` for its input x (B, L, d), in the data type of `like`.
+
+        They are handed out once; `peek` leaves them there.
+        """
+        part = self.peek(slot, x, like, activation)
+        del self._parts[slot.name]
+        if not self._parts:
+            self._input = None
+        return part
+
+    def peek(self, slot: MatrixSlot, x: Tensor, like: Tensor, activation: Activation) -> Tensor:
+        """As `project`, for a matrix that runs later on the same input."""
         if self._input is not x or slot.name not in self._parts:
             wanted = {s.name: experts for s in self.slots if (experts := s.projected(activation))}
             factors = self._factors(wanted, like)
@@ -152,10 +167,7 @@ class Bundle:
                     for name, columns in zip(wanted, factors.shared, strict=True)
                 }
             self._input = x
-        part = self._parts.pop(slot.name)
-        if not self._parts:
-            self._input = None
-        return part
+        return self._parts[slot.name]
 
     def alone(self, slot: MatrixSlot, expert: int, x: Tensor, like: Tensor) -> Tensor:
         """Rank activations of one expert for one matrix; its input is another one for every expert."""

@@ -29,6 +29,20 @@ def kernel_size(module: nn.Module) -> tuple[int, int] | None:
     return None if kernel is None or tuple(kernel) == (1, 1) else tuple(kernel)
 
 
+def runs_fused(holder: nn.Module) -> bool:
+    """Whether a module that holds a fused projection runs it, and not the parts it may have too.
+
+    Of diffusers' two ways of fusing one keeps both forms and lets the processor choose, whatever its flag
+    says; the other takes the fused form away again.
+    """
+    processor = getattr(holder, "processor", None)
+    if processor is None:
+        return True
+    if hasattr(holder, "unfuse_projections"):
+        return bool(getattr(holder, "fused_projections", False))
+    return type(processor).__name__.startswith("Fused")
+
+
 def site_shape(module: nn.Module, rows: slice | None) -> tuple[int, int]:
     """(out, in) of a matrix, which may be some rows of a module's; a kernel does not count."""
     out, fan_in = matrix_shape(module)

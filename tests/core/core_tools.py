@@ -24,7 +24,7 @@ from .joint_table import JOINT_TABLE
 networks.register(JOINT_TABLE)
 
 JOINT_TARGETS = (
-    *("to_q", "to_k", "to_v", ".out", "fc1", "fc2"),
+    *("to_q", "to_k", "to_v", ".out", "fc1", "fc2", "wide", "narrow"),
     *("modulation", "modulation_out", "time_in", "image_in", "text_in", "image_out"),
 )
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")

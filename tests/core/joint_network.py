@@ -74,17 +74,18 @@ class ApartBlock(nn.Module):
 
 
 class JoinedBlock(nn.Module):
-    """Image and text tokens run through the same matrices in one sequence."""
+    """Image and text tokens run through the same matrices in one sequence, first through a wide one."""
 
     def __init__(self, fused: bool) -> None:
         super().__init__()
-        self.modulation = nn.Linear(WIDTH, 2 * WIDTH)
-        self.attn, self.mlp = Projections(fused), FeedForward()
+        self.modulation = nn.Linear(WIDTH, WIDTH)
+        self.wide, self.narrow = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.attn = Projections(fused)
 
     def forward(self, x: Tensor, time: Tensor, keys: Tensor) -> Tensor:
-        scales = self.modulation(F.silu(time)).chunk(2, dim=-1)
-        x = x + self.attn.out(attend(*self.attn(modulate(x, scales[0])), keys))
-        return x + self.mlp(modulate(x, scales[1]))
+        read = modulate(x, self.modulation(F.silu(time)))
+        wide = F.gelu(self.wide(read))
+        return x + self.attn.out(attend(*self.attn(read), keys)) + self.narrow(wide)
 
 
 class JointNetwork(nn.Module):

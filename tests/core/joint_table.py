@@ -71,7 +71,8 @@ JOINT_TABLE = Stack(
             "joined",
             (
                 Leaf("modulation", EMBEDDING),
-                *(*attention("attn", JOINT), Leaf("attn.out", JOINT), *mlp("mlp", JOINT)),
+                Leaf("wide", JOINT, "attn", leads=False),
+                *(*attention("attn", JOINT), Leaf("attn.out", JOINT), Leaf("narrow", JOINT)),
             ),
             names=fused("attn"),
         ),

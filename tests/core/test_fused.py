@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
+from diffusers.models.transformers.transformer_flux import FluxAttention
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from mole_diffusion import Expert, ExpertLoadError, InjectionError, MoLEConfig, inject
 from mole_diffusion.core import matrices
 from mole_diffusion.core.factors import LoraFactors
+from mole_diffusion.core.modules import runs_fused
 
 from .core_tools import lora_state, make_experts, make_joint, make_unet, randomise, run, to_experts, twin
 from .dialect_tools import make_text, run_part
@@ -72,6 +74,22 @@ def test_a_matrix_that_is_gone_is_an_error() -> None:
         run(unet)
 
 
+def test_both_ways_in_which_diffusers_fuses() -> None:
+    """Old attentions keep both forms and their processors choose; newer ones take the fused form away again."""
+    old, new = Attention(query_dim=8, heads=2, dim_head=4), FluxAttention(query_dim=8, heads=2, dim_head=4)
+    assert not runs_fused(old)
+    assert not runs_fused(new)
+    old.fuse_projections()
+    new.fuse_projections()
+    assert not runs_fused(old)
+    assert runs_fused(new)
+    old.set_processor(FusedAttnProcessor2_0())
+    new.unfuse_projections()
+    assert runs_fused(old)
+    assert not runs_fused(new)
+    assert runs_fused(make_joint().joined[0].attn)
+
+
 def fused_state(rank: int, seed: int) -> dict[str, Tensor]:
     """LoRA of the joint network's fused modules, in their own names."""
     return {f"transformer.{key}": value for key, value in own_state(make_joint(), rank, seed).items()}
@@ -81,7 +99,7 @@ def own_state(network: nn.Module, rank: int, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, module in network.named_modules():
-        if name.endswith(("qkv", "fc1")):
+        if name.endswith(("qkv", "fc1", "wide")):
             out, fan_in = module.weight.shape
             state[f"{name}.lora_A.weight"] = torch.randn(rank, fan_in, generator=generator) * 0.2
             state[f"{name}.lora_B.weight"] = torch.randn(out, rank, generator=generator) * 0.2
@@ -93,7 +111,9 @@ def test_a_fused_matrix_of_a_file_is_what_peft_makes_of_it(dora: bool) -> None:
     """Also bias and DoRA, whose norms are of output rows, on the fused network and on the parted one."""
     network = make_joint()
     oracle = make_joint()
-    config = LoraConfig(r=3, lora_alpha=6, target_modules=["qkv", "fc1"], use_dora=dora, lora_bias=not dora)
+    config = LoraConfig(
+        r=3, lora_alpha=6, target_modules=["qkv", "fc1", "wide"], use_dora=dora, lora_bias=not dora
+    )
     inject_adapter_in_model(config, oracle)
     generator = torch.Generator().manual_seed(1)
     state = {}
@@ -130,8 +150,8 @@ def test_parts_of_a_fused_matrix_share_one_product(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(matrices, "rank_activations", counted)
     inject(network, experts, MoLEConfig()).activate()
     run(network)
-    # Fused projections: two of the block of two streams, one of each of the others; as many feed-forwards.
-    assert products == [5] * (2 + 2 + 2 + 2)
+    # Two projections and two feed-forwards of the block of two streams; the others' read one tensor.
+    assert products == [5, 5, 5, 5, 5 + 5, 5 + 5]
     mixed = make_joint()
     mixture = inject(mixed, [*experts, *split], MoLEConfig())
     products.clear()

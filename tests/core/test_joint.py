@@ -131,6 +131,9 @@ def test_text_tokens_have_a_gate_of_their_own(pooling: str) -> None:
         assert groups[name].leader("context").name == text
         assert groups[name].leader("tokens").name == image
         assert {name, f"{name}.context"} <= set(mixture.live_weights())
+    # The wide matrix runs first and reads the same tensor: the gate is computed then, and read off q.
+    assert groups["joined.0"].first("tokens").name == "joined.0.wide"
+    assert groups["joined.0"].gate.projection.shape == (3, 16, 3)
     base = run(network)
     gate = groups["joined.0"].gate
     for projection in (gate.projection, gate.context_projection):

@@ -35,7 +35,7 @@ def pair(name: str) -> dict[str, Tensor]:
 
 def test_the_kind_that_knows_more_of_a_file_is_meant(cousin: Stack) -> None:
     shared = pair("transformer.joined.0.attn.to_q")
-    ours = shared | pair("transformer.joined.0.attn.to_v") | pair("transformer.joined.0.mlp.fc2")
+    ours = shared | pair("transformer.joined.0.attn.to_v") | pair("transformer.joined.0.narrow")
     theirs = shared | pair("transformer.joined.0.ff.up") | pair("transformer.joined.0.ff.down")
     for state, kind in ((ours, "joint"), (theirs, "cousin"), (shared, "joint")):
         assert {parsed.architecture for parsed in parse_keys(state).values()} == {kind}

@@ -47,6 +47,7 @@ class Site:
         returns: streams of the tensors that the module at `block_path` returns; () for one, which is of image
             tokens or joint.
         rows: rows of the module's output that are this matrix, where a module fuses several; None for all.
+        leads: whether it may compute its group's gate where another matrix of the same source could.
         widens: whether variants of the network append inputs to it that an expert need not know.
         identifies: whether it belongs to every network of its base; some hosts add what a base does not have.
     """
@@ -63,6 +64,7 @@ class Site:
     kind: str = ATTENTION
     returns: tuple[str, ...] = ()
     rows: slice | None = None
+    leads: bool = True
     widens: bool = False
     identifies: bool = True
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..modules import base_layer, matrix_shape
+from ..modules import base_layer, matrix_shape, runs_fused
 from .base import ATTENTION, EMBEDDING, RESIDUAL, ROW, TOKENS, Base, Forward, Place, Role, Site
 
 #: Inputs of a network's forward (args, kwargs, a size that a host gives) -> what they say.
@@ -35,13 +35,14 @@ class Leaf:
             tokens has a gate to itself.
         source: leaves of equal source read the same tensor; by default its name.
         layer: the attention or feed-forward it belongs to; by default its name up to the first dot.
-        identifies: see `Site`.
+        leads, identifies: see `Site`.
     """
 
     name: str
     stream: str = TOKENS
     source: str = ""
     layer: str = ""
+    leads: bool = True
     identifies: bool = True
 
 
@@ -129,14 +130,20 @@ class Stack:
 
     def sites(self, network: nn.Module) -> tuple[Site, ...]:
         """See `Architecture`."""
-        sites: list[Site] = []
-        for path, module in network.named_modules():
-            for number, row in enumerate(self.blocks):
-                if match := self._paths[number].match(path):
-                    sites.extend(_block_sites(number, row, match, module))
-        if not sites:
-            return ()
+        found: list[Site] = []
         modules = dict(network.named_modules())
+        for path, module in modules.items():
+            for number, row in enumerate(self.blocks):
+                match = self._paths[number].match(path)
+                if match is None:
+                    continue
+                own = tuple(_block_sites(number, row, match, module))
+                if len(own) == 1 or runs_fused(modules[path.rpartition(".")[0]]):
+                    found += own
+        if not found:
+            return ()
+        fused = {site.name for site in found if site.rows is not None}
+        sites = [site for site in found if site.rows is not None or site.name not in fused]
         for section, leaves in ((_BEFORE, self.before), (len(self.blocks), self.after)):
             sites += [
                 _root_site(leaf, (section, index))
@@ -250,6 +257,7 @@ def _block_sites(number: int, row: Blocks, match: re.Match[str], module: nn.Modu
             kind=ROW if apart else ATTENTION,
             returns=row.returns,
             rows=rows,
+            leads=leaf.leads,
             identifies=leaf.identifies,
         )
 

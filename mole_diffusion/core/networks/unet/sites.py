@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ...modules import base_layer, matrix_shape
+from ...modules import base_layer, matrix_shape, runs_fused
 from ..base import ATTENTION, CONTEXT, EMBEDDING, RESIDUAL, TOKENS, Site
 from .names import CONV_IN, FUSED, LEAVES, OUTER, RESNET_LEAVES, ROOT, alternatives
 
@@ -82,13 +82,10 @@ def _weighted(module: nn.Module) -> bool:
 def _running(
     network: nn.Module, attentions: list[re.Match[str]]
 ) -> Iterator[tuple[re.Match[str], str, slice | None]]:
-    """(match, leaf, rows of the module) of the matrices that run: either the fused ones or their parts.
-
-    diffusers keeps both; the attention's processor decides.
-    """
+    """(match, leaf, rows of the module) of the matrices that run: either the fused ones or their parts."""
     covered: set[str] = set()
     for match in attentions:
-        if match["inner"] in FUSED and _runs_fused(network, match.string):
+        if match["inner"] in FUSED and runs_fused(_holder(network, match.string)):
             stem = match.string.removesuffix(match["inner"])
             covered.update(f"{stem}{part}" for part in FUSED[match["inner"]])
     for match in attentions:
@@ -96,16 +93,15 @@ def _running(
         if leaf not in FUSED:
             if match.string not in covered:
                 yield match, leaf, None
-        elif _runs_fused(network, match.string):
+        elif runs_fused(_holder(network, match.string)):
             parts = FUSED[leaf]
             size = matrix_shape(base_layer(network.get_submodule(match.string)))[0] // len(parts)
             for k, part in enumerate(parts):
                 yield match, part, slice(k * size, (k + 1) * size)
 
 
-def _runs_fused(network: nn.Module, path: str) -> bool:
-    attention = network.get_submodule(path.rpartition(".")[0])
-    return type(getattr(attention, "processor", None)).__name__.startswith("Fused")
+def _holder(network: nn.Module, path: str) -> nn.Module:
+    return network.get_submodule(path.rpartition(".")[0])
 
 
 def _place_order(block: str, levels: int) -> tuple[int, int, int]:
