@@ -21,11 +21,11 @@ from .errors import ConfigError
 from .factors import LoraFactors
 from .factors import compress as compress_factors
 from .functional import effective_strength
-from .hooks import streams_of
 from .keys import DIALECTS, factor_keys
 from .matrices import MatrixSlot
 from .mixture import Mixture
 from .networks import of_matrices
+from .networks.base import streams_of
 from .records import GateWeight
 
 #: part -> gate label (a group's name, with ".context" for its gate on text tokens) -> expert -> mean weight.

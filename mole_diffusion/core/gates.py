@@ -271,7 +271,7 @@ def build_groups(
     for name, sites in members.items():
         first = sites[0]
         path = first.block_path if config.granularity == "block" else first.layer_path
-        # A single matrix outside the block (proj_in, proj_out) has the same mixture either way.
+        # A single matrix outside the block has the same mixture either way.
         block = network.get_submodule(path) if config.composition == "output" and path else None
         own = [slots[site.name] for site in sites]
         if block is None:

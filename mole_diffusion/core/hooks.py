@@ -13,7 +13,7 @@ from .context import ForwardContext, GateValue, in_backward, without_autocast
 from .errors import InjectionError
 from .gates import BASE, Group
 from .matrices import Bundle, MatrixSlot, output_tokens
-from .networks.base import CONTEXT, EMBEDDING, JOINT, TOKENS, Architecture
+from .networks.base import CONTEXT, EMBEDDING, JOINT, TOKENS, Architecture, streams_of
 
 
 def mixing_weights(
@@ -55,11 +55,6 @@ def joint_weights(
         weights = mixing_weights(value, context, stream, length, scaled=scaled)
         pieces.append((span.start, weights.expand(weights.shape[0], length, -1)))
     return torch.cat([weights for _, weights in sorted(pieces, key=lambda piece: piece[0])], dim=1)
-
-
-def streams_of(stream: str) -> tuple[str, ...]:
-    """The tokens in a tensor: those of one stream, or image and text tokens in one sequence."""
-    return (TOKENS, CONTEXT) if stream == JOINT else (stream,)
 
 
 class MatrixHook:

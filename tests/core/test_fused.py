@@ -75,7 +75,7 @@ def test_a_matrix_that_is_gone_is_an_error() -> None:
 
 
 def test_both_ways_in_which_diffusers_fuses() -> None:
-    """Old attentions keep both forms and their processors choose; newer ones take the fused form away again."""
+    """Old attentions keep both forms, and their processors choose; newer ones take the fused form away."""
     old, new = Attention(query_dim=8, heads=2, dim_head=4), FluxAttention(query_dim=8, heads=2, dim_head=4)
     assert not runs_fused(old)
     assert not runs_fused(new)

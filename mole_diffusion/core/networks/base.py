@@ -22,6 +22,12 @@ JOINT = "joint"
 # One row per picture: the embedding of the timestep, the pooled text.
 EMBEDDING = "embedding"
 
+
+def streams_of(stream: str) -> tuple[str, ...]:
+    """The tokens in a tensor: those of one stream, or image and text tokens in one sequence."""
+    return (TOKENS, CONTEXT) if stream == JOINT else (stream,)
+
+
 # Kinds of matrices: of transformer blocks; of blocks without a module that could run alone; rows inside a
 # block that run before its tokens, and therefore have a gate to themselves at every granularity.
 ATTENTION = "attention"

@@ -30,8 +30,8 @@ EMBEDDING_SLOTS = {
 }
 
 
-def _tell(slot: str, inputs: Mapping[str, int]) -> Base | None:
-    return Base(SDXL, None) if slot == TEXT_ENCODER_2 else None
+# Of the bases with a second CLIP text encoder.
+_BASES = {TEXT_ENCODER_2: Base(SDXL, None)}
 
 
 def _read(args: tuple[Any, ...], kwargs: Mapping[str, Any], given: tuple[int, int] | None) -> Forward:
@@ -94,5 +94,5 @@ CLIP = Stack(
     counter=_count,
     kohya={TEXT_ENCODER: ("lora_te_", "lora_te1_"), TEXT_ENCODER_2: ("lora_te2_", "lora_te2_")},
     writers={"clip_l.": "OneTrainer", "clip_g.": "OneTrainer"},
-    tell=_tell,
+    tell=lambda slot, inputs: _BASES.get(slot),
 )
