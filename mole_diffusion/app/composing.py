@@ -17,7 +17,9 @@ from mole_diffusion.app.setup import Setup
 from mole_diffusion.app.stopping import stoppable
 from mole_diffusion.app.studio import Studio, Work
 from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.pictures.denoisers import denoiser_of, own_size
 from mole_diffusion.pictures.opening import drawing_settings
+from mole_diffusion.pictures.training.workbench import tensor_picture
 from mole_diffusion.starter.location import GUIDANCE
 
 #: Previews may take this share of the time of drawing.
@@ -108,8 +110,8 @@ def compose(
 
 def picture_size(pipe: Any, request: ComposeRequest) -> tuple[int, int]:
     """Width and height in pixels."""
-    own = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    return request.width or own, request.height or own
+    height, width = own_size(pipe)
+    return request.width or width, request.height or height
 
 
 def active_names(setup: Setup, request: ComposeRequest) -> tuple[str, ...]:
@@ -173,10 +175,7 @@ def step_callback(pipe: Any, job: Job, steps: int, first: int, total: int, note:
 @torch.no_grad()
 def decode(pipe: Any, latents: torch.Tensor) -> Image.Image:
     """A picture of the latents (batch, 4, h, w) as they are; of the first in the batch."""
-    vae = pipe.vae
-    pixels = vae.decode((latents[:1] / vae.config.scaling_factor).to(vae.dtype)).sample
-    picture: Image.Image = pipe.image_processor.postprocess(pixels.float(), output_type="pil")[0]
-    return picture
+    return tensor_picture(denoiser_of(pipe).decode(latents[:1])[0])
 
 
 @dataclass(frozen=True)

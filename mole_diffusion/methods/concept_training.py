@@ -76,13 +76,15 @@ class ConceptTrainer:
     """
 
     def __init__(self, method: str, job: Job, recipe: ConceptRecipe) -> None:
+        from mole_diffusion.pictures.denoisers import denoiser_of
         from mole_diffusion.pictures.training.workbench import Workbench
 
         self.method, self.job, self.recipe = method, job, recipe
         pictures = job.config.pictures
         # What decides the pictures that the base draws.
         self._drawing = {"guidance": pictures.guidance, "sampling_steps": pictures.sampling_steps}
-        self.bench = Workbench(job.pipe, pictures, recipe.seed)
+        denoiser = denoiser_of(job.pipe, pictures.size)
+        self.bench = Workbench(denoiser, job.pipe.composing, pictures, recipe.seed)
         #: Loss of every step of the last training.
         self.losses: list[float] = []
         self._base = describe_base(job.pipe)
@@ -120,14 +122,13 @@ class ConceptTrainer:
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Networks without gradient and without experts, pictures encoded at full precision."""
-        from mole_diffusion.pictures.training.precision import full_precision
         from mole_diffusion.training.state import frozen
 
-        pipe = self.job.pipe
         with (
-            frozen([*pipe._networks().values(), pipe.vae]),
-            full_precision([pipe.vae]),
-            pipe.composing(mixture="none"),
+            frozen(self.bench.networks),
+            # Not recomputed: the backward pass runs when what is trained is no longer in the networks.
+            self.bench.denoiser.training(checkpointing=False, decodes=False),
+            self.job.pipe.composing(mixture="none"),
         ):
             yield
 
@@ -191,36 +192,32 @@ class ConceptTrainer:
 
     def loss(self, pictures: Captioned, prior: Captioned | None, draws: torch.Generator) -> Tensor:
         """Mean squared error on pictures of the concept, plus that on pictures of its class."""
-        from mole_diffusion.pictures.training.rollout import denoising_target
+        from mole_diffusion.pictures.training.denoising import NoisyBatch, denoising_loss
 
-        bench = self.bench
-        latents, captions = pictures.pick(self.recipe.batch, draws)
+        count = self.recipe.batch
+        latents, captions = pictures.pick(count, draws)
         if prior is not None:
             others, other_captions = prior.pick(self.recipe.prior, draws)
             latents, captions = torch.cat([latents, others]), captions + other_captions
-        scheduler = bench.sampler.scheduler
-        noise = torch.randn(latents.shape, generator=draws).to(bench.device)
-        parts = [self.recipe.batch, len(latents) - self.recipe.batch]
-        timesteps = torch.cat([self._timesteps(count, draws) for count in parts]).to(bench.device)
-        latents = latents.to(bench.device)
-        noisy = scheduler.add_noise(latents, noise, timesteps).to(bench.pipe.unet.dtype)
-        bench.counter.unet()
-        text, _ = bench.encode_texts(captions)
-        prediction = bench.pipe.unet(noisy, timesteps, **text.arguments()).sample.float()
-        squares = (prediction - denoising_target(scheduler, latents, noise, timesteps)).square()
-        loss: Tensor = squares[: self.recipe.batch].mean()
-        return loss if prior is None else loss + squares[self.recipe.batch :].mean()
+        batch = NoisyBatch.draw(self.bench.denoiser, latents, draws, self._times)
+        prediction = self.bench.predict(batch, captions)
+        loss = denoising_loss(prediction[:count], batch.target[:count])
+        return loss if prior is None else loss + denoising_loss(prediction[count:], batch.target[count:])
 
-    def _timesteps(self, count: int, draws: torch.Generator) -> Tensor:
-        """(count,) timesteps at random, spread evenly: the loss depends on them more than on all else."""
-        spread = (torch.randperm(count, generator=draws) + torch.rand(count, generator=draws)) / max(1, count)
-        last: int = self.bench.sampler.scheduler.config.num_train_timesteps
-        return (spread * last).long().clamp(max=last - 1)
+    def _times(self, count: int, draws: torch.Generator) -> Tensor:
+        """Times of the concept's pictures and of the others, (count,), each spread evenly over the schedule:
+        the loss depends on them more than on all else.
+        """
+        parts = [self.recipe.batch, count - self.recipe.batch]
+        shares = [
+            (torch.randperm(n, generator=draws) + torch.rand(n, generator=draws)) / max(1, n) for n in parts
+        ]
+        return self.bench.denoiser.times_at(torch.cat(shares))
 
     def _encode(self, pictures: Sequence[Image]) -> Tensor:
         from mole_diffusion.pictures.training.workbench import picture_tensor
 
-        size = self.bench.picture_size
+        size = self.bench.denoiser.picture_size
         pixels = torch.stack([picture_tensor(picture, size) for picture in pictures])
         return torch.cat([self.bench.encode_pictures(part).cpu() for part in torch.split(pixels, 8)])
 
@@ -232,7 +229,7 @@ class ConceptTrainer:
             "base": self._base,
             "concept": [concept.name, concept.text, concept.class_text],
             "pictures": pictures_digest(self.job.captioned(concept)),
-            "size": self.bench.picture_size,
+            "size": self.bench.denoiser.picture_size,
             "prior": self._drawing if self.recipe.prior else None,
             "autocast": self.bench.settings.autocast,
         }

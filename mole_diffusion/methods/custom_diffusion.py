@@ -20,6 +20,7 @@ from mole_diffusion.methods.concept_training import ConceptRecipe, ConceptTraine
 from mole_diffusion.methods.prepared import Prepared, Request
 from mole_diffusion.methods.replaced import Wording, attention, embedding_of, new_words
 from mole_diffusion.methods.textual_inversion import NewWord, one_text_encoder, word_of
+from mole_diffusion.pictures.denoisers import denoiser_of
 from mole_diffusion.pictures.training.concepts import without_article
 
 if TYPE_CHECKING:
@@ -65,13 +66,14 @@ def train(method: str, job: Job) -> None:
 def _train_one(trainer: ConceptTrainer, concept: Concept) -> dict[str, Tensor]:
     pipe = trainer.job.pipe
     phrase, words = wording_of(concept)
-    processors = trained_processors(pipe.unet)
+    unet = trainer.bench.denoiser.network
+    processors = trained_processors(unet)
     parameters = [parameter for one in processors.values() for parameter in one.parameters()]
     with trainer.frozen():
         start = embedding_of(pipe, phrase.split()[0])
         word = NewWord(pipe, word_of(concept.name), start)
         prior = trainer.prior(concept)
-        with attention(pipe.unet, processors), word.known(Wording({phrase: words})):
+        with attention(unet, processors), word.known(Wording({phrase: words})):
             trainer.fit([word.vector, *parameters], word.engaged, trainer.pictures(concept), prior)
     trained = {
         f"{name}.{key}": value.detach().cpu()
@@ -125,7 +127,7 @@ def merge(
         }
     targets = torch.cat(list(own.values()))
     merged = {}
-    for name, one in trained_processors(pipe.unet).items():
+    for name, one in trained_processors(denoiser_of(pipe).network).items():
         for key, base in one.state_dict().items():
             wanted = torch.cat([own[c] @ trained[c][f"{name}.{key}"].double().T for c in own])
             merged[f"{name}.{key}"] = constrained(base.double().cpu(), others, targets, wanted).float()
@@ -173,7 +175,7 @@ def _own_tokens(pipe: Any, text: str, word: str) -> Tensor:
 @torch.no_grad()
 def _tokens(pipe: Any, text: str) -> Tensor:
     """Text features (tokens, d) of a text behind its start token, up to its end token; float64."""
-    features = pipe.encode_prompt(text, pipe.text_encoder.device, 1, do_classifier_free_guidance=False)[0]
+    features = denoiser_of(pipe).encode_texts([text]).tensors["encoder_hidden_states"]
     count = len(pipe.tokenizer(text, truncation=True).input_ids)
     found: Tensor = features[0, 1:count].double().cpu()
     return found
@@ -201,12 +203,13 @@ class PreparedCustomDiffusion(Prepared):
         one_text_encoder(pipe, self.method)
         tensors = load_file(self.folder / FILE)
         words = {key: tensors.pop(key) for key in list(tensors) if key.startswith("<")}
-        processors = trained_processors(pipe.unet)
+        denoiser = denoiser_of(pipe)
+        processors = trained_processors(denoiser.network)
         for name, one in processors.items():
             one.load_state_dict({key: tensors[f"{name}.{key}"] for key in one.state_dict()})
-            one.to(pipe.unet.device, pipe.unet.dtype)
+            one.to(denoiser.device, denoiser.dtype)
         with ExitStack() as stack:
             stack.enter_context(pipe.composing(mixture="none"))
-            stack.enter_context(attention(pipe.unet, processors))
+            stack.enter_context(attention(denoiser.network, processors))
             stack.enter_context(new_words(pipe, words, Wording(self.details["wording"])))
             yield

@@ -14,6 +14,7 @@ from mole_diffusion.core.networks.unet import UNET
 from mole_diffusion.core.records import CallRecorder
 from mole_diffusion.methods.prepared import Prepared
 from mole_diffusion.pictures.calibration import ExportMixin
+from mole_diffusion.pictures.denoisers import own_size
 from mole_diffusion.pictures.gates import GatesMixin
 from mole_diffusion.pictures.regions import region_tensors
 
@@ -146,8 +147,7 @@ class MoLEPipelineMixin(ExportMixin):
         """
         pipe: Any = self
         factor = pipe.vae_scale_factor
-        sample = pipe.unet.config.sample_size
-        rows, columns = (sample, sample) if isinstance(sample, int) else sample
+        rows, columns = (side // factor for side in own_size(pipe))
         if given.get("latents") is not None:
             rows, columns = given["latents"].shape[-2:]
         elif from_picture and given.get("image") is not None:

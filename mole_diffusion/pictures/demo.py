@@ -16,6 +16,7 @@ from PIL import Image
 
 from mole_diffusion.core.errors import ConfigError, UnknownExpertError
 from mole_diffusion.core.phrases import listed
+from mole_diffusion.pictures.denoisers import own_size
 from mole_diffusion.pictures.drawing import draw
 from mole_diffusion.pictures.pipelines import StableDiffusionMoLEPipeline
 from mole_diffusion.pictures.plots import (
@@ -222,12 +223,12 @@ def _rows_after(artist: _Artist, pipe: StableDiffusionMoLEPipeline, names: list[
         )
         for masked in names
     ]
-    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    height, width = own_size(pipe)
     rows.append(
         artist.row(
             "region masks",
             f"left to right: {', '.join(names)}",
-            region_masks=region_strips(names, side, side),
+            region_masks=region_strips(names, height, width),
         )
     )
     return rows

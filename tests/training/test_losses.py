@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from mole_diffusion.core.functional import balance_loss
 from mole_diffusion.pictures.training import losses
+from mole_diffusion.pictures.training.denoising import denoising_loss
 from mole_diffusion.training.losses import mean_per_gate
 
 
@@ -71,6 +72,9 @@ def test_denoising_loss_weighs_the_objects() -> None:
     prediction, target = torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2)
     inside = torch.tensor([[1.0, 0.0], [0.0, 0.0]])[None, None]
     prediction[..., 0, 0], prediction[..., 1, 1] = 1.0, 2.0
-    assert float(losses.weighted_denoising_loss(prediction, target, inside, 0.0)) == pytest.approx(1)
-    assert float(losses.weighted_denoising_loss(prediction, target, inside, 1.0)) == pytest.approx(5 / 4)
-    assert float(losses.weighted_denoising_loss(prediction, target, inside, 0.5)) == pytest.approx(3 / 2.5)
+    assert float(denoising_loss(prediction, target, inside)) == pytest.approx(1)
+    assert float(denoising_loss(prediction, target, 0.5 + 0.5 * inside)) == pytest.approx(3 / 2.5)
+    whole = denoising_loss(prediction, target, torch.ones_like(inside))
+    assert float(whole) == pytest.approx(5 / 4)
+    torch.testing.assert_close(denoising_loss(prediction, target), whole)
+    torch.testing.assert_close(denoising_loss(prediction.half(), target, 3 * inside), torch.tensor(1.0))

@@ -10,13 +10,8 @@ import torch
 
 from mole_diffusion import MoLEConfig
 from mole_diffusion.core.errors import ConfigError, TrainingError
+from mole_diffusion.pictures.denoisers import denoiser_of
 from mole_diffusion.pictures.training import Concept, GateTrainer, TrainingConfig
-from mole_diffusion.pictures.training.rollout import (
-    PassCounter,
-    Sampler,
-    denoising_target,
-    training_scheduler,
-)
 
 PROMPT = "a zor boot and a vim cat"
 Tiny = Callable[..., TrainingConfig]
@@ -259,23 +254,23 @@ def test_empty_prompts_train_without_words(pipe: Any, concepts: list[Concept], t
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_clean_latents_and_targets_agree(pipe: Any, prediction: str) -> None:
-    """A network that predicts the target exactly leads back to the clean latents."""
+    """What is exactly the target leads back to the clean latents, and over the schedule to the picture."""
     from diffusers import DDIMScheduler
 
-    scheduler = training_scheduler(DDIMScheduler(prediction_type=prediction))
-    scheduler.set_timesteps(10)
+    pipe.scheduler = DDIMScheduler(prediction_type=prediction)
+    denoiser = denoiser_of(pipe)
+    times = denoiser.schedule(10)
     draws = torch.Generator().manual_seed(0)
     clean, noise = torch.randn(2, 4, 4, 4, generator=draws), torch.randn(2, 4, 4, 4, generator=draws)
-    timestep = scheduler.timesteps[5]
-    noisy = scheduler.add_noise(clean, noise, timestep[None])
-    target = denoising_target(scheduler, clean, noise, timestep[None])
-
-    class Exact(Sampler):
-        def predict(self, *args: Any) -> torch.Tensor:
-            return target
-
-    found = Exact(pipe.unet, scheduler, 1.0, PassCounter()).step(noisy, timestep, clean, clean)[1]
-    torch.testing.assert_close(found, clean, atol=1e-4, rtol=1e-4)
+    latents = denoiser.noisy(clean, noise, times[:1])
+    for time, following in zip(times, [*times[1:], None], strict=True):
+        target = denoiser.target(clean, noise, time[None])
+        latents, found = denoiser.step(target, time, latents)
+        torch.testing.assert_close(found, clean, atol=2e-3, rtol=1e-3)
+        if following is not None:
+            expected = denoiser.noisy(clean, noise, following[None])
+            torch.testing.assert_close(latents, expected, atol=2e-3, rtol=1e-3)
+    assert denoiser.times_at(torch.tensor([0.0, 0.5, 1.0])).tolist() == [0, 500, 999]
 
 
 def test_sampling_is_that_of_the_pipeline(pipe: Any, concepts: list[Concept], tiny: Tiny) -> None:

@@ -10,8 +10,8 @@ from xl_components import make_xl_components, write_xl_lora
 
 from mole_diffusion import MoLEConfig, StableDiffusionXLMoLEImg2ImgPipeline, StableDiffusionXLMoLEPipeline
 from mole_diffusion.core.errors import TrainingError
+from mole_diffusion.pictures.denoisers.autoencoder import full_precision
 from mole_diffusion.pictures.training import Concept, GateTrainer, TrainingConfig
-from mole_diffusion.pictures.training.precision import full_precision
 
 PROMPT = "a zor boot and a vim cat"
 PARTS = ["unet", "text_encoder", "text_encoder_2"]
@@ -113,8 +113,8 @@ def test_training_draws_what_the_pipeline_draws(make_xl: Any, concepts: list[Con
     pipe = make_xl()
     bench = GateTrainer(pipe, PROMPT, concepts, tiny(guidance=3.0)).objective.bench
     found = bench.draw([PROMPT], torch.Generator().manual_seed(4))
-    pipe.scheduler = bench.sampler.scheduler
-    noise = torch.randn(1, *bench.latent_shape, generator=torch.Generator().manual_seed(4))
+    pipe.scheduler = bench.denoiser.scheduler
+    noise = torch.randn(1, *bench.denoiser.latent_shape, generator=torch.Generator().manual_seed(4))
     steps = bench.settings.sampling_steps
     expected = pipe(
         PROMPT, latents=noise, num_inference_steps=steps, guidance_scale=3.0, output_type="pt"
@@ -145,10 +145,10 @@ def test_unets_that_want_more_are_refused(
 def test_an_autoencoder_that_overflows_is_widened_and_restored(make_xl: Any) -> None:
     vae = make_xl().vae.half()
     before = {name: value.clone() for name, value in vae.state_dict().items()}
-    with full_precision([vae, vae]):
+    with full_precision(vae):
         assert vae.dtype == torch.float16  # this one does not ask for it
     vae.register_to_config(force_upcast=True)
-    with full_precision([vae, vae]):
+    with full_precision(vae):
         assert vae.dtype == torch.float32
     for name, value in vae.state_dict().items():
         assert torch.equal(value, before[name])

@@ -119,9 +119,7 @@ class ClipObjective(_Guided):
         target = bench.draws.choices.randint(first, last)
         with bench.autocast():
             text, empty = bench.encode_texts(self._texts(prompts))
-            latents = bench.sampler.rollout(
-                steps, target, self._truncated, text, empty, bench.latent_shape, bench.draws.tensors
-            )
+            latents = bench.sampler.rollout(steps, target, self._truncated, text, empty, bench.draws.tensors)
             pictures = bench.decode(latents)
         yield self.judge(pictures, prompts)
 
@@ -138,18 +136,18 @@ class ClipWalkObjective(_Guided):
         chosen = torch.stack([p[bench.draws.choices.randrange(len(p))] for p in sources])
         shortest, longest = WALK_STEPS
         length = bench.draws.choices.randint(shortest, longest)
-        noise = bench.sampler.start(longest, len(prompts), bench.latent_shape, bench.draws.tensors)
-        timesteps = bench.sampler.scheduler.timesteps[longest - length :]
+        times = bench.denoiser.schedule(longest)[longest - length :]
+        noise = bench.sampler.noise(len(prompts), bench.draws.tensors)
         latents = bench.encode_pictures(chosen).to(noise.device)
-        latents = bench.sampler.scheduler.add_noise(latents, noise, timesteps[:1]).to(noise.dtype)
-        for position, timestep in enumerate(timesteps, start=1):
+        latents = bench.denoiser.noisy(latents, noise, times[:1]).to(noise.dtype)
+        for position, time in enumerate(times, start=1):
             with bench.autocast():
                 text, empty = bench.encode_texts(self._texts(prompts))
-                following, clean = bench.sampler.step(latents, timestep, text, empty)
+                following, clean = bench.sampler.step(latents, time, text, empty)
                 pictures = bench.decode(clean)
             terms = self.judge(pictures, prompts)
             latents = following.detach()
-            update = position % WALK_UPDATE == 0 or position == len(timesteps)
+            update = position % WALK_UPDATE == 0 or position == len(times)
             yield LossTerms(terms.loss / WALK_UPDATE, terms.parts, update)
 
 

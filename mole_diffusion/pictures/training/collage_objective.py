@@ -11,8 +11,7 @@ from torch import Tensor
 from mole_diffusion.pictures.training import collage
 from mole_diffusion.pictures.training.concepts import read_prompt
 from mole_diffusion.pictures.training.config import Collage
-from mole_diffusion.pictures.training.losses import weighted_denoising_loss
-from mole_diffusion.pictures.training.rollout import denoising_target
+from mole_diffusion.pictures.training.denoising import NoisyBatch, denoising_loss
 from mole_diffusion.pictures.training.sources import ConceptPictures
 from mole_diffusion.pictures.training.workbench import Workbench
 from mole_diffusion.training.objective import Losses, LossTerms
@@ -46,7 +45,7 @@ class CollageObjective:
         """Make the first pool. The pictures must be prepared."""
         settings = self._settings
         size = settings.batch
-        channels, height, width = self._bench.latent_shape
+        channels, height, width = self._bench.denoiser.latent_shape
         self._latents = torch.zeros(settings.pool_size, channels, height, width)
         self._inside = torch.zeros(settings.pool_size, 1, height, width)
         self._captions = [""] * settings.pool_size
@@ -61,22 +60,18 @@ class CollageObjective:
             self._next = (self._next + settings.batch) % settings.pool_size
             self._renew(entries)
         chosen = torch.randperm(settings.pool_size, generator=bench.draws.tensors)[: settings.batch]
-        latents = self._latents[chosen].to(bench.device)
+        batch = NoisyBatch.draw(bench.denoiser, self._latents[chosen], bench.draws.tensors)
         inside = self._inside[chosen].to(bench.device)
-        scheduler = bench.sampler.scheduler
-        noise = torch.randn(latents.shape, generator=bench.draws.tensors).to(bench.device)
-        steps = scheduler.config.num_train_timesteps
-        timesteps = torch.randint(steps, (len(chosen),), generator=bench.draws.tensors).to(bench.device)
-        noisy = scheduler.add_noise(latents, noise, timesteps).to(bench.pipe.unet.dtype)
         captions = [self._captions[i] for i in chosen.tolist()]
-        prior = self._base_prediction(noisy, timesteps, captions)
+        # Before the other: the balance is that of the last forward.
+        prior = self._base_prediction(batch, captions)
         with bench.autocast():
-            prediction = self._predict(noisy, timesteps, self._some_empty(captions))
-        target = denoising_target(scheduler, latents, noise, timesteps)
-        loss = weighted_denoising_loss(prediction, target, inside, settings.outside_weight)
+            prediction = bench.predict(batch, self._some_empty(captions))
+        weights = settings.outside_weight + (1 - settings.outside_weight) * inside
+        loss = denoising_loss(prediction, batch.target, weights)
         parts = {"collage": float(loss.detach())}
         if prior is not None:
-            distance = weighted_denoising_loss(prediction, prior, 1 - inside, 0.0)
+            distance = denoising_loss(prediction, prior, 1 - inside)
             parts["prior"] = float(distance.detach())
             loss = loss + settings.prior_weight * distance
         yield LossTerms(loss, parts)
@@ -139,16 +134,10 @@ class CollageObjective:
         share, choose = self._settings.empty_prompts, self._bench.draws.choices
         return ["" if choose.random() < share else caption for caption in captions]
 
-    def _predict(self, noisy: Tensor, timesteps: Tensor, captions: list[str]) -> Tensor:
-        text, _ = self._bench.encode_texts(captions)
-        self._bench.counter.unet()
-        prediction: Tensor = self._bench.pipe.unet(noisy, timesteps, **text.arguments()).sample
-        return prediction
-
-    def _base_prediction(self, noisy: Tensor, timesteps: Tensor, captions: list[str]) -> Tensor | None:
+    def _base_prediction(self, batch: NoisyBatch, captions: list[str]) -> Tensor | None:
         """What the base alone predicts for the captions in class words; None where nothing asks for it."""
         if self._settings.prior_weight == 0:
             return None
         captions = [read_prompt(caption, self._pictures.concepts).class_text for caption in captions]
-        with torch.no_grad(), self._bench.pipe.composing(mixture="none"), self._bench.autocast():
-            return self._predict(noisy, timesteps, captions)
+        with torch.no_grad(), self._bench.composing(mixture="none"), self._bench.autocast():
+            return self._bench.predict(batch, captions)

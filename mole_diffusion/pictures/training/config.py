@@ -63,6 +63,11 @@ class Pictures:
         if size is not None and (not isinstance(size, int) or size < 8 or size % 8):
             raise ConfigError(f"resolution is {size!r}; allowed are multiples of 8")
 
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width in pixels; None is the model's own."""
+        return None if self.resolution is None else (self.resolution, self.resolution)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Collage:

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from PIL.Image import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from mole_diffusion.core.checkpoint import write_safetensors
 from mole_diffusion.core.errors import ConfigError, TrainingError
-from mole_diffusion.pictures.training.rollout import denoising_target, training_scheduler
+from mole_diffusion.pictures.denoisers import denoiser_of
+from mole_diffusion.pictures.training.denoising import NoisyBatch, denoising_loss
 from mole_diffusion.pictures.training.workbench import picture_tensor
 from mole_diffusion.training.loop import TrainingLoop
 from mole_diffusion.training.objective import Losses, LossTerms, Parameters
@@ -109,9 +110,10 @@ class ExpertTrainer:
             raise ConfigError("prior preservation draws pictures of the class: class_text is empty")
         self.text, self.class_text = text.strip(), class_text.strip()
         self._pipe = pipe
-        training_scheduler(pipe.scheduler)  # raises for one that cannot be trained with
-        size = pipe.unet.config.sample_size * pipe.vae_scale_factor
-        self._pictures = torch.stack([picture_tensor(picture, (size, size)) for picture in pictures])
+        self._denoiser = denoiser_of(pipe)
+        self._denoiser.check_trainable()
+        size = self._denoiser.picture_size
+        self._pictures = torch.stack([picture_tensor(picture, size) for picture in pictures])
 
     def train(
         self, out: Path, folder: Path, *, fresh: bool = False, callback: Callback | None = None
@@ -134,9 +136,10 @@ class ExpertTrainer:
         """
         if out.suffix != ".safetensors":
             raise ConfigError(f"out is {str(out)!r}; a LoRA file ends in .safetensors")
-        networks = {"unet": self._pipe.unet, "text_encoder": self._pipe.text_encoder}
+        everything = self._denoiser.networks
+        networks = {part: everything[part] for part in TARGETS}
         going_on = not fresh and (folder / STATE_FILE).is_file()
-        with frozen([*networks.values(), self._pipe.vae]), self._adapters(networks):
+        with frozen(everything.values()), self._adapters(networks):
             factors = {
                 f"{part}.{name}": parameter
                 for part, network in networks.items()
@@ -230,8 +233,9 @@ class _SubjectObjective:
         self, pipe: Any, pictures: Tensor, text: str, class_text: str, config: ExpertTrainingConfig
     ) -> None:
         self._pipe, self._text, self._class_text, self._config = pipe, text, class_text, config
-        self._scheduler = training_scheduler(pipe.scheduler)
-        self._subject = self._encode(pictures)
+        self._denoiser = denoiser_of(pipe)
+        # One by one: there may be many.
+        self._subject = torch.cat([self._denoiser.encode(picture[None]).cpu() for picture in pictures])
         self._prior = torch.zeros(0)
 
     def prepare(self) -> None:
@@ -259,27 +263,12 @@ class _SubjectObjective:
 
     def _loss(self, pool: Tensor, text: str, draws: torch.Generator) -> Tensor:
         """Denoising loss on a batch from a pool of latents (n, c, h, w), on the CPU."""
-        scheduler, count, device = self._scheduler, self._config.batch_size, self._pipe.unet.device
+        count = self._config.batch_size
         latents = pool[torch.randint(len(pool), (count,), generator=draws)]
-        noise = torch.randn(latents.shape, generator=draws)
-        times = torch.randint(scheduler.config.num_train_timesteps, (count,), generator=draws)
-        noisy = scheduler.add_noise(latents, noise, times)
-        words = self._pipe.encode_prompt([text], device, 1, do_classifier_free_guidance=False)[0]
-        predicted = self._pipe.unet(noisy.to(device), times.to(device), words.expand(count, -1, -1)).sample
-        target = denoising_target(scheduler, latents, noise, times).to(device)
-        return nn.functional.mse_loss(predicted.float(), target).cpu()
-
-    @torch.no_grad()
-    def _encode(self, pictures: Tensor) -> Tensor:
-        """Latents on the CPU of pictures (n, 3, H, W) in 0..1."""
-        vae = self._pipe.vae
-        latents = [
-            vae.encode((picture[None] * 2 - 1).to(vae.device, vae.dtype)).latent_dist.mode()
-            for picture in pictures
-        ]
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
-        encoded: Tensor = (torch.cat(latents).float().cpu() - shift) * vae.config.scaling_factor
-        return encoded
+        batch = NoisyBatch.draw(self._denoiser, latents, draws)
+        words = self._denoiser.encode_texts([text])[[0] * count]
+        prediction = self._denoiser.predict(batch.noisy, batch.times, words)
+        return denoising_loss(prediction, batch.target).cpu()
 
     def _draw_prior(self) -> Tensor:
         """Latents of pictures of the class."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mole_diffusion.pictures.denoisers import denoiser_of
 from mole_diffusion.pictures.training.concepts import Concept, read_prompts
 from mole_diffusion.pictures.training.config import TrainingConfig
 from mole_diffusion.pictures.training.objectives import PictureObjective
@@ -38,7 +39,9 @@ class ObjectiveScore:
         fixed = {"redraw_every": config.iterations + 1}
         config = TrainingConfig.from_dict({**config.to_dict(), **fixed})
         self._pipe = pipe
-        self._objective = PictureObjective(pipe, read_prompts(prompts, concepts), concepts, config)
+        denoiser = denoiser_of(pipe, config.pictures.size)
+        found = read_prompts(prompts, concepts)
+        self._objective = PictureObjective(denoiser, pipe.composing, found, concepts, config)
         # Past the last one: "both" has both terms there.
         self._iteration = config.iterations
         self._batches = batches

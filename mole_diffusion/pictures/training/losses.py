@@ -92,22 +92,3 @@ def released_loss(pictures: Tensor, prompt: Tensor, references: Sequence[Tensor]
         toward = F.cosine_similarity(pictures - reference.mean(dim=0), prompt - name, dim=-1)
         total = total - ((2.5 - distance - (1 - toward)) / 2).clamp_min(1e-3).log()
     return total.mean()
-
-
-def weighted_denoising_loss(
-    prediction: Tensor, target: Tensor, inside: Tensor, outside_weight: float
-) -> Tensor:
-    """Mean squared error with weight 1 where `inside` is 1 and `outside_weight` where it is 0.
-
-    Args:
-        prediction: (batch, 4, h, w).
-        target: The same shape.
-        inside: (batch, 1, h, w) in 0..1.
-        outside_weight: Weight of the rest.
-
-    Returns:
-        A scalar; the weights are normalised, so its size does not depend on them.
-    """
-    weights = outside_weight + (1 - outside_weight) * inside
-    squares = (prediction.float() - target.float()).square().mean(dim=1, keepdim=True)
-    return (squares * weights).sum() / weights.sum().clamp_min(1e-6)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from mole_diffusion.pictures.denoiser import Denoiser
 from mole_diffusion.pictures.training.clip_guidance import ClipGuide
 from mole_diffusion.pictures.training.clip_objective import BothObjectives, ClipObjective, ClipWalkObjective
 from mole_diffusion.pictures.training.collage_objective import CollageObjective
 from mole_diffusion.pictures.training.concepts import Concept, TrainingPrompt
 from mole_diffusion.pictures.training.config import Both, Clip, ClipWalk, Collage, TrainingConfig
-from mole_diffusion.pictures.training.precision import full_precision, gradient_checkpointing
 from mole_diffusion.pictures.training.sources import ConceptPictures
-from mole_diffusion.pictures.training.workbench import Workbench
+from mole_diffusion.pictures.training.workbench import Composing, Workbench
 from mole_diffusion.training.objective import Losses, Objective
 from mole_diffusion.training.state import frozen
 
@@ -25,28 +25,33 @@ class PictureObjective:
     """An objective of `TrainingConfig` with its workbench, pictures and guiding CLIP; an `Objective` itself.
 
     Args:
-        pipe: The pipeline, with experts.
+        denoiser: The model, with experts.
+        composing: Chooses which of them count.
         prompts: The training prompts.
         concepts: The concept of each expert.
         config: The settings.
 
     Attributes:
-        bench: Networks, random draws and the pass counter.
+        bench: The model, random draws and the pass counter.
         pictures: Pictures of the concepts.
         task: The objective alone.
+
+    Raises:
+        TrainingError: the model cannot be trained with, or there is no such guiding CLIP.
     """
 
     def __init__(
         self,
-        pipe: Any,
+        denoiser: Denoiser,
+        composing: Composing,
         prompts: Sequence[TrainingPrompt],
         concepts: Mapping[str, Concept],
         config: TrainingConfig,
     ) -> None:
         self._config = config
         clip = config.clip_guidance
-        decoder = None if clip is None else clip.decoder
-        self.bench = Workbench(pipe, config.pictures, config.seed, decoder)
+        small = None if clip is None else clip.decoder
+        self.bench = Workbench(denoiser, composing, config.pictures, config.seed, small)
         self.pictures = ConceptPictures(self.bench, prompts, concepts)
         self._guide = None if clip is None else _guide(clip, self.bench.device)
         self.task: Objective = self._task(config.task)
@@ -54,10 +59,7 @@ class PictureObjective:
     @property
     def networks(self) -> list[nn.Module]:
         """Every network that takes part, once."""
-        pipe = self.bench.pipe
-        found = [*pipe._networks().values(), pipe.vae, self.bench.decoder]
-        found += [self._guide.model] if self._guide is not None else []
-        return list({id(network): network for network in found if network is not None}.values())
+        return self.bench.networks + ([] if self._guide is None else [self._guide.model])
 
     @contextmanager
     def ready(self, training: Iterable[nn.Parameter] = ()) -> Iterator[None]:
@@ -66,12 +68,7 @@ class PictureObjective:
         Args:
             training: What trains.
         """
-        bench, wanted = self.bench, self._config.pictures.gradient_checkpointing
-        recomputed = [bench.pipe.unet] if self._guide is None else [bench.pipe.unet, bench.decoder]
-        with ExitStack() as stack:
-            stack.enter_context(frozen(self.networks, training))
-            stack.enter_context(gradient_checkpointing(recomputed, wanted))
-            stack.enter_context(full_precision([bench.pipe.vae, bench.decoder]))
+        with frozen(self.networks, training), self.bench.training(decodes=self._guide is not None):
             yield
 
     def prepare(self) -> None:

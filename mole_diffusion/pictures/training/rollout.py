@@ -1,42 +1,13 @@
-"""Sampling for training: without gradient up to a step, with gradient from there on.
-
-Everything here runs on a DDIM scheduler with the noise schedule of the pipeline, whichever sampler the
-pipeline itself is set to: it is deterministic, differentiable, and knows all prediction types.
-"""
+"""Sampling for training: without gradient up to a step, with gradient from there on."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mole_diffusion.core.errors import TrainingError
-from mole_diffusion.pictures.training.conditions import TextCondition
-
-_PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-
-
-def training_scheduler(scheduler: Any) -> Any:
-    """A DDIM scheduler with the same betas and prediction type, without clipping.
-
-    A host without diffusers brings its own, ready for training, and says so by an attribute ``for_training``.
-
-    Raises:
-        TrainingError: if the pipeline's scheduler has no betas or another prediction type (flow matching).
-    """
-    if getattr(scheduler, "for_training", False):
-        return scheduler
-    from diffusers import DDIMScheduler
-
-    prediction = scheduler.config.get("prediction_type", "epsilon")
-    if "beta_schedule" not in scheduler.config or prediction not in _PREDICTION_TYPES:
-        raise TrainingError(
-            f"scheduler {type(scheduler).__name__} with prediction type {prediction!r} cannot be trained "
-            f"with; allowed are schedulers with betas and one of {_PREDICTION_TYPES}"
-        )
-    return DDIMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False)
+from mole_diffusion.pictures.denoiser import Condition, Denoiser
 
 
 @dataclass
@@ -68,112 +39,82 @@ class Sampler:
     """Samples latents with classifier-free guidance.
 
     Args:
-        unet: The UNet, gates attached.
-        scheduler: From :func:`training_scheduler`.
+        denoiser: The model, gates attached.
         guidance: Scale of classifier-free guidance; 1 or less skips the empty prompt.
         counter: Counts the passes.
     """
 
-    unet: Any
-    scheduler: Any
+    denoiser: Denoiser
     guidance: float
     counter: PassCounter = field(default_factory=PassCounter)
 
-    def predict(self, latents: Tensor, timestep: Any, text: TextCondition, empty: TextCondition) -> Tensor:
-        """Guided prediction of the UNet, conditional and unconditional in one pass.
+    def predict(self, latents: Tensor, time: Tensor, text: Condition, empty: Condition) -> Tensor:
+        """Guided prediction, conditional and unconditional in one pass.
 
         Args:
-            latents: (batch, 4, h, w).
-            timestep: A scalar or (batch,).
+            latents: (batch, c, h, w).
+            time: A scalar.
             text: As many texts.
             empty: The empty prompt, once or for each text.
 
         Returns:
-            (batch, 4, h, w).
+            (batch, c, h, w).
         """
         self.counter.unet()
         if self.guidance <= 1:
-            plain: Tensor = self.unet(latents, timestep, **text.arguments()).sample
-            return plain
-        output = self.unet(torch.cat([latents, latents]), timestep, **text.after(empty).arguments()).sample
+            return self.denoiser.predict(latents, time, text)
+        output = self.denoiser.predict(torch.cat([latents, latents]), time, text.after(empty))
         without, with_text = output.chunk(2)
-        guided: Tensor = without + self.guidance * (with_text - without)
-        return guided
+        return without + self.guidance * (with_text - without)
 
-    def start(self, steps: int, batch: int, shape: tuple[int, int, int], draws: torch.Generator) -> Tensor:
-        """Set the schedule to ``steps`` and return noise (batch, *shape) to start from."""
-        self.scheduler.set_timesteps(steps)
-        noise = torch.randn(batch, *shape, generator=draws).to(self.unet.device, self.unet.dtype)
-        scaled: Tensor = noise * self.scheduler.init_noise_sigma
-        return scaled
+    def noise(self, batch: int, draws: torch.Generator) -> Tensor:
+        """Noise (batch, *latent_shape) to start from."""
+        drawn = torch.randn(batch, *self.denoiser.latent_shape, generator=draws)
+        return drawn.to(self.denoiser.device, self.denoiser.dtype)
 
-    def run(
-        self, latents: Tensor, text: TextCondition, empty: TextCondition, first: int, last: int
-    ) -> Tensor:
-        """Take the steps ``first .. last - 1`` of the schedule; latents in, latents out."""
-        for timestep in self.scheduler.timesteps[first:last]:
-            latents = self.step(latents, timestep, text, empty)[0]
+    def run(self, latents: Tensor, times: Tensor, text: Condition, empty: Condition) -> Tensor:
+        """Take the steps of some times of the schedule; latents in, latents out."""
+        for time in times:
+            latents = self.step(latents, time, text, empty)[0]
         return latents
 
-    def step(
-        self, latents: Tensor, timestep: Tensor, text: TextCondition, empty: TextCondition
-    ) -> tuple[Tensor, Tensor]:
+    def step(self, latents: Tensor, time: Tensor, text: Condition, empty: Condition) -> tuple[Tensor, Tensor]:
         """One step: the next latents and the predicted clean latents."""
-        prediction = self.predict(latents, timestep, text, empty)
-        result = self.scheduler.step(prediction, int(timestep), latents)
-        return result.prev_sample.to(latents.dtype), result.pred_original_sample.to(latents.dtype)
+        return self.denoiser.step(self.predict(latents, time, text, empty), time, latents)
 
     @torch.no_grad()
-    def sample(
-        self,
-        steps: int,
-        text: TextCondition,
-        empty: TextCondition,
-        shape: tuple[int, int, int],
-        draws: torch.Generator,
-    ) -> Tensor:
-        """Sample clean latents (batch, *shape) over the whole schedule, without gradient."""
-        return self.run(self.start(steps, len(text), shape, draws), text, empty, 0, steps)
+    def sample(self, steps: int, text: Condition, empty: Condition, draws: torch.Generator) -> Tensor:
+        """Sample clean latents (batch, c, h, w) over the whole schedule, without gradient."""
+        times = self.denoiser.schedule(steps)
+        return self.run(self.noise(len(text), draws), times, text, empty)
 
     def rollout(
         self,
         steps: int,
         target: int,
         truncated: int,
-        text: TextCondition,
-        empty: TextCondition,
-        shape: tuple[int, int, int],
+        text: Condition,
+        empty: Condition,
         draws: torch.Generator,
     ) -> Tensor:
-        """Predicted clean latents at step ``target`` of ``steps``, with gradient through the last
-        ``truncated`` steps.
+        """Predicted clean latents at step `target` of `steps`, with gradient through the last `truncated`
+        steps.
 
         Args:
             steps: Length of the schedule.
             target: Index of the step whose prediction is returned, 0 .. steps - 1.
-            truncated: Steps with gradient, ``target`` among them.
+            truncated: Steps with gradient, `target` among them.
             text: A text for each latent, with gradient.
             empty: The empty prompt, with gradient.
-            shape: Shape of one latent.
             draws: Generator of the noise, on the CPU.
 
         Returns:
-            (batch, *shape).
+            (batch, c, h, w).
         """
         first = max(0, target + 1 - truncated)
+        times = self.denoiser.schedule(steps)
         with torch.no_grad():
-            latents = self.start(steps, len(text), shape, draws)
-            latents = self.run(latents, text.detach(), empty.detach(), 0, first)
-        latents = self.run(latents, text, empty, first, target)
-        return self.step(latents, self.scheduler.timesteps[target], text, empty)[1]
-
-
-def denoising_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """What the UNet should predict, by the scheduler's prediction type; all (batch, 4, h, w)."""
-    prediction = scheduler.config.prediction_type
-    if prediction == "epsilon":
-        return noise
-    if prediction == "sample":
-        return latents
-    target: Tensor = scheduler.get_velocity(latents, noise, timesteps)
-    return target
+            latents = self.noise(len(text), draws)
+            latents = self.run(latents, times[:first], text.detach(), empty.detach())
+        latents = self.run(latents, times[first:target], text, empty)
+        return self.step(latents, times[target], text, empty)[1]

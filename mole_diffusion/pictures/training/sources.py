@@ -36,8 +36,9 @@ class ConceptPictures:
         #: W).
         self._drawn: dict[tuple[str, int], Tensor] = {}
         self._cutouts: dict[tuple[str, int, int], Cutout] = {}
+        size = bench.denoiser.picture_size
         self._references = {
-            name: torch.stack([picture_tensor(picture, bench.picture_size) for picture in concept.references])
+            name: torch.stack([picture_tensor(picture, size) for picture in concept.references])
             for name, concept in concepts.items()
             if concept.references
         }

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL.Image import Image
 
 from mole_diffusion.core.errors import NoExpertsError, TrainingError
+from mole_diffusion.core.experts import Expert
 from mole_diffusion.core.mixture import Mixture
 from mole_diffusion.core.networks.base import DENOISER
+from mole_diffusion.pictures.denoiser import Denoiser
+from mole_diffusion.pictures.denoisers import denoiser_of
 from mole_diffusion.pictures.training.concepts import (
     Concept,
     as_concepts,
@@ -21,7 +24,7 @@ from mole_diffusion.pictures.training.concepts import (
 )
 from mole_diffusion.pictures.training.config import TrainingConfig
 from mole_diffusion.pictures.training.objectives import PictureObjective
-from mole_diffusion.pictures.training.workbench import tensor_picture
+from mole_diffusion.pictures.training.workbench import Composing, tensor_picture
 from mole_diffusion.training.gates import Balanced, Gates
 from mole_diffusion.training.loop import TrainingLoop
 from mole_diffusion.training.progress import HistoryRow, TrainingEvent
@@ -45,13 +48,33 @@ class TrainingResult:
     passes: dict[str, int]
 
 
+class WithExperts(Protocol):
+    """What experts are attached to, as far as the trainer needs to know it."""
+
+    @property
+    def experts(self) -> Mapping[str, Expert]:
+        """The experts by name, all of which train together."""
+
+    @property
+    def mixtures(self) -> Mapping[str, Mixture]:
+        """The mixture of each network that experts change, by part."""
+
+    @property
+    def composing(self) -> Composing:
+        """Chooses which of the experts count."""
+
+    def save_gates(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+        """Write the gates into a file."""
+
+
 class GateTrainer:
     """Trains the gates of a pipeline for prompts that name several concepts.
 
     Networks and experts stay bitwise as they are; only the parameters of the gates change.
 
     Args:
-        pipe: A `StableDiffusionMoLEPipeline` with its experts loaded.
+        pipe: A `StableDiffusionMoLEPipeline` with its experts loaded; or anything else that is
+            `WithExperts`, with its `denoiser`.
         prompts: One or several prompts. Class words are replaced by the trigger phrases where triggers are
             missing.
         concepts: What each expert knows: `Concept` objects, or a mapping from expert name to a Concept, to a
@@ -60,6 +83,7 @@ class GateTrainer:
         callback: Called with a `TrainingEvent` after every iteration; `False` ends the training, which keeps
             what it has.
         checkpoint_dir: Folder for checkpoints, gates, history and previews; None keeps everything in memory.
+        denoiser: What draws with these experts; None makes one of the pipeline.
 
     Attributes:
         config: The settings.
@@ -75,13 +99,14 @@ class GateTrainer:
 
     def __init__(
         self,
-        pipe: Any,
+        pipe: WithExperts,
         prompts: str | Sequence[str],
         concepts: Mapping[str, Concept | Mapping[str, Any] | str] | Sequence[Concept] | None = None,
         config: TrainingConfig | None = None,
         *,
         callback: Callable[[TrainingEvent], Any] | None = None,
         checkpoint_dir: str | Path | None = None,
+        denoiser: Denoiser | None = None,
     ) -> None:
         if not pipe.mixtures:
             raise NoExpertsError(
@@ -97,7 +122,9 @@ class GateTrainer:
             concepts = concepts_from_experts(pipe.experts)
         self.concepts = as_concepts(concepts, list(pipe.experts))
         self.prompts = read_prompts(prompts, self.concepts)
-        self.objective = PictureObjective(pipe, self.prompts, self.concepts, self.config)
+        if denoiser is None:
+            denoiser = denoiser_of(pipe, self.config.pictures.size)
+        self.objective = PictureObjective(denoiser, pipe.composing, self.prompts, self.concepts, self.config)
         self._pipe = pipe
         self._callback = callback
         self._folder = Path(checkpoint_dir) if checkpoint_dir is not None else None

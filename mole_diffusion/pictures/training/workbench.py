@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from mole_diffusion.core.errors import TrainingError
-from mole_diffusion.pictures.training.conditions import TextCondition, encode
+from mole_diffusion.pictures.denoiser import Condition, Denoiser
+from mole_diffusion.pictures.denoisers.autoencoder import SmallDecoder
 from mole_diffusion.pictures.training.config import Pictures
-from mole_diffusion.pictures.training.rollout import PassCounter, Sampler, training_scheduler
+from mole_diffusion.pictures.training.denoising import NoisyBatch
+from mole_diffusion.pictures.training.rollout import PassCounter, Sampler
 
 
 class Draws:
@@ -37,91 +38,100 @@ class Draws:
         self.choices.setstate((version, tuple(numbers), gauss))
 
 
+class Composing(Protocol):
+    """Chooses which experts count inside a `with` block."""
+
+    def __call__(
+        self, *, active_experts: Sequence[str] | None = None, mixture: Any = "gates"
+    ) -> AbstractContextManager[None]:
+        """All, some or (`mixture="none"`) none; see `composing` of the pipelines."""
+
+
 @dataclass
 class Workbench:
     """Everything an objective needs.
 
     Args:
-        pipe: The pipeline, with experts.
+        denoiser: The model, with experts.
+        composing: Chooses which of them count.
         settings: How pictures are drawn.
         seed: Seed of everything that is drawn.
-        small_decoder: Folder or hub id of an `AutoencoderTiny` that decodes for CLIP; None for the VAE.
+        small_decoder: Folder or hub id of an `AutoencoderTiny` that decodes for CLIP; None for its own.
+
+    Raises:
+        TrainingError: the model cannot be trained with.
     """
 
-    pipe: Any
+    denoiser: Denoiser
+    composing: Composing
     settings: Pictures
     seed: int
     small_decoder: str | None = None
-    decoder: Any = field(init=False)
     draws: Draws = field(init=False)
     counter: PassCounter = field(default_factory=PassCounter)
     sampler: Sampler = field(init=False)
+    _decoder: SmallDecoder | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        channels = self.pipe.unet.config.in_channels
-        if channels != self.latent_shape[0]:
-            raise TrainingError(
-                f"gates of this UNet cannot be trained: it reads {channels} channels, latents have"
-                f" {self.latent_shape[0]} (an inpainting UNet reads mask and picture too); train on the base"
-            )
+        self.denoiser.check_trainable()
         self.draws = Draws(self.seed)
-        self.decoder = self.pipe.vae if self.small_decoder is None else _tiny(self.small_decoder, self.device)
-        scheduler = training_scheduler(self.pipe.scheduler)
-        self.sampler = Sampler(self.pipe.unet, scheduler, self.settings.guidance, self.counter)
+        self.sampler = Sampler(self.denoiser, self.settings.guidance, self.counter)
+        if self.small_decoder is not None:
+            self._decoder = SmallDecoder(self.small_decoder, self.device)
 
     @property
     def device(self) -> torch.device:
-        """Where the UNet runs."""
-        device: torch.device = self.pipe.unet.device
-        return device
+        """Where the network runs."""
+        return self.denoiser.device
 
     @property
-    def picture_size(self) -> tuple[int, int]:
-        """Height and width of the pictures in pixels."""
-        if self.settings.resolution is not None:
-            return self.settings.resolution, self.settings.resolution
-        size, factor = self.pipe.unet.config.sample_size, self.pipe.vae_scale_factor
-        rows, columns = (size, size) if isinstance(size, int) else size
-        return rows * factor, columns * factor
+    def networks(self) -> list[nn.Module]:
+        """Every network that takes part."""
+        own = list(self.denoiser.networks.values())
+        return own if self._decoder is None else [*own, self._decoder.network]
 
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Shape of one latent."""
-        height, width = self.picture_size
-        factor = self.pipe.vae_scale_factor
-        return self.pipe.vae.config.latent_channels, height // factor, width // factor
+    @contextmanager
+    def training(self, *, decodes: bool) -> Iterator[None]:
+        """The networks as training needs them, see `Denoiser.training`."""
+        wanted, small = self.settings.gradient_checkpointing, self._decoder
+        with ExitStack() as stack:
+            own = decodes and small is None
+            stack.enter_context(self.denoiser.training(checkpointing=wanted, decodes=own))
+            if small is not None:
+                stack.enter_context(small.training(checkpointing=wanted and decodes))
+            yield
 
-    def autocast(self) -> Any:
+    def autocast(self) -> AbstractContextManager[Any]:
         """bfloat16 for the frozen networks, where asked for."""
         if not self.settings.autocast:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-    def encode_texts(self, texts: Sequence[str]) -> tuple[TextCondition, TextCondition]:
+    def encode_texts(self, texts: Sequence[str]) -> tuple[Condition, Condition]:
         """The texts, and the empty prompt alone, encoded in one pass, with gradient.
 
         Equal texts are encoded once.
         """
         unique = list(dict.fromkeys(["", *texts]))
-        encoded = encode(self.pipe, unique, self.picture_size, self.device)
+        encoded = self.denoiser.encode_texts(unique)
         return encoded[[unique.index(text) for text in texts]], encoded[:1]
+
+    def predict(self, batch: NoisyBatch, texts: Sequence[str]) -> Tensor:
+        """What the network says of a noisy batch with these texts, with gradient."""
+        text, _ = self.encode_texts(texts)
+        self.counter.unet()
+        return self.denoiser.predict(batch.noisy, batch.times, text)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (batch, 3, H, W) in 0..1 from latents, with gradient, for CLIP."""
         self.counter.decoded += 1
-        return _decode(self.decoder, latents)
+        return (self._decoder or self.denoiser).decode(latents)
 
     @torch.no_grad()
     def encode_pictures(self, pictures: Tensor) -> Tensor:
-        """Latents (batch, 4, h, w), the VAE's means, of pictures (batch, 3, H, W) in 0..1; no gradient."""
-        vae = self.pipe.vae
+        """Latents (batch, c, h, w), float32, of pictures (batch, 3, H, W) in 0..1; no gradient."""
         with self.autocast():
-            encoded = vae.encode((pictures * 2 - 1).to(vae.device, vae.dtype))
-        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-        shifted: Tensor = (
-            latents - (getattr(vae.config, "shift_factor", None) or 0.0)
-        ) * vae.config.scaling_factor
-        return shifted.float()
+            return self.denoiser.encode(pictures)
 
     @torch.no_grad()
     def draw(self, texts: Sequence[str], draws: torch.Generator, **composition: Any) -> Tensor:
@@ -131,29 +141,17 @@ class Workbench:
         Args:
             texts: The prompts.
             draws: Generator of the noise.
-            composition: Which experts count, as for ``pipe.composing``.
+            composition: Which experts count, as for `composing`.
         """
-        with self.pipe.composing(**composition), self.autocast():
+        with self.composing(**composition), self.autocast():
             text, empty = self.encode_texts(texts)
-            latents = self.sampler.sample(self.settings.sampling_steps, text, empty, self.latent_shape, draws)
-            pictures = _decode(self.pipe.vae, latents)
+            latents = self.sampler.sample(self.settings.sampling_steps, text, empty, draws)
+            pictures = self.denoiser.decode(latents)
         return (pictures * 255).round().cpu() / 255
 
 
-def _tiny(source: str, device: torch.device) -> Any:
-    from diffusers import AutoencoderTiny
-
-    return AutoencoderTiny.from_pretrained(source).to(device)
-
-
-def _decode(decoder: Any, latents: Tensor) -> Tensor:
-    latents = latents / decoder.config.scaling_factor + (getattr(decoder.config, "shift_factor", None) or 0.0)
-    pictures: Tensor = decoder.decode(latents.to(decoder.dtype)).sample
-    return (pictures.float() / 2 + 0.5).clamp(0, 1)
-
-
 def picture_tensor(picture: Image.Image, size: tuple[int, int]) -> Tensor:
-    """A PIL picture as (3, H, W) in 0..1, scaled to cover ``size`` and cropped to its centre."""
+    """A PIL picture as (3, H, W) in 0..1, scaled to cover `size` and cropped to its centre."""
     height, width = size
     picture = picture.convert("RGB")
     scale = max(height / picture.height, width / picture.width)
