@@ -1,4 +1,4 @@
-"""ComfyUI's MODEL, CLIP and VAE as what the gate trainer works on: copies that are free of ComfyUI's habits.
+"""ComfyUI's MODEL, CLIP and VAE as what gates are trained on: copies that are free of ComfyUI's habits.
 
 Nodes run in inference mode, whose tensors autograd refuses, and share one network among all clones; so the
 trainer gets copies in memory of its own, with the weights as they are patched (a LoRA of the core counts).
@@ -10,9 +10,8 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import comfy.model_management
@@ -26,8 +25,8 @@ from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.errors import NoExpertsError, TrainingError
 from mole_diffusion.core.experts import Expert
 from mole_diffusion.core.mixture import Mixture, inject
-from mole_diffusion.core.networks.clip import TEXT_ENCODER
 from mole_diffusion.core.networks.unet import UNET
+from mole_diffusion.pictures.denoiser import Condition
 
 from .binding import Usage, networks_of
 from .experts import ExpertSet
@@ -35,19 +34,21 @@ from .weights import mean_weights_entry
 
 #: Height and width of the pictures of models that do not say.
 DEFAULT_SIZE = 512
+_TEXT = "context"
 
 
-class NoiseSchedule:
-    """Deterministic sampling (DDIM) on the noise levels of a MODEL, as the trainer wants it.
+class NoiseLevels:
+    """Noise levels of a MODEL, and deterministic sampling (DDIM) over them.
 
     Args:
         sampling: the MODEL's `model_sampling`.
-    Raises:
-        TrainingError: it is no schedule of noise levels with a prediction of noise or velocity.
-    """
 
-    for_training = True
-    init_noise_sigma = 1.0
+    Attributes:
+        prediction_type: "epsilon" or "v_prediction".
+
+    Raises:
+        TrainingError: it has no discrete noise levels with a prediction of noise or velocity.
+    """
 
     def __init__(self, sampling: Any) -> None:
         velocity = isinstance(sampling, comfy.model_sampling.V_PREDICTION)
@@ -61,110 +62,214 @@ class NoiseSchedule:
         with torch.inference_mode(False):
             sigmas = sampling.sigmas.detach().clone().double().cpu()
             self._alphas = (1 / (1 + sigmas**2)).float()
-        self.config = SimpleNamespace(
-            num_train_timesteps=len(self._alphas), prediction_type="v_prediction" if velocity else "epsilon"
-        )
-        self.timesteps = torch.arange(0)
+        self.prediction_type = "v_prediction" if velocity else "epsilon"
         self._stride = 1.0
 
-    def set_timesteps(self, steps: int) -> None:
-        """Spread `steps` timesteps from the last one down."""
-        total = len(self._alphas)
-        self._stride = total / steps
-        self.timesteps = (torch.arange(total, 0, -self._stride)[:steps].round() - 1).long()
+    def __len__(self) -> int:
+        return len(self._alphas)
 
-    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def spread(self, steps: int) -> Tensor:
+        """`steps` timesteps from the last one down, which `step` then goes through."""
+        self._stride = len(self) / steps
+        return (torch.arange(len(self), 0, -self._stride)[:steps].round() - 1).long()
+
+    def noisy(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """Latents as they are at these timesteps."""
-        signal, spread = self._factors(timesteps, latents)
+        signal, spread = self._factors(times, latents)
         return signal * latents + spread * noise
 
-    def get_velocity(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What a network that predicts velocity should predict."""
-        signal, spread = self._factors(timesteps, latents)
+    def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """Noise or velocity."""
+        if self.prediction_type == "epsilon":
+            return noise
+        signal, spread = self._factors(times, latents)
         return signal * noise - spread * latents
 
-    def step(self, prediction: Tensor, timestep: int, latents: Tensor) -> Any:
-        """The next latents (`prev_sample`) and the predicted clean ones (`pred_original_sample`)."""
-        signal, spread = self._factors(torch.tensor([timestep]), latents)
-        if self.config.prediction_type == "epsilon":
+    def step(self, prediction: Tensor, time: int, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """The next latents and the predicted clean ones."""
+        signal, spread = self._factors(torch.tensor([time]), latents)
+        if self.prediction_type == "epsilon":
             noise, clean = prediction, (latents - spread * prediction) / signal
         else:
             clean = signal * latents - spread * prediction
             noise = signal * prediction + spread * latents
-        following = round(timestep + 1 - self._stride) - 1
-        if following >= 0:
-            signal, spread = self._factors(torch.tensor([following]), latents)
-            return SimpleNamespace(prev_sample=signal * clean + spread * noise, pred_original_sample=clean)
-        return SimpleNamespace(prev_sample=clean, pred_original_sample=clean)
+        following = round(time + 1 - self._stride) - 1
+        if following < 0:
+            return clean, clean
+        signal, spread = self._factors(torch.tensor([following]), latents)
+        return signal * clean + spread * noise, clean
 
-    def _factors(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        alphas = self._alphas[timesteps.cpu()].to(like.device, like.dtype).view(-1, 1, 1, 1)
+    def _factors(self, times: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        alphas = self._alphas[times.cpu()].to(like.device, like.dtype).view(-1, 1, 1, 1)
         return alphas.sqrt(), (1 - alphas).sqrt()
 
 
-class NativeUNet(nn.Module):
-    """A UNet of ComfyUI, called as one of diffusers.
+class ComfyDenoiser:
+    """Copies of a MODEL, a CLIP and a VAE as a `mole_diffusion.pictures.denoiser.Denoiser`.
 
     Args:
-        network: the network.
-        size: height and width of its pictures in latents.
-        device: where it runs.
+        model, clip, vae: ComfyUI's objects, which stay as they are.
+        size: height and width of the pictures in pixels; None for the model's own.
+
+    Attributes:
+        network: the copy of the UNet, in float32.
+        text_encoder: the copy of the CLIP's model.
+        device: where everything runs.
+        levels: the noise levels.
+
+    Raises:
+        TrainingError: this kind of model cannot be trained with.
     """
 
-    def __init__(self, network: Any, size: int, device: torch.device) -> None:
-        super().__init__()
-        self.network = network
-        self.device = device
-        self.dtype = torch.float32
-        self.config = SimpleNamespace(in_channels=network.in_channels, sample_size=size)
+    dtype = torch.float32
 
-    def forward(self, latents: Tensor, timestep: Any, encoder_hidden_states: Tensor) -> Any:
-        """Prediction in `.sample`; without gradient it stops with ComfyUI's own exception when asked to."""
+    def __init__(self, model: Any, clip: Any, vae: Any, size: int | None = None) -> None:
+        if model.model.adm_channels:
+            raise TrainingError(
+                "Gates are trained on Stable Diffusion 1.x and 2.x here; this MODEL (SDXL, or one that reads "
+                "more than a text) can use gates that were trained elsewhere."
+            )
+        self.levels = NoiseLevels(model.get_model_object("model_sampling"))
+        self.device: torch.device = model.load_device
+        self.network: Any = _copy(model, model.model.diffusion_model, self.device)
+        self.text_encoder = _copy(clip.patcher, clip.cond_stage_model, self.device)
+        self._autoencoder = _copy(vae.patcher, vae.first_stage_model, self.device)
+        self._clip, self._format = clip, model.model.latent_format
+        configured: int = getattr(model.model.model_config, "mole_picture_size", DEFAULT_SIZE)
+        self._size = configured if size is None else size
+        self._factor = int(vae.spacial_compression_encode())
+        _free_inputs(self.text_encoder)
+
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        """UNet, text encoder and VAE."""
+        return {UNET: self.network, "text_encoder": self.text_encoder, "vae": self._autoencoder}
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width of the pictures in pixels."""
+        return self._size, self._size
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape of one latent: channels, height, width."""
+        side = self._size // self._factor
+        return int(self._format.latent_channels), side, side
+
+    def check_trainable(self) -> None:
+        """Refuse UNets that read more than latents.
+
+        Raises:
+            TrainingError: it is one for inpainting.
+        """
+        channels, expected = self.network.in_channels, self.latent_shape[0]
+        if channels != expected:
+            raise TrainingError(
+                f"This MODEL reads {channels} channels, latents have {expected} (one for inpainting reads "
+                "mask and picture too); train on its base."
+            )
+
+    def training(self, *, checkpointing: bool, decodes: bool) -> AbstractContextManager[None]:
+        """Nothing to prepare: the copies are in float32.
+
+        Raises:
+            TrainingError: ComfyUI's networks do not recompute their activations.
+        """
+        if checkpointing:
+            raise TrainingError("gradient_checkpointing is for models of diffusers; ComfyUI's have none.")
+        return nullcontext()
+
+    def encode_texts(self, texts: Sequence[str]) -> Condition:
+        """Token embeddings, with gradient; shorter texts are repeated to equal length.
+
+        Raises:
+            TrainingError: the texts are of too different lengths for that.
+        """
+        model = self.text_encoder
+        model.reset_clip_options()
+        if self._clip.layer_idx is not None:
+            model.set_clip_options({"layer": self._clip.layer_idx})
+        # Long texts have several sections of equal length; all sections of all texts are one batch.
+        sections = [self._clip.tokenize(text, disable_weights=True)[model.clip_name] for text in texts]
+        counts = [len(own) for own in sections]
+        if any(max(counts) % count for count in counts):
+            raise TrainingError("The prompts have too different lengths; write prompts of similar length.")
+        batch = [[token for token, _ in section] for own in sections for section in own]
+        encoded = getattr(model, model.clip)(batch)[0].split(counts)
+        rows = [own.flatten(0, 1).repeat(max(counts) // len(own), 1) for own in encoded]
+        return Condition({_TEXT: torch.stack(rows)})
+
+    def predict(self, latents: Tensor, times: Tensor, condition: Condition) -> Tensor:
+        """See `Denoiser.predict`; without gradient it stops with ComfyUI's own exception when asked to."""
         if not torch.is_grad_enabled():
             comfy.model_management.throw_exception_if_processing_interrupted()
-        timesteps = torch.as_tensor(timestep, device=latents.device).float().expand(len(latents))
+        times = torch.as_tensor(times, device=latents.device).float().expand(len(latents))
         options = {"optimized_attention_override": _plain_attention}
-        sample = self.network(latents, timesteps, context=encoder_hidden_states, transformer_options=options)
-        return SimpleNamespace(sample=sample)
-
-
-class NativeVAE(nn.Module):
-    """A VAE of ComfyUI, called as one of diffusers.
-
-    Args:
-        network: its `first_stage_model`.
-        latent_format: the MODEL's.
-        device: where it runs.
-    """
-
-    def __init__(self, network: Any, latent_format: Any, device: torch.device) -> None:
-        super().__init__()
-        self.network = network
-        self.device = device
-        self.dtype = torch.float32
-        self.config = SimpleNamespace(
-            scaling_factor=latent_format.scale_factor,
-            latent_channels=latent_format.latent_channels,
-            get=lambda *_: None,
+        prediction: Tensor = self.network(
+            latents, times, context=condition.tensors[_TEXT], transformer_options=options
         )
+        return prediction
 
-    def encode(self, pixels: Tensor) -> Any:
-        """Mean latents in `.latents` of pixels (B, 3, H, W) in -1..1."""
-        return SimpleNamespace(latents=self.network.encode(pixels))
+    def random_times(self, count: int, draws: torch.Generator) -> Tensor:
+        """Timesteps, all equally likely."""
+        return torch.randint(len(self.levels), (count,), generator=draws)
 
-    def decode(self, latents: Tensor) -> Any:
-        """Pixels in `.sample`, -1..1."""
-        return SimpleNamespace(sample=self.network.decode(latents))
+    def times_at(self, shares: Tensor) -> Tensor:
+        """Timesteps at shares of the schedule."""
+        return (shares * len(self.levels)).long().clamp(max=len(self.levels) - 1)
+
+    def noisy(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """See `Denoiser.noisy`."""
+        return self.levels.noisy(latents, noise, times)
+
+    def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """See `Denoiser.target`."""
+        return self.levels.target(latents, noise, times)
+
+    def schedule(self, steps: int) -> Tensor:
+        """See `Denoiser.schedule`."""
+        return self.levels.spread(steps)
+
+    def step(self, prediction: Tensor, time: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Denoiser.step`."""
+        return self.levels.step(prediction, int(time), latents)
+
+    @torch.no_grad()
+    def encode(self, pictures: Tensor) -> Tensor:
+        """See `Denoiser.encode`; without gradient."""
+        latents: Tensor = self._autoencoder.encode((pictures * 2 - 1).to(self.device, self.dtype))
+        scaled: Tensor = latents * self._format.scale_factor
+        return scaled
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """See `Denoiser.decode`."""
+        pixels: Tensor = self._autoencoder.decode(latents / self._format.scale_factor)
+        return (pixels / 2 + 0.5).clamp(0, 1)
+
+    def digest(self) -> str:
+        """Tells bases apart: a hash over some of the weights."""
+        digest = hashlib.sha256()
+        for part in (self.network, self.text_encoder):
+            parameters = [p for _, p in sorted(part.named_parameters()) if p.numel() < 1_000_000]
+            for parameter in parameters[:: max(1, len(parameters) // 20)]:
+                digest.update(json.dumps(parameter.flatten()[:64].tolist()).encode())
+        return digest.hexdigest()
 
 
-class NativePipeline:
-    """What `mole_diffusion.training.GateTrainer` calls a pipeline, made of copies of ComfyUI's objects.
+class TrainingCopy:
+    """Experts on copies of ComfyUI's objects: what `GateTrainer` trains, and its denoiser.
 
     Args:
         model, clip, vae: ComfyUI's objects, which stay as they are.
         experts: the experts; all of them count in training.
         config: form of the gates.
         size: height and width of the pictures in pixels; None for the model's own.
+
+    Attributes:
+        denoiser: the copies.
+        experts: by name.
+        mixtures: by part.
+
     Raises:
         NoExpertsError: there are no experts.
         TrainingError: this kind of model cannot be trained with.
@@ -176,36 +281,15 @@ class NativePipeline:
     ) -> None:
         if not experts.experts:
             raise NoExpertsError("There are no experts to train gates for: connect Load Expert.")
-        if model.model.adm_channels:
-            raise TrainingError(
-                "Gates are trained on Stable Diffusion 1.x and 2.x here; this MODEL (SDXL, or one that reads "
-                "more than a text) can use gates that were trained elsewhere."
-            )
         self.experts: Mapping[str, Expert] = {expert.name: expert for expert in experts.experts}
-        self.scheduler = NoiseSchedule(model.get_model_object("model_sampling"))
-        self.vae_scale_factor = int(vae.spacial_compression_encode())
-        configured: int = getattr(model.model.model_config, "mole_picture_size", DEFAULT_SIZE)
-        size = configured if size is None else size
-        device = model.load_device
-        network = _copy(model, model.model.diffusion_model, device)
-        self.unet = NativeUNet(network, size // self.vae_scale_factor, device)
-        self.text_encoder = _copy(clip.patcher, clip.cond_stage_model, device)
-        self.vae = NativeVAE(
-            _copy(vae.patcher, vae.first_stage_model, device), model.model.latent_format, device
-        )
-        self._clip = clip
-        _free_inputs(self.text_encoder)
+        self.denoiser = ComfyDenoiser(model, clip, vae, size)
         self.mixtures = self._inject(experts, config)
         for mixture in self.mixtures.values():
-            mixture.to(device)
+            mixture.to(self.denoiser.device)
         self._composition: tuple[Any, Any] = (None, "gates")
-        self.usage = Usage()
-
-    def _networks(self) -> dict[str, nn.Module]:
-        return {UNET: self.unet, TEXT_ENCODER: self.text_encoder}
 
     def _inject(self, experts: ExpertSet, config: MoLEConfig) -> dict[str, Mixture]:
-        networks = {UNET: self.unet.network, **networks_of(self.text_encoder)}
+        networks = {UNET: self.denoiser.network, **networks_of(self.denoiser.text_encoder)}
         with torch.inference_mode(False):
             return {
                 part: inject(network, experts.experts, config, part=part)
@@ -215,7 +299,7 @@ class NativePipeline:
 
     @contextmanager
     def composing(
-        self, active_experts: Sequence[str] | None = None, mixture: Any = "gates", **_: Any
+        self, *, active_experts: Sequence[str] | None = None, mixture: Any = "gates"
     ) -> Iterator[None]:
         """Which experts count inside the block: those named, with gates, or none (mixture "none")."""
         before = self._composition
@@ -234,41 +318,15 @@ class NativePipeline:
                 own.enable()
                 own.activate(active)
 
-    def encode_prompt(self, texts: Sequence[str], *_: Any, **__: Any) -> tuple[Tensor]:
-        """Token embeddings (len(texts), tokens, d), with gradient; shorter texts are repeated to equal "
-        "length."""
-        model = self.text_encoder
-        model.reset_clip_options()
-        if self._clip.layer_idx is not None:
-            model.set_clip_options({"layer": self._clip.layer_idx})
-        # Long texts have several sections of equal length; all sections of all texts are one batch.
-        sections = [self._clip.tokenize(text, disable_weights=True)[model.clip_name] for text in texts]
-        counts = [len(own) for own in sections]
-        if any(max(counts) % count for count in counts):
-            raise TrainingError("The prompts have too different lengths; write prompts of similar length.")
-        batch = [[token for token, _ in section] for own in sections for section in own]
-        encoded = getattr(model, model.clip)(batch)[0].split(counts)
-        rows = [own.flatten(0, 1).repeat(max(counts) // len(own), 1) for own in encoded]
-        return (torch.stack(rows),)
-
-    def save_gates(self, path: Path, metadata: Mapping[str, str]) -> None:
+    def save_gates(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
         """Write the gates, with what they weighed in the last iteration."""
         usage = Usage()
         for mixture in self.mixtures.values():
             usage.add(mixture)
         names = next(iter(self.mixtures.values())).expert_names
-        facts = {"prediction_type": self.scheduler.config.prediction_type}
+        facts = {"prediction_type": self.denoiser.levels.prediction_type}
         noted = mean_weights_entry(names, usage.means())
-        save_gates(path, self.mixtures, metadata={**facts, **noted, **metadata})
-
-    def digest(self) -> str:
-        """Tells bases apart: a hash over some of the weights."""
-        digest = hashlib.sha256()
-        for part in (self.unet.network, self.text_encoder):
-            parameters = [p for _, p in sorted(part.named_parameters()) if p.numel() < 1_000_000]
-            for parameter in parameters[:: max(1, len(parameters) // 20)]:
-                digest.update(json.dumps(parameter.flatten()[:64].tolist()).encode())
-        return digest.hexdigest()
+        save_gates(path, self.mixtures, metadata={**facts, **noted, **(metadata or {})})
 
 
 def _plain_attention(_: Any, *args: Any, **kwargs: Any) -> Tensor:

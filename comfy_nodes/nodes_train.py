@@ -31,7 +31,7 @@ from mole_diffusion.pictures.training.workbench import tensor_picture
 from mole_diffusion.training.state import GATES_FILE
 
 from .experts import ExpertSet, GatesFile, read_assignments
-from .native import NativePipeline
+from .native import TrainingCopy
 from .nodes_load import CATEGORY, Experts, Gates
 from .notes import show_text
 from .places import GATES
@@ -175,7 +175,7 @@ class TrainGates(io.ComfyNode):  # type: ignore[misc]
         with torch.inference_mode(False), torch.enable_grad():
             known = read_concepts(concepts, experts, references)
             show_text(cls.hidden.unique_id, "copying the model ...")
-            pipe = NativePipeline(model, clip, vae, experts, MoLEConfig(), size or None)
+            pipe = TrainingCopy(model, clip, vae, experts, MoLEConfig(), size or None)
             folder = training_folder(pipe, prompts, known, config)
             result = train(pipe, prompts, known, config, folder, _say(cls.hidden.unique_id))
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -184,7 +184,7 @@ class TrainGates(io.ComfyNode):  # type: ignore[misc]
 
 
 def train(
-    pipe: NativePipeline,
+    pipe: TrainingCopy,
     prompts: list[str],
     concepts: Mapping[str, Concept],
     config: TrainingConfig,
@@ -210,7 +210,9 @@ def train(
         return not comfy.model_management.processing_interrupted()
 
     say("drawing pictures of the experts ...")
-    trainer = GateTrainer(pipe, prompts, concepts, config, callback=report, checkpoint_dir=folder)
+    trainer = GateTrainer(
+        pipe, prompts, concepts, config, callback=report, checkpoint_dir=folder, denoiser=pipe.denoiser
+    )
     try:
         return trainer.train()
     except comfy.model_management.InterruptProcessingException:
@@ -263,7 +265,7 @@ def read_clip(text: str) -> str | tuple[str, str] | None:
 
 
 def training_folder(
-    pipe: NativePipeline, prompts: list[str], concepts: Mapping[str, Concept], config: TrainingConfig
+    pipe: TrainingCopy, prompts: list[str], concepts: Mapping[str, Concept], config: TrainingConfig
 ) -> Path:
     """Where this very training keeps its checkpoints: equal inputs go on where an earlier run stopped."""
     pictures = hashlib.sha256()
@@ -271,7 +273,7 @@ def training_folder(
         for picture in concept.references:
             pictures.update(picture.tobytes())
     facts = {
-        "base": pipe.digest(),
+        "base": pipe.denoiser.digest(),
         "prompts": prompts,
         "concepts": [[c.name, c.text, c.class_text] for c in concepts.values()],
         "pictures": pictures.hexdigest(),

@@ -16,6 +16,7 @@ from mole_diffusion.app.jobs import Job, Worker
 from mole_diffusion.app.session import Session
 from mole_diffusion.app.setup import STARTER, Setup
 from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.pictures.denoisers import denoiser_of
 from mole_diffusion.pictures.opening import open_base, pick_device
 
 #: Jobs that may wait for the one that runs, and how many of them may be one visitor's.
@@ -139,7 +140,8 @@ class Studio:
         base = self._bases.get(model)
         if base is None:
             return None
-        width = base.unet.config.cross_attention_dim
+        unet: Any = denoiser_of(base).network
+        width = unet.config.cross_attention_dim
         return {
             "width": width if isinstance(width, int) else None,
             "prediction": base.scheduler.config.get("prediction_type"),

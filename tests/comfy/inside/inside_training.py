@@ -44,7 +44,7 @@ def train(
 ) -> Any:
     module = part("nodes_train")
     with torch.inference_mode(False), torch.enable_grad():
-        pipe = part("native").NativePipeline(*starter, experts, part("nodes_train").MoLEConfig())
+        pipe = part("native").TrainingCopy(*starter, experts, part("nodes_train").MoLEConfig())
         concepts = module.read_concepts("", experts, references)
         say = (lines if lines is not None else []).append
         return module.train(pipe, [PROMPT], concepts, config, folder, say)
@@ -145,10 +145,10 @@ def test_model_with_a_lora_of_the_core_and_with_experts_applied_is_copied_as_it_
     applied, applied_clip = part("apply").apply_experts(changed, clip, experts, None)
     draw(applied, applied_clip, PROMPT, steps=1)
     with torch.inference_mode(False):
-        pipe = part("native").NativePipeline(
+        pipe = part("native").TrainingCopy(
             applied, applied_clip, vae, experts, part("nodes_train").MoLEConfig()
         )
-    weight = pipe.unet.network.middle_block[1].transformer_blocks[0].attn1.to_q.weight
+    weight = pipe.denoiser.network.middle_block[1].transformer_blocks[0].attn1.to_q.weight
     expected = model.model.state_dict()
     comfy.model_management.unload_all_models()
     plain = dict(model.model.named_parameters())[key]
@@ -157,7 +157,7 @@ def test_model_with_a_lora_of_the_core_and_with_experts_applied_is_copied_as_it_
     assert key in expected
     for mixture in pipe.mixtures.values():
         mixture.eject()
-    assert hooks(pipe.unet.network) == 0
+    assert hooks(pipe.denoiser.network) == 0
 
 
 def test_references_and_phrases_reach_the_trainer(experts: Any) -> None:
@@ -181,11 +181,11 @@ def test_models_that_cannot_be_trained_are_refused(starter: Any, experts: Any) -
     import comfy.model_sampling
 
     with pytest.raises(TrainingError, match="ModelSamplingFlux"):
-        part("native").NoiseSchedule(comfy.model_sampling.ModelSamplingFlux())
+        part("native").NoiseLevels(comfy.model_sampling.ModelSamplingFlux())
     model, clip, vae = starter
     model.model.adm_channels = 2816
     try:
         with pytest.raises(TrainingError, match=r"1\.x and 2\.x"):
-            part("native").NativePipeline(model, clip, vae, experts, part("nodes_train").MoLEConfig())
+            part("native").TrainingCopy(model, clip, vae, experts, part("nodes_train").MoLEConfig())
     finally:
         model.model.adm_channels = 0
