@@ -192,10 +192,8 @@ def gated(unet: UNet2DConditionModel, experts: Sequence[Expert], config: MoLECon
 
 def mean_spread(mixture: Mixture, forward: Forward) -> float:
     """Mean difference between the largest and the smallest gate weight; 0 means uniform gates."""
-    mixture.record(True)
     forward()
-    spreads = [float((r.weights.amax(dim=-1) - r.weights.amin(dim=-1)).mean()) for r in mixture.records]
-    mixture.record(False)
+    spreads = [float((w.amax(dim=-1) - w.amin(dim=-1)).mean()) for w in mixture.live_weights().values()]
     return statistics.mean(spreads)
 
 

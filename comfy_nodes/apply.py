@@ -6,11 +6,11 @@ from typing import Any
 
 import comfy.model_management
 
-from mole_diffusion.core.checkpoint import load_gates
 from mole_diffusion.core.config import MoLEConfig
-from mole_diffusion.core.errors import GateMismatchError, NoExpertsError
+from mole_diffusion.core.ensemble import Choice, Ensemble
+from mole_diffusion.core.errors import NoExpertsError
 
-from .binding import KEY, Applied, Binding
+from .binding import KEY, Applied, Binding, LastRun, facts_of, networks_of
 from .experts import ExpertSet, GatesFile
 
 
@@ -24,31 +24,34 @@ def apply_experts(model: Any, clip: Any, experts: ExpertSet, gates: GatesFile | 
         gates: None weighs all experts alike.
     Raises:
         NoExpertsError: there are no experts.
+        ExpertLoadError: an expert belongs to a base of another prediction type.
         InjectionError: an expert does not fit these networks.
         GateMismatchError: the gates were trained for other experts or another network.
     """
     if not experts.experts:
         raise NoExpertsError("There are no experts: connect at least one Load Expert.")
-    config = MoLEConfig.uniform()
-    if gates is not None:
-        config = gates.header.config(next(iter(gates.header.parts)))
     if any(
         f.magnitude is not None for e in experts.experts for own in e.factors.values() for f in own.values()
     ):
         # What a DoRA adds is computed from the network's own weights, without anybody's patches.
         comfy.model_management.unload_all_models()
-    bindings = (Binding(config, experts), Binding(config, experts))
     new_model, new_clip = model.clone(), clip.clone()
-    bindings[0].build(new_model.model)
-    bindings[1].build(new_clip.patcher.model)
-    applied = Applied(experts, bindings)
-    if not applied.mixtures:
+    networks = [networks_of(patcher.model) for patcher in (new_model, new_clip.patcher)]
+    ensemble = Ensemble(
+        {**networks[0], **networks[1]}, facts=facts_of(model), config=MoLEConfig.uniform(), attached=False
+    )
+    ensemble.set_experts(experts.experts)
+    if not ensemble.mixtures:
         raise NoExpertsError(f"None of the experts {', '.join(experts.names)} changes this MODEL or CLIP.")
     if gates is not None:
-        _load(gates, applied)
-    bindings[0].install(new_model)
-    bindings[1].install(new_clip.patcher)
-    new_model.set_attachments(KEY, applied)
+        ensemble.load_gates(gates.path)
+    for mixture in ensemble.mixtures.values():
+        mixture.gates.requires_grad_(False)
+    ensemble.activate(Choice(experts.active, experts.scales, experts.regions or None))
+    ensemble.record(LastRun())
+    for patcher, own in zip((new_model, new_clip.patcher), networks, strict=True):
+        Binding(ensemble, list(own)).install(patcher)
+    new_model.set_attachments(KEY, Applied(experts, ensemble))
     return new_model, new_clip
 
 
@@ -62,10 +65,3 @@ def applied_to(model: Any) -> Applied:
     if not isinstance(applied, Applied):
         raise NoExpertsError("This MODEL has no experts: connect the MODEL that comes out of Apply MoLE.")
     return applied
-
-
-def _load(gates: GatesFile, applied: Applied) -> None:
-    try:
-        load_gates(gates.path, applied.mixtures)
-    except GateMismatchError as error:
-        raise GateMismatchError(f"The gates in {gates.path.name!r} do not fit:", error.differences) from None

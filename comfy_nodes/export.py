@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 
 from mole_diffusion.core.errors import ConfigError
-from mole_diffusion.core.export import compress, lora_tensors, static_factors, write_lora
+from mole_diffusion.core.export import ensemble_tensors, freeze, lora_header, write_lora
+from mole_diffusion.core.networks.unet import UNET
 
 from .binding import Applied
 
@@ -25,30 +25,23 @@ def export_lora(applied: Applied, path: Path, rank: int | None) -> str:
     Raises:
         ConfigError: nothing has run yet, or an expert cannot be held by a plain LoRA.
     """
-    names = applied.experts.names
-    weights = {
-        part: {gate: dict(zip(names, means, strict=True)) for gate, means in gates.items()}
-        for part, gates in applied.means().items()
-    }
-    mixtures = {part: mixture for part, mixture in applied.mixtures.items() if weights.get(part)}
-    if "unet" not in mixtures:
+    chosen, ensemble = applied.experts, applied.ensemble
+    weights = applied.means()
+    mixtures = {part: mixture for part, mixture in ensemble.mixtures.items() if weights.get(part)}
+    if UNET not in mixtures:
         raise ConfigError(
             "The gates have not run since the experts were applied, so there are no weights to freeze: "
             "connect the LATENT of a sampler that uses this MODEL to 'after'."
         )
-    factors, error = static_factors(mixtures, weights, applied.experts.active), 0.0
-    if rank is not None:
-        factors, error = compress(factors, rank)
-    sources = [{"name": e.name, "sha256": e.sha256, "scale": e.scale} for e in applied.experts.experts]
-    triggers = "|".join(trigger for e in applied.experts.experts for trigger in e.triggers)
-    metadata = {"mole.kind": "static mixture", "mole.experts": json.dumps(sources)}
-    if triggers:
-        metadata["mole.trigger"] = triggers
-    write_lora(path, lora_tensors(factors, "kohya", torch.float16), metadata)
-    ranks = ", ".join(
-        f"{part} rank {max(pair.rank for pair in own.values())}" for part, own in factors.items()
-    )
-    lost = f"; compression loses {error:.2%}" if rank is not None else ""
-    left_out = [part for part in applied.mixtures if part not in mixtures]
-    missing = f"; not in it, because no text was encoded: {', '.join(left_out)}" if left_out else ""
-    return f"{path.name}: {sum(map(len, factors.values()))} matrices, {ranks}{lost}{missing}"
+    static = freeze(mixtures, weights, active=chosen.active, scales=chosen.scales, rank=rank)
+    counting = mixtures[UNET].chosen(chosen.active, chosen.scales)
+    inside = [expert for expert in chosen.experts if expert.name in counting]
+    metadata = lora_header("static mixture", inside, ensemble.facts)
+    write_lora(path, ensemble_tensors(ensemble, static, "kohya", torch.float16), metadata)
+    ranks = ", ".join(f"{part} rank {found}" for part, found in static.ranks.items())
+    notes = [f"; compression loses {static.error:.2%}"] if rank is not None else []
+    if left_out := [part for part in ensemble.mixtures if part not in mixtures]:
+        notes.append(f"; not in it, because no text was encoded: {', '.join(left_out)}")
+    if chosen.regions:
+        notes.append(f"; a LoRA knows no regions: {', '.join(chosen.regions)} may act everywhere")
+    return f"{path.name}: {static.matrices} matrices, {ranks}{''.join(notes)}"

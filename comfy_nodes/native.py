@@ -26,9 +26,10 @@ from mole_diffusion.core.errors import NoExpertsError, TrainingError
 from mole_diffusion.core.experts import Expert
 from mole_diffusion.core.mixture import Mixture, inject
 from mole_diffusion.core.networks.unet import UNET
+from mole_diffusion.core.records import Recorder
 from mole_diffusion.pictures.denoiser import Condition
 
-from .binding import Usage, networks_of
+from .binding import networks_of
 from .experts import ExpertSet
 from .weights import mean_weights_entry
 
@@ -320,12 +321,12 @@ class TrainingCopy:
 
     def save_gates(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
         """Write the gates, with what they weighed in the last iteration."""
-        usage = Usage()
+        recorder = Recorder()
         for mixture in self.mixtures.values():
-            usage.add(mixture)
+            recorder.note(mixture)
         names = next(iter(self.mixtures.values())).expert_names
         facts = {"prediction_type": self.denoiser.levels.prediction_type}
-        noted = mean_weights_entry(names, usage.means())
+        noted = mean_weights_entry(names, recorder.weights.means())
         save_gates(path, self.mixtures, metadata={**facts, **noted, **(metadata or {})})
 
 

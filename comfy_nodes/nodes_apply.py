@@ -8,6 +8,7 @@ import torch
 from comfy_api.latest import io
 
 from mole_diffusion.core.errors import ConfigError, RegionMaskError
+from mole_diffusion.core.records import in_order
 
 from .apply import applied_to, apply_experts
 from .experts import ExpertSet, GatesFile, read_names, read_strengths
@@ -175,7 +176,8 @@ class GateHeatMap(io.ComfyNode):  # type: ignore[misc]
     def execute(cls, model: Any = None, after: Any = None, gates: GatesFile | None = None) -> io.NodeOutput:
         if model is not None:
             applied = applied_to(model)
-            names, means = applied.experts.names, applied.means()
+            names = applied.experts.names
+            means = in_order(applied.means(), names)
             if not means:
                 raise ConfigError(
                     "The gates of this MODEL have not run yet: connect the sampler's LATENT to 'after'."

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 
 from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.core.records import MeanWeights, in_order
 
 from .experts import GatesFile
 
 #: Header entry: {"experts": [names], "weights": {part: {gate: [mean weight per expert]}}}.
 ENTRY = "mole.mean_weights"
 
-Means = Mapping[str, Mapping[str, list[float]]]
+#: part -> gate -> mean weight of each expert.
+Rows = dict[str, dict[str, list[float]]]
 
 
-def mean_weights_entry(names: tuple[str, ...], means: Means) -> dict[str, str]:
+def mean_weights_entry(names: tuple[str, ...], means: MeanWeights) -> dict[str, str]:
     """The header entry."""
-    return {ENTRY: json.dumps({"experts": list(names), "weights": means})}
+    return {ENTRY: json.dumps({"experts": list(names), "weights": in_order(means, names)})}
 
 
-def weights_of_gates(gates: GatesFile) -> tuple[tuple[str, ...], Means]:
-    """Expert names, and part -> gate -> mean weight of each expert at the end of the training.
+def weights_of_gates(gates: GatesFile) -> tuple[tuple[str, ...], Rows]:
+    """Expert names, and their mean weights at the end of the training.
 
     Raises:
         ConfigError: the file does not say.

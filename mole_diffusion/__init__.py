@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from .core.checkpoint import GatesHeader, load_gates, read_gates_header, save_gates
 from .core.config import MoLEConfig
-from .core.context import GateRecord
 from .core.errors import (
     AllExpertsMaskedError,
     ConfigError,
@@ -26,6 +25,7 @@ from .core.errors import (
 )
 from .core.experts import Expert, ExpertReport, LoraFactors, load_expert
 from .core.mixture import Mixture, inject
+from .core.records import GateRecord
 
 if TYPE_CHECKING:
     from .pictures.pipelines import (

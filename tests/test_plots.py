@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.core.records import GateRecord, GateWeights, in_order
 from mole_diffusion.pictures.plots import (
     GridRow,
     entropy_curve,
     gate_heat_map,
-    mean_gate_weights,
     picture_grid,
     short_group_name,
 )
@@ -22,36 +22,35 @@ from mole_diffusion.pictures.plots import (
 NAMES = ["boot", "cat", "clock"]
 
 
-@dataclass(frozen=True)
-class Row:
-    network: str
-    group: str
-    expert: str
-    weight: float
+def record(network: str, group: str, weights: dict[str, float]) -> GateRecord:
+    row = torch.tensor([list(weights.values())])
+    return GateRecord(network, group, 0, "prompt", (0,), tuple(weights), row)
 
 
-def test_mean_gate_weights_averages_over_steps_and_keeps_the_order_of_gates_and_names() -> None:
-    rows = [
-        Row("text_encoder", "layer", "cat", 1.0),
-        *(Row("unet", "late", name, weight) for name, weight in zip(NAMES, [1.0, 0.0, 0.0], strict=True)),
-        *(Row("unet", "early", name, weight) for name, weight in zip(NAMES, [0.2, 0.3, 0.5], strict=True)),
-        *(Row("unet", "late", name, weight) for name, weight in zip(NAMES, [0.0, 0.5, 0.5], strict=True)),
-    ]
+def test_means_are_over_steps_and_keep_the_order_of_gates_and_names() -> None:
+    weights = GateWeights(
+        [
+            record("text_encoder", "layer", {"cat": 1.0}),
+            record("unet", "late", dict(zip(NAMES, [1.0, 0.0, 0.0], strict=True))),
+            record("unet", "early", dict(zip(NAMES, [0.2, 0.3, 0.5], strict=True))),
+            record("unet", "late", dict(zip(NAMES, [0.0, 0.5, 0.5], strict=True))),
+        ]
+    )
 
-    means = mean_gate_weights(rows, ["clock", "boot", "cat"])
+    means = in_order(weights.means(), ["clock", "boot", "cat"])
 
     assert list(means) == ["text_encoder", "unet"]
     assert list(means["unet"]) == ["late", "early"]
     np.testing.assert_allclose(means["unet"]["late"], [0.25, 0.5, 0.25])
-    np.testing.assert_allclose(means["unet"]["early"], [0.5, 0.2, 0.3])
+    np.testing.assert_allclose(means["unet"]["early"], [0.5, 0.2, 0.3], rtol=1e-6)
     np.testing.assert_allclose(means["text_encoder"]["layer"], [0.0, 0.0, 1.0])
 
 
-def test_mean_gate_weights_refuses_an_expert_without_a_place() -> None:
+def test_means_of_an_expert_without_a_place_are_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"expert 'dog' has weights but is not among \['boot', 'cat', 'clock'\]"
     ):
-        mean_gate_weights([Row("unet", "g", "dog", 1.0)], NAMES)
+        in_order({"unet": {"g": {"dog": 1.0}}}, NAMES)
 
 
 def test_heat_map_has_one_panel_per_network_with_experts_as_rows() -> None:

@@ -16,12 +16,12 @@ from mole_diffusion import (
     Mixture,
     MoLEConfig,
     MoLEError,
-    inject,
-    load_gates,
     read_gates_header,
 )
+from mole_diffusion.core.ensemble import Choice, Ensemble
+from mole_diffusion.core.records import Recorder
 
-from .host import text_encoders_of, unet_of
+from .host import facts_of, text_encoders_of, unet_of
 from .settings import Settings, SettingsError
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class Attachment:
         library: where experts and gates are found.
 
     Attributes:
+        ensemble: the experts on the model's networks.
         notes: sentences for the user on what could not be done.
         hashes: expert's name in the settings -> hash of its file.
 
@@ -73,14 +74,16 @@ class Attachment:
         self.notes: list[str] = []
         self._library = library
         self._handles: list[RemovableHandle] = []
-        self._mixtures: dict[str, Mixture] = {}
-        self._networks: dict[str, nn.Module] = {}
+        networks: dict[str, nn.Module] = {UNET: unet_of(sd_model), **text_encoders_of(sd_model)}
+        self.ensemble = Ensemble(
+            networks, facts=facts_of(sd_model), config=MoLEConfig.uniform(), attached=False
+        )
         gates = library.gates_path(settings.gates)
         header = None if gates is None else read_gates_header(gates)
         self._experts = _load(settings, library, header)
         self.hashes = {name: expert.sha256 for name, expert in self._experts.items()}
         try:
-            self._attach(sd_model, header, gates)
+            self._attach(header, gates)
         except BaseException:
             self.detach()
             raise
@@ -88,76 +91,69 @@ class Attachment:
     @property
     def attached(self) -> bool:
         """Whether hooks are on the networks."""
-        return bool(self._mixtures)
+        return any(mixture.injected for mixture in self.ensemble.mixtures.values())
 
     @property
     def mixtures(self) -> Mapping[str, Mixture]:
         """Part -> its mixture, as long as it is attached."""
-        return self._mixtures
+        return self.ensemble.mixtures if self.attached else {}
 
     def is_on(self, sd_model: Any) -> bool:
         """Whether this model's networks carry the experts; a refiner or a checkpoint may have taken over."""
         try:
-            return self._networks.get(UNET) is unet_of(sd_model)
+            return self.ensemble.networks[UNET] is unet_of(sd_model)
         except SettingsError:
             return False
 
     def detach(self) -> None:
         """Take everything off; the networks are as before. Calling it twice does no harm."""
-        for mixture in self._mixtures.values():
-            mixture.eject()
+        self.ensemble.park()
         for handle in self._handles:
             handle.remove()
-        self._mixtures, self._networks, self._handles = {}, {}, []
+        self._handles = []
 
     def last_run(self) -> LastRun:
         """Mean gate weights so far; empty without recording."""
-        run = LastRun(tuple(self._experts))
-        for part, mixture in self._mixtures.items():
-            sums: dict[str, tuple[Tensor, int]] = {}
-            for record in mixture.records:
-                total, count = sums.get(record.group, (torch.zeros(len(self._experts)), 0))
-                sums[record.group] = total + record.weights.mean(0), count + 1
-            run.weights[part] = {group: (total / count).tolist() for group, (total, count) in sums.items()}
-            run.forwards[part] = max((count for _, count in sums.values()), default=0)
-        return run
+        recorder = self.ensemble.recorder or Recorder()
+        means = recorder.weights.means()
+        return LastRun(
+            tuple(self._experts),
+            {
+                part: {gate: list(own.values()) for gate, own in means.get(part, {}).items()}
+                for part in self.ensemble.mixtures
+            },
+            {part: recorder.forwards.get(part, 0) for part in self.ensemble.mixtures},
+        )
 
-    def _attach(self, sd_model: Any, header: GatesHeader | None, gates: Path | None) -> None:
-        networks: dict[str, nn.Module] = {UNET: unet_of(sd_model), **text_encoders_of(sd_model)}
+    def _attach(self, header: GatesHeader | None, gates: Path | None) -> None:
+        ensemble = self.ensemble
         wanted = {part for expert in self._experts.values() for part in expert.factors}
-        for part in sorted(wanted - set(networks)):
+        for part in sorted(wanted - set(ensemble.networks)):
             self.notes.append(
                 f"the {part.replace('_', ' ')} of this model cannot take experts on this web UI"
             )
-        experts = list(self._experts.values())
-        for part in [part for part in networks if part in wanted]:
-            config = MoLEConfig.uniform()
-            if header is not None:
-                config = (
-                    header.config(part) if part in header.parts else header.config(next(iter(header.parts)))
-                )
-            self._mixtures[part] = inject(networks[part], experts, config, part=part)
-            self._networks[part] = networks[part]
-            self._watch(part, networks[part])
-        if UNET not in self._mixtures:
+        ensemble.set_experts(self._experts.values())
+        if UNET not in ensemble.mixtures:
             raise SettingsError("none of the experts changes the UNet")
-        if gates is not None:
+        if gates is not None and header is not None:
             self._load_gates(gates, header)
-        self._activate()
-
-    def _load_gates(self, gates: Path, header: GatesHeader | None) -> None:
-        """Gates of the parts that are here; those of an encoder that cannot take experts are left out."""
-        assert header is not None
-        load_gates(gates, self._mixtures, parts=[part for part in header.parts if part in self._networks])
-
-    def _activate(self) -> None:
-        settings = self.settings
-        for part, mixture in self._mixtures.items():
-            mixture.record(settings.record)
-            if part != UNET or not self._has_regions:
-                mixture.activate(self._names(settings.active))
+        ensemble.activate(Choice(self._names(self.settings.active)))
+        if self.settings.record:
+            ensemble.record(Recorder())
+        ensemble.unpark()
+        for part in ensemble.mixtures:
+            self._watch(ensemble.networks[part])
         if self._has_regions:
-            self._handles.append(_RegionHook(self).register(self._networks[UNET]))
+            self._handles.append(_RegionHook(self).register(ensemble.networks[UNET]))
+
+    def _load_gates(self, gates: Path, header: GatesHeader) -> None:
+        """Gates of the parts that are here; those of an encoder that cannot take experts are left out."""
+        here = [part for part in header.parts if part in self.ensemble.networks]
+        try:
+            self.ensemble.load_gates(gates, parts=here)
+        except GateMismatchError as error:
+            error.add_hints(_hints({e.name for e in self._experts.values()}, header))
+            raise
 
     @property
     def _has_regions(self) -> bool:
@@ -165,7 +161,7 @@ class Attachment:
 
     def needs_all_tokens(self) -> bool:
         """Whether gates or regions tell image tokens apart."""
-        return self._has_regions or self._mixtures[UNET].config.pooling != "mean"
+        return self._has_regions or self.ensemble.mixtures[UNET].config.pooling != "mean"
 
     def activate_regions(self, size: tuple[int, int]) -> None:
         """Draw the rectangles for a latent of (height, width)."""
@@ -175,21 +171,19 @@ class Attachment:
             if expert.active and expert.region is not None
         }
         active = self._names(self.settings.active)
-        self._mixtures[UNET].activate(active, region_masks=masks, latent_size=size)
+        self.ensemble.activate(Choice(active, regions=masks, latent_size=size))
 
     def _names(self, chosen: Sequence[str]) -> list[str]:
         """Names that gates know the experts by."""
         return [self._experts[name].name for name in chosen]
 
-    def _watch(self, part: str, network: nn.Module) -> None:
+    def _watch(self, network: nn.Module) -> None:
         """After an exception inside a network the host calls no script: detach at once."""
 
         def left(module: nn.Module, args: Any, output: Any) -> None:
             if output is None:
                 # This hook stays until `detach`: PyTorch is just going through the network's hooks.
-                for mixture in self._mixtures.values():
-                    mixture.eject()
-                self._mixtures = {}
+                self.ensemble.park()
 
         self._handles.append(network.register_forward_hook(left, always_call=True))
 
@@ -269,18 +263,15 @@ def _load(settings: Settings, library: Library, header: GatesHeader | None) -> d
         expert = library.load(chosen.name)
         name = known.get(expert.sha256, expert.name)
         experts[chosen.name] = dataclasses.replace(expert, name=name, scale=chosen.scale)
-    if header is not None:
-        _check_experts(settings.gates, {e.name for e in experts.values()}, set(known.values()))
     return experts
 
 
-def _check_experts(gates: str, chosen: set[str], trained: set[str]) -> None:
-    """Say what to choose before the core lists every difference."""
-    missing, extra = sorted(trained - chosen), sorted(chosen - trained)
-    if missing or extra:
-        differences = [f"choose {name!r} too (untick it to leave it out)" for name in missing]
-        differences += [f"take {name!r} away: they were not trained for this file" for name in extra]
-        raise GateMismatchError(f"The gates {gates!r} belong to other experts:", differences)
+def _hints(chosen: set[str], header: GatesHeader) -> list[str]:
+    """What to choose where gates belong to other experts."""
+    trained = {name for part in header.parts for name in header.expert_names(part)}
+    return [f"choose {name!r} too (untick it to leave it out)" for name in sorted(trained - chosen)] + [
+        f"take {name!r} away: the gates were not trained for it" for name in sorted(chosen - trained)
+    ]
 
 
 __all__ = ["UNET", "Attachment", "LastRun", "MoLEError", "Refusal", "rectangle"]

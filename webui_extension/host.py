@@ -15,6 +15,13 @@ if TYPE_CHECKING:
 
 # Lists [key, value, ...] in which a host keeps the encoded prompts of the last generation.
 COND_CACHES = ("cached_c", "cached_uc", "cached_hr_c", "cached_hr_uc")
+# What hosts call prediction types -> as in diffusers.
+_PREDICTIONS = {
+    "eps": "epsilon",
+    "epsilon": "epsilon",
+    "v": "v_prediction",
+    "v_prediction": "v_prediction",
+}
 
 
 def unet_of(sd_model: Any) -> nn.Module:
@@ -55,6 +62,23 @@ def text_encoders_of(sd_model: Any) -> dict[str, nn.Module]:
         holders = list(getattr(root, "embedders", None) or [root])[:2]
     parts = zip(("text_encoder", "text_encoder_2"), holders, strict=False)
     return {part: network for part, holder in parts if (network := _clip_inside(holder)) is not None}
+
+
+def facts_of(sd_model: Any) -> dict[str, str]:
+    """What experts and gates must agree with: the prediction type, where the host says it."""
+    found = _predicted(sd_model)
+    return {} if found is None else {"prediction_type": found}
+
+
+def _predicted(sd_model: Any) -> str | None:
+    forge = getattr(sd_model, "forge_objects", None)
+    model = sd_model if forge is None else _follow(forge, "unet.model")
+    # AUTOMATIC1111; Forge; Forge before its own backend, and forge-classic.
+    for path in ("parameterization", "predictor.prediction_type", "model_type.name"):
+        named = _PREDICTIONS.get(str(_follow(model, path)).lower())
+        if named is not None:
+            return named
+    return None
 
 
 def _clip_inside(holder: Any) -> nn.Module | None:

@@ -89,7 +89,8 @@ def generate(
         ).images[0]
     out.parent.mkdir(parents=True, exist_ok=True)
     picture.save(out)
-    weights = _mean_weights(pipe)
+    # Empty where no gate ran.
+    weights = {expert: weight for (expert,), weight in pipe.gate_weights().mean("expert").items()}
     if as_json:
         result = {"picture": str(out), "prompt": prompt, "seed": seed, "experts": list(pipe.experts)}
         typer.echo(json.dumps({**result, "weights": weights}, indent=2))
@@ -126,11 +127,3 @@ def _parse_size(text: str | None) -> dict[str, Any]:
             f"{text!r}; write 512 or 512x768 (width x height), multiples of {_GRID}", param_hint="--size"
         )
     return {"width": sides[0], "height": sides[-1]}
-
-
-def _mean_weights(pipe: Any) -> dict[str, float]:
-    """Expert -> mean gate weight of the last call; empty where no gate ran."""
-    weights: dict[str, list[float]] = {}
-    for row in pipe.gate_weights():
-        weights.setdefault(row.expert, []).append(row.weight)
-    return {name: sum(values) / len(values) for name, values in weights.items()}

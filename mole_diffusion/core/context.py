@@ -23,23 +23,6 @@ _AUTOCAST_DEVICES = tuple(name for name in ("cpu", "cuda", "xpu", "mps") if _is_
 _is_compiling: Callable[[], bool] = getattr(torch.compiler, "is_compiling", lambda: False)
 
 
-@dataclass(frozen=True)
-class GateRecord:
-    """Gate weights of one gate in one forward.
-
-    Attributes:
-        part: what the host calls the network.
-        group: name of the gate's group; the gate of the text tokens in a group has the suffix ".context".
-        step: what `Mixture.step` was.
-        weights: (B, N) float32 on the CPU, mean over tokens; rows sum to 1.
-    """
-
-    part: str
-    group: str
-    step: int | None
-    weights: Tensor
-
-
 class RegionMasks:
     """Region masks of a picture, resized to any token grid on demand.
 
@@ -83,21 +66,31 @@ class RegionMasks:
         return functional.resize_mask(self._masks[index], (height, width)).flatten()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Activation:
     """The choice for the following forwards.
 
+    Numbers are tensors, so that a compiled network is not compiled anew for each; what decides the path
+    through the hooks is not.
+
     Attributes:
         active: indices of active experts, ascending.
-        scales: factor per expert, N long.
-        fixed: weights per expert, N long, that replace the gates; None to use the gates.
+        scales: (N,) factor per expert; None where all are 1.
+        fixed: (N,) weights per expert that replace the gates; None to use the gates.
         regions: region masks or None.
     """
 
     active: tuple[int, ...]
-    scales: tuple[float, ...]
-    fixed: tuple[float, ...] | None = None
+    scales: Tensor | None = None
+    fixed: Tensor | None = None
     regions: RegionMasks | None = None
+
+    def to(self, device: torch.device) -> Activation:
+        """The same with its tensors on a device."""
+        scales = None if self.scales is None else self.scales.to(device)
+        return Activation(
+            self.active, scales, None if self.fixed is None else self.fixed.to(device), self.regions
+        )
 
 
 @dataclass
@@ -179,14 +172,11 @@ class ForwardContext:
         self.part = part
         self.experts = experts
         self.enabled = True
-        self.activation = Activation(tuple(range(experts)), (1.0,) * experts)
+        self.activation = Activation(tuple(range(experts)))
         self.given_size: tuple[int, int] | None = None
         self.forward = Forward()
         self.values: dict[str, GateValue] = {}
         self.live: dict[str, Tensor] = {}
-        self.recording = False
-        self.records: list[GateRecord] = []
-        self.step: int | None = None
         self._time: Tensor | None = None
         self._real: dict[str, Tensor] = {}
         self._graphs: weakref.WeakSet[_Graph] = weakref.WeakSet()
@@ -214,9 +204,6 @@ class ForwardContext:
         mean = value.mean() if trained else None
         if mean is not None and not value.in_backward:
             self.live[label] = mean
-            if self.recording:
-                weights = self.live[label].detach().float().cpu()
-                self.records.append(GateRecord(self.part, label, self.step, weights))
             self._track(value.weights)
         return value
 

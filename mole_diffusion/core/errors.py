@@ -55,6 +55,11 @@ class GateMismatchError(MoLEError, ValueError):
         self.differences = list(differences)
         super().__init__("\n  - ".join([message, *self.differences]))
 
+    def add_hints(self, hints: Sequence[str]) -> None:
+        """Say at the end what a user of this host can do about it."""
+        if hints:
+            self.args = ("\n".join([str(self), *hints]),)
+
 
 class RegionMaskError(MoLEError, ValueError):
     """A region mask has the wrong shape, size or values."""

@@ -7,6 +7,7 @@ which is one LoRA whose factors are the experts' factors side by side: exact, of
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -17,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import write_safetensors
+from .ensemble import Ensemble
 from .errors import ConfigError
+from .experts import Expert
 from .factors import LoraFactors
 from .factors import compress as compress_factors
 from .functional import effective_strength
@@ -26,10 +29,8 @@ from .matrices import MatrixSlot
 from .mixture import Mixture
 from .networks import of_matrices
 from .networks.base import streams_of
-from .records import GateWeight
+from .records import MeanWeights
 
-#: part -> gate label (a group's name, with ".context" for its gate on text tokens) -> expert -> mean weight.
-StaticWeights = dict[str, dict[str, dict[str, float]]]
 #: part -> canonical matrix name -> factors, with every weight and scaling inside (alpha equals the rank).
 StaticFactors = dict[str, dict[str, LoraFactors]]
 
@@ -56,7 +57,7 @@ class ExportReport:
     path: Path
     format: str
     experts: tuple[str, ...]
-    weights: StaticWeights
+    weights: MeanWeights
     matrices: int
     ranks: dict[str, int]
     compression_error: float
@@ -88,24 +89,55 @@ def check_target(path: str | Path, dialect: str, rank: int | None) -> Path:
     return path
 
 
-def mean_weights(rows: Iterable[GateWeight]) -> StaticWeights:
-    """Mean gate weight per network, gate and expert, over steps, batch entries and both guidance branches.
+@dataclass(frozen=True)
+class StaticLora:
+    """A mixture with its gates frozen, as the factors of one LoRA.
+
+    Attributes:
+        factors: part -> matrix -> factors.
+        error: |compressed - exact| / |exact|, Frobenius norm over all matrices.
+    """
+
+    factors: StaticFactors
+    error: float = 0.0
+
+    @property
+    def matrices(self) -> int:
+        """How many matrices it changes."""
+        return sum(map(len, self.factors.values()))
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Part -> rank of its factors."""
+        return {part: max(pair.rank for pair in own.values()) for part, own in self.factors.items()}
+
+
+def freeze(
+    mixtures: Mapping[str, Mixture],
+    weights: MeanWeights,
+    *,
+    active: Iterable[str] | None = None,
+    scales: Mapping[str, float] | None = None,
+    rank: int | None = None,
+) -> StaticLora:
+    """The static mixture: exact, or the nearest one of a smaller rank.
 
     Args:
-        rows: what the pipeline recorded (`pipe.gate_weights()`), of any number of calls.
+        mixtures, weights, active, scales: see `static_factors`.
+        rank: largest rank to keep; None keeps everything.
+
+    Raises:
+        ConfigError: see `static_factors`.
     """
-    sums: dict[tuple[str, str, str], tuple[float, int]] = {}
-    for row in rows:
-        total, count = sums.get((row.network, row.group, row.expert), (0.0, 0))
-        sums[row.network, row.group, row.expert] = total + row.weight, count + 1
-    weights: StaticWeights = {}
-    for (network, group, expert), (total, count) in sums.items():
-        weights.setdefault(network, {}).setdefault(group, {})[expert] = total / count
-    return weights
+    factors = static_factors(mixtures, weights, active, scales)
+    return StaticLora(factors) if rank is None else StaticLora(*compress(factors, rank))
 
 
 def static_factors(
-    mixtures: Mapping[str, Mixture], weights: StaticWeights, active: Iterable[str] | None = None
+    mixtures: Mapping[str, Mixture],
+    weights: MeanWeights,
+    active: Iterable[str] | None = None,
+    scales: Mapping[str, float] | None = None,
 ) -> StaticFactors:
     """The static mixture by rank concatenation: exact, strength and scales included.
 
@@ -113,6 +145,7 @@ def static_factors(
         mixtures: part -> mixture.
         weights: mean gate weights for every gate of the mixtures.
         active: experts that were active when the weights were recorded; None for all.
+        scales: factor per expert, in place of the one it was loaded with.
 
     Raises:
         ConfigError: sigmoid gates, whose strength changes from token to token and is not recorded.
@@ -125,8 +158,9 @@ def static_factors(
                 "is 'softmax'"
             )
         names = mixture.expert_names
-        chosen = tuple(i for i, name in enumerate(names) if active is None or name in set(active))
-        scales = [expert.scale for expert in mixture.experts]
+        counting = mixture.chosen(None if active is None else list(active), scales)
+        chosen = tuple(i for i, name in enumerate(names) if name in counting)
+        factor = {expert.name: expert.scale for expert in mixture.experts} | dict(scales or {})
         own: dict[str, LoraFactors] = {}
         for group in mixture.groups:
             strength = group.gate.strength.detach().float().cpu()
@@ -135,7 +169,7 @@ def static_factors(
                 # A matrix that image and text tokens go through together has the mean of their gates.
                 gates = [weights[part][group.label(stream)] for stream in streams_of(slot.stream)]
                 shares = {
-                    i: sum(gate[names[i]] for gate in gates) / len(gates) * strong * scales[i]
+                    i: sum(gate[names[i]] for gate in gates) / len(gates) * strong * factor[names[i]]
                     for i in slot.mixed(chosen)
                 }
                 if shares:
@@ -229,12 +263,43 @@ def _numbered(slot: str, matrices: Iterable[str]) -> bool:
     return architecture is not None and slot in architecture.slots[1:]
 
 
+def ensemble_tensors(
+    ensemble: Ensemble, lora: StaticLora, dialect: str, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """`lora_tensors`, named for the base that an ensemble's networks belong to."""
+    slots = [slot for mixture in ensemble.mixtures.values() for slot in mixture.architecture.slots[1:]]
+    return lora_tensors(lora.factors, dialect, dtype, xl=any(part in slots for part in ensemble.networks))
+
+
+def lora_header(
+    kind: str, experts: Iterable[Expert], facts: Mapping[str, str], more: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """What a LoRA file that was made of experts says about itself; its triggers make it a ready expert.
+
+    Args:
+        kind: what it is, in words ("mole.kind").
+        experts: what it was made of: a JSON list of names, hashes and scales ("mole.experts").
+        facts: of the base, see `Ensemble`.
+        more: further entries by name, written as JSON ("mole.NAME").
+    """
+    made_of = list(experts)
+    triggers = [trigger for expert in made_of for trigger in expert.triggers]
+    sources = [{"name": e.name, "sha256": e.sha256, "scale": e.scale} for e in made_of]
+    return {
+        **facts,
+        **({"mole.trigger": "|".join(triggers)} if triggers else {}),
+        "mole.kind": kind,
+        "mole.experts": json.dumps(sources),
+        **{f"mole.{name}": json.dumps(value) for name, value in (more or {}).items()},
+    }
+
+
 def write_lora(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a LoRA file; it appears whole or not at all.
 
     Args:
         path: file to write or replace.
         tensors: from `lora_tensors`.
-        metadata: header entries, e.g. "mole.trigger" (trigger texts, separated by "|").
+        metadata: from `lora_header`.
     """
     write_safetensors(path, tensors, {"format": "pt", **metadata})

@@ -32,8 +32,8 @@ def mixing_weights(
             weights = weights * masks
     if value.strength is not None:
         weights = weights * functional.effective_strength(value.strength, count, context.experts)
-    if scaled and any(scale != 1.0 for scale in activation.scales):
-        weights = weights * torch.tensor(activation.scales, device=weights.device)
+    if scaled and activation.scales is not None:
+        weights = weights * activation.scales.to(weights.device)
     return weights
 
 
@@ -110,7 +110,7 @@ class MatrixHook:
         context, gate = self.context, self.group.gate
         activation = context.activation
         if activation.fixed is not None:
-            weights = torch.tensor(activation.fixed, device=x.device).view(1, 1, -1)
+            weights = activation.fixed.to(x.device).view(1, 1, -1)
             return context.values.get(label) or context.store(
                 label, GateValue(weights, None, in_backward()), trained=False
             )
@@ -175,7 +175,8 @@ class MatrixHook:
         if solo is None or solo == BASE or solo not in self.slot.factors:
             return None
         z = self.bundle.alone(self.slot, solo, x, output)
-        scale = torch.full((1, 1, 1), self.context.activation.scales[solo], device=z.device, dtype=z.dtype)
+        scales = self.context.activation.scales
+        scale = z.new_ones(1, 1, 1) if scales is None else scales[solo].view(1, 1, 1).to(z.device, z.dtype)
         return self._add(output, z, scale, (solo,))
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from . import functional
 from .config import MoLEConfig
-from .context import Activation, ForwardContext, GateRecord, RegionMasks
+from .context import Activation, ForwardContext, RegionMasks
 from .errors import (
     AllExpertsMaskedError,
     ConfigError,
@@ -29,7 +30,8 @@ from .modules import base_layer
 from .networks import map_network
 from .networks.base import DENOISER, Architecture, NetworkMap, Role
 
-_injected: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# Network -> the mixture whose hooks are on it; a hook keeps the mixture alive.
+_carried: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Mixture]] = weakref.WeakKeyDictionary()
 
 
 class Mixture:
@@ -45,6 +47,7 @@ class Mixture:
         gates: the trainable parameters, and nothing else.
         unmatched: expert name -> its matrices of this part that the network does not have.
         base: what the network is: its class, and a hash of its matrices' names and shapes.
+        owner: the `Ensemble` it belongs to, if any.
     """
 
     def __init__(
@@ -61,12 +64,14 @@ class Mixture:
         self.part = layout.part
         self.architecture: Architecture = layout.architecture
         self.base = fingerprint(network, layout)
+        self.owner: weakref.ref[Any] | None = None
         self._context = ForwardContext(self.part, len(self.experts))
         self._handles: list[RemovableHandle] = []
         self._on_matrices: list[RemovableHandle] = []
         self._arrangement = _Arrangement(network)
         slots, self.unmatched = build_slots(network, self.experts, layout)
-        self.groups = build_groups(network, slots, layout, len(self.experts), config, flatten_tokens)
+        with network_device(network) or nullcontext():
+            self.groups = build_groups(network, slots, layout, len(self.experts), config, flatten_tokens)
         self._bundles = build_bundles(slots, layout)
         self.gates = nn.ModuleDict({_module_key(group.name): group.gate for group in self.groups})
 
@@ -86,20 +91,6 @@ class Mixture:
         return self.architecture.role
 
     @property
-    def records(self) -> list[GateRecord]:
-        """Gate weights recorded since recording was last turned on."""
-        return self._context.records
-
-    @property
-    def step(self) -> int | None:
-        """Number that recorded weights are marked with; set by whoever loops."""
-        return self._context.step
-
-    @step.setter
-    def step(self, value: int | None) -> None:
-        self._context.step = value
-
-    @property
     def enabled(self) -> bool:
         """Whether the hooks do anything."""
         return self._context.enabled
@@ -109,13 +100,26 @@ class Mixture:
         """Whether the hooks are still attached."""
         return bool(self._handles)
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether any gate has left the zero projection it starts with."""
+        return any(bool(group.gate.projection.any()) for group in self.groups)
+
     def parameters(self) -> list[nn.Parameter]:
         """The gates' parameters."""
         return list(self.gates.parameters())
 
     def to(self, device: torch.device | str) -> Mixture:
-        """Move the gates. Factors follow the network's inputs by themselves; gates stay float32."""
-        self.gates.to(device)
+        """Move the gates, which stay float32, and the numbers of the activation.
+
+        Both follow the network by themselves: when hooks are attached, when experts are activated and, where
+        somebody moved the network since, when a forward begins. Factors follow the network's inputs.
+        """
+        place = torch.device(device)
+        with torch.inference_mode(False), torch.no_grad():
+            if place != self._device:
+                self.gates.to(place)
+            self._context.activation = self._context.activation.to(place)
         return self
 
     def release(self) -> None:
@@ -139,7 +143,8 @@ class Mixture:
             handle.remove()
         self._handles.clear()
         self._on_matrices.clear()
-        _injected.discard(self.network)
+        if mixture_on(self.network) is self:
+            del _carried[self.network]
 
     def activate(
         self,
@@ -154,7 +159,9 @@ class Mixture:
 
         Args:
             active_experts: names of the experts to use; None for all. The rest is renormalised in proportion.
-            expert_scales: factor per expert, in place of the scale the expert was loaded with.
+            expert_scales: factor per expert, in place of the scale the expert was loaded with. An expert of
+                scale 0 is left out, as if `active_experts` did not name it: the gates give its share to the
+                others. With any other scale, however small, it keeps its share.
             region_masks: (H, W) in 0..1 per expert, of the picture's or the latent's proportions. Experts
                 without a mask are allowed everywhere; tokens under no mask get no expert.
             latent_size: (height, width) of the latent; None to read it off the network's input.
@@ -166,32 +173,61 @@ class Mixture:
             AllExpertsMaskedError: `active_experts` is empty.
             RegionMaskError: a mask has wrong axes, values or proportions, or this is a text encoder.
         """
-        active = self._active(active_experts)
-        if active_experts is not None and not active:
-            raise AllExpertsMaskedError(
-                f"active_experts is empty; name at least one of {', '.join(self.expert_names)}, or disable()."
-            )
-        scales = [expert.scale for expert in self.experts]
-        for name, scale in (expert_scales or {}).items():
-            scales[self._index(name)] = float(scale)
+        active, scales = self._chosen(active_experts, expert_scales or {})
         fixed: list[float] | None = None
         if weights is not None:
             fixed = [0.0] * len(self.experts)
             for name, weight in weights.items():
                 fixed[self._index(name)] = float(weight)
             active = tuple(i for i in active if fixed[i] != 0.0)
+        elif not active:
+            fixed = [0.0] * len(self.experts)
         regions = self._regions(region_masks, active, latent_size) if region_masks else None
         self._context.forget()
         self._context.given_size = latent_size
-        self._context.activation = Activation(
-            active, tuple(scales), None if fixed is None else tuple(fixed), regions
-        )
+        with torch.inference_mode(False):
+            self._context.activation = Activation(
+                active,
+                torch.tensor(scales) if any(scale != 1.0 for scale in scales) else None,
+                None if fixed is None else torch.tensor(fixed),
+                regions,
+            )
+        self.to(network_device(self.network) or self._device)
 
-    def record(self, on: bool = True) -> None:
-        """Start recording gate weights into `records` (emptied first), or stop."""
-        if on:
-            self._context.records = []
-        self._context.recording = on
+    def chosen(
+        self, active_experts: Sequence[str] | None = None, expert_scales: Mapping[str, float] | None = None
+    ) -> tuple[str, ...]:
+        """Names of the experts that count with these choices, see `activate`; in the order of the rows."""
+        return tuple(self.expert_names[i] for i in self._chosen(active_experts, expert_scales or {})[0])
+
+    def _chosen(
+        self, names: Sequence[str] | None, scales: Mapping[str, float]
+    ) -> tuple[tuple[int, ...], list[float]]:
+        """Indices of the experts that count, and the scale of each expert."""
+        active = self._active(names)
+        if names is not None and not active:
+            raise AllExpertsMaskedError(
+                f"active_experts is empty; name at least one of {', '.join(self.expert_names)}, or disable()."
+            )
+        found = [expert.scale for expert in self.experts]
+        for name, scale in scales.items():
+            found[self._index(name)] = float(scale)
+        counting = tuple(i for i in active if found[i] != 0.0)
+        # Where gates read whole block outputs they read those of experts that are left out too.
+        return counting, [
+            scale or expert.scale or 1.0 for scale, expert in zip(found, self.experts, strict=True)
+        ]
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the gates are."""
+        return self.groups[0].gate.projection.device
+
+    def _move(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Pre-hook of the network: the gates go where its inputs are."""
+        device = next((x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), self._device)
+        if device != self._device and device.type != "meta":
+            self.to(device)
 
     def live_weights(self) -> dict[str, Tensor]:
         """Gate weights of the last forward, with gradient: group -> (B, N), mean over tokens.
@@ -199,25 +235,6 @@ class Mixture:
         The gate of a denoiser's text tokens in a group is named "GROUP.context". Empty with fixed weights.
         """
         return dict(self._context.live)
-
-    def balance_loss(self, *, normalised: bool = True) -> Tensor:
-        """Balance loss (Eq. 14-15) of the last forward's gates over the active experts; 0 at uniform.
-
-        Args:
-            normalised: False for the paper's form, whose minimum is N log N.
-        """
-        return functional.balance_loss(self._live_active(), normalised=normalised)
-
-    def entropy(self) -> Tensor:
-        """Mean entropy in nats of the last forward's gates; log N at uniform."""
-        return functional.entropy(self._live_active())
-
-    def _live_active(self) -> Tensor:
-        """(M, B, n) weights of all gates."""
-        live = list(self._context.live.values())
-        if not live:
-            raise InjectionError("No gate has run yet: run the network first, without fixed weights.")
-        return torch.stack(live)[..., list(self._context.activation.active)]
 
     def _index(self, name: str) -> int:
         if name not in self.expert_names:
@@ -259,13 +276,14 @@ class Mixture:
         Raises:
             InjectionError: the network carries a mixture.
         """
-        if self.network in _injected:
+        if self.network in _carried:
             raise InjectionError(
                 f"This {type(self.network).__name__} already carries a mixture; eject() that first."
             )
         self._follow()
         start = NetworkHook(self._context, self.groups, self._bundles, self.architecture, self._follow)
-        self._handles.append(self.network.register_forward_pre_hook(start, with_kwargs=True))
+        for hook in (self._move, start):
+            self._handles.append(self.network.register_forward_pre_hook(hook, with_kwargs=True))
         for group in self.groups:
             if group.block is not None:
                 block = BlockHook(group, self._context)
@@ -274,7 +292,8 @@ class Mixture:
                 after = group.block.register_forward_hook(block.after, with_kwargs=True, prepend=True)
                 self._handles.append(after)
         self._hook_matrices()
-        _injected.add(self.network)
+        _carried[self.network] = weakref.ref(self)
+        self.to(network_device(self.network) or self._device)
 
     def _hook_matrices(self) -> None:
         by_matrix = {slot.name: bundle for bundle in self._bundles for slot in bundle.slots}
@@ -346,7 +365,7 @@ def inject(
         ConfigError: two experts have one name, or flattened gates are asked for and no size is known.
         InjectionError: the network carries a mixture, is of no known kind, or an expert was made for another.
     """
-    network = getattr(network, "_orig_mod", network)  # what torch.compile wrapped
+    network = unwrapped(network)
     if not experts:
         raise NoExpertsError("There are no experts to inject; load at least one.")
     names = [expert.name for expert in experts]
@@ -358,6 +377,29 @@ def inject(
         mixture.activate()
         mixture.attach()
     return mixture
+
+
+def mixture_on(network: nn.Module) -> Mixture | None:
+    """The mixture whose hooks are on a network, or None."""
+    found = _carried.get(unwrapped(network))
+    return None if found is None else found()
+
+
+def unwrapped(network: nn.Module) -> nn.Module:
+    """The network inside what `torch.compile` made of it."""
+    inner = getattr(network, "_orig_mod", network)
+    return inner if isinstance(inner, nn.Module) else network
+
+
+def network_device(network: nn.Module) -> torch.device | None:
+    """Where a network computes; None if it does not say.
+
+    The weights of an offloaded network are elsewhere between two forwards: its hook (accelerate's) knows.
+    """
+    execution = getattr(getattr(network, "_hf_hook", None), "execution_device", None)
+    if execution is not None:
+        return torch.device(execution)
+    return next((p.device for p in network.parameters() if p.device.type != "meta"), None)
 
 
 def _module_key(name: str) -> str:

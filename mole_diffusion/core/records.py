@@ -1,16 +1,27 @@
-"""The gate weights of one call as rows that say which network, step and picture they belong to."""
+"""Gate weights of forwards: a recorder, rows that say where each weight belongs, and their means."""
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from .errors import ConfigError
 from .mixture import Mixture
+
+PROMPT, NEGATIVE = "prompt", "negative"
+
+#: network -> gate (a group's name, with ".context" for its gate on text tokens) -> expert -> mean weight.
+MeanWeights = dict[str, dict[str, dict[str, float]]]
+#: (mixture, index of its network's forward, batch entries) -> (step, how many of the first are negative).
+Placing = Callable[[Mixture, int, int], tuple[int | None, int]]
 
 
 @dataclass(frozen=True)
@@ -37,14 +48,59 @@ class GateWeight:
     weight: float
 
 
-class GateWeights(Sequence[GateWeight]):
-    """The rows of one call, in the order in which the networks ran."""
+@dataclass(frozen=True, eq=False)
+class GateRecord:
+    """Gate weights of one gate in one branch of one forward.
 
-    def __init__(self, rows: Sequence[GateWeight] = ()) -> None:
-        self._rows = tuple(rows)
+    Attributes:
+        network, group, step, branch: as in `GateWeight`.
+        entries: indices of the batch entries within the branch, B of them.
+        experts: names, N of them.
+        weights: (B, N) float32 on the CPU, mean over tokens; rows over all experts sum to 1.
+    """
+
+    network: str
+    group: str
+    step: int | None
+    branch: str
+    entries: tuple[int, ...]
+    experts: tuple[str, ...]
+    weights: Tensor
+
+    def rows(self) -> Iterator[GateWeight]:
+        """One row per entry and expert."""
+        for entry, weights in zip(self.entries, self.weights.tolist(), strict=True):
+            for expert, weight in zip(self.experts, weights, strict=True):
+                yield GateWeight(self.network, self.group, self.step, self.branch, entry, expert, weight)
+
+    def only(self, entry: int | None, expert: str | None) -> GateRecord:
+        """The same for one entry, one expert or both."""
+        rows = [i for i, own in enumerate(self.entries) if entry is None or own == entry]
+        columns = [i for i, own in enumerate(self.experts) if expert is None or own == expert]
+        return replace(
+            self,
+            entries=tuple(self.entries[i] for i in rows),
+            experts=tuple(self.experts[i] for i in columns),
+            weights=self.weights[rows][:, columns],
+        )
+
+
+class GateWeights(Sequence[GateWeight]):
+    """Gate weights as rows, in the order in which the networks ran.
+
+    Attributes:
+        records: the same, one per gate, branch and forward.
+    """
+
+    def __init__(self, records: Iterable[GateRecord] = ()) -> None:
+        self.records = tuple(records)
+
+    @cached_property
+    def _rows(self) -> tuple[GateWeight, ...]:
+        return tuple(row for record in self.records for row in record.rows())
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return sum(record.weights.numel() for record in self.records)
 
     def __iter__(self) -> Iterator[GateWeight]:
         return iter(self._rows)
@@ -52,129 +108,201 @@ class GateWeights(Sequence[GateWeight]):
     @overload
     def __getitem__(self, index: int) -> GateWeight: ...
     @overload
-    def __getitem__(self, index: slice) -> "GateWeights": ...
-    def __getitem__(self, index: int | slice) -> "GateWeight | GateWeights":
-        return GateWeights(self._rows[index]) if isinstance(index, slice) else self._rows[index]
+    def __getitem__(self, index: slice) -> GateWeights: ...
+    def __getitem__(self, index: int | slice) -> GateWeight | GateWeights:
+        if isinstance(index, slice):
+            return GateWeights(_record_of(row) for row in self._rows[index])
+        return self._rows[index]
 
     def __repr__(self) -> str:
-        networks = ", ".join(dict.fromkeys(row.network for row in self._rows))
+        networks = ", ".join(dict.fromkeys(record.network for record in self.records))
         return f"GateWeights({len(self)} rows; networks: {networks or 'none'})"
 
-    def where(self, **fields: Any) -> "GateWeights":
-        """The rows whose fields have the given values, e.g. `where(network="unet", branch="prompt")`."""
-        return GateWeights([r for r in self._rows if all(getattr(r, k) == v for k, v in fields.items())])
+    def where(self, **fields: Any) -> GateWeights:
+        """The rows whose fields have the given values, e.g. `where(network="unet", branch="prompt")`.
+
+        Raises:
+            ConfigError: rows have no such field to be told by.
+        """
+        _check_fields(fields)
+        entry, expert = (fields.pop(name, None) for name in ("entry", "expert"))
+        chosen = [r for r in self.records if all(getattr(r, name) == value for name, value in fields.items())]
+        if entry is not None or expert is not None:
+            chosen = [record.only(entry, expert) for record in chosen]
+        return GateWeights(record for record in chosen if record.weights.numel())
+
+    def mean(self, *fields: str) -> dict[tuple[Any, ...], float]:
+        """Mean weights by some fields, over all others: `mean("network", "group", "expert")`.
+
+        Returns:
+            The fields' values -> mean weight, in the order in which the networks ran.
+        Raises:
+            ConfigError: rows have no such field to be told by.
+        """
+        _check_fields(fields)
+        sums: dict[tuple[Any, ...], tuple[float, int]] = {}
+        for record in self.records:
+            known = {name: getattr(record, name, None) for name in fields}
+            for entry, weights in zip(record.entries, record.weights.tolist(), strict=True):
+                for expert, weight in zip(record.experts, weights, strict=True):
+                    own = {"entry": entry, "expert": expert}
+                    key = tuple(own.get(name, known[name]) for name in fields)
+                    total, count = sums.get(key, (0.0, 0))
+                    sums[key] = total + weight, count + 1
+        return {key: total / count for key, (total, count) in sums.items()}
+
+    def means(self) -> MeanWeights:
+        """Mean weight by network, gate and expert, over steps, batch entries and both guidance branches."""
+        found: MeanWeights = {}
+        for (network, group, expert), weight in self.mean("network", "group", "expert").items():
+            found.setdefault(network, {}).setdefault(group, {})[expert] = weight
+        return found
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """One plain dict per row, for JSON lines or a data frame."""
         return [asdict(row) for row in self._rows]
 
-    def to_array(
-        self, network: str = "unet", branch: str = "prompt"
-    ) -> tuple[torch.Tensor, dict[str, list[Any]]]:
+    def to_array(self, network: str = "unet", branch: str = PROMPT) -> tuple[Tensor, dict[str, list[Any]]]:
         """The weights of one network as a tensor.
 
         Returns:
             weights (groups, steps, entries, experts), float32, and the labels of the four axes under the keys
             "group", "step", "entry" and "expert".
         """
-        rows = self.where(network=network, branch=branch)
         axes = ("group", "step", "entry", "expert")
-        labels: dict[str, list[Any]] = {
-            axis: list(dict.fromkeys(getattr(r, axis) for r in rows)) for axis in axes
-        }
+        means = self.where(network=network, branch=branch).mean(*axes)
+        labels = {axis: list(dict.fromkeys(key[i] for key in means)) for i, axis in enumerate(axes)}
         places = [{label: i for i, label in enumerate(labels[axis])} for axis in axes]
         weights = torch.zeros([len(labels[axis]) for axis in axes])
-        for row in rows:
-            index = tuple(place[getattr(row, axis)] for place, axis in zip(places, axes, strict=True))
-            weights[index] = row.weight
+        for key, weight in means.items():
+            weights[tuple(place[value] for place, value in zip(places, key, strict=True))] = weight
         return weights, labels
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Run:
-    """One forward of one network: its gates' weights, label -> (B, N), and how many entries are negative."""
+    """One forward of one network: its gates' weights, label -> (B, N), on their device."""
 
     network: str
+    experts: tuple[str, ...]
     step: int | None
     negative: int
-    experts: tuple[str, ...]
-    weights: Mapping[str, torch.Tensor]
+    weights: Mapping[str, Tensor]
+
+    def records(self, weights: Mapping[str, Tensor]) -> Iterator[GateRecord]:
+        """Per gate its negative half, if there is one, and then the prompt's, of these weights."""
+        for label, found in weights.items():
+            for branch, own in ((NEGATIVE, found[: self.negative]), (PROMPT, found[self.negative :])):
+                if len(own):
+                    entries = tuple(range(len(own)))
+                    yield GateRecord(self.network, label, self.step, branch, entries, self.experts, own)
 
 
-class CallRecorder:
-    """Keeps the gate weights of every forward of the networks during one pipeline call.
+class Recorder:
+    """Keeps the gate weights of every forward of the networks that it watches.
 
-    Forward hooks on the networks take them, so that the user's callbacks and any scheduler (some run the UNet
+    Forward hooks on the networks take them, so that users' callbacks and any scheduler (some run the UNet
     more often than they have steps) stay untouched, and compiled networks see no step number that changes.
     Weights stay on their device until somebody asks.
+
+    Args:
+        placing: what a forward is for; None counts the forwards of each network and knows no negative prompt.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, placing: Placing | None = None) -> None:
+        self._placing = placing or (lambda mixture, index, entries: (index, 0))
         self._runs: list[_Run] = []
+        self._forwards: Counter[str] = Counter()
+
+    @property
+    def forwards(self) -> Mapping[str, int]:
+        """How often each network ran."""
+        return self._forwards
+
+    @property
+    def weights(self) -> GateWeights:
+        """What was recorded so far; empty where no gate ran (fixed weights, the base model)."""
+        return GateWeights(self._records())
+
+    def watch(self, mixture: Mixture, network: nn.Module | None = None) -> RemovableHandle:
+        """Take the weights of every forward until the handle is removed.
+
+        Args:
+            mixture: whose gates.
+            network: what the host calls, where that is not the mixture's own: a compiled network.
+        """
+
+        called = mixture.network if network is None else network
+        return called.register_forward_hook(lambda *_: self.note(mixture))
+
+    def note(self, mixture: Mixture) -> None:
+        """Take the weights of a mixture's last forward."""
+        weights = {label: live.detach() for label, live in mixture.live_weights().items()}
+        entries = max((len(live) for live in weights.values()), default=0)
+        step, negative = self._placing(mixture, self._forwards[mixture.part], entries)
+        self._forwards[mixture.part] += 1
+        self._runs.append(_Run(mixture.part, mixture.expert_names, step, negative, weights))
 
     @contextmanager
-    def recording(
-        self,
-        mixtures: Mapping[str, Mixture],
-        networks: Mapping[str, nn.Module],
-        guided: Callable[[], bool],
-        text_branches: Sequence[str],
+    def watching(
+        self, mixtures: Mapping[str, Mixture], networks: Mapping[str, nn.Module] | None = None
     ) -> Iterator[None]:
-        """Record the forwards inside the `with` block.
+        """`watch` every mixture inside the `with` block.
 
         Args:
             mixtures: by part.
-            networks: what the pipeline calls, by part; a compiled network is not the mixture's own.
-            guided: whether the UNet's batch has a negative half right now.
-            text_branches: what each forward of the text encoder is for, "prompt" or "negative".
+            networks: what the host calls, by part.
         """
-        handles = [
-            networks[part].register_forward_hook(self._taker(part, mixture, guided, text_branches))
-            for part, mixture in mixtures.items()
-        ]
+        called = networks or {}
+        handles = [self.watch(mixture, called.get(part)) for part, mixture in mixtures.items()]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _taker(
-        self, part: str, mixture: Mixture, guided: Callable[[], bool], text_branches: Sequence[str]
-    ) -> Callable[..., None]:
-        count = itertools.count()
+    def reset(self, networks: Iterable[str] | None = None) -> None:
+        """Forget everything, or what these networks did."""
+        gone = set(self._forwards) if networks is None else set(networks)
+        self._runs = [run for run in self._runs if run.network not in gone]
+        for network in gone:
+            self._forwards.pop(network, None)
 
-        def take(*_: Any) -> None:
-            index = next(count)
-            weights = {label: live.detach() for label, live in mixture.live_weights().items()}
-            entries = max((len(live) for live in weights.values()), default=0)
-            if part == "unet":
-                step, negative = index, entries // 2 if guided() else 0
-            else:
-                step, negative = (
-                    None,
-                    entries if list(text_branches[index : index + 1]) == ["negative"] else 0,
-                )
-            self._runs.append(_Run(part, step, negative, mixture.expert_names, weights))
-
-        return take
-
-    @cached_property
-    def rows(self) -> GateWeights:
-        """What was recorded, one row per network, step, group, entry and expert."""
-        return GateWeights([row for run in self._runs for row in _rows(run)])
+    def _records(self) -> Iterator[GateRecord]:
+        """What every run left; tensors of equal shape cross from the device together."""
+        by_shape: dict[tuple[torch.Size, torch.device], list[Tensor]] = {}
+        for run in self._runs:
+            for weights in run.weights.values():
+                by_shape.setdefault((weights.shape, weights.device), []).append(weights)
+        moved = {key: iter(torch.stack(own).float().cpu().unbind()) for key, own in by_shape.items()}
+        for run in self._runs:
+            yield from run.records(
+                {label: next(moved[w.shape, w.device]) for label, w in run.weights.items()}
+            )
 
 
-def _rows(run: _Run) -> Iterator[GateWeight]:
-    for group, weights in run.weights.items():
-        for i, entry in enumerate(weights.float().cpu().tolist()):
-            negative = i < run.negative
-            for expert, weight in zip(run.experts, entry, strict=True):
-                yield GateWeight(
-                    network=run.network,
-                    group=group,
-                    step=run.step,
-                    branch="negative" if negative else "prompt",
-                    entry=i if negative else i - run.negative,
-                    expert=expert,
-                    weight=weight,
-                )
+def in_order(means: MeanWeights, experts: Sequence[str]) -> dict[str, dict[str, list[float]]]:
+    """Mean weights as lists in the order of these experts; one without weights has 0.
+
+    Raises:
+        ConfigError: weights of an expert that is not among them.
+    """
+    for expert in {name for gates in means.values() for own in gates.values() for name in own}:
+        if expert not in experts:
+            raise ConfigError(f"expert {expert!r} has weights but is not among {list(experts)}.")
+    return {
+        network: {gate: [own.get(name, 0.0) for name in experts] for gate, own in gates.items()}
+        for network, gates in means.items()
+    }
+
+
+def _record_of(row: GateWeight) -> GateRecord:
+    """A row as a record of one entry and one expert."""
+    weights = torch.tensor([[row.weight]])
+    return GateRecord(row.network, row.group, row.step, row.branch, (row.entry,), (row.expert,), weights)
+
+
+def _check_fields(names: Iterable[str]) -> None:
+    known = [name for name in GateWeight.__dataclass_fields__ if name != "weight"]
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f"gate weights have no field {unknown[0]!r}; allowed are {', '.join(known)}.")

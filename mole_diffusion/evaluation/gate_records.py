@@ -6,11 +6,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mole_diffusion.core.records import GateWeights
 from mole_diffusion.evaluation.results import write_text
 
 FOLDER = "gate_weights"
@@ -36,14 +36,14 @@ class NetworkRecord:
         return dict(zip(self.groups, self.weights.mean(axis=1), strict=True))
 
 
-def record_of(rows: Any) -> dict[str, NetworkRecord]:
+def record_of(rows: GateWeights) -> dict[str, NetworkRecord]:
     """The records of `pipe.gate_weights()`, by network; none where no gate ran."""
     found = {}
-    for network in dict.fromkeys(row.network for row in rows):
-        weights, labels = rows.to_array(network, "prompt")
-        found[network] = NetworkRecord(
-            tuple(labels["group"]), tuple(labels["expert"]), weights.mean(dim=2).double().numpy()
-        )
+    for network in dict.fromkeys(record.network for record in rows.records):
+        means = rows.where(network=network, branch="prompt").mean("group", "step", "expert")
+        groups, steps, experts = (tuple(dict.fromkeys(axis)) for axis in zip(*means, strict=True))
+        weights = [[[means[group, step, expert] for expert in experts] for step in steps] for group in groups]
+        found[network] = NetworkRecord(groups, experts, np.array(weights, dtype=np.float64))
     return found
 
 

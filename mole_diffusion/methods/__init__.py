@@ -4,8 +4,8 @@
 others `prepare` does the work once, and what it returns is given as the mixture.
 """
 
-from mole_diffusion.methods.fixed import (
-    MIXTURES,
+from mole_diffusion.core.fixed import (
+    FIXED,
     fixed_mixture,
     linear_arithmetic,
     normalised_linear_arithmetic,
@@ -13,6 +13,10 @@ from mole_diffusion.methods.fixed import (
 from mole_diffusion.methods.methods import METHODS, Method
 from mole_diffusion.methods.preparation import PrepareOptions, load_prepared, prepare
 from mole_diffusion.methods.prepared import Prepared
+from mole_diffusion.methods.routing import ROUTED
+
+#: Words for `pipe(prompt, mixture=...)`; those after the fixed ones change the expert within a picture.
+MIXTURES = (*FIXED, *ROUTED)
 
 __all__ = [
     "METHODS",

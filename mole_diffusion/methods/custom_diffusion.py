@@ -17,9 +17,10 @@ from torch import Tensor
 
 from mole_diffusion.core.checkpoint import write_safetensors
 from mole_diffusion.methods.concept_training import ConceptRecipe, ConceptTrainer
-from mole_diffusion.methods.prepared import Prepared, Request
+from mole_diffusion.methods.prepared import Prepared
 from mole_diffusion.methods.replaced import Wording, attention, embedding_of, new_words
 from mole_diffusion.methods.textual_inversion import NewWord, one_text_encoder, word_of
+from mole_diffusion.pictures.choosing import Request
 from mole_diffusion.pictures.denoisers import denoiser_of
 from mole_diffusion.pictures.training.concepts import without_article
 

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mole_diffusion.core.checkpoint import write_safetensors
 from mole_diffusion.core.config import MoLEConfig
+from mole_diffusion.core.ensemble import MixtureSet
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.experts import load_expert
+from mole_diffusion.core.export import lora_header, write_lora
 from mole_diffusion.core.factors import LoraFactors
 from mole_diffusion.core.matrices import MatrixSlot
 from mole_diffusion.core.mixture import Mixture
 from mole_diffusion.core.modules import kernel_size
-from mole_diffusion.methods.prepared import Prepared, Request
-from mole_diffusion.methods.stand_in import StandIn
+from mole_diffusion.methods.prepared import Prepared, standing
+from mole_diffusion.pictures.choosing import Request
 
 if TYPE_CHECKING:
     from mole_diffusion.methods.preparation import Job
@@ -52,8 +53,8 @@ def merge(method: str, job: Job) -> None:
         torch.manual_seed(job.config.seed)  # dare drops at random
         for part, mixture in job.pipe.mixtures.items():
             tensors |= _merge_part(method, part, mixture, weights, density)
-    metadata = {"format": "pt", "mole.kind": f"merge {method}", "mole.experts": "|".join(experts)}
-    write_safetensors(job.folder / LORA_FILE, tensors, metadata)
+    metadata = lora_header(f"merge {method}", experts.values(), job.pipe.ensemble.facts)
+    write_lora(job.folder / LORA_FILE, tensors, metadata)
     job.details.update(weights=weights, density=density)
 
 
@@ -154,13 +155,17 @@ def _fill(parameter: Tensor, values: Tensor) -> None:
 class PreparedMerge(Prepared):
     """The merged LoRA as the only expert, at weight 1."""
 
-    _stand_in: StandIn | None = None
+    _merged: MixtureSet | None = None
 
     @contextmanager
     def _engaged(self, pipe: Any, request: Request) -> Iterator[None]:
         request.refuse_options(self.label)
-        if self._stand_in is None:
+
+        def build() -> MixtureSet:
             expert = load_expert(self.folder / LORA_FILE, name=_MERGED)
-            self._stand_in = StandIn({_MERGED: expert}, MoLEConfig())
-        with pipe.standing_in(self._stand_in), pipe.composing(mixture={_MERGED: 1.0}):
+            built: MixtureSet = pipe.ensemble.build([expert], MoLEConfig())
+            return built
+
+        self._merged = standing(pipe, self._merged, build)
+        with pipe.ensemble.standing_in(self._merged), pipe.composing(mixture={_MERGED: 1.0}):
             yield

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from mole_diffusion.core.ensemble import MixtureSet
 from mole_diffusion.core.errors import ConfigError, GateMismatchError
 from mole_diffusion.core.files import replacing
 from mole_diffusion.core.fitting import fingerprint
 from mole_diffusion.core.modules import base_layer
 from mole_diffusion.core.networks import map_network
 from mole_diffusion.methods.methods import METHODS
+from mole_diffusion.pictures.choosing import Request
 
 FORMAT = "mole-baseline"
 FORMAT_VERSION = 1
@@ -29,38 +30,12 @@ STARTED = "started.json"
 _TOLERANCE = 1e-2
 
 
-@dataclass(frozen=True)
-class Request:
-    """The options of a call beside the mixture; see `ExpertsMixin.composing`."""
-
-    active_experts: Sequence[str] | None = None
-    expert_scales: Mapping[str, float] | None = None
-    region_masks: Mapping[str, torch.Tensor] | None = None
-    latent_size: tuple[int, int] | None = None
-
-    def refuse_options(self, label: str) -> None:
-        """Raise ConfigError if an option asks for single experts of a method that has none left."""
-        given = {
-            "active_experts": self.active_experts is not None,
-            "expert_scales": bool(self.expert_scales),
-            "region_masks": bool(self.region_masks),
-        }
-        if any(given.values()):
-            names = ", ".join(name for name, is_given in given.items() if is_given)
-            raise ConfigError(f"{label} is one piece, its experts cannot be told apart: {names} not allowed")
-
-    def arguments(self) -> dict[str, Any]:
-        """As keyword arguments of `composing`."""
-        return dict(vars(self))
-
-
 def describe_base(pipe: Any) -> dict[str, Any]:
     """What the networks of a pipeline are, by part: class, hash of the shapes, a number of each matrix."""
-    return {part: _describe(part, network) for part, network in pipe._networks().items()}
+    return {part: _describe(part, network) for part, network in pipe.ensemble.networks.items()}
 
 
 def _describe(part: str, network: nn.Module) -> dict[str, Any]:
-    network = getattr(network, "_orig_mod", network)
     layout = map_network(network, part)
     layers = [base_layer(network.get_submodule(site.path)) for site in layout.sites]
     weights = [getattr(layer, "weight", None) for layer in layers]
@@ -90,7 +65,8 @@ def base_differences(made_for: Mapping[str, Any], here: Mapping[str, Any]) -> li
             found.append(f"{part}: only {'here' if part in here else 'there'}")
             continue
         theirs, ours = made_for[part], here[part]
-        if theirs["shapes"] != ours["shapes"]:
+        key = "matrices" if "matrices" in theirs else "shapes"
+        if theirs[key] != ours[key]:
             found.append(f"{part}: other matrices ({theirs['class']} there, {ours['class']} here)")
         elif not all(map(_close, theirs["weights"], ours["weights"])):
             found.append(f"{part}: other weights")
@@ -167,6 +143,11 @@ class Prepared:
 
     def _engaged(self, pipe: Any, request: Request) -> AbstractContextManager[None]:
         raise NotImplementedError
+
+
+def standing(pipe: Any, before: MixtureSet | None, build: Callable[[], MixtureSet]) -> MixtureSet:
+    """What stands in for a pipeline's experts: what was built before, while its networks are the same."""
+    return before if before is not None and before.networks == pipe.ensemble.networks else build()
 
 
 class PreparedMixture(Prepared):

@@ -79,7 +79,7 @@ def worded(pipe: Any, wording: Callable[[str], str]) -> Iterator[None]:
 
     Words that experts bring along are not known there: new ones take their numbers.
     """
-    tokenizer, encode, state = pipe.tokenizer, pipe.encode_prompt, pipe._state
+    tokenizer, encode = pipe.tokenizer, pipe.encode_prompt
 
     def encode_worded(prompt: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(prompt, str):
@@ -87,20 +87,16 @@ def worded(pipe: Any, wording: Callable[[str], str]) -> Iterator[None]:
         return encode(None if prompt is None else [wording(text) for text in prompt], *args, **kwargs)
 
     before = vars(pipe).get("encode_prompt")
-    for words in state.triggers:
-        words.detach()
-    try:
-        pipe.tokenizer = copy.deepcopy(tokenizer)
-        pipe.encode_prompt = encode_worded  # hides the method of the class
-        yield
-    finally:
-        pipe.tokenizer = tokenizer
-        vars(pipe).pop("encode_prompt", None)
-        if before is not None:
-            pipe.encode_prompt = before
-        for words in state.triggers:
-            words.attach()
-            words.show(not state.composition.base_only)
+    with pipe.ensemble.without_companions():
+        try:
+            pipe.tokenizer = copy.deepcopy(tokenizer)
+            pipe.encode_prompt = encode_worded  # hides the method of the class
+            yield
+        finally:
+            pipe.tokenizer = tokenizer
+            vars(pipe).pop("encode_prompt", None)
+            if before is not None:
+                pipe.encode_prompt = before
 
 
 @contextmanager

@@ -9,15 +9,32 @@ few steps are enough for all. The order is that of loading, or of `active_expert
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from mole_diffusion.core.mixture import Mixture
-from mole_diffusion.methods.prepared import Request
+from mole_diffusion.pictures.choosing import Request, register
+from mole_diffusion.pictures.components import networks_of
 
 ROUTED = ("switch", "composite")
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Switch or Composite as what `pipe(prompt, mixture=word)` means.
+
+    Attributes:
+        word: "switch" or "composite".
+    """
+
+    word: str
+
+    def engaged(self, pipe: Any, request: Request) -> AbstractContextManager[None]:
+        """Let the pipeline's networks compute so inside the `with` block; see `routed`."""
+        return routed(pipe, self.word, request)
 
 
 @contextmanager
@@ -56,7 +73,7 @@ def routed(pipe: Any, mixture: str, request: Request) -> Iterator[None]:
                 weights={name: 1.0},
             )
 
-        network = pipe._networks()["unet"]
+        network = networks_of(pipe)["unet"]
         handles = (
             _switching(network, choose, lambda: int(getattr(pipe.scheduler, "order", 1)))
             if mixture == "switch"
@@ -124,3 +141,7 @@ def _with_prediction(output: Any, prediction: torch.Tensor) -> Any:
     if isinstance(output, tuple):
         return (prediction, *output[1:])
     return type(output)(sample=prediction)
+
+
+for _word in ROUTED:
+    register(_word, Routing(_word))

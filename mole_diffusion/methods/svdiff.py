@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from mole_diffusion.core.checkpoint import write_safetensors
 from mole_diffusion.methods.concept_training import ConceptRecipe, ConceptTrainer
-from mole_diffusion.methods.prepared import Prepared, Request
+from mole_diffusion.methods.prepared import Prepared
 from mole_diffusion.methods.replaced import replaced_weights, weight_layers
+from mole_diffusion.pictures.choosing import Request
 
 if TYPE_CHECKING:
     from mole_diffusion.methods.preparation import Job

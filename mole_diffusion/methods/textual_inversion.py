@@ -17,8 +17,9 @@ from torch import Tensor
 from mole_diffusion.core.checkpoint import write_safetensors
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.methods.concept_training import ConceptRecipe, ConceptTrainer
-from mole_diffusion.methods.prepared import Prepared, Request
+from mole_diffusion.methods.prepared import Prepared
 from mole_diffusion.methods.replaced import Wording, embedding_of, new_words, replaced_weights, worded
+from mole_diffusion.pictures.choosing import Request
 from mole_diffusion.pictures.training.concepts import without_article
 
 if TYPE_CHECKING:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from mole_diffusion.core.checkpoint import load_gates, read_gates_header
+from mole_diffusion.core.ensemble import MixtureSet
 from mole_diffusion.core.errors import ConfigError
-from mole_diffusion.methods.prepared import Prepared, Request
-from mole_diffusion.methods.stand_in import StandIn
+from mole_diffusion.methods.prepared import Prepared, standing
+from mole_diffusion.pictures.choosing import Request
 
 if TYPE_CHECKING:
     from mole_diffusion.methods.preparation import Job
@@ -26,8 +26,8 @@ def train(method: str, job: Job) -> None:
     """
     if not job.prompts:
         raise ConfigError("gates are trained for prompts, and none is given")
-    fresh = StandIn(dict(job.pipe.experts), job.pipe.mole_config)
-    with job.pipe.standing_in(fresh):
+    ensemble = job.pipe.ensemble
+    with ensemble.standing_in(ensemble.build(ensemble.experts.values())):
         result = job.pipe.train_gates(
             job.prompts, concepts=job.concepts, config=job.config, checkpoint_dir=job.folder
         )
@@ -39,14 +39,11 @@ def train(method: str, job: Job) -> None:
 class PreparedGates(Prepared):
     """Gates in `gates.safetensors`, used in place of the pipeline's own."""
 
-    _stand_in: StandIn | None = None
+    _gated: MixtureSet | None = None
 
     @contextmanager
     def _engaged(self, pipe: Any, request: Request) -> Iterator[None]:
-        if self._stand_in is None:
-            path = self.folder / GATES_FILE
-            header = read_gates_header(path)
-            config = header.config(next(iter(header.parts)))
-            self._stand_in = StandIn(dict(pipe.experts), config, lambda mixtures: load_gates(path, mixtures))
-        with pipe.standing_in(self._stand_in), pipe.composing(mixture="gates", **request.arguments()):
+        ensemble = pipe.ensemble
+        self._gated = standing(pipe, self._gated, lambda: ensemble.build_gated(self.folder / GATES_FILE))
+        with ensemble.standing_in(self._gated), pipe.composing(mixture="gates", **request.arguments()):
             yield

@@ -1,30 +1,46 @@
 """What makes a Stable Diffusion pipeline of diffusers one with experts, whatever it draws from."""
 
+from __future__ import annotations
+
 import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, TypeVar
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
 
-from mole_diffusion.core.networks.clip import TEXT_ENCODER, TEXT_ENCODER_2
-from mole_diffusion.core.networks.unet import UNET
-from mole_diffusion.core.records import CallRecorder
-from mole_diffusion.methods.prepared import Prepared
-from mole_diffusion.pictures.calibration import ExportMixin
-from mole_diffusion.pictures.denoisers import own_size
-from mole_diffusion.pictures.gates import GatesMixin
+from mole_diffusion.core.config import MoLEConfig
+from mole_diffusion.core.ensemble import Choice, Ensemble, MixtureSet
+from mole_diffusion.core.errors import NoExpertsError
+from mole_diffusion.core.experts import Expert
+from mole_diffusion.core.export import ExportReport
+from mole_diffusion.core.fixed import fixed_mixture
+from mole_diffusion.core.mixture import Mixture, unwrapped
+from mole_diffusion.core.networks.clip import TEXT_ENCODER
+from mole_diffusion.core.records import GateWeights, Placing, Recorder
+from mole_diffusion.pictures.calibration import Progress, export_lora
+from mole_diffusion.pictures.choosing import Engaging, Request, method_of
+from mole_diffusion.pictures.components import (
+    facts_of,
+    flatten_tokens,
+    networks_of,
+    old_text_model_name,
+    picture_size,
+)
+from mole_diffusion.pictures.holding import add_expert, read_expert, remove_expert, warn_of_lora_tags
 from mole_diffusion.pictures.regions import region_tensors
 
-P = TypeVar("P", bound="MoLEPipelineMixin")
+if TYPE_CHECKING:
+    from mole_diffusion.pictures.training import Concept, TrainingConfig, TrainingResult
 
-# Which tokenizer writes for which text encoder.
-TOKENIZERS = {TEXT_ENCODER: "tokenizer", TEXT_ENCODER_2: "tokenizer_2"}
+P = TypeVar("P", bound="WithExperts")
 
 
-class MoLEPipelineMixin(ExportMixin):
+class WithExperts:
     """Experts for a diffusers pipeline; stands before the diffusers class among the bases.
 
     Attributes:
@@ -32,14 +48,29 @@ class MoLEPipelineMixin(ExportMixin):
     """
 
     diffusers_class: ClassVar[type]
+    _ensemble: Ensemble | None = None
+    _recorder: Recorder | None = None
+
+    @property
+    def ensemble(self) -> Ensemble:
+        """The experts on this pipeline's networks; pipelines around the same networks share them."""
+        # Made on first use: diffusers builds pipelines from the signature of __init__, which stays its own.
+        networks, found = networks_of(self), self._ensemble
+        if found is None or not found.experts:
+            found = Ensemble.carrying(networks) or found or Ensemble(networks, facts=facts_of(self))
+            self._ensemble = found
+        # Users exchange schedulers and networks.
+        found.networks = {part: unwrapped(network) for part, network in networks.items()}
+        found.facts, found.flatten_tokens = facts_of(self), dict(flatten_tokens(self))
+        return found
 
     @classmethod
     def from_pipe(cls: type[P], pipeline: Any, **kwargs: Any) -> P:
         """As in diffusers; experts and gates of a pipeline that shares its networks are shared too."""
         parent: Any = super()
         new: P = parent.from_pipe(pipeline, **kwargs)
-        if isinstance(pipeline, GatesMixin) and new._networks() == pipeline._networks():
-            new._expert_state = pipeline._state
+        if isinstance(pipeline, WithExperts) and networks_of(new) == networks_of(pipeline):
+            new._ensemble = pipeline.ensemble
         return new
 
     @torch.no_grad()
@@ -49,7 +80,7 @@ class MoLEPipelineMixin(ExportMixin):
         active_experts: Sequence[str] | None = None,
         expert_scales: Mapping[str, float] | None = None,
         region_masks: Mapping[str, Any] | None = None,
-        mixture: str | Mapping[str, float] | Prepared = "gates",
+        mixture: str | Mapping[str, float] | Engaging = "gates",
         **kwargs: Any,
     ) -> Any:
         """Draw pictures. Without experts this is the call of the diffusers pipeline.
@@ -58,7 +89,9 @@ class MoLEPipelineMixin(ExportMixin):
             args, kwargs: everything of that call: prompt, height, width, image, mask_image, strength,
                 num_inference_steps, guidance_scale, generator, callback_on_step_end, ...
             active_experts: the experts that count, the rest is renormalised; None is all. (Expert mask.)
-            expert_scales: factor per expert for this call, in place of the one given to `load_expert`.
+            expert_scales: factor per expert for this call, in place of the one given to `load_expert`. An
+                expert of scale 0 is left out, as if `active_experts` did not name it: gates give its share to
+                the others. With any other scale, however small, it keeps its share.
             region_masks: where in the picture an expert counts: PIL picture, numpy array or tensor of the
                 drawn picture's size (height, width), 0 to 1, or 0 to 255 as uint8. The same for the whole
                 batch. (With `padding_mask_crop` the drawn picture is the crop, before it is put back.)
@@ -82,7 +115,7 @@ class MoLEPipelineMixin(ExportMixin):
         pipe: Any = self
         signature = inspect.signature(parent.__call__)
         given = signature.bind_partial(*args, **kwargs).arguments
-        height, width = self._picture_size(given, from_picture="height" not in signature.parameters)
+        height, width = picture_size(self, given, from_picture="height" not in signature.parameters)
         factor = pipe.vae_scale_factor
         with self.composing(
             active_experts=active_experts,
@@ -91,20 +124,22 @@ class MoLEPipelineMixin(ExportMixin):
             latent_size=(height // factor, width // factor),
             mixture=mixture,
         ):
-            self._recorder = CallRecorder()
-            with self._recorder.recording(
-                self._state.mixtures,
-                self._networks(),
-                guided=lambda: pipe.do_classifier_free_guidance,
-                text_branches=_text_branches(given),
-            ):
+            self._recorder = Recorder(_placing(self, given))
+            with self._recorder.watching(self.ensemble.mixtures, networks_of(self)):
                 return parent.__call__(*args, **kwargs)
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
         """As in diffusers; the text encoders' experts count."""
         parent: Any = super()
-        with _old_text_model_name(self._networks().get(TEXT_ENCODER)):
+        warn_of_lora_tags([*args, *kwargs.values()])
+        with old_text_model_name(networks_of(self).get(TEXT_ENCODER)):
             return parent.encode_prompt(*args, **kwargs)
+
+    def unload_textual_inversion(self, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers; the trigger words that experts bring along stay."""
+        parent: Any = super()
+        with self.ensemble.without_companions():
+            parent.unload_textual_inversion(*args, **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in diffusers: the base model, without the trigger words that experts bring along."""
@@ -122,59 +157,279 @@ class MoLEPipelineMixin(ExportMixin):
         config["_class_name"] = self.diffusers_class.__name__
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
-    def _networks(self) -> dict[str, nn.Module]:
-        found = {part: getattr(self, part, None) for part in (UNET, TEXT_ENCODER, TEXT_ENCODER_2)}
-        return {part: network for part, network in found.items() if network is not None}
+    @property
+    def experts(self) -> Mapping[str, Expert]:
+        """The loaded experts by name, in the order in which they were loaded."""
+        return MappingProxyType(self.ensemble.experts)
 
-    def _tokenizers(self) -> dict[str, Any]:
-        found = {part: getattr(self, name, None) for part, name in TOKENIZERS.items()}
-        return {part: one for part, one in found.items() if one is not None and part in self._networks()}
+    @property
+    def mixtures(self) -> Mapping[str, Mixture]:
+        """The mixture of each network that experts change: "unet" and perhaps "text_encoder"."""
+        return MappingProxyType(self.ensemble.mixtures)
 
-    def _flatten_tokens(self) -> dict[str, int | None]:
-        lengths: dict[str, int | None] = dict.fromkeys((UNET, *TOKENIZERS))
-        return lengths | {part: one.model_max_length for part, one in self._tokenizers().items()}
+    @property
+    def mole_config(self) -> MoLEConfig:
+        """How gates are built; change it with `configure`."""
+        return self.ensemble.config
 
-    def _base_facts(self) -> dict[str, str]:
-        pipe: Any = self
-        return {"prediction_type": str(pipe.scheduler.config.get("prediction_type", "epsilon"))}
+    def load_expert(
+        self,
+        source: str | Path,
+        name: str | None = None,
+        scale: float = 1.0,
+        *,
+        weight_name: str | None = None,
+        rank: int | None = None,
+        check_base: bool = True,
+        **hub_options: Any,
+    ) -> Expert:
+        """Load a LoRA file as one more expert.
 
-    def _picture_size(self, given: Mapping[str, Any], from_picture: bool) -> tuple[int, int]:
-        """Height and width in pixels of what a call draws.
+        Gates belong to a set of experts. A new expert makes fresh gates for the whole set: **gates trained
+        so far are lost** (a warning says so). Load all experts first, then train or `load_gates`.
 
         Args:
-            given: the call's arguments.
-            from_picture: the call takes its size from its `image`.
+            source: a safetensors file, a folder with one, or a hub id ("owner/name").
+            name: how prompts and arguments call the expert; None takes it from the file, folder or hub id.
+            scale: factor on everything this expert does; with 0 it is left out until a call says otherwise.
+            weight_name: which file of a folder or hub repository.
+            rank: compress deltas of higher rank to this one; None keeps them exact (`Expert.report.errors`).
+            check_base: False loads a file whose header names another prediction type than the base's, for
+                headers that are wrong. Shapes are checked in any case.
+            hub_options: for `huggingface_hub.snapshot_download` (revision, cache_dir, local_files_only, ...).
+
+        Raises:
+            ExpertLoadError: no such file, not a LoRA for these networks, the name is taken, or a trigger
+                word is a token already.
+            InjectionError: the file's matrices do not fit these networks.
+            TypeError: a keyword that is neither one of these nor the hub's.
+
+        Embeddings in the file are added to tokenizer and text encoder under their trigger words, and taken
+        away with the expert. With `mixture="none"` the words mean nothing special.
+
+        After an error the pipeline is as it was before.
         """
-        pipe: Any = self
-        factor = pipe.vae_scale_factor
-        rows, columns = (side // factor for side in own_size(pipe))
-        if given.get("latents") is not None:
-            rows, columns = given["latents"].shape[-2:]
-        elif from_picture and given.get("image") is not None:
-            picture = pipe.image_processor.preprocess(given["image"])
-            rows, columns = picture.shape[-2:]
-            if picture.shape[1] != pipe.vae.config.latent_channels:
-                return rows, columns
-        elif given.get("height") and given.get("width"):
-            return given["height"], given["width"]
-        return rows * factor, columns * factor
+        expert = read_expert(source, name, scale, weight_name=weight_name, rank=rank, hub_options=hub_options)
+        return self.add_expert(expert, check_base=check_base)
+
+    def add_expert(self, expert: Expert, *, check_base: bool = True) -> Expert:
+        """`load_expert` for an `Expert` that is in memory already."""
+        add_expert(self, self.ensemble, expert, check_base=check_base)
+        return expert
+
+    def unload_expert(self, name: str) -> None:
+        """Take an expert away. The others get fresh gates: **gates trained so far are lost**.
+
+        To leave an expert out of a picture without losing the gates, use `active_experts` instead.
+
+        Raises:
+            UnknownExpertError: no expert has this name.
+        """
+        remove_expert(self, self.ensemble, name)
+
+    def configure(self, config: MoLEConfig) -> None:
+        """Give all experts fresh gates of another kind (granularity, pooling, ...); trained ones are lost."""
+        self.ensemble.configure(config)
+
+    def eject(self) -> None:
+        """Take everything away: the networks are bitwise what they were before the first expert."""
+        self.ensemble.eject()
+
+    def detach_experts(self) -> MixtureSet:
+        """Take experts, gates and trigger words off, bitwise, and hand them over for `attach_experts`.
+
+        For hosts that serve several users with one base model, one after the other.
+        """
+        return self.ensemble.take()
+
+    def attach_experts(self, parked: MixtureSet) -> None:
+        """Put on what `detach_experts` took off the same networks; gates are as they were.
+
+        Raises:
+            InjectionError: the pipeline has experts, or other networks.
+        """
+        self.ensemble.put(parked)
+
+    @contextmanager
+    def composing(
+        self,
+        *,
+        active_experts: Sequence[str] | None = None,
+        expert_scales: Mapping[str, float] | None = None,
+        region_masks: Mapping[str, torch.Tensor] | None = None,
+        latent_size: tuple[int, int] | None = None,
+        mixture: str | Mapping[str, float] | Engaging = "gates",
+    ) -> Iterator[None]:
+        """Choose how experts count in every forward inside the `with` block, whoever runs it.
+
+        For pipelines built around the same networks (ControlNet, img2img); `__call__` of this pipeline uses
+        it too. Outside, all experts are active with their gates.
+
+        Args:
+            active_experts: the experts that count; None is all.
+            expert_scales: factors in place of those given to `load_expert`; an expert of 0 is left out.
+            region_masks: expert name -> (H, W) tensor in 0..1.
+            latent_size: (height, width) of the latents that the masks belong to.
+            mixture: see `__call__`.
+
+        Raises:
+            NoExpertsError: something was asked of experts and none is loaded.
+            GateMismatchError: a prepared mixture was made for another base or other experts.
+            UnknownExpertError, AllExpertsMaskedError, RegionMaskError, ConfigError: see `Mixture.activate`.
+        """
+        ensemble, method = self.ensemble, method_of(mixture)
+        if method is not None:
+            request = Request(active_experts, expert_scales, region_masks, latent_size)
+            with method.engaged(self, request):
+                yield
+            return
+        assert not isinstance(mixture, Engaging)
+        plain = active_experts is None and not expert_scales and not region_masks
+        if not ensemble.experts and not (plain and mixture in ("gates", "none")):
+            raise NoExpertsError("no experts are loaded: call load_expert() first")
+        active, weights = fixed_mixture(mixture, list(ensemble.experts), active_experts)
+        base_only = mixture == "none"
+        with ensemble.choosing(Choice(active, expert_scales, region_masks, latent_size, weights, base_only)):
+            yield
+
+    def gate_weights(self) -> GateWeights:
+        """The gate weights of the last call: network, group, step, branch, batch entry, expert, weight.
+
+        Empty before the first call and after one in which no gate ran (fixed mixtures, the base model).
+        """
+        return GateWeights() if self._recorder is None else self._recorder.weights
+
+    def save_gates(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+        """Write the gates, with the names and hashes of the experts they belong to (safetensors).
+
+        Raises:
+            NoExpertsError: there are no gates.
+        """
+        self._need_experts("save_gates")
+        self.ensemble.save_gates(path, metadata)
+
+    def load_gates(self, path: str | Path, strict: bool = True) -> dict[str, str]:
+        """Read gates that were trained for the loaded experts.
+
+        The pipeline takes over the file's configuration (granularity, pooling, ...), network by network.
+
+        Args:
+            path: a file of `save_gates`.
+            strict: refuse gates that were trained for other experts or another base. False loads them where
+                every number has a place, and a warning lists what was passed over; see
+                `checkpoint.load_gates`.
+
+        Returns:
+            The file's metadata.
+
+        Raises:
+            NoExpertsError: no experts are loaded.
+            GateMismatchError: the gates do not fit, `differences` lists why; the pipeline is as it was.
+        """
+        self._need_experts("load_gates")
+        return self.ensemble.load_gates(path, strict)
+
+    def train_gates(
+        self,
+        prompts: str | Sequence[str],
+        concepts: Mapping[str, Concept | Mapping[str, Any] | str] | Sequence[Concept] | None = None,
+        config: TrainingConfig | None = None,
+        callback: Callable[..., Any] | None = None,
+        checkpoint_dir: str | Path | None = None,
+    ) -> TrainingResult:
+        """Train the gates for these prompts; networks and experts stay as they are.
+
+        Arguments and result: see `mole_diffusion.pictures.training.GateTrainer`.
+
+        Raises:
+            NoExpertsError: no experts are loaded.
+        """
+        self._need_experts("train_gates")
+        from mole_diffusion.pictures.training import GateTrainer
+
+        return GateTrainer(
+            self, prompts, concepts, config, callback=callback, checkpoint_dir=checkpoint_dir
+        ).train()
+
+    def export_lora(
+        self,
+        path: str | Path,
+        format: str = "diffusers",
+        *,
+        prompts: str | Sequence[str],
+        steps: int = 20,
+        guidance_scale: float = 7.5,
+        seed: int = 0,
+        rank: int | None = None,
+        active_experts: Sequence[str] | None = None,
+        dtype: torch.dtype = torch.float32,
+        callback: Progress | None = None,
+    ) -> ExportReport:
+        """Freeze the gates at their mean weights and write exactly that static mixture as one plain LoRA.
+
+        The gates' strength and the experts' scales are inside: load the file with weight 1, in diffusers, in
+        this library or in any program that knows the format. Means are taken over all steps and tokens of the
+        calibration prompts, per gate and expert. With `composition="output"` the gates mix block outputs,
+        which no LoRA can: the report says how far the result is from that.
+
+        Args:
+            path: file to write, ending in .safetensors; replaced whole or not at all.
+            format: names of the tensors: "diffusers" (PEFT) or "kohya" (web UIs, ComfyUI).
+            prompts: calibration prompts, like those the LoRA will be used for.
+            steps: denoising steps per prompt.
+            guidance_scale: classifier-free guidance while calibrating.
+            seed: of the first prompt's noise; the following ones count up.
+            rank: largest rank to keep (by SVD, with the error in the report); None keeps everything.
+            active_experts: which experts go into the file; None is all.
+            dtype: type of the factors in the file.
+            callback: called with (UNet forwards done, in total).
+
+        Returns:
+            What was written and how far it is from the gates.
+
+        Raises:
+            NoExpertsError: no experts are loaded.
+            UnknownExpertError, AllExpertsMaskedError: see `active_experts` of `__call__`.
+            ConfigError: no prompt, an unknown format, a number out of range, or a pipeline that draws from
+                pictures (`StableDiffusionMoLEPipeline.from_pipe(pipe)` shares its experts and gates).
+        """
+        self._need_experts("export_lora")
+        return export_lora(
+            self,
+            self.ensemble,
+            path,
+            format,
+            prompts=prompts,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            rank=rank,
+            active_experts=active_experts,
+            dtype=dtype,
+            callback=callback,
+        )
+
+    def _networks(self) -> dict[str, nn.Module]:
+        return networks_of(self)
+
+    def _need_experts(self, what: str) -> None:
+        if not self.ensemble.experts:
+            raise NoExpertsError(
+                f"{what}: no experts are loaded, and gates belong to experts: call load_expert() first"
+            )
 
 
-def _text_branches(given: Mapping[str, Any]) -> list[str]:
-    """What each run of a text encoder is for: it does not run for embeddings that the caller brings."""
+def _placing(pipe: Any, given: Mapping[str, Any]) -> Placing:
+    """What each forward of a call is for, see `Recorder`.
+
+    A text encoder does not run for embeddings that the caller brings.
+    """
     branches = {"prompt": "prompt_embeds", "negative": "negative_prompt_embeds"}
-    return [branch for branch, argument in branches.items() if given.get(argument) is None]
+    encoded = [branch for branch, argument in branches.items() if given.get(argument) is None]
 
+    def place(mixture: Mixture, index: int, entries: int) -> tuple[int | None, int]:
+        if mixture.in_picture:
+            return index, entries // 2 if pipe.do_classifier_free_guidance else 0
+        return None, entries if encoded[index : index + 1] == ["negative"] else 0
 
-@contextmanager
-def _old_text_model_name(text_encoder: nn.Module | None) -> Iterator[None]:
-    """Let diffusers' `clip_skip` find `text_encoder.text_model`, in transformers 5 the model itself."""
-    if text_encoder is None or hasattr(text_encoder, "text_model"):
-        yield
-        return
-    # Not setattr: that would make the model its own submodule.
-    text_encoder.__dict__["text_model"] = text_encoder
-    try:
-        yield
-    finally:
-        del text_encoder.__dict__["text_model"]
+    return place

@@ -16,6 +16,7 @@ from PIL import Image
 
 from mole_diffusion.core.errors import ConfigError, UnknownExpertError
 from mole_diffusion.core.phrases import listed
+from mole_diffusion.core.records import in_order
 from mole_diffusion.pictures.denoisers import own_size
 from mole_diffusion.pictures.drawing import draw
 from mole_diffusion.pictures.pipelines import StableDiffusionMoLEPipeline
@@ -23,7 +24,6 @@ from mole_diffusion.pictures.plots import (
     GridRow,
     entropy_curve,
     gate_heat_map,
-    mean_gate_weights,
     picture_grid,
 )
 from mole_diffusion.pictures.training import Concept, TrainingConfig
@@ -107,7 +107,7 @@ def run_demo(options: DemoOptions, say: Say = print) -> DemoResult:
     rows = [_reference_row(chosen), *_rows_before(artist, len(chosen))]
     history = _train(pipe, prompt, chosen, options, say)
     rows.append(artist.row("trained gates", f"{options.iterations} iterations; all experts active"))
-    weights = mean_gate_weights(pipe.gate_weights().where(branch="prompt"), list(chosen))
+    weights = in_order(pipe.gate_weights().where(branch="prompt").means(), list(chosen))
     rows += _rows_after(artist, pipe, list(chosen))
     files = {
         "picture grid": out / "grid.png",

@@ -21,11 +21,11 @@ from diffusers import (
 )
 
 from mole_diffusion.core.errors import UnknownExpertError
-from mole_diffusion.pictures.call import MoLEPipelineMixin, P
+from mole_diffusion.pictures.call import P, WithExperts
 from mole_diffusion.starter import default_experts, starter_dir, starter_experts
 
 
-class _StarterMixin(MoLEPipelineMixin):
+class _StarterMixin(WithExperts):
     """For pipelines with the components of Stable Diffusion 1 and 2, which the starter has."""
 
     @classmethod
@@ -100,19 +100,19 @@ class StableDiffusionMoLEInpaintPipeline(_StarterMixin, StableDiffusionInpaintPi
     diffusers_class = StableDiffusionInpaintPipeline
 
 
-class StableDiffusionXLMoLEPipeline(MoLEPipelineMixin, StableDiffusionXLPipeline):
+class StableDiffusionXLMoLEPipeline(WithExperts, StableDiffusionXLPipeline):
     """`StableDiffusionXLPipeline` whose UNet and both text encoders mix LoRA experts by gates."""
 
     diffusers_class = StableDiffusionXLPipeline
 
 
-class StableDiffusionXLMoLEImg2ImgPipeline(MoLEPipelineMixin, StableDiffusionXLImg2ImgPipeline):
+class StableDiffusionXLMoLEImg2ImgPipeline(WithExperts, StableDiffusionXLImg2ImgPipeline):
     """`StableDiffusionXLImg2ImgPipeline` (also the refiner) with experts."""
 
     diffusers_class = StableDiffusionXLImg2ImgPipeline
 
 
-class StableDiffusionXLMoLEInpaintPipeline(MoLEPipelineMixin, StableDiffusionXLInpaintPipeline):
+class StableDiffusionXLMoLEInpaintPipeline(WithExperts, StableDiffusionXLInpaintPipeline):
     """`StableDiffusionXLInpaintPipeline` with experts."""
 
     diffusers_class = StableDiffusionXLInpaintPipeline

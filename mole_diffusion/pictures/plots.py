@@ -7,9 +7,9 @@ want. Only matplotlib's object interface is used: no global backend, safe in thr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
-__all__ = ["GridRow", "entropy_curve", "gate_heat_map", "mean_gate_weights", "picture_grid"]
+__all__ = ["GridRow", "entropy_curve", "gate_heat_map", "picture_grid"]
 
 INK = (28, 30, 36)
 MUTED = (110, 114, 124)
@@ -30,19 +30,6 @@ PAPER = (255, 255, 255)
 # With more columns than this the values in the cells, and then the names below them, can no longer be read.
 MAX_COLUMNS_WITH_VALUES = 20
 MAX_COLUMNS_WITH_NAMES = 48
-
-
-class WeightRow(Protocol):
-    """What one row of `pipe.gate_weights()` offers: the weight of one expert in one gate at one step."""
-
-    @property
-    def network(self) -> str: ...
-    @property
-    def group(self) -> str: ...
-    @property
-    def expert(self) -> str: ...
-    @property
-    def weight(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -62,42 +49,20 @@ class GridRow:
     captions: Sequence[str] = ()
 
 
-def mean_gate_weights(
-    rows: Iterable[WeightRow], expert_names: Sequence[str]
-) -> dict[str, dict[str, NDArray[np.float64]]]:
-    """Average gate weights over steps and batch entries.
-
-    Returns:
-        network -> group -> array (N,) in the order of `expert_names`; networks and groups in the order in
-        which they ran.
-
-    Raises:
-        ConfigError: a row of an expert that is not among the names.
-    """
-    places = {name: index for index, name in enumerate(expert_names)}
-    sums: dict[str, dict[str, NDArray[np.float64]]] = {}
-    for row in rows:
-        if row.expert not in places:
-            raise ConfigError(f"expert {row.expert!r} has weights but is not among {list(expert_names)}")
-        gate = sums.setdefault(row.network, {}).setdefault(row.group, np.zeros((2, len(places))))
-        gate[:, places[row.expert]] += (row.weight, 1.0)
-    return {
-        network: {group: total / np.maximum(count, 1.0) for group, (total, count) in groups.items()}
-        for network, groups in sums.items()
-    }
-
-
 def gate_heat_map(
-    weights: Mapping[str, Mapping[str, NDArray[np.float64]]], expert_names: Sequence[str], *, title: str = ""
+    weights: Mapping[str, Mapping[str, Sequence[float] | NDArray[np.float64]]],
+    expert_names: Sequence[str],
+    *,
+    title: str = "",
 ) -> Figure:
     """Heat map of gate weights: one panel per network, experts as rows, gates as columns in execution order.
 
     Args:
-        weights: network -> group -> array (N,), as `mean_gate_weights` returns it.
+        weights: network -> group -> N numbers, as `core.records.in_order` returns them.
         expert_names: N names, in the order of the weights.
 
     Raises:
-        ConfigError: no weights at all, or an array whose length is not N.
+        ConfigError: no weights at all, or a group whose numbers are not N.
     """
     networks = {part: groups for part, groups in weights.items() if groups}
     if not networks:
@@ -196,14 +161,15 @@ def picture_grid(rows: Sequence[GridRow], *, title: str = "", cell: int = 256) -
 
 
 def _as_table(
-    part: str, groups: Mapping[str, NDArray[np.float64]], expert_names: Sequence[str]
+    part: str, groups: Mapping[str, Sequence[float] | NDArray[np.float64]], expert_names: Sequence[str]
 ) -> NDArray[np.float64]:
-    for group, values in groups.items():
-        if values.shape != (len(expert_names),):
+    columns = {group: np.asarray(values, dtype=np.float64) for group, values in groups.items()}
+    for group, column in columns.items():
+        if column.shape != (len(expert_names),):
             raise ConfigError(
-                f"weights[{part!r}][{group!r}]: shape {values.shape}; need ({len(expert_names)},)"
+                f"weights[{part!r}][{group!r}]: shape {column.shape}; need ({len(expert_names)},)"
             )
-    return np.stack(list(groups.values()), axis=1)
+    return np.stack(list(columns.values()), axis=1)
 
 
 def _label_columns(axes: Axes, names: list[str]) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
+from refusals import write_refusals
 from safetensors.torch import save_file
 
 from mole_diffusion import StableDiffusionMoLEPipeline, TrainingConfig
-from mole_diffusion.starter.location import starter_dir
+from mole_diffusion.starter.location import starter_dir, starter_experts
 
 PROMPT = "a zor boot, a vek monster and a kip clock on the beach"
 #: A training that ends in seconds and moves the gates away from uniform.
@@ -41,6 +42,8 @@ def write_starter(folder: Path) -> None:
         tensors = _answers(pipe)
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "starter.safetensors")
     _write_static(pipe, folder)
+    known = starter_experts()
+    write_refusals(pipe, {name: known[name].path for name in pipe.experts}, folder)
 
 
 def _write_static(pipe: Any, folder: Path) -> None:

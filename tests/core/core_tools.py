@@ -178,6 +178,11 @@ def randomise(mixture: Mixture, seed: int = 7) -> None:
                 value.add_(0.3 * noise)
 
 
+def active_weights(mixture: Mixture, active: Sequence[int] = (0, 1, 2)) -> Tensor:
+    """(M, B, n) weights of all gates in the last forward."""
+    return torch.stack(list(mixture.live_weights().values()))[..., list(active)]
+
+
 class LDMSequential(nn.Sequential):
     """`TimestepEmbedSequential` of LDM, around diffusers' modules."""
 

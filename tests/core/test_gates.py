@@ -18,9 +18,21 @@ from mole_diffusion import (
     inject,
 )
 from mole_diffusion.core import functional
+from mole_diffusion.core.functional import balance_loss, entropy
 from mole_diffusion.core.networks.base import Forward
+from mole_diffusion.core.records import GateRecord, GateWeights, Recorder
 
-from .core_tools import LDMUNet, lora_state, make_clip, make_experts, make_unet, randomise, run, to_experts
+from .core_tools import (
+    LDMUNet,
+    active_weights,
+    lora_state,
+    make_clip,
+    make_experts,
+    make_unet,
+    randomise,
+    run,
+    to_experts,
+)
 from .test_invariants import FORMS, differs, form_id
 
 
@@ -109,51 +121,91 @@ def test_temperature_and_strength_get_gradients(unet: nn.Module) -> None:
             assert parameter.grad.abs().max() > 0, f"{group.name} {name}"
 
 
-def test_balance_loss_of_a_mixture(unet: nn.Module) -> None:
+def test_balance_and_entropy_of_a_mixture(unet: nn.Module) -> None:
     mixture = inject(unet, make_experts(3, unet), MoLEConfig())
-    with pytest.raises(InjectionError, match="No gate has run yet"):
-        mixture.balance_loss()
+    assert mixture.live_weights() == {}
     run(unet, grad=True)
-    assert float(mixture.balance_loss().detach()) == pytest.approx(0, abs=1e-4)
-    assert float(mixture.balance_loss(normalised=False).detach()) == pytest.approx(3 * math.log(3), abs=1e-4)
-    assert float(mixture.entropy().detach()) == pytest.approx(math.log(3), abs=1e-4)
+    uniform = active_weights(mixture)
+    assert float(balance_loss(uniform, normalised=True).detach()) == pytest.approx(0, abs=1e-4)
+    assert float(balance_loss(uniform).detach()) == pytest.approx(3 * math.log(3), abs=1e-4)
+    assert float(entropy(uniform).detach()) == pytest.approx(math.log(3), abs=1e-4)
     randomise(mixture)
     run(unet, grad=True)
-    loss = mixture.balance_loss()
+    loss = balance_loss(active_weights(mixture), normalised=True)
     loss.backward()
     assert float(loss.detach()) > 1e-4
     assert mixture.groups[0].gate.projection.grad.abs().max() > 0
     mixture.activate(["dog", "cat"])
     run(unet)
-    assert float(mixture.entropy()) < math.log(2)
+    assert float(entropy(active_weights(mixture, (0, 1)))) < math.log(2)
     mixture.activate(weights={"dog": 1.0})
     run(unet)
     assert mixture.live_weights() == {}
 
 
-def test_records_and_live_weights(unet: nn.Module) -> None:
+def test_a_recorder_keeps_what_the_gates_said_in_every_forward(unet: nn.Module) -> None:
     mixture = inject(unet, make_experts(3, unet), MoLEConfig())
     randomise(mixture)
-    run(unet)
-    assert mixture.records == []
-    mixture.record()
-    for step in range(2):
-        mixture.step = step
+    recorder = Recorder()
+    handle = recorder.watch(mixture)
+    for _ in range(2):
         run(unet)
     live = mixture.live_weights()
     block = "mid_block.attentions.0.transformer_blocks.0"
     assert set(live) == {g.name + end for g in mixture.groups for end in ("", ".context")}
-    assert len(mixture.records) == 2 * len(live)
-    record = next(r for r in mixture.records if r.step == 1 and r.group == block)
-    assert record.part == "unet"
-    assert record.weights.shape == (2, 3)
+    weights = recorder.weights
+    assert len(weights.records) == 2 * len(live)
+    record = next(r for r in weights.records if r.step == 1 and r.group == block)
+    assert (record.network, record.branch, record.entries) == ("unet", "prompt", (0, 1))
+    assert record.experts == mixture.expert_names
     torch.testing.assert_close(record.weights, live[block])
     torch.testing.assert_close(record.weights.sum(-1), torch.ones(2))
-    mixture.record(False)
+    means = weights.means()["unet"]
+    assert list(means) == list(live)
+    for group, own in means.items():
+        torch.testing.assert_close(torch.tensor(list(own.values())), live[group].mean(0))
+    handle.remove()
     run(unet)
-    assert len(mixture.records) == 2 * len(live)
-    mixture.record()
-    assert mixture.records == []
+    assert len(recorder.weights.records) == 2 * len(live)
+    assert recorder.forwards == {"unet": 2}
+    recorder.reset()
+    assert len(recorder.weights) == 0
+    assert not any(module._forward_hooks for name, module in unet.named_modules() if not name)
+
+
+def test_rows_and_means_of_gate_weights() -> None:
+    def record(
+        step: int | None, branch: str, weights: list[list[float]], network: str = "unet"
+    ) -> GateRecord:
+        entries = tuple(range(len(weights)))
+        return GateRecord(network, "g", step, branch, entries, ("dog", "cat"), torch.tensor(weights))
+
+    weights = GateWeights(
+        [
+            record(0, "negative", [[0.5, 0.5]]),
+            record(0, "prompt", [[1.0, 0.0]]),
+            record(1, "prompt", [[0.25, 0.75]]),
+            record(None, "prompt", [[0.0, 1.0], [0.5, 0.5]], "text_encoder"),
+        ]
+    )
+    assert len(weights) == len(list(weights)) == 10
+    assert [row.weight for row in weights.where(network="unet", branch="prompt", expert="cat")] == [0.0, 0.75]
+    assert [row.weight for row in weights.where(entry=1)] == [0.5, 0.5]
+    assert weights.mean("step", "expert")[1, "cat"] == 0.75
+    assert weights.mean("expert") == {("dog",): 2.25 / 5, ("cat",): 2.75 / 5}
+    assert weights.means() == {
+        "unet": {"g": {"dog": 1.75 / 3, "cat": 1.25 / 3}},
+        "text_encoder": {"g": {"dog": 0.25, "cat": 0.75}},
+    }
+    part = weights[1:4]
+    assert [row.weight for row in part] == [0.5, 1.0, 0.0]
+    assert part.mean("expert") == {("cat",): 0.25, ("dog",): 1.0}
+    array, labels = weights.to_array("unet")
+    assert array.tolist() == [[[[1.0, 0.0]], [[0.25, 0.75]]]]
+    assert labels == {"group": ["g"], "step": [0, 1], "entry": [0], "expert": ["dog", "cat"]}
+    for call in (lambda: weights.where(gate="g"), lambda: weights.mean("weight")):
+        with pytest.raises(ConfigError, match="gate weights have no field"):
+            call()
 
 
 def test_scales(unet: nn.Module) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from tiny_pipeline import build as build
 
-from mole_diffusion.pictures.call import MoLEPipelineMixin
+from mole_diffusion.pictures.call import WithExperts
 
 # Largest difference of a pixel (0..1) between our path and diffusers' in float32.
 CLOSE = {"atol": 2e-4, "rtol": 0.0}
@@ -24,7 +24,7 @@ def with_adapters(plain: Any, lora_files: dict[str, Path], weights: dict[str, fl
     return plain
 
 
-def train_a_little(pipe: MoLEPipelineMixin) -> None:
+def train_a_little(pipe: WithExperts) -> None:
     """Move every gate away from uniform."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():

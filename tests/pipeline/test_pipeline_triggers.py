@@ -10,7 +10,7 @@ from pipeline_helpers import CLOSE, build, with_adapters
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mole_diffusion import StableDiffusionMoLEPipeline, StableDiffusionXLMoLEPipeline
+from mole_diffusion import MoLEConfig, StableDiffusionMoLEPipeline, StableDiffusionXLMoLEPipeline
 from mole_diffusion.core.errors import ExpertLoadError
 
 PROMPT = "a zork and a cat"
@@ -127,8 +127,8 @@ def test_conflicts_change_nothing(pipe, boot, lora_files, draw, tmp_path, words,
     torch.testing.assert_close(draw(pipe, PROMPT), expected, rtol=0, atol=0)
 
 
-def test_textual_inversion_on_top(pipe, plain, boot, lora_files, draw) -> None:
-    """Tokens that the user adds afterwards work, and have to go before ours."""
+def test_textual_inversion_on_top(pipe, plain, components, boot, lora_files, draw) -> None:
+    """Tokens that the user adds afterwards work, also when ours go."""
     pipe.load_expert(boot)
     own = {"vim": vectors(1, 24, 3)}
     textual_inversion(pipe, own)
@@ -137,9 +137,47 @@ def test_textual_inversion_on_top(pipe, plain, boot, lora_files, draw) -> None:
         with_adapters(plain, lora_files, {"boot": 1.0}), {"zork": vectors(1, 24)} | own
     )
     torch.testing.assert_close(draw(pipe, prompt), draw(oracle, prompt), **CLOSE)
-    with pytest.raises(ExpertLoadError, match="tokens were added to the tokenizer after the trigger words"):
-        pipe.unload_expert("boot")
-    assert list(pipe.experts) == ["boot"]
+    before = state(oracle := textual_inversion(build(type(plain), components), own))
+    with pipe.composing(mixture="none"):
+        assert "zork" not in pipe.tokenizer.get_vocab()
+        torch.testing.assert_close(draw(pipe, "a vim", mixture="none"), draw(oracle, "a vim"), **CLOSE)
+    gone = draw(pipe, "a zork and a vim")
+    pipe.unload_expert("boot")
+    assert_same(pipe, before)
+    pipe.load_expert(boot)
+    torch.testing.assert_close(draw(pipe, prompt), gone, **CLOSE)
+    pipe.eject()
+    assert_same(pipe, before)
+
+
+@pytest.mark.parametrize("foreign", [False, True], ids=["through the pipeline", "through another one"])
+@pytest.mark.parametrize("vectors_of_it", [0, 1, 2])
+@pytest.mark.parametrize("name", [None, "vim"])
+def test_textual_inversions_come_and_go_beside_trigger_words(
+    pipe, plain, boot, draw, foreign, vectors_of_it, name
+) -> None:
+    """diffusers takes every added token for a textual inversion, and leaves some behind."""
+    before, expected = state(pipe), draw(plain, "a cat")
+    pipe.load_expert(boot)
+    drawn = draw(pipe, PROMPT)
+    other = pipe
+    if foreign:
+        other = type(plain)(**pipe.components, requires_safety_checker=False)
+    if vectors_of_it:
+        other.load_textual_inversion(vectors(vectors_of_it, 24, 3), token="vim")
+    if name is None or vectors_of_it:
+        other.unload_textual_inversion(*([name] if name else []))
+    torch.testing.assert_close(draw(pipe, PROMPT), drawn, rtol=0, atol=0)
+    pipe.configure(MoLEConfig(pooling="mean"))
+    pipe.unload_expert("boot")
+    pipe.load_expert(boot)
+    torch.testing.assert_close(draw(pipe, PROMPT), drawn, rtol=0, atol=0)
+    pipe.eject()
+    assert "zork" not in pipe.tokenizer.get_vocab()
+    torch.testing.assert_close(draw(pipe, "a cat"), expected, rtol=0, atol=0)
+    # What diffusers leaves of a word of several vectors is diffusers' matter.
+    if not (name and vectors_of_it == 2):
+        assert_same(pipe, before)
 
 
 def test_saved_base_has_no_trigger_words(pipe, plain, boot, draw, tmp_path) -> None:

@@ -13,7 +13,8 @@ from mole_diffusion.app import charts, show
 from mole_diffusion.app.session import Session
 from mole_diffusion.app.studio import Studio
 from mole_diffusion.core.inspection import FileDescription, describe_file
-from mole_diffusion.pictures.plots import gate_heat_map, mean_gate_weights
+from mole_diffusion.core.records import GateWeights, in_order
+from mole_diffusion.pictures.plots import gate_heat_map
 
 _PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 _NETWORKS = {"UNet": "unet", "Text encoder": "text_encoder", "Second text encoder": "text_encoder_2"}
@@ -94,7 +95,7 @@ class InspectTab:
 def _weights(session: Session, network: str, step: Any) -> list[Any]:
     rows = session.weights
     part = _NETWORKS.get(network, "unet")
-    found = [] if rows is None else list(rows.where(network=part, branch="prompt"))
+    found = GateWeights() if rows is None else rows.where(network=part, branch="prompt")
     choices = [label for label, name in _NETWORKS.items() if rows is not None and rows.where(network=name)]
     if not found:
         update = gr.update(choices=choices or list(_NETWORKS)[:2])
@@ -102,8 +103,8 @@ def _weights(session: Session, network: str, step: Any) -> list[Any]:
     names = list(session.weights_of)
     n_steps = max((row.step for row in found if row.step is not None), default=-1) + 1
     at = min(int(step or 0), n_steps)
-    shown = [row for row in found if at == 0 or row.step == at - 1]
-    figure = gate_heat_map(mean_gate_weights(shown, names), names)
+    shown = found if at == 0 else found.where(step=at - 1)
+    figure = gate_heat_map(in_order(shown.means(), names), names)
     return [
         gr.update(visible=False),
         gr.update(value=_on_any_ground(figure), visible=True),
@@ -113,21 +114,17 @@ def _weights(session: Session, network: str, step: Any) -> list[Any]:
     ]
 
 
-def _over_steps(session: Session, rows: Sequence[Any], names: Sequence[str], n_steps: int) -> str:
+def _over_steps(session: Session, rows: GateWeights, names: Sequence[str], n_steps: int) -> str:
     """Mean weight of each expert at every step."""
     if n_steps < 2:
         return ""
-    sums = {name: [[0.0, 0.0] for _ in range(n_steps)] for name in names}
-    for row in rows:
-        if row.step is not None:
-            cell = sums[row.expert][row.step]
-            cell[0], cell[1] = cell[0] + row.weight, cell[1] + 1
+    means = rows.mean("step", "expert")
     series = {
         name: (
             session.colour(name) if name in session.chosen else _INK,
-            [total / max(count, 1) for total, count in cells],
+            [means.get((step, name), 0.0) for step in range(n_steps)],
         )
-        for name, cells in sums.items()
+        for name in names
     }
     return (
         f'<div class="charts">{charts.curves("Mean weight at each step", series, n_steps, bottom=0.0)}</div>'

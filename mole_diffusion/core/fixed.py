@@ -4,14 +4,15 @@ A fixed mixture is one weight per expert, the same in every layer, for every tok
 runs through the same hooks as trained gates (`Mixture.activate(weights=...)`): only the weights differ.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping, Sequence
 
-from mole_diffusion.core.errors import ConfigError, UnknownExpertError
+from .errors import ConfigError, UnknownExpertError
 
-_FIXED = ("gates", "la", "nla", "none")
-#: Words for `pipe(prompt, mixture=...)`; the last two change the expert within a picture (`routing`).
-MIXTURES = (*_FIXED, "switch", "composite")
+#: Words for a mixture that is the same from the first forward to the last.
+FIXED = ("gates", "la", "nla", "none")
 
 
 def linear_arithmetic(names: Sequence[str]) -> dict[str, float]:
@@ -43,10 +44,8 @@ def fixed_mixture(
         UnknownExpertError: a weight for an expert that is not loaded.
     """
     if isinstance(mixture, str):
-        if mixture not in _FIXED:
-            raise ConfigError(
-                f"mixture is {mixture!r}, expected one of {list(MIXTURES)} or a weight per expert"
-            )
+        if mixture not in FIXED:
+            raise ConfigError(f"mixture is {mixture!r}, expected one of {list(FIXED)} or a weight per expert")
         names = list(known if active is None else active)
         fixed = {"la": linear_arithmetic, "nla": normalised_linear_arithmetic}.get(mixture)
         return active, fixed(names) if fixed and names else None

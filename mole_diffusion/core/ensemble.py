@@ -1,0 +1,550 @@
+"""`Ensemble`: experts and gates on the networks of one model, whichever host runs them."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .bases import check_prediction
+from .checkpoint import load_gates, read_gates_header, save_gates
+from .config import MoLEConfig
+from .errors import ConfigError, InjectionError
+from .experts import Expert
+from .mixture import Mixture, mixture_on, unwrapped
+from .networks import map_network
+from .records import Recorder
+
+logger = logging.getLogger(__name__)
+
+#: The fact of a base that experts and gates must agree with.
+PREDICTION_TYPE = "prediction_type"
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """Which experts count, and how, in the forwards to come; see `Mixture.activate`.
+
+    Attributes:
+        active: names of the experts that count; None for all.
+        scales: factor per expert, in place of the one it was loaded with.
+        regions: (H, W) in 0..1 per expert; they hold in networks that have image tokens.
+        latent_size: (height, width) of the latent; None to read it off the network's input.
+        weights: fixed weights that replace the gates.
+        base_only: no expert counts, and nothing else of them either (their trigger words).
+    """
+
+    active: Sequence[str] | None = None
+    scales: Mapping[str, float] | None = None
+    regions: Mapping[str, Tensor] | None = None
+    latent_size: tuple[int, int] | None = None
+    weights: Mapping[str, float] | None = None
+    base_only: bool = False
+
+    def apply(self, mixtures: Iterable[Mixture]) -> None:
+        """Set mixtures to this.
+
+        Raises:
+            MoLEError: see `Mixture.activate`.
+        """
+        for mixture in mixtures:
+            if self.base_only:
+                mixture.disable()
+                continue
+            mixture.enable()
+            mixture.activate(
+                self.active,
+                expert_scales=self.scales,
+                region_masks=self.regions if mixture.in_picture else None,
+                latent_size=self.latent_size if mixture.in_picture else None,
+                weights=self.weights,
+            )
+
+
+class Companion(Protocol):
+    """What experts bring along beside their matrices: trigger words in a tokenizer."""
+
+    def attach(self) -> None:
+        """Let it work."""
+
+    def detach(self) -> None:
+        """Take it away without a trace."""
+
+    def show(self, shown: bool) -> None:
+        """Let it be known, or for a while not."""
+
+
+#: Makes the companions of some experts; called when those of earlier experts are off.
+Companions = Callable[[Sequence[Expert]], Iterable[Companion]]
+
+
+@dataclass(eq=False)
+class MixtureSet:
+    """Experts, the form of their gates, and the mixture on each network that an expert changes.
+
+    Its hooks may be on the networks or not: `Ensemble.take` hands one over, and one may stand in for another.
+
+    Attributes:
+        experts: by name, in the order of the gates' rows.
+        config: the form of fresh gates.
+        configs: part -> form of its gates, where a gates file says another one.
+        networks: the networks, by part.
+        mixtures: by part.
+        companions: what the experts bring along.
+        choice: what counts in the forwards to come.
+    """
+
+    experts: dict[str, Expert] = field(default_factory=dict)
+    config: MoLEConfig = field(default_factory=MoLEConfig)
+    configs: dict[str, MoLEConfig] = field(default_factory=dict)
+    networks: dict[str, nn.Module] = field(default_factory=dict)
+    mixtures: dict[str, Mixture] = field(default_factory=dict)
+    companions: list[Companion] = field(default_factory=list)
+    choice: Choice = field(default_factory=Choice)
+
+    def attach(self) -> None:
+        """Put hooks and companions on, or nothing of them.
+
+        Raises:
+            InjectionError: a network carries another mixture.
+        """
+        try:
+            for mixture in self.mixtures.values():
+                mixture.attach()
+            for companion in self.companions:
+                companion.attach()
+        except BaseException:
+            self.detach()
+            raise
+        for companion in self.companions:
+            companion.show(not self.choice.base_only)
+
+    def detach(self) -> None:
+        """Take hooks and companions off; the networks are bitwise as before."""
+        for mixture in self.mixtures.values():
+            mixture.eject()
+        for companion in self.companions:
+            companion.detach()
+
+
+class Ensemble:
+    """The experts of one model: a mixture on each of its networks that an expert changes.
+
+    Every host holds one: it carries experts, gates, what counts in the next forwards, and records. Whatever
+    fails leaves everything as it was.
+
+    Args:
+        networks: part -> network; an expert's file says which parts it changes.
+        facts: what the base is beyond its matrices, such as {"prediction_type": "epsilon"}: experts and gates
+            whose files say otherwise are refused. Hosts keep it up to date.
+        flatten_tokens: part -> tokens that `pooling="flatten"` is sized for, see `inject`.
+        config: the form of the first gates.
+        attached: whether hooks go on at once; else `unpark` puts them on.
+
+    Attributes:
+        networks, facts, flatten_tokens: as given.
+        recorder: watches all networks while their hooks are on; None for none.
+    """
+
+    def __init__(
+        self,
+        networks: Mapping[str, nn.Module],
+        *,
+        facts: Mapping[str, str],
+        flatten_tokens: Mapping[str, tuple[int, int] | int | None] | None = None,
+        config: MoLEConfig | None = None,
+        attached: bool = True,
+    ) -> None:
+        self.networks = {part: unwrapped(network) for part, network in networks.items()}
+        self.facts = dict(facts)
+        self.flatten_tokens = dict(flatten_tokens or {})
+        self.recorder: Recorder | None = None
+        self._watched: dict[str, RemovableHandle] = {}
+        self._attached = attached
+        self._held = MixtureSet(config=config or MoLEConfig())
+
+    @classmethod
+    def carrying(cls, networks: Mapping[str, nn.Module]) -> Ensemble | None:
+        """The ensemble whose experts are on these very networks, by whatever way they came here."""
+        wanted = {part: unwrapped(network) for part, network in networks.items()}
+        for network in wanted.values():
+            mixture = mixture_on(network)
+            owner = None if mixture is None or mixture.owner is None else mixture.owner()
+            if isinstance(owner, Ensemble) and owner.networks == wanted:
+                return owner
+        return None
+
+    @property
+    def experts(self) -> dict[str, Expert]:
+        """The experts by name, in the order of the gates' rows."""
+        return self._held.experts
+
+    @property
+    def mixtures(self) -> dict[str, Mixture]:
+        """The mixture of each network that an expert changes, by part."""
+        return self._held.mixtures
+
+    @property
+    def config(self) -> MoLEConfig:
+        """The form of the gates: of the first network's, where a gates file gave them different ones."""
+        first = next(iter(self._held.mixtures.values()), None)
+        return self._held.config if first is None else first.config
+
+    @property
+    def choice(self) -> Choice:
+        """What counts in the forwards to come."""
+        return self._held.choice
+
+    @property
+    def companions(self) -> list[Companion]:
+        """What the experts bring along beside their matrices."""
+        return self._held.companions
+
+    def set_experts(
+        self,
+        experts: Iterable[Expert],
+        config: MoLEConfig | None = None,
+        *,
+        companions: Companions | None = None,
+        check_base: bool = True,
+    ) -> None:
+        """Have these experts in place of all earlier ones, with fresh gates; all of them count.
+
+        Args:
+            experts: in the order of the gates' rows; none at all takes everything away.
+            config: the form of the gates; None as before.
+            companions: makes what the experts bring along.
+            check_base: whether an expert that is new here is refused where its file names another prediction
+                type than `facts`.
+
+        Raises:
+            ExpertLoadError: an expert belongs to a base of another prediction type.
+            InjectionError: an expert does not fit its network, or a network carries another mixture.
+            ConfigError: two experts have one name.
+        """
+        chosen = list(experts)
+        if check_base:
+            self._check_base(chosen)
+        fresh, old = self.build(chosen, config), self.mixtures
+        self._replace(fresh, companions or (lambda _: ()))
+        if chosen:
+            _warn_of_lost_gates(old)
+
+    def configure(self, config: MoLEConfig) -> None:
+        """Give the experts fresh gates of another form; trained ones are lost."""
+        old = self.mixtures
+        self._regate(self.build(self.experts.values(), config))
+        _warn_of_lost_gates(old)
+
+    def eject(self) -> None:
+        """Take everything away: the networks are bitwise what they were before the first expert."""
+        self._replace(MixtureSet(config=self._held.config), lambda _: ())
+
+    def build(
+        self,
+        experts: Iterable[Expert],
+        config: MoLEConfig | None = None,
+        configs: Mapping[str, MoLEConfig] | None = None,
+    ) -> MixtureSet:
+        """Fresh mixtures of these experts for these networks, without their hooks.
+
+        Args:
+            experts: in the order of the gates' rows.
+            config: the form of the gates; None as they are here, part by part.
+            configs: part -> form, where it is another.
+
+        Raises:
+            InjectionError, ConfigError: see `set_experts`.
+        """
+        chosen = list(experts)
+        named = {expert.name: expert for expert in chosen}
+        if len(named) < len(chosen):
+            names = [expert.name for expert in chosen]
+            doubled = sorted({name for name in names if names.count(name) > 1})
+            raise ConfigError(f"Expert names must differ; used more than once: {', '.join(doubled)}.")
+        forms = {**(self._held.configs if config is None else {}), **(configs or {})}
+        found = MixtureSet(named, config or self._held.config, forms, dict(self.networks))
+        for part in self.networks:
+            if any(expert.factors.get(part) for expert in chosen):
+                found.mixtures[part] = self._mixture(part, found)
+        return found
+
+    def _mixture(self, part: str, of: MixtureSet) -> Mixture:
+        network = self.networks[part]
+        with torch.inference_mode(False):
+            mixture = Mixture(
+                network,
+                list(of.experts.values()),
+                of.configs.get(part, of.config),
+                map_network(network, part),
+                self.flatten_tokens.get(part),
+            )
+            mixture.activate()
+        mixture.owner = weakref.ref(self)
+        return mixture
+
+    def renew(self, part: str) -> None:
+        """Build the mixture of a network anew, some of whose modules were replaced; its gates stay.
+
+        Its hooks are off afterwards.
+        """
+        before = self.mixtures[part]
+        self.park([part])
+        mixture = self._mixture(part, self._held)
+        mixture.gates.load_state_dict(before.gates.state_dict())
+        for old, new in zip(before.parameters(), mixture.parameters(), strict=True):
+            new.requires_grad_(old.requires_grad)
+        self.choice.apply([mixture])
+        self.mixtures[part] = mixture
+
+    def _check_base(self, experts: Iterable[Expert]) -> None:
+        predicted = self.facts.get(PREDICTION_TYPE)
+        for expert in experts:
+            if predicted is not None and self.experts.get(expert.name) is not expert:
+                check_prediction(expert, predicted)
+
+    def _replace(self, fresh: MixtureSet, companions: Companions) -> None:
+        """Have other experts; what fails on the way leaves those from before."""
+        old = self._held
+        attached = [part for part, mixture in old.mixtures.items() if mixture.injected]
+        self._unwatch()
+        old.detach()
+        try:
+            for companion in companions(list(fresh.experts.values())):
+                fresh.companions.append(companion)
+            if self._attached:
+                fresh.attach()
+        except BaseException:
+            fresh.detach()
+            for part in attached:
+                old.mixtures[part].attach()
+            for companion in old.companions:
+                companion.attach()
+                companion.show(not old.choice.base_only)
+            self._watch(attached)
+            raise
+        self._held = fresh
+        if self._attached:
+            self._watch(fresh.mixtures)
+
+    def _regate(self, fresh: MixtureSet) -> None:
+        """Have other gates for the same experts: what they bring along and what counts stay."""
+        old = self._held
+        attached = [part for part, mixture in old.mixtures.items() if mixture.injected]
+        old.choice.apply(fresh.mixtures.values())
+        fresh.choice, fresh.companions = old.choice, old.companions
+        self.park()
+        try:
+            self._held = fresh
+            self.unpark(attached)
+        except BaseException:
+            self._held = old
+            self.unpark(attached)
+            raise
+
+    def park(self, parts: Iterable[str] | None = None) -> None:
+        """Take hooks off, bitwise; everything else is kept. Doing it twice does no harm.
+
+        Args:
+            parts: the networks; None for all.
+        """
+        for part in list(self.mixtures) if parts is None else parts:
+            if part in self.mixtures:
+                self._unwatch([part])
+                self.mixtures[part].eject()
+
+    def unpark(self, parts: Iterable[str] | None = None) -> None:
+        """Put hooks on that are off.
+
+        Args:
+            parts: the networks; None for all.
+
+        Raises:
+            InjectionError: a network carries another mixture; no hook was put on.
+        """
+        off = [
+            part
+            for part, mixture in self.mixtures.items()
+            if not mixture.injected and (parts is None or part in parts)
+        ]
+        try:
+            for part in off:
+                self.mixtures[part].attach()
+        except BaseException:
+            self.park(off)
+            raise
+        self._watch(off)
+
+    def take(self) -> MixtureSet:
+        """Take everything off, bitwise, and hand it over for `put`; the ensemble has no experts then.
+
+        For hosts that serve several users with one base model, one after the other.
+        """
+        held = self._held
+        self._unwatch()
+        held.detach()
+        self._held = MixtureSet(config=held.config)
+        return held
+
+    def put(self, held: MixtureSet) -> None:
+        """Put on what `take` took off the same networks; gates and what counts are as they were.
+
+        Raises:
+            InjectionError: there are experts, or these were taken off other networks.
+        """
+        if self.experts:
+            raise InjectionError(f"There are the experts {list(self.experts)}; take() them first.")
+        if held.experts and held.networks != self.networks:
+            raise InjectionError("These experts were taken off other networks.")
+        held.attach()
+        for mixture in held.mixtures.values():
+            mixture.owner = weakref.ref(self)
+        self._held = held
+        self._watch(held.mixtures)
+
+    @contextmanager
+    def standing_in(self, others: MixtureSet) -> Iterator[None]:
+        """Other experts and gates inside the `with` block; afterwards those from before, bitwise.
+
+        What the experts from before bring along stays: their trigger words may stand in the prompts.
+
+        Args:
+            others: from `build`; they are of use for several blocks.
+        """
+        before = self._held
+        attached = [part for part, mixture in before.mixtures.items() if mixture.injected]
+        self.park()
+        self._held = replace(others, companions=before.companions)
+        for mixture in others.mixtures.values():
+            mixture.owner = weakref.ref(self)
+        try:
+            self.activate(Choice())
+            self.unpark()
+            yield
+        finally:
+            self.park()
+            self._held = before
+            self.unpark(attached)
+            for companion in before.companions:
+                companion.show(not before.choice.base_only)
+
+    def activate(self, choice: Choice) -> None:
+        """Let this count in the forwards to come.
+
+        Raises:
+            MoLEError: see `Mixture.activate`.
+        """
+        before = self.choice
+        try:
+            if choice.base_only:
+                # A misspelt name must not pass only because nothing is drawn with it.
+                replace(choice, base_only=False).apply(self.mixtures.values())
+            choice.apply(self.mixtures.values())
+        except BaseException:
+            before.apply(self.mixtures.values())
+            raise
+        for companion in self.companions:
+            companion.show(not choice.base_only)
+        self._held.choice = choice
+
+    @contextmanager
+    def choosing(self, choice: Choice) -> Iterator[None]:
+        """`activate` for the `with` block; afterwards what counted before."""
+        before = self.choice
+        self.activate(choice)
+        try:
+            yield
+        finally:
+            self.activate(before)
+
+    @contextmanager
+    def without_companions(self) -> Iterator[None]:
+        """What experts bring along beside their matrices is off inside the `with` block."""
+        companions = self.companions
+        for companion in companions:
+            companion.detach()
+        try:
+            yield
+        finally:
+            for companion in companions:
+                companion.attach()
+                companion.show(not self.choice.base_only)
+
+    def load_gates(
+        self, path: str | Path, strict: bool = True, *, parts: Sequence[str] | None = None
+    ) -> dict[str, str]:
+        """Read gates that were trained for these experts; each part takes over the form that the file says.
+
+        Args:
+            path: a file of `save_gates`.
+            strict: see `checkpoint.load_gates`.
+            parts: the only parts of the file to read, where a host cannot offer the others; None for all.
+
+        Returns:
+            What the writer added to the header.
+
+        Raises:
+            GateMismatchError: the gates do not fit; `differences` lists why.
+        """
+        forms = self._forms(path)
+        if all(self.mixtures[part].config == form for part, form in forms.items()):
+            return load_gates(path, self.mixtures, strict, parts=parts, facts=self.facts)
+        fresh = self.build(self.experts.values(), configs=forms)
+        found = load_gates(path, fresh.mixtures, strict, parts=parts, facts=self.facts)
+        fresh.config = next(iter(forms.values()))
+        self._regate(fresh)
+        return found
+
+    def build_gated(self, path: str | Path) -> MixtureSet:
+        """The experts with the gates of a file, without their hooks: to stand in for those that are here.
+
+        Raises:
+            GateMismatchError: see `load_gates`.
+        """
+        fresh = self.build(self.experts.values(), configs=self._forms(path))
+        load_gates(path, fresh.mixtures, facts=self.facts)
+        return fresh
+
+    def _forms(self, path: str | Path) -> dict[str, MoLEConfig]:
+        """Part -> form of its gates in a file, of the parts that are here."""
+        header = read_gates_header(path)
+        return {part: header.config(part) for part in self.mixtures if part in header.parts}
+
+    def save_gates(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+        """Write the gates, with the names and hashes of their experts and the facts of the base.
+
+        Args:
+            path: file to write or replace.
+            metadata: more to note in the header.
+        """
+        save_gates(path, self.mixtures, metadata={**self.facts, **(metadata or {})})
+
+    def record(self, recorder: Recorder | None) -> None:
+        """Let a recorder watch the networks while hooks are on them; None for none."""
+        self._unwatch()
+        self.recorder = recorder
+        self._watch(part for part, mixture in self.mixtures.items() if mixture.injected)
+
+    def _watch(self, parts: Iterable[str]) -> None:
+        if self.recorder is not None:
+            self._watched |= {part: self.recorder.watch(self.mixtures[part]) for part in parts}
+
+    def _unwatch(self, parts: Iterable[str] | None = None) -> None:
+        for part in list(self._watched) if parts is None else parts:
+            if (handle := self._watched.pop(part, None)) is not None:
+                handle.remove()
+
+
+def _warn_of_lost_gates(old: Mapping[str, Mixture]) -> None:
+    """Say that fresh gates took the place of trained ones."""
+    lost = [part for part, mixture in old.items() if mixture.is_trained]
+    if lost:
+        logger.warning("the gates trained for %s are lost: the expert set or the configuration changed", lost)

@@ -1,0 +1,78 @@
+"""What a diffusers pipeline of Stable Diffusion is made of, as experts see it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from mole_diffusion.core.ensemble import PREDICTION_TYPE
+from mole_diffusion.core.networks.clip import TEXT_ENCODER, TEXT_ENCODER_2
+from mole_diffusion.core.networks.unet import UNET
+from mole_diffusion.pictures.denoisers import own_size
+
+# Which tokenizer writes for which text encoder.
+TOKENIZERS = {TEXT_ENCODER: "tokenizer", TEXT_ENCODER_2: "tokenizer_2"}
+
+
+def networks_of(pipe: Any) -> dict[str, nn.Module]:
+    """The networks that experts can change, by part; perhaps compiled."""
+    found = {part: getattr(pipe, part, None) for part in (UNET, TEXT_ENCODER, TEXT_ENCODER_2)}
+    return {part: network for part, network in found.items() if network is not None}
+
+
+def tokenizers_of(pipe: Any) -> dict[str, Any]:
+    """The tokenizer of each text encoder."""
+    found = {part: getattr(pipe, name, None) for part, name in TOKENIZERS.items()}
+    return {part: one for part, one in found.items() if one is not None and part in networks_of(pipe)}
+
+
+def flatten_tokens(pipe: Any) -> dict[str, int]:
+    """Tokens that `pooling="flatten"` is sized for, per text encoder; the UNet has its own size."""
+    return {part: one.model_max_length for part, one in tokenizers_of(pipe).items()}
+
+
+def facts_of(pipe: Any) -> dict[str, str]:
+    """What experts and gates must agree with beyond the networks' shapes."""
+    scheduler = getattr(pipe, "scheduler", None)
+    if scheduler is None:
+        return {}
+    return {PREDICTION_TYPE: str(scheduler.config.get("prediction_type", "epsilon"))}
+
+
+def picture_size(pipe: Any, given: Mapping[str, Any], *, from_picture: bool) -> tuple[int, int]:
+    """Height and width in pixels of what a call draws.
+
+    Args:
+        pipe: the pipeline.
+        given: the call's arguments.
+        from_picture: the call takes its size from its `image`.
+    """
+    factor = pipe.vae_scale_factor
+    rows, columns = (side // factor for side in own_size(pipe))
+    if given.get("latents") is not None:
+        rows, columns = given["latents"].shape[-2:]
+    elif from_picture and given.get("image") is not None:
+        picture = pipe.image_processor.preprocess(given["image"])
+        rows, columns = picture.shape[-2:]
+        if picture.shape[1] != pipe.vae.config.latent_channels:
+            return rows, columns
+    elif given.get("height") and given.get("width"):
+        return given["height"], given["width"]
+    return rows * factor, columns * factor
+
+
+@contextmanager
+def old_text_model_name(text_encoder: nn.Module | None) -> Iterator[None]:
+    """Let diffusers' `clip_skip` find `text_encoder.text_model`, in transformers 5 the model itself."""
+    if text_encoder is None or hasattr(text_encoder, "text_model"):
+        yield
+        return
+    # Not setattr: that would make the model its own submodule.
+    text_encoder.__dict__["text_model"] = text_encoder
+    try:
+        yield
+    finally:
+        del text_encoder.__dict__["text_model"]
