@@ -14,7 +14,7 @@ from typing import Any
 from .errors import ExpertLoadError
 from .peft_options import PeftOptions
 from .reading import BadFileError, parse_json
-from .scaling import Scaling, Target, number, truth
+from .scaling import ABSENT, Scaling, Target, number, truth
 
 ADAPTER_CONFIG = "adapter_config.json"
 TENSORS = "tensors"
@@ -73,7 +73,7 @@ class Alphas:
         named = [
             f"{key}={value!r:.40}"
             for key, value in self._metadata.items()
-            if key == _KOHYA or key.rpartition(".")[2] in _SINGLE
+            if (key == _KOHYA or key.rpartition(".")[2] in _SINGLE) and value.strip() not in ABSENT
         ]
         if not named or any("header" in source for source in sources):
             return []

@@ -165,6 +165,21 @@ def load_expert(
             those of networks that experts cannot be attached to.
         ConfigError: see `Expert.from_state_dict`.
     """
+    expert = read_expert(path, name, scale, rank=rank, base=base)
+    for note in expert.report.notes:
+        logger.warning("expert %r: %s", expert.name, note)
+    return expert
+
+
+def read_expert(
+    path: str | Path,
+    name: str | None = None,
+    scale: float = 1.0,
+    *,
+    rank: int | None = None,
+    base: object = None,
+) -> Expert:
+    """`load_expert` for those who say themselves what `report.notes` has."""
     path = Path(path)
     name = own_name(path) if name is None else name
     _check_use(name, scale, rank)
@@ -181,10 +196,7 @@ def load_expert(
     table = tables[0] if len(tables) == len(files) == 1 else KeyTable.of(content.tensors)
     used = [*table.embeddings, *(key for roles in table.modules.values() for key in roles.values())]
     copy = _size(content, used) < _WORTH_KEEPING * _size(content, content.tensors)
-    expert = _expert(content, options, table, name=name, scale=scale, rank=rank, base=base, copy=copy)
-    for note in expert.report.notes:
-        logger.warning("expert %r: %s", expert.name, note)
-    return expert
+    return _expert(content, options, table, name=name, scale=scale, rank=rank, base=base, copy=copy)
 
 
 def _expert(

@@ -12,7 +12,7 @@ from .bases import base_of_expert, prediction_type
 from .checkpoint import FORMAT as GATES_FORMAT
 from .checkpoint import GatesHeader, read_gates_header
 from .errors import ExpertLoadError
-from .experts import Expert, load_expert
+from .experts import Expert, read_expert
 from .factors import LoraFactors
 from .networks import of_matrices
 from .reading import BadFileError, read_header
@@ -59,7 +59,7 @@ def describe_file(path: str | Path) -> FileDescription:
             raise ExpertLoadError(f"{str(path)!r} cannot be read as safetensors: {error}.") from error
         if header.metadata.get("format") == GATES_FORMAT:
             return describe_gates(read_gates_header(path), path.name)
-    return describe_expert(load_expert(path))
+    return describe_expert(read_expert(path))
 
 
 def describe_expert(expert: Expert) -> FileDescription:

@@ -11,6 +11,9 @@ from typing import Any
 from .errors import ExpertLoadError
 from .reading import LARGEST
 
+#: Texts that say that nothing is said.
+ABSENT = ("", "None", "null")
+
 
 @dataclass(frozen=True)
 class Scaling:
@@ -68,7 +71,7 @@ def number(label: str, name: str, value: Any) -> float | None:
     Raises:
         ExpertLoadError: it is something else.
     """
-    if value is None or (isinstance(value, str) and value.strip() in ("", "None", "null")):
+    if value is None or (isinstance(value, str) and value.strip() in ABSENT):
         return None
     found = math.nan
     if isinstance(value, (int, float, str)) and not isinstance(value, bool):

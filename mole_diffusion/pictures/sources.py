@@ -70,14 +70,16 @@ def _download(repo_id: str, weight_name: str | None, **options: Any) -> Path:
     """The LoRA of a hub repository, on this machine."""
     from huggingface_hub import snapshot_download
 
-    beside = [name for name in ADAPTER_FILES if name != weight_name]
     inside = [f"{folder}/{name}" for folder in network_folders() for name in (*ADAPTER_FILES, _USUAL_NAME)]
-    # First only the top folder: a whole model in the same repository would be gigabytes.
-    wanted = [weight_name, *beside] if weight_name else ["*.safetensors", *beside]
+    wanted = ["*.safetensors", ADAPTER_FILES[-1]] if weight_name is None else [weight_name]
+    if weight_name in ADAPTER_FILES:
+        wanted.append(ADAPTER_FILES[-1])
     try:
+        # First only the top folder: a whole model in the same repository would be gigabytes.
         unwanted = None if weight_name else ["*/*"]
         folder = Path(snapshot_download(repo_id, allow_patterns=wanted, ignore_patterns=unwanted, **options))
-        if weight_name is None and not (is_adapter_folder(folder) or any(folder.glob("*.safetensors"))):
+        if weight_name is None and not any(folder.glob("*.safetensors")):
+            inside.append(ADAPTER_FILES[1])
             folder = Path(snapshot_download(repo_id, allow_patterns=inside, **options))
     except (OSError, ValueError) as error:
         raise ExpertLoadError(f"the hub gave nothing for {repo_id!r}: {error}") from error

@@ -295,6 +295,20 @@ def test_a_file_of_which_little_is_used_does_not_stay_in_memory(tmp_path: Path) 
     assert memory(load_expert(tmp_path / "lora.safetensors")) == 2 * 2 * 32 * 4
 
 
+def test_what_is_read_in_inference_mode_can_be_trained_through(tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    big_lora(path, 1)
+    with torch.inference_mode():
+        expert = load_expert(path)
+        made = {key: tensor.clone() for key, tensor in read_safetensors(path).tensors.items()}
+        other = Expert.from_state_dict(made, name="dog")
+    assert next(iter(made.values())).is_inference()
+    for one in (expert, other):
+        for factors in one.factors["unet"].values():
+            assert not factors.down.is_inference()
+            assert not factors.up.is_inference()
+
+
 def test_a_whole_model_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file({"conv_in.weight": torch.zeros(2, 2)}, tmp_path / "base.safetensors")
     monkeypatch.setattr(reading, "_chunks", lambda *_: pytest.fail("read the data"))

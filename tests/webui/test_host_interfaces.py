@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import configparser
 import importlib.util
+import json
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from mole_diffusion import MoLEConfig, inject, save_gates
+from tests.core.core_tools import lora_state, make_clip
 from webui_extension import environment
 from webui_extension.heatmap import gate_map, loss_curve, region_map
 from webui_extension.library import Library
@@ -287,6 +291,36 @@ def test_files_that_png_info_cannot_name_are_not_offered(tmp_path: Path) -> None
     for name in ("../dog", "bird", "/etc/passwd"):
         with pytest.raises(SettingsError, match="there is no LoRA"):
             library.expert_path(name)
+
+
+def test_folders_of_peft_have_their_names_and_strength(tmp_path: Path) -> None:
+    encoder = make_clip()
+    for seed, name in enumerate(("dog", "tom")):
+        state = lora_state(encoder, 2, seed, ("q_proj",))
+        (tmp_path / name).mkdir()
+        save_file(
+            {f"base_model.model.{key}": value for key, value in state.items()},
+            tmp_path / name / "adapter_model.safetensors",
+        )
+        config = tmp_path / name / "adapter_config.json"
+        config.write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 6}))
+    library = Library(tmp_path, tmp_path / "gates")
+    files = ["dog/adapter_model", "tom/adapter_model"]
+    assert library.experts() == files
+    experts = [library.load(file) for file in files]
+    assert [expert.name for expert in experts] == ["dog", "tom"]
+    assert {factors.scaling for factors in experts[0].factors["text_encoder"].values()} == {3.0}
+    mixture = inject(encoder, experts, MoLEConfig(pooling="mean"))
+    save_gates(tmp_path / "gates" / "both.safetensors", {"text_encoder": mixture})
+    assert library.experts_of("both") == files
+    assert library.load(files[1]) is experts[1]
+    # Another strength is another expert, though the tensors are the same.
+    config.write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 20}))
+    assert {factors.scaling for factors in library.load(files[1]).factors["text_encoder"].values()} == {10.0}
+    with pytest.raises(
+        SettingsError, match=r"were trained for the LoRA 'tom'.*another file of this name is in"
+    ):
+        library.experts_of("both")
 
 
 def test_drawings() -> None:
