@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mole_diffusion import Expert
 from mole_diffusion.core import networks
@@ -16,6 +16,7 @@ from mole_diffusion.core.networks import families, foreign
 from mole_diffusion.core.networks.base import Forward
 from mole_diffusion.core.networks.stacks import Blocks, Leaf, Stack
 
+from .core_tools import make_joint
 from .joint_table import JOINT_TABLE
 
 
@@ -73,6 +74,33 @@ def test_names_go_both_ways() -> None:
         assert slot in architecture.slots
         assert architecture.leaf(matrix) == leaves.get(slot, matrix)
     assert networks.of_matrices(["somewhere.else"]) is None
+
+
+def test_a_network_under_the_names_of_another_host() -> None:
+    """Rows of blocks, leaves and matrices outside may have other names, and the whole a module around it."""
+    blocks = JOINT_TABLE.blocks
+    row = dataclasses.replace(
+        blocks[1], also=("single",), names={**blocks[1].names, "attn.proj": "attn.out", "mlp.up": "wide"}
+    )
+    table = dataclasses.replace(
+        JOINT_TABLE, name="natively", blocks=(blocks[0], row), names={"img_in": "image_in"}
+    )
+    network = nn.Module()
+    network.inner = make_joint()
+    network.inner.single, network.inner.img_in = network.inner.joined, network.inner.image_in
+    del network.inner.joined, network.inner.image_in
+    for block in network.inner.single:
+        block.attn.proj, block.mlp = block.attn.out, nn.ModuleDict({"up": block.wide})
+        del block.attn.out, block.wide
+    sites = {site.name: site for site in table.sites(network)}
+    assert set(sites) == {site.name for site in JOINT_TABLE.sites(make_joint())}
+    assert list(sites) == [site.name for site in JOINT_TABLE.sites(make_joint())]
+    assert sites["joined.1.attn.to_k"].path == "inner.single.1.attn.qkv"
+    assert sites["joined.1.attn.to_k"].rows == slice(16, 32)
+    assert sites["joined.0.wide"].path == "inner.single.0.mlp.up"
+    assert sites["image_in"].path == "inner.img_in"
+    for flat, matrix in (("single_1_attn_proj", "joined.1.attn.out"), ("img_in", "image_in")):
+        assert [place.matrix for place in table.read(flat)] == [matrix]
 
 
 @pytest.mark.parametrize(

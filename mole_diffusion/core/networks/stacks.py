@@ -99,6 +99,7 @@ class Stack:
         counter: tokens for flattened gates.
         before, after: matrices that run before and after all blocks.
         blocks: rows of blocks in execution order.
+        names: other names of matrices outside all blocks, in networks and files.
         wrapper: name of a module that may stand around the blocks and belongs to no canonical name.
         refused: (pattern of flat names, reason) of what such networks have and cannot be gated.
         kohya: slot -> what kohya puts before names in a base with one text encoder, and in one with more.
@@ -115,6 +116,7 @@ class Stack:
     families: tuple[str, ...] = ()
     before: tuple[Leaf, ...] = ()
     after: tuple[Leaf, ...] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
     wrapper: str = ""
     refused: tuple[tuple[str, str], ...] = ()
     kohya: Mapping[str, tuple[str, str]] = field(default_factory=dict)
@@ -131,6 +133,7 @@ class Stack:
     def sites(self, network: nn.Module) -> tuple[Site, ...]:
         """See `Architecture`."""
         found: list[Site] = []
+        around = ""
         modules = dict(network.named_modules())
         for path, module in modules.items():
             for number, row in enumerate(self.blocks):
@@ -140,17 +143,30 @@ class Stack:
                 own = tuple(_block_sites(number, row, match, module))
                 if len(own) == 1 or runs_fused(modules[path.rpartition(".")[0]]):
                     found += own
+                    around = match["around"]
         if not found:
             return ()
         fused = {site.name for site in found if site.rows is not None}
         sites = [site for site in found if site.rows is not None or site.name not in fused]
+        if self.wrapper:
+            around = around.removesuffix(f"{self.wrapper}.")
         for section, leaves in ((_BEFORE, self.before), (len(self.blocks), self.after)):
-            sites += [
-                _root_site(leaf, (section, index))
-                for index, leaf in enumerate(leaves)
-                if leaf.name in modules
-            ]
+            for index, leaf in enumerate(leaves):
+                paths = [f"{around}{name}" for name, meant in self._root_names.items() if meant == leaf.name]
+                path = next((path for path in paths if path in modules), None)
+                if path is not None:
+                    sites.append(_root_site(leaf, path, (section, index)))
         return tuple(sorted(sites, key=lambda site: site.order))
+
+    @cached_property
+    def _root_names(self) -> dict[str, str]:
+        """Names of matrices outside all blocks -> canonical ones."""
+        return {leaf.name: leaf.name for leaf in (*self.before, *self.after)} | dict(self.names)
+
+    @cached_property
+    def _flat_roots(self) -> dict[str, str]:
+        """The same in files."""
+        return {name.replace(".", "_"): meant for name, meant in self._root_names.items()}
 
     @cached_property
     def _paths(self) -> tuple[re.Pattern[str], ...]:
@@ -158,7 +174,7 @@ class Stack:
         around = rf"(?:(?:.*\.)?{re.escape(self.wrapper)}\.)?" if self.wrapper else r"(?:.*\.)?"
         return tuple(
             re.compile(
-                rf"^(?P<holder>{around}(?:{_either((row.path, *row.also))}))\."
+                rf"^(?P<holder>(?P<around>{around})(?:{_either((row.path, *row.also))}))\."
                 rf"(?P<index>\d+)\.(?P<leaf>{_either(row.parts)})$"
             )
             for row in self.blocks
@@ -178,9 +194,8 @@ class Stack:
     def read(self, flat: str) -> tuple[Place, ...]:
         """See `Architecture`."""
         bare = flat.removeprefix(f"{self.wrapper}_") if self.wrapper else flat
-        for leaf in (*self.before, *self.after):
-            if bare == leaf.name.replace(".", "_"):
-                return (Place(leaf.name),)
+        if bare in self._flat_roots:
+            return (Place(self._flat_roots[bare]),)
         for row, pattern in zip(self.blocks, self._flat_rows, strict=True):
             match = pattern.match(flat)
             if match and match["leaf"] in row.flat:
@@ -262,11 +277,11 @@ def _block_sites(number: int, row: Blocks, match: re.Match[str], module: nn.Modu
         )
 
 
-def _root_site(leaf: Leaf, order: tuple[int, int]) -> Site:
+def _root_site(leaf: Leaf, path: str, order: tuple[int, int]) -> Site:
     """The site of a matrix outside all blocks, which is a block of its own."""
     return Site(
         name=leaf.name,
-        path=leaf.name,
+        path=path,
         block=leaf.name,
         layer=leaf.name,
         block_path=None,
