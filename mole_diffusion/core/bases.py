@@ -10,7 +10,7 @@ from .errors import ExpertLoadError, InjectionError
 from .experts import Expert
 from .factors import LoraFactors
 from .modules import base_layer, matrix_shape
-from .networks import by_name, map_network, of_matrices
+from .networks import by_name, find_network, of_matrices
 from .networks.base import DENOISER, Architecture, Base, NetworkMap
 from .networks.families import named_family
 
@@ -43,20 +43,18 @@ def base_of_expert(expert: Expert) -> Base:
     return Base(family, base.width)
 
 
-def base_of_network(network: nn.Module, part: str | None = None) -> Base:
-    """The base model that a network belongs to.
+def base_of_networks(networks: Mapping[str, nn.Module]) -> Base | None:
+    """The base model that a model's denoiser belongs to; None where there is none of a known kind.
 
     Args:
-        network: of any known kind.
-        part: what the host calls it.
-    Raises:
-        InjectionError: it is of no known kind.
+        networks: by part.
     """
-    layout = map_network(network, part)
-    inputs = {
-        site.name: matrix_shape(base_layer(network.get_submodule(site.path)))[1] for site in layout.sites
-    }
-    return _base(layout, inputs)
+    for part, network in networks.items():
+        layout = find_network(network, part)
+        if layout is not None and layout.role == DENOISER:
+            modules = {site.name: base_layer(network.get_submodule(site.path)) for site in layout.sites}
+            return _base(layout, {name: matrix_shape(module)[1] for name, module in modules.items()})
+    return None
 
 
 def check_fit(

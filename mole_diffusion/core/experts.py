@@ -158,7 +158,7 @@ def load_expert(
         name: the expert's name; the file's stem if None, or the folder's name where the stem is a usual one.
         scale: the user's factor for this expert.
         rank: compress deltas of higher rank to this one; see `Expert.from_state_dict`.
-        base: the base model it is for (`bases.base_of_network`), to be named if the file is for a base of
+        base: the base model it is for (`bases.base_of_networks`), to be named if the file is for a base of
             another kind; None where that is not known yet.
     Raises:
         ExpertLoadError: nothing is there, it cannot be read, it holds no usable LoRA, or its matrices are

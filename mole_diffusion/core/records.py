@@ -29,7 +29,7 @@ class GateWeight:
     """How much one expert counted in one group, averaged over tokens.
 
     Attributes:
-        network: part of the pipeline, "unet" or "text_encoder".
+        network: what the host calls the network.
         group: the group of matrices that share the gate, e.g. a transformer block's name; with the suffix
             ".context" for a group's gate on text tokens.
         step: index of the denoising step, None for the text encoder, which runs once.
@@ -119,7 +119,7 @@ class GateWeights(Sequence[GateWeight]):
         return f"GateWeights({len(self)} rows; networks: {networks or 'none'})"
 
     def where(self, **fields: Any) -> GateWeights:
-        """The rows whose fields have the given values, e.g. `where(network="unet", branch="prompt")`.
+        """The rows whose fields have the given values, e.g. `where(branch="prompt", step=0)`.
 
         Raises:
             ConfigError: rows have no such field to be told by.
@@ -162,14 +162,21 @@ class GateWeights(Sequence[GateWeight]):
         """One plain dict per row, for JSON lines or a data frame."""
         return [asdict(row) for row in self._rows]
 
-    def to_array(self, network: str = "unet", branch: str = PROMPT) -> tuple[Tensor, dict[str, list[Any]]]:
+    def to_array(
+        self, network: str | None = None, branch: str = PROMPT
+    ) -> tuple[Tensor, dict[str, list[Any]]]:
         """The weights of one network as a tensor.
 
+        Args:
+            network: what the host calls it; None for the one that runs step by step.
+            branch: "prompt" or "negative".
         Returns:
             weights (groups, steps, entries, experts), float32, and the labels of the four axes under the keys
             "group", "step", "entry" and "expert".
         """
         axes = ("group", "step", "entry", "expert")
+        if network is None:
+            network = next((row.network for row in self._rows if row.step is not None), "")
         means = self.where(network=network, branch=branch).mean(*axes)
         labels = {axis: list(dict.fromkeys(key[i] for key in means)) for i, axis in enumerate(axes)}
         places = [{label: i for i, label in enumerate(labels[axis])} for axis in axes]
@@ -201,7 +208,7 @@ class _Run:
 class Recorder:
     """Keeps the gate weights of every forward of the networks that it watches.
 
-    Forward hooks on the networks take them, so that users' callbacks and any scheduler (some run the UNet
+    Forward hooks on the networks take them, so that users' callbacks and any scheduler (some run the denoiser
     more often than they have steps) stay untouched, and compiled networks see no step number that changes.
     Weights stay on their device until somebody asks.
 

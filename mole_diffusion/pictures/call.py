@@ -209,7 +209,15 @@ class WithExperts:
 
         After an error the pipeline is as it was before.
         """
-        expert = read_expert(source, name, scale, weight_name=weight_name, rank=rank, hub_options=hub_options)
+        expert = read_expert(
+            source,
+            name,
+            scale,
+            weight_name=weight_name,
+            rank=rank,
+            hub_options=hub_options,
+            networks=self.ensemble.networks,
+        )
         return self.add_expert(expert, check_base=check_base)
 
     def add_expert(self, expert: Expert, *, check_base: bool = True) -> Expert:

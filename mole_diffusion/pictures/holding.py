@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from mole_diffusion.core.bases import base_of_networks
 from mole_diffusion.core.ensemble import Ensemble
 from mole_diffusion.core.errors import ExpertLoadError, UnknownExpertError
 from mole_diffusion.core.experts import Expert, load_expert
@@ -34,6 +37,7 @@ def read_expert(
     weight_name: str | None,
     rank: int | None,
     hub_options: Mapping[str, Any],
+    networks: Mapping[str, nn.Module],
 ) -> Expert:
     """Read the expert behind what a user names; see `WithExperts.load_expert`.
 
@@ -43,7 +47,8 @@ def read_expert(
     """
     _check_hub_options(hub_options)
     path, own_name = find_expert_file(source, weight_name, **hub_options)
-    return load_expert(path, name=name or own_name, scale=scale, rank=rank)
+    base = base_of_networks(networks)
+    return load_expert(path, name=name or own_name, scale=scale, rank=rank, base=base)
 
 
 def _check_hub_options(options: Mapping[str, Any]) -> None:

@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mole_diffusion import Expert, ExpertLoadError, InjectionError, MoLEConfig, inject, load_expert
-from mole_diffusion.core.bases import base_of_expert, base_of_network, check_prediction, prediction_type
+from mole_diffusion.core.bases import base_of_expert, base_of_networks, check_prediction, prediction_type
 from mole_diffusion.core.inspection import describe_file
 from mole_diffusion.core.networks.families import SD1, SD2, SDXL
 
-from .core_tools import make_unet, run
+from .core_tools import make_clip, make_unet, run
 from .dialect_tools import make_unet as make_family
 
 QUERY = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -187,7 +187,9 @@ def test_a_file_for_a_network_of_another_kind_names_both_bases(
 def test_the_base_of_a_network() -> None:
     with torch.device("meta"):
         unet = make_family("sdxl", full=True)
-    assert str(base_of_network(unet)) == f"{SDXL} (cross-attention to text of width 2048)"
+    found = base_of_networks({"text_encoder": make_clip(), "unet": unet})
+    assert str(found) == f"{SDXL} (cross-attention to text of width 2048)"
+    assert base_of_networks({"text_encoder": make_clip(), "other": nn.Linear(2, 2)}) is None
 
 
 def test_new_input_channels_are_left_as_they_are(caplog: pytest.LogCaptureFixture) -> None:

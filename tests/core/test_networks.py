@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,3 +140,54 @@ def test_timesteps_of_every_unit() -> None:
     found = Forward(time=steps, noise=1000.0).timestep
     assert isinstance(found, Tensor)
     assert torch.equal(found, steps.float() / 1000)
+
+
+# What only a UNet has, and what only CLIP has; outside of the networks' room, what any of them has.
+UNET_WORDS = (
+    r"unet|(?:down|up)_blocks|mid_block|(?:input|output)_blocks|middle_block|attn[12]\b|attentions|resnets"
+    r"|(?:down|up)samplers?\b|time_emb|conv_in|add_embedding|proj_in"
+)
+CLIP_WORDS = (
+    r"text_model|text_encoder|resblocks|clip_[lg]\b|\btext_projection|self_attn|\b[qkv]_proj|out_proj"
+)
+BLOCK_WORDS = r"transformer_blocks|(?:double|single)_blocks|\bfc[12]\b"
+CORE = Path(networks.__file__).parents[1]
+
+
+def words(pattern: str, files: Iterable[Path]) -> list[str]:
+    """Where a word stands in these files."""
+    return [
+        f"{path.relative_to(CORE)}:{number}: {line.strip()}"
+        for path in files
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if re.search(pattern, line, re.IGNORECASE)
+    ]
+
+
+def test_each_network_is_told_of_in_its_own_file_alone() -> None:
+    files = set(CORE.rglob("*.py"))
+    room = set((CORE / "networks").rglob("*.py"))
+    unet = set((CORE / "networks" / "unet").rglob("*.py"))
+    clip, foreign_names = CORE / "networks" / "clip.py", CORE / "networks" / "foreign.py"
+    registry = CORE / "networks" / "__init__.py"
+    assert len(files) > len(room) > len(unet) > 1
+    assert words(f"{UNET_WORDS}|{CLIP_WORDS}|{BLOCK_WORDS}", files - room) == []
+    assert words(UNET_WORDS, room - unet - {registry}) == []
+    assert words(CLIP_WORDS, room - unet - {clip, foreign_names}) == []
+    # The registry names the kinds and no more; the search does find what it looks for.
+    assert len(words(UNET_WORDS, {registry})) == 2
+    assert words(UNET_WORDS, unet)
+    assert words(CLIP_WORDS, {clip})
+
+
+def test_no_name_of_a_part_decides() -> None:
+    """What a host calls a network says nothing of what it is."""
+    compared = [
+        f"{path.name}:{node.lineno}"
+        for path in CORE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Compare) and any(isinstance(op, (ast.Eq, ast.NotEq)) for op in node.ops)
+        for side in (node.left, *node.comparators)
+        if ast.unparse(side).split(".")[-1] in ("part", "slot", "network")
+    ]
+    assert compared == []

@@ -42,6 +42,15 @@ def by_name(name: str) -> Architecture | None:
     return _REGISTERED.get(name)
 
 
+def find_network(network: nn.Module, part: str | None = None) -> NetworkMap | None:
+    """As `map_network`; None for a network of no known kind."""
+    for architecture in architectures():
+        sites = architecture.sites(network)
+        if sites:
+            return NetworkMap(architecture, part or architecture.slots[0], sites)
+    return None
+
+
 def map_network(network: nn.Module, part: str | None = None) -> NetworkMap:
     """Find out what a network is, and its matrices.
 
@@ -51,10 +60,9 @@ def map_network(network: nn.Module, part: str | None = None) -> NetworkMap:
     Raises:
         InjectionError: it is of no known kind.
     """
-    for architecture in architectures():
-        sites = architecture.sites(network)
-        if sites:
-            return NetworkMap(architecture, part or architecture.slots[0], sites)
+    found = find_network(network, part)
+    if found is not None:
+        return found
     kinds = " or ".join(architecture.name for architecture in architectures())
     examples = ", ".join(repr(architecture.example) for architecture in architectures())
     raise InjectionError(
