@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping, Sequence
+
+from markupsafe import Markup
+
+from mole_diffusion.app import markup
 
 _WIDTH, _HEIGHT = 420, 170
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 10, 12, 24
@@ -19,7 +22,7 @@ def curves(
     *,
     level: tuple[str, float] | None = None,
     bottom: float | None = None,
-) -> str:
+) -> Markup:
     """One chart as HTML.
 
     Args:
@@ -31,7 +34,7 @@ def curves(
     """
     values = [v for _, ys in series.values() for v in ys if math.isfinite(v)]
     if not values:
-        return ""
+        return markup.NOTHING
     edges = [*values, *([level[1]] if level else [])]
     low = min(edges) if bottom is None else bottom
     high = max(edges)
@@ -40,23 +43,22 @@ def curves(
     high += 0.06 * (high - low)
     parts = [_axis(low, high, total)]
     if level is not None:
-        y = _y(level[1], low, high)
-        parts.append(f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}" class="chart-level"/>')
-        parts.append(
-            f'<text x="{_WIDTH - _RIGHT}" y="{y - 4:.1f}" text-anchor="end">{html.escape(level[0])}</text>'
-        )
-    for colour, ys in series.values():
-        parts.append(_line(colour, ys, low, high, total))
-    names = "".join(
-        f'<span class="dot" style="--dot: {colour}">{html.escape(name)} <b>{ys[-1]:.3f}</b></span>'
-        for name, (colour, ys) in series.items()
-        if ys
+        parts.append(_level(*level, low, high))
+    parts += [_line(colour, ys, low, high, total) for colour, ys in series.values()]
+    ends = [(name, colour, f"{ys[-1]:.3f}") for name, (colour, ys) in series.items() if ys]
+    names = markup.join(
+        markup.dot(markup.html("{} <b>{}</b>", name, value), colour) for name, colour, value in ends
     )
-    label = html.escape(f"{title}: " + ", ".join(f"{n} {ys[-1]:.3f}" for n, (_, ys) in series.items() if ys))
-    size = f'viewBox="0 0 {_WIDTH} {_HEIGHT}"'
-    return (
-        f'<figure class="chart"><figcaption><span>{html.escape(title)}</span>{names}</figcaption>'
-        f'<svg {size} role="img" aria-label="{label}">{"".join(parts)}</svg></figure>'
+    label = f"{title}: " + ", ".join(f"{name} {value}" for name, _, value in ends)
+    return markup.html(
+        '<figure class="chart"><figcaption><span>{}</span>{}</figcaption>'
+        '<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg></figure>',
+        title,
+        names,
+        _WIDTH,
+        _HEIGHT,
+        label,
+        markup.join(parts),
     )
 
 
@@ -68,30 +70,48 @@ def smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:
     return out
 
 
-def _axis(low: float, high: float, total: int) -> str:
+def _level(name: str, value: float, low: float, high: float) -> Markup:
+    y = _y(value, low, high)
+    return markup.html(
+        '<line x1="{0}" x2="{1}" y1="{2}" y2="{2}" class="chart-level"/>'
+        '<text x="{1}" y="{3:.1f}" text-anchor="end">{4}</text>',
+        _LEFT,
+        _WIDTH - _RIGHT,
+        y,
+        y - 4,
+        name,
+    )
+
+
+def _axis(low: float, high: float, total: int) -> Markup:
     parts = []
     for share in (0.0, 0.5, 1.0):
         value = low + share * (high - low)
         y = _y(value, low, high)
-        parts.append(f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}" class="chart-grid"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.2f}</text>')
+        parts.append(
+            markup.html(
+                '<line x1="{}" x2="{}" y1="{y}" y2="{y}" class="chart-grid"/>', _LEFT, _WIDTH - _RIGHT, y=y
+            )
+        )
+        parts.append(
+            markup.html('<text x="{}" y="{:.1f}" text-anchor="end">{:.2f}</text>', _LEFT - 6, y + 4, value)
+        )
     for share in (0.0, 0.5, 1.0):
         x = _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
         anchor = {0.0: "start", 1.0: "end"}.get(share, "middle")
-        parts.append(
-            f'<text x="{x:.1f}" y="{_HEIGHT - 6}" text-anchor="{anchor}">{round(total * share)}</text>'
-        )
-    return "".join(parts)
+        place, number = (x, _HEIGHT - 6, anchor), round(total * share)
+        parts.append(markup.html('<text x="{:.1f}" y="{}" text-anchor="{}">{}</text>', *place, number))
+    return markup.join(parts)
 
 
-def _line(colour: str, ys: Sequence[float], low: float, high: float, total: int) -> str:
+def _line(colour: str, ys: Sequence[float], low: float, high: float, total: int) -> Markup:
     step = max(1, math.ceil(len(ys) / _POINTS))
     width = _WIDTH - _LEFT - _RIGHT
-    kept = [(i, ys[i]) for i in range(0, len(ys), step)]
-    if ys:
-        kept.append((len(ys) - 1, ys[-1]))
+    kept = [(i, ys[i]) for i in [*range(0, len(ys), step), len(ys) - 1] if math.isfinite(ys[i])]
     points = " ".join(f"{_LEFT + (i + 1) / max(total, 1) * width:.1f},{_y(v, low, high)}" for i, v in kept)
-    return f'<polyline points="{points}" style="stroke: {colour}" class="chart-line"/>'
+    return markup.html(
+        '<polyline points="{}" style="stroke: {}" class="chart-line"/>', points, markup.colour(colour)
+    )
 
 
 def _y(value: float, low: float, high: float) -> float:

@@ -7,6 +7,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import gradio as gr
 from anyio import CapacityLimiter
@@ -14,6 +15,7 @@ from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
 from mole_diffusion.app import api
+from mole_diffusion.app.doors import CallGuard, HostGuard, Hosts, LoginGuard
 from mole_diffusion.app.studio import Studio
 from mole_diffusion.app.tabs.compare import CompareTab
 from mole_diffusion.app.tabs.compose import ComposeTab
@@ -24,6 +26,7 @@ from mole_diffusion.app.tabs.train import TrainTab
 from mole_diffusion.app.theme import STYLE, theme
 from mole_diffusion.app.uploads import MAX_FILE_BYTES
 from mole_diffusion.app.web import SessionCookie, UploadGuard
+from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.pictures.opening import STARTER
 from mole_diffusion.starter.location import starter_dir
 
@@ -52,6 +55,7 @@ class AppOptions:
         host, port: where it listens; port None takes the first free one from 7860 on.
         share: a public address through Gradio's tunnel.
         auth: (name, password) that visitors must give.
+        hosts: names that the machine goes by, beside its own.
         model: the base model new sessions start with.
         device: "auto" or a device.
         open_browser: show it in a browser.
@@ -61,6 +65,7 @@ class AppOptions:
     port: int | None = None
     share: bool = False
     auth: tuple[str, str] | None = None
+    hosts: tuple[str, ...] = ()
     model: str = STARTER
     device: str = "auto"
     open_browser: bool = False
@@ -115,11 +120,17 @@ def serving(options: AppOptions, folder: Path) -> Iterator[tuple[str, str | None
         The local address and the public one, if there is one.
 
     Raises:
-        ConfigError: the device or the model cannot be had.
+        ConfigError: the device, the model or the port cannot be had.
     """
+    hosts = Hosts(options.host, options.hosts)
     with closing(_studio(folder, options)) as studio:
         demo = build(studio)
-        _, local, public = demo.launch(**_launch_options(options))
+        try:
+            _, local, public = demo.launch(**_launch_options(options, hosts))
+        except OSError as error:
+            raise ConfigError(f"the app cannot listen on {options.host}: {error}") from error
+        if public:
+            hosts.names.add(urlsplit(public).hostname or "")
         # Gradio would take as many as there may be open calls.
         demo.limiter = CapacityLimiter(_THREADS)
         try:
@@ -138,9 +149,15 @@ def _studio(folder: Path, options: AppOptions) -> Studio:
     return studio
 
 
-def _launch_options(options: AppOptions) -> dict[str, Any]:
+def _launch_options(options: AppOptions, hosts: Hosts) -> dict[str, Any]:
     """Nothing is sent anywhere: no analytics, no history of runs, no link to a hub."""
-    guard = Middleware(UploadGuard, folder=Path(get_upload_folder()))
+    guards = [
+        Middleware(HostGuard, hosts=hosts),
+        Middleware(LoginGuard),
+        Middleware(SessionCookie),
+        Middleware(CallGuard),
+        Middleware(UploadGuard, folder=Path(get_upload_folder())),
+    ]
     return {
         "server_name": options.host,
         "server_port": options.port,
@@ -162,7 +179,7 @@ def _launch_options(options: AppOptions) -> dict[str, Any]:
         "theme": theme(),
         "css_paths": [STYLE],
         "app_kwargs": {
-            "middleware": [Middleware(SessionCookie), guard],
+            "middleware": guards,
             "docs_url": None,
             "redoc_url": None,
         },

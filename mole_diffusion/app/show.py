@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import html
 import inspect
-import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, TypeVar, cast
 
 import gradio as gr
+from markupsafe import Markup
 
+from mole_diffusion.app import markup
 from mole_diffusion.app.jobs import Job, Place, duration
 from mole_diffusion.app.session import Session
 from mole_diffusion.app.studio import Studio
-from mole_diffusion.app.web import COOKIE
+from mole_diffusion.app.web import key_of
 from mole_diffusion.core.errors import MoLEError
 
 F = TypeVar("F", bound=Callable[..., Any])
-_OWN_FOLDERS = re.compile(r"[^\s'\"]*/mole-app-[^\s'\"]*/")
 
 
 def session_of(studio: Studio, request: gr.Request) -> Session:
     """The session of a request: by the browser's cookie, or by Gradio's own key for programs."""
-    key = dict(request.cookies or {}).get(COOKIE) or f"program {request.session_hash}"
-    return studio.session(key)
+    return studio.session(key_of(dict(request.cookies or {})) or f"program {request.session_hash}")
 
 
 def friendly(handler: F) -> F:
@@ -68,15 +66,15 @@ def friendly(handler: F) -> F:
     return cast(F, wrapped)
 
 
-def plain(error: BaseException) -> str:
+def plain(error: BaseException) -> Markup:
     """An error's text, safe to show in a page, and without the folders of the app."""
-    return html.escape(_OWN_FOLDERS.sub("", str(error))).replace("\n", "<br>")
+    return markup.lines(markup.text_of(error))
 
 
-def progress_bar(job: Job | None, place: Place | None = None) -> str:
+def progress_bar(job: Job | None, place: Place | None = None) -> Markup:
     """A job's state as HTML: what it does, how far it is, and the time left; `place` for one that waits."""
     if job is None:
-        return '<div class="work" role="status"></div>'
+        return markup.html('<div class="work" role="status"></div>')
     now = job.progress
     if job.state == "waiting":
         return _bar(*_waiting(place), None)
@@ -86,10 +84,11 @@ def progress_bar(job: Job | None, place: Place | None = None) -> str:
         left = "" if now.seconds_left is None else f"{duration(now.seconds_left)} left"
         return _bar(f"{now.note} · {now.done} of {now.total}", left, now.done / now.total)
     if job.state == "failed":
-        text = f"<b>Failed.</b> <span>{plain(job.error) if job.error else ''}</span>"
-        return f'<div class="work work-failed" role="status"><div class="work-line">{text}</div></div>'
+        said = plain(job.error) if job.error else ""
+        line = markup.html('<div class="work-line"><b>Failed.</b> <span>{}</span></div>', said)
+        return markup.html('<div class="work work-failed" role="status">{}</div>', line)
     word = {"done": "Done", "cancelled": "Cancelled"}[job.state]
-    return f'<div class="work" role="status"><div class="work-line"><b>{word}</b></div></div>'
+    return markup.html('<div class="work" role="status"><div class="work-line"><b>{}</b></div></div>', word)
 
 
 def raise_if_failed(job: Job) -> None:
@@ -98,12 +97,11 @@ def raise_if_failed(job: Job) -> None:
         return
     if isinstance(job.error, (MoLEError, FileNotFoundError)):
         raise gr.Error(plain(job.error), print_exception=False) from job.error
-    raise gr.Error(
-        f"This is a bug: {plain(job.error)} (the log has more)", print_exception=False
-    ) from job.error
+    said = markup.html("This is a bug: {} (the log has more)", plain(job.error))
+    raise gr.Error(said, print_exception=False) from job.error
 
 
-async def watch(studio: Studio, job: Job) -> AsyncIterator[str]:
+async def watch(studio: Studio, job: Job) -> AsyncIterator[Markup]:
     """The job's progress bar, at once, at every change and when it has finished."""
     async for _ in job.follow():
         yield progress_bar(job, studio.worker.place(job))
@@ -120,16 +118,14 @@ def _waiting(place: Place | None) -> tuple[str, str]:
     return text, f"begins in about {duration(place.seconds)}"
 
 
-def _bar(what: str, left: str, share: float | None) -> str:
-    bar = "work-bar work-unknown" if share is None else "work-bar"
+def _bar(what: str, left: str, share: float | None) -> Markup:
+    kind = "work-bar work-unknown" if share is None else "work-bar"
     width = 30 if share is None else round(share * 100, 1)
-    line = f'<div class="work-line"><b>{html.escape(what)}</b><span>{left}</span></div>'
-    return (
-        f'<div class="work" role="status">{line}'
-        f'<div class="{bar}"><i style="width: {width}%"></i></div></div>'
+    return markup.html(
+        '<div class="work" role="status"><div class="work-line"><b>{}</b><span>{}</span></div>'
+        '<div class="{}"><i style="width: {}%"></i></div></div>',
+        what,
+        left,
+        kind,
+        width,
     )
-
-
-def plain_text(text: str) -> str:
-    """Any text, safe inside a page."""
-    return html.escape(text)

@@ -7,7 +7,8 @@ from pathlib import Path
 import gradio as gr
 from gradio.themes.utils import colors, fonts, sizes
 
-STYLE = Path(__file__).with_name("style.css")
+_STATIC = Path(__file__).with_name("static")
+STYLE = _STATIC / "style.css"
 
 _VERMILION = colors.Color(
     name="vermilion",
@@ -37,6 +38,11 @@ _CLAY = colors.Color(
     c900="#1d1b18",
     c950="#141210",
 )
+
+
+def script(name: str) -> str:
+    """A component's program, for `gr.HTML(js_on_load=...)`."""
+    return (_STATIC / name).read_text(encoding="utf-8")
 
 
 def theme() -> gr.themes.Base:

@@ -13,62 +13,15 @@ import gradio as gr
 
 from mole_diffusion.app.session import Session, thumbnail
 from mole_diffusion.app.setup import ExpertCard
+from mole_diffusion.app.theme import script
 from mole_diffusion.core.errors import ConfigError
 
 #: Side in pixels of the pictures in the tiles (drawn at half of it on dense screens).
 _SIDE = 192
 MAX_STRENGTH = 2.0
 
-# Names come from files: Handlebars escapes them.
-_TEMPLATE = """
-<div class="tiles {{#if empty}}tiles-empty{{/if}}" role="group" aria-label="{{caption}}">
-{{#each value}}
-  <div class="tile {{#if on}}tile-on{{/if}}" style="--tile-colour: {{colour}}">
-    <label class="tile-face">
-      <input type="checkbox" data-tile="{{name}}" {{#if on}}checked{{/if}} aria-label="Use {{name}}">
-      {{#if picture}}<img src="{{picture}}" alt="" loading="lazy">{{/if}}
-      {{#unless picture}}<span class="tile-blank">{{initial}}</span>{{/unless}}
-      <span class="tile-tick" aria-hidden="true"></span>
-      <span class="tile-name">{{name}}</span>
-      <span class="tile-text">{{text}}</span>
-    </label>
-    {{#if adjustable}}
-    <label class="tile-strength">
-      <span>Strength</span><output>{{strength}}</output>
-      <input type="range" min="0" max="2" step="0.05" value="{{strength}}" data-strength="{{name}}"
-        aria-label="Strength of {{name}}">
-    </label>
-    {{/if}}
-  </div>
-{{/each}}
-</div>
-"""
-
-# Values change on release, not while dragging: a new value draws the tiles anew, under the pointer.
-_SCRIPT = """
-element.addEventListener('input', (event) => {
-  const slider = event.target.closest('input[data-strength]');
-  if (slider) slider.parentElement.querySelector('output').textContent = Number(slider.value).toFixed(2);
-});
-element.addEventListener('change', (event) => {
-  const box = event.target.closest('input[data-tile]');
-  const slider = event.target.closest('input[data-strength]');
-  if (!box && !slider) return;
-  const name = box ? box.dataset.tile : slider.dataset.strength;
-  const query = box ? 'input[data-tile]' : 'input[data-strength]';
-  props.value = props.value.map((tile) => tile.name !== name ? tile : {
-    ...tile,
-    on: box ? box.checked : tile.on,
-    strength: slider ? Number(slider.value).toFixed(2) : tile.strength,
-  });
-  trigger('select');
-  requestAnimationFrame(() => {
-    for (const input of element.querySelectorAll(query)) {
-      if ((input.dataset.tile || input.dataset.strength) === name) input.focus();
-    }
-  });
-});
-"""
+# Without any value in it: what a template is given becomes part of a program.
+_TEMPLATE = '<div class="tiles" role="group"></div>'
 
 
 def tiles(caption: str, elem_id: str) -> gr.HTML:
@@ -76,7 +29,7 @@ def tiles(caption: str, elem_id: str) -> gr.HTML:
     return gr.HTML(
         value=[],
         html_template=_TEMPLATE,
-        js_on_load=_SCRIPT,
+        js_on_load=script("tiles.js"),
         apply_default_css=False,
         caption=caption,
         elem_id=elem_id,

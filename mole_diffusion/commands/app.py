@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
+import socket
 import threading
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,6 +17,8 @@ from mole_diffusion.commands.common import DeviceOption, ModelOption, say
 from mole_diffusion.commands.diagnosis import OPTIONAL
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.pictures.opening import STARTER
+
+_AUTH_VARIABLE = "MOLE_APP_AUTH"
 
 
 def app(
@@ -27,7 +33,21 @@ def app(
         bool, typer.Option("--share", help="A public address through Gradio's tunnel, for 72 hours.")
     ] = False,
     auth: Annotated[
-        str | None, typer.Option(metavar="NAME:PASSWORD", help="What visitors must give to come in.")
+        str | None,
+        typer.Option(
+            metavar="NAME:PASSWORD",
+            envvar=_AUTH_VARIABLE,
+            show_envvar=True,
+            help="What visitors must give to come in. Other users of this machine see options of programs;"
+            " they do not see the variable or --auth-file.",
+        ),
+    ] = None,
+    auth_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="As --auth: a file whose first line is NAME:PASSWORD.")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A name that visitors may call this machine by; again for more."),
     ] = None,
     browser: Annotated[bool, typer.Option("--browser", help="Open it in a browser.")] = False,
     device: DeviceOption = "auto",
@@ -38,7 +58,10 @@ def app(
 
     Example: [bold]mole app --browser[/]
     """
-    login = _parse_auth(auth)
+    login = _parse_auth(auth) if auth_file is None else _read_auth(auth_file)
+    host = "0.0.0.0" if listen else "127.0.0.1"
+    if port is not None:
+        _check_port(host, port)
     with own_folder() as folder:
         try:
             from mole_diffusion.app.interface import AppOptions, serving
@@ -48,26 +71,38 @@ def app(
             wanted = next(name for name in OPTIONAL if name.startswith("gradio"))
             raise ConfigError(f'the app needs Gradio: pip install "{wanted}"') from error
         options = AppOptions(
-            host="0.0.0.0" if listen else "127.0.0.1",
+            host=host,
             port=port,
             share=share,
             auth=login,
+            hosts=tuple(allow_host or ()),
             model=model,
             device=device,
             open_browser=browser,
         )
+        if login is None and (listen or share):
+            say(_opened(listen, share))
         say("Starting ...")
         with serving(options, folder) as (local, public):
-            _wait(local, public, trusted=options.trusted)
+            _wait(local, public)
 
 
-def _wait(local: str, public: str | None, *, trusted: bool) -> None:
+def _opened(listen: bool, share: bool) -> str:
+    """What the app opens without a password."""
+    who = "everybody who learns its address" if share else "everybody in this machine's networks"
+    names = " The machine's name and addresses work; --allow-host adds a name." if listen else ""
+    return (
+        f"Open to {who}, without a password: they can draw, train and upload files here, on this machine's"
+        " time and disk. They do not see your pictures, and cannot name files of this machine or hub ids."
+        f" {_AUTH_VARIABLE}=NAME:PASSWORD, --auth-file or --auth asks for a password.{names}"
+    )
+
+
+def _wait(local: str, public: str | None) -> None:
     """Say where the app is, and return after Ctrl-C or when the system ends it."""
-    say(f"The app is at {local}   (Ctrl-C ends it)")
     if public:
         say(f"For everybody, through Gradio's servers: {public}")
-    if not trusted:
-        say("Open to others without a password: they cannot name paths or hub ids. --auth allows it.")
+    say(f"The app is at {local}   (Ctrl-C ends it)")
     # As Ctrl-C, so that the app's folder goes.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -76,10 +111,43 @@ def _wait(local: str, public: str | None, *, trusted: bool) -> None:
         say("Ended.")
 
 
+def _check_port(host: str, port: int) -> None:
+    """Say at once that a port is taken, before anything is loaded.
+
+    Raises:
+        ConfigError: nothing can listen there.
+    """
+    with socket.socket() as place:
+        if os.name == "posix":  # as servers do: a port that was left a moment ago is free
+            place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            place.bind((host, port))
+            place.listen()
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ConfigError(
+                    f"port {port} is taken by another program: choose another --port, or leave it out"
+                ) from error
+            raise ConfigError(f"port {port} cannot be used: {error.strerror}") from error
+
+
 def _parse_auth(text: str | None) -> tuple[str, str] | None:
     if text is None:
         return None
     name, _, password = text.partition(":")
     if not name or not password:
-        raise typer.BadParameter(f"{text!r}; write NAME:PASSWORD", param_hint="--auth")
+        # Not the text itself: it may be most of a password.
+        raise typer.BadParameter("it has no NAME:PASSWORD; write both, with a colon", param_hint="--auth")
     return name, password
+
+
+def _read_auth(path: Path) -> tuple[str, str]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            line = file.readline(4096).strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"{path} cannot be read: {error}", param_hint="--auth-file") from error
+    found = _parse_auth(line or None)
+    if found is None:
+        raise typer.BadParameter(f"{path} has no NAME:PASSWORD in its first line", param_hint="--auth-file")
+    return found

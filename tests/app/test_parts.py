@@ -228,7 +228,7 @@ def test_nothing_is_added_to_a_library_that_is_about_to_go(studio: Studio) -> No
             add()
     assert session.library == before
     go.set()
-    opening.wait(10)
+    opening.wait(120)
     assert add_file(studio, session, starter_experts()["cat"].path).name == "cat 2"
 
 

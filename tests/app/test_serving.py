@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
-from app_tools import Server, running
+from app_tools import ROOT, Server, running
 from gradio_client import Client, handle_file
 from PIL import Image
 from safetensors import safe_open
@@ -107,8 +112,54 @@ def test_everything_is_on_this_machine_only(server: Server) -> None:
         assert outside.connect_ex((address, port)) != 0
 
 
-def test_a_password_and_ctrl_c(tmp_path: Path) -> None:
-    with running(tmp_path, "--auth", "ada:secret") as server:
+@pytest.mark.parametrize("way", ["--auth", "--auth-file", "MOLE_APP_AUTH"])
+def test_a_taken_port_is_one_line_at_once(tmp_path: Path, way: str) -> None:
+    """Whatever else is asked for: nothing is loaded before."""
+    (tmp_path / "auth").write_text("ada:secret\n")
+    options = {"--auth": ["--auth", "a:b"], "--auth-file": ["--auth-file", str(tmp_path / "auth")]}.get(
+        way, []
+    )
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        command = [sys.executable, str(ROOT / "app.py"), "--port", str(port), *options]
+        environment = {**os.environ, "MOLE_APP_AUTH": "ada:secret"} if way == "MOLE_APP_AUTH" else None
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].endswith("choose another --port, or leave it out")
+    assert f"port {port} is taken by another program" in result.stderr
+    assert "Starting" not in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"), [(["--listen"], "networks"), (["--share"], "learns its address")]
+)
+def test_what_is_opened_without_a_password_is_said(
+    options: list[str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def serving(*_: object) -> Iterator[tuple[str, None]]:
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr("mole_diffusion.app.interface.serving", serving)
+    said = CliRunner().invoke(app, ["app", option]).stderr
+    assert words in " ".join(said.split())
+    assert "without a password: they can draw, train and upload" in " ".join(said.split())
+    said = CliRunner().invoke(app, ["app", option], env={"MOLE_APP_AUTH": "a:b"}).stderr
+    assert "without a password" not in said
+
+
+def test_a_password_and_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOLE_APP_AUTH", "ada:secret")
+    with running(tmp_path) as server:
+        for _ in range(2):
+            wrong = {"username": "ada", "password": "guess"}
+            answer = httpx.post(f"{server.url}/login", data=wrong, timeout=30)
+            assert answer.status_code == 400
+        assert answer.elapsed.total_seconds() > 0.45
         assert httpx.get(f"{server.url}/gradio_api/info").status_code == 401
         with pytest.raises(Exception, match=r"401|auth|login"):
             Client(server.url, verbose=False)
@@ -123,10 +174,19 @@ def test_a_password_and_ctrl_c(tmp_path: Path) -> None:
     assert "Traceback" not in server.said
 
 
-def test_bad_options_are_usage_errors() -> None:
-    for options in (["--auth", "ada"], ["--port", "0"], ["--port", "99999"]):
+def test_bad_options_are_usage_errors(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.touch()
+    for options in (
+        ["--auth", "ada"],
+        ["--auth-file", str(empty)],
+        ["--auth-file", str(tmp_path / "none")],
+        ["--port", "0"],
+        ["--port", "99999"],
+    ):
         result = CliRunner().invoke(app, ["app", *options])
         assert result.exit_code == 2, result.output
+    assert "hunter2" not in CliRunner().invoke(app, ["app", "--auth", "hunter2"]).stderr
     result = CliRunner().invoke(app, ["app", "--model", "/there/is/none.safetensors"])
     assert result.exit_code == 1
     assert "the model '/there/is/none.safetensors' cannot be opened" in result.stderr

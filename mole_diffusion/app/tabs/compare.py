@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from mole_diffusion.app import show
+from mole_diffusion.app import markup, show
 from mole_diffusion.app.composing import MAX_STEPS, ComposeRequest, compose
 from mole_diffusion.app.jobs import Job
 from mole_diffusion.app.session import Picture, Session
@@ -168,14 +168,10 @@ def _lists(session: Session, chosen: list[str] | None) -> list[Any]:
     }
     rest = [name for name in METHODS if name not in ready]
     ticked = [name for name in (chosen or _FIRST) if name in ready]
-    lines = "".join(
-        f"<dt>{show.plain_text(method.label)}</dt><dd>{show.plain_text(method.description)}</dd>"
-        for method in METHODS.values()
-    )
     return [
         gr.update(choices=[(method.label, name) for name, method in ready.items()], value=ticked),
         gr.update(choices=[(METHODS[name].label, name) for name in rest], value=next(iter(rest), None)),
-        f'<dl class="facts">{lines}</dl>',
+        markup.facts({method.label: method.description for method in METHODS.values()}),
     ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import random
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from mole_diffusion.app import fragments, regions, show, tiles
+from mole_diffusion.app import fragments, markup, regions, show, tiles
 from mole_diffusion.app.composing import MAX_SIDE, MAX_STEPS, ComposeRequest, compose
 from mole_diffusion.app.jobs import Job
 from mole_diffusion.app.metadata import PictureSettings, mask_from_text, read_settings
@@ -349,9 +348,9 @@ class ComposeTab:
     def _fill(self, session: Session, settings: PictureSettings) -> list[Any]:
         missing = [use.name for use in settings.experts if use.name not in session.library]
         if settings.model != session.model:
-            gr.Warning(f"That picture was drawn with another model: {html.escape(settings.model)}.")
+            gr.Warning(markup.html("That picture was drawn with another model: {}.", settings.model))
         if missing:
-            gr.Warning(f"Not in your library: {html.escape(', '.join(missing))}. Upload them in Models.")
+            gr.Warning(markup.html("Not in your library: {}. Upload them in Models.", ", ".join(missing)))
         session.choose([use.name for use in settings.experts if use.name in session.library])
         before = [
             {"name": use.name, "on": use.active, "strength": use.strength}

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
+from markupsafe import Markup
 
-from mole_diffusion.app import show
+from mole_diffusion.app import markup, show
 from mole_diffusion.app.composing import MAX_STEPS
 from mole_diffusion.app.exporting import FORMATS, MAX_RANK, ExportRequest, export
 from mole_diffusion.app.session import Session
@@ -18,7 +19,7 @@ from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.export import ExportReport
 
 _PRIVATE: dict[str, Any] = {"api_visibility": "private"}
-_EMPTY = (
+_EMPTY = markup.html(
     '<div class="empty-view"><p><b>One file for every program.</b></p><p>The gates are frozen at their mean'
     " over your prompts, and the mixture becomes one LoRA. The report says how far that is from the gates."
     "</p></div>"
@@ -121,7 +122,7 @@ class ExportTab:
         return ExportRequest(prompts=lines, form=form, rank=int(rank), steps=int(steps), half=bool(half))
 
 
-def report_html(report: ExportReport) -> str:
+def report_html(report: ExportReport) -> Markup:
     """What was written and how far it is from the gates."""
     size = report.path.stat().st_size / 2**20
     ranks = ", ".join(f"{part} {rank}" for part, rank in report.ranks.items())
@@ -134,7 +135,6 @@ def report_html(report: ExportReport) -> str:
         "Size": f"{size:.1f} MB",
         "Frozen over": f"{prompts}, {report.steps} steps",
     }
-    rows = "".join(f"<dt>{name}</dt><dd>{show.plain_text(str(value))}</dd>" for name, value in facts.items())
     bars = [
         ("Noise prediction, against the gates", report.noise_difference, "how far the pictures drift"),
         (
@@ -145,27 +145,32 @@ def report_html(report: ExportReport) -> str:
     ]
     if report.compression_error:
         bars.append(("Lost by the lower rank", report.compression_error, "of the exact static mixture"))
-    return (
-        f'<div class="report"><dl class="facts">{rows}</dl>'
-        + "".join(_bar(name, share, note) for name, share, note in bars)
-        + '<p class="hint">Load the file with weight 1; strengths and gates are inside.</p></div>'
+    return markup.html(
+        '<div class="report">{}{}{}</div>',
+        markup.facts(facts),
+        markup.join(_bar(*bar) for bar in bars),
+        markup.hint("Load the file with weight 1; strengths and gates are inside."),
     )
 
 
-def _bar(name: str, share: float, note: str) -> str:
-    width = min(share, 1.0) * 100
-    return (
-        f'<div class="meter"><div class="work-line"><b>{name}</b><span>{share:.1%}</span></div>'
-        f'<div class="work-bar"><i style="width: {width:.1f}%"></i></div><p class="hint">{note}</p></div>'
+def _bar(name: str, share: float, note: str) -> Markup:
+    return markup.html(
+        '<div class="meter"><div class="work-line"><b>{}</b><span>{:.1%}</span></div>'
+        '<div class="work-bar"><i style="width: {:.1f}%"></i></div>{}</div>',
+        name,
+        share,
+        min(share, 1.0) * 100,
+        markup.hint(note),
     )
 
 
-def _who(session: Session) -> str:
+def _who(session: Session) -> Markup:
     if not session.chosen:
-        return '<div class="notice">No expert is chosen. Choose some in Compose.</div>'
-    dots = "".join(
-        f'<span class="dot" style="--dot: {session.colour(name)}">{show.plain_text(name)}</span>'
-        for name in session.chosen
-    )
-    state = "trained gates" if session.gates() is not None else "fresh gates: every expert counts equally"
-    return f'<div class="notice"><div class="legend">{dots}</div>{state}</div>'
+        return markup.notice("No expert is chosen. Choose some in Compose.")
+    states = {
+        "trained": "trained gates",
+        "partly trained": "gates whose training was stopped before its end",
+        "fresh": "fresh gates: every expert counts equally",
+    }
+    state = states[session.setup().gates_state]
+    return markup.notice(markup.html('<div class="legend">{}</div>{}', markup.dots(session.chosen), state))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from markupsafe import Markup
 
-from mole_diffusion.app import charts, show
+from mole_diffusion.app import charts, markup, show
 from mole_diffusion.app.session import Session
 from mole_diffusion.app.studio import Studio
 from mole_diffusion.core.inspection import FileDescription, describe_file
@@ -20,7 +21,7 @@ _PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 _NETWORKS = {"UNet": "unet", "Text encoder": "text_encoder", "Second text encoder": "text_encoder_2"}
 #: Readable on light and on dark ground.
 _INK = "#8a8379"
-_EMPTY = (
+_EMPTY = markup.html(
     '<div class="empty-view"><p><b>What did the gates do?</b></p><p>Draw a picture with gates in Compose: its'
     " weights appear here, expert by expert and gate by gate.</p></div>"
 )
@@ -79,17 +80,16 @@ class InspectTab:
         return _weights(show.session_of(self.studio, request), network, step)
 
     @show.friendly
-    def describe_known(self, name: str | None, request: gr.Request) -> str:
+    def describe_known(self, name: str | None, request: gr.Request) -> Markup:
         """An expert's file."""
         session = show.session_of(self.studio, request)
-        return (
-            "" if name not in session.library else description_html(describe_file(session.library[name].path))
-        )
+        card = session.library.get(name or "")
+        return markup.NOTHING if card is None else description_html(describe_file(card.path))
 
     @show.friendly
-    def describe_upload(self, path: str | None) -> str:
+    def describe_upload(self, path: str | None) -> Markup:
         """An uploaded file."""
-        return "" if path is None else description_html(describe_file(Path(path)))
+        return markup.NOTHING if path is None else description_html(describe_file(Path(path)))
 
 
 def _weights(session: Session, network: str, step: Any) -> list[Any]:
@@ -114,10 +114,10 @@ def _weights(session: Session, network: str, step: Any) -> list[Any]:
     ]
 
 
-def _over_steps(session: Session, rows: GateWeights, names: Sequence[str], n_steps: int) -> str:
+def _over_steps(session: Session, rows: GateWeights, names: Sequence[str], n_steps: int) -> Markup:
     """Mean weight of each expert at every step."""
     if n_steps < 2:
-        return ""
+        return markup.NOTHING
     means = rows.mean("step", "expert")
     series = {
         name: (
@@ -126,9 +126,8 @@ def _over_steps(session: Session, rows: GateWeights, names: Sequence[str], n_ste
         )
         for name in names
     }
-    return (
-        f'<div class="charts">{charts.curves("Mean weight at each step", series, n_steps, bottom=0.0)}</div>'
-    )
+    drawn = charts.curves("Mean weight at each step", series, n_steps, bottom=0.0)
+    return markup.html('<div class="charts">{}</div>', drawn)
 
 
 def _on_any_ground(figure: Any) -> Any:
@@ -150,23 +149,19 @@ def _on_any_ground(figure: Any) -> Any:
     return figure
 
 
-def description_html(description: FileDescription) -> str:
+def description_html(description: FileDescription) -> Markup:
     """A file's description as a page fragment; ignored keys stand out."""
-    facts = "".join(
-        f"<dt>{show.plain_text(name)}</dt><dd>{show.plain_text(value)}</dd>"
-        for name, value in description.facts.items()
+    return markup.html(
+        '<div class="report"><div class="section-title">{}</div>{}{}</div>',
+        description.title,
+        markup.facts(description.facts),
+        markup.join(_section(name, lines) for name, lines in description.sections.items()),
     )
-    sections = "".join(
-        _section(name, lines, description.sections) for name, lines in description.sections.items()
-    )
-    title = show.plain_text(description.title)
-    head = f'<div class="section-title">{title}</div>'
-    return f'<div class="report">{head}<dl class="facts">{facts}</dl>{sections}</div>'
 
 
-def _section(name: str, lines: Sequence[str], sections: Mapping[str, Sequence[str]]) -> str:
-    opened = "open" if name in ("networks", "ignored keys", "missing") else ""
-    items = "".join(f"<li>{show.plain_text(line)}</li>" for line in lines)
-    alarm = ' class="alarm"' if name in ("ignored keys", "missing") else ""
-    head = f"<summary>{show.plain_text(name)} ({len(lines)})</summary>"
-    return f"<details {opened}{alarm}>{head}<ul>{items}</ul></details>"
+def _section(name: str, lines: Sequence[str]) -> Markup:
+    opened = Markup("open") if name in ("networks", "ignored keys", "missing") else ""
+    alarm = Markup(' class="alarm"') if name in ("ignored keys", "missing") else ""
+    items = markup.join(markup.html("<li>{}</li>", line) for line in lines)
+    head = markup.html("<summary>{} ({})</summary>", name, len(lines))
+    return markup.html("<details {}{}>{}<ul>{}</ul></details>", opened, alarm, head, items)

@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from mole_diffusion.app import show
+from mole_diffusion.app import markup, show
 from mole_diffusion.app.library import add_file, add_gates, add_source
 from mole_diffusion.app.session import Session
 from mole_diffusion.app.setup import Setup
@@ -153,12 +153,9 @@ class ModelsTab:
 def _state(session: Session, said: str = "") -> list[Any]:
     model = "the starter" if session.model == STARTER else session.model
     own = [name for name, card in session.library.items() if card.own]
-    now = (
-        f"<b>{show.plain_text(model)}</b> · {len(session.library)} experts in the library,"
-        f" {len(session.chosen)} chosen"
-    )
+    count = f" · {len(session.library)} experts in the library, {len(session.chosen)} chosen"
     return [
-        f'<div class="notice">{now}</div>',
+        markup.notice(markup.html("<b>{}</b>{}", model, count)),
         gr.update(choices=own, value=own[-1] if own else None),
-        f'<div class="notice">{show.plain_text(said)}</div>' if said else "",
+        markup.notice(said),
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import shutil
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -10,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from markupsafe import Markup
 
-from mole_diffusion.app import charts, show, tiles
+from mole_diffusion.app import charts, markup, show, tiles
 from mole_diffusion.app.jobs import Job, QueueFullError
 from mole_diffusion.app.session import Session, Training
+from mole_diffusion.app.setup import COLOURS
 from mole_diffusion.app.studio import Studio
 from mole_diffusion.app.training import (
     TrainRequest,
@@ -31,6 +32,10 @@ OBJECTIVES = {
     "CLIP guidance (the paper)": "clip",
     "Collages, then CLIP": "both",
 }
+_EMPTY = markup.html(
+    '<div class="empty-view"><p><b>Gates learn who acts where.</b></p><p>The LoRAs stay as they are.'
+    " Loss, entropy and each expert's share appear here, and a preview every 50 iterations.</p></div>"
+)
 _MAX_REFERENCES = 24
 _PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 
@@ -190,7 +195,7 @@ class TrainTab:
         if name is None or not text.strip():
             raise ConfigError("choose a concept and write its phrase first")
         session.describe(name, text=text.strip(), class_text=class_text.strip())
-        gr.Info(f"Saved for {html.escape(name)}.")
+        gr.Info(markup.html("Saved for {}.", name))
         return _concept(session, name)
 
     @show.friendly
@@ -310,13 +315,10 @@ def _concept(session: Session, name: str | None) -> list[Any]:
     return [card.text, card.class_text, [str(path) for path in card.references]]
 
 
-def _curves(training: Training | None, session: Session | None = None) -> str:
+def _curves(training: Training | None, session: Session | None = None) -> Markup:
     """Loss, entropy and mean weights over the iterations."""
     if training is None or session is None or not training.history:
-        return (
-            '<div class="empty-view"><p><b>Gates learn who acts where.</b></p><p>The LoRAs stay as they are.'
-            " Loss, entropy and each expert's share appear here, and a preview every 50 iterations.</p></div>"
-        )
+        return _EMPTY
     rows, total = training.history, training.iterations
     losses = charts.smoothed([row["loss"] for row in rows])
     weights = {
@@ -327,16 +329,15 @@ def _curves(training: Training | None, session: Session | None = None) -> str:
         for name in rows[-1]["weights"]
     }
     uniform = uniform_entropy(training.names)
-    return (
-        '<div class="charts">'
-        + charts.curves("Loss (smoothed)", {"loss": ("var(--primary-500)", losses)}, total)
-        + charts.curves(
+    return markup.html(
+        '<div class="charts">{}{}{}</div>',
+        charts.curves("Loss (smoothed)", {"loss": (COLOURS[0], losses)}, total),
+        charts.curves(
             "Entropy of the gates",
             {"entropy": ("#3a86c8", [row["entropy"] for row in rows])},
             total,
             level=("all alike", uniform),
             bottom=0.0,
-        )
-        + charts.curves("Mean weight of each expert", weights, total, bottom=0.0)
-        + "</div>"
+        ),
+        charts.curves("Mean weight of each expert", weights, total, bottom=0.0),
     )
