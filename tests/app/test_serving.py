@@ -133,11 +133,9 @@ def test_a_taken_port_is_one_line_at_once(tmp_path: Path, way: str) -> None:
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("options", "words"), [(["--listen"], "networks"), (["--share"], "learns its address")]
-)
+@pytest.mark.parametrize(("option", "words"), [("--listen", "networks"), ("--share", "learns its address")])
 def test_what_is_opened_without_a_password_is_said(
-    options: list[str], words: str, monkeypatch: pytest.MonkeyPatch
+    option: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @contextmanager
     def serving(*_: object) -> Iterator[tuple[str, None]]:
