@@ -30,6 +30,7 @@ from .core_tools import (
 )
 from .joint_network import TEXT_TOKENS, TEXT_WIDTH
 from .test_invariants import FORMS, assert_close, differs, form_id
+from .test_robustness import gradients
 
 LENGTHS = (TEXT_TOKENS, 3)
 forms = pytest.mark.parametrize("form", FORMS, ids=form_id)
@@ -262,12 +263,7 @@ def test_gradient_checkpointing_and_compilation(form: MoLEConfig) -> None:
     mixture = inject(network, make_experts(3, network), form)
     randomise(mixture)
 
-    def gradients() -> list[Tensor]:
-        mixture.gates.zero_grad()
-        (run(network, grad=True).square().mean() + mixture.balance_loss()).backward()
-        return [parameter.grad.clone() for parameter in mixture.parameters()]
-
-    expected = gradients()
+    expected = gradients(network, mixture)
     with torch.no_grad():
         once = network(*inputs())
     torch._dynamo.reset()
@@ -278,7 +274,7 @@ def test_gradient_checkpointing_and_compilation(form: MoLEConfig) -> None:
     for block in network.joined:
         original = block.forward
         block.forward = lambda *args, f=original: checkpoint(f, *args, use_reentrant=False)
-    for found, wanted in zip(gradients(), expected, strict=True):
+    for found, wanted in zip(gradients(network, mixture), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-6)
     assert any(gradient.abs().max() > 0 for gradient in expected)
 
