@@ -13,68 +13,91 @@ import pytest
 import mole_diffusion
 
 PACKAGE = Path(mole_diffusion.__file__).parent
-# Module of the core by its dotted name inside it -> file; a room's own file is called as the room.
-CORE = {
-    ".".join(path.relative_to(PACKAGE / "core").with_suffix("").parts).removesuffix(".__init__"): path
-    for path in sorted((PACKAGE / "core").rglob("*.py"))
-    if path != PACKAGE / "core" / "__init__.py"
+ROOT = PACKAGE.parent
+#: The rooms from the bottom up: each may import those before it, for types and inside functions too.
+ROOMS = "core starter training pictures text methods evaluation app commands cli".split()
+#: Neither knows of the other, so that each works without the other's libraries.
+STRANGERS = {"pictures", "text"}
+#: What hosts may know of the package. Whatever they import beside it is theirs.
+HOSTS = {
+    "comfy_nodes": ("core", "starter", "training", "pictures.training", "pictures.denoiser"),
+    "webui_extension": ("core",),
 }
-HOSTS = "comfy comfy_api comfy_extras nodes modules modules_forge comfy_nodes webui_extension".split()
+HOST_MODULES = "comfy comfy_api comfy_extras nodes modules modules_forge".split()
 BLOCKED = "diffusers transformers peft accelerate open_clip gradio timm matplotlib".split()
-# What hosts lay on top; nothing below may import it.
-TOP = {"cli", "app", "__main__"}
 
 
-def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """(absolute module name, whether it is imported when the file is) of every import in a file."""
-    tree = ast.parse(path.read_text())
-    package = ["mole_diffusion", *path.relative_to(PACKAGE).parts[:-1]]
-    lazy = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
-    typing = {
-        id(n)
-        for f in ast.walk(tree)
-        if isinstance(f, ast.If) and "TYPE_CHECKING" in ast.dump(f.test)
-        for n in ast.walk(f)
-    }
-    for node in ast.walk(tree):
-        now = id(node) not in lazy and id(node) not in typing
+def module_name(path: Path) -> str:
+    """Dotted name of a file below the repository's root."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Absolute module names of all imports in a file, those for types and inside functions included."""
+    package = path.relative_to(ROOT).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, now) for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            parts = package[: len(package) + 1 - node.level] if node.level else []
+            parts = package[: len(package) + 1 - node.level] if node.level else ()
             module = ".".join([*parts, *([node.module] if node.module else [])])
-            if module == "mole_diffusion" or (node.level and not node.module):
-                yield from ((f"{module}.{alias.name}", now) for alias in node.names)
-            else:
-                yield module, now
+            inside = [name for alias in node.names if is_module(name := f"{module}.{alias.name}")]
+            yield from inside or [module]
 
 
-def own(name: str) -> str | None:
-    """Room of a module of ours, else None."""
+def is_module(name: str) -> bool:
+    """Whether this is a module of the repository."""
+    place = ROOT.joinpath(*name.split("."))
+    return place.with_suffix(".py").is_file() or (place / "__init__.py").is_file()
+
+
+def room(name: str) -> str | None:
+    """Room of a module of the package; None for others and for the package itself."""
     parts = name.split(".")
     return parts[1] if parts[0] == "mole_diffusion" and len(parts) > 1 else None
 
 
-def core(name: str) -> str | None:
-    """Name of a module of the core inside it, also of a name that is imported from it; else None."""
-    found = name.removeprefix("mole_diffusion.core.")
-    while found != name and found not in CORE and "." in found:
-        found = found.rpartition(".")[0]
-    return found if found != name else None
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem == "cli")
 
 
-@pytest.mark.parametrize("name", CORE)
-def test_core_imports_only_core_torch_and_safetensors(name: str) -> None:
-    for module, _ in imports(CORE[name]):
-        if own(module) is not None:
-            assert core(module) in CORE, f"{name}.py imports {module}, which lies above the core"
-        else:
+def test_every_room_is_in_the_list() -> None:
+    assert {room(module_name(path)) for path in FILES} <= set(ROOMS)
+    assert len(FILES) > 100
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_go_down(path: Path) -> None:
+    own = room(module_name(path))
+    assert own is not None
+    for module in imports(path):
+        assert module.split(".")[0] not in {*HOSTS, *HOST_MODULES}, f"{path.name} imports the host's {module}"
+        below = room(module)
+        if below is not None:
+            assert ROOMS.index(below) <= ROOMS.index(own), f"{path.name} in {own} imports {module}"
+            assert below == own or {below, own} != STRANGERS, f"{path.name} in {own} imports {module}"
+
+
+def test_the_core_imports_torch_and_safetensors_beside_itself() -> None:
+    for path in (PACKAGE / "core").rglob("*.py"):
+        for module in imports(path):
             root = module.split(".")[0]
-            assert root in {"torch", "safetensors"} or root in sys.stdlib_module_names, f"{name}.py: {module}"
+            known = root in {"torch", "safetensors", "mole_diffusion"} or root in sys.stdlib_module_names
+            assert known, f"{path.name}: {module}"
 
 
-def test_core_modules_import_each_other_without_a_circle() -> None:
-    edges = {name: {core(m) for m, _ in imports(path)} & set(CORE) for name, path in CORE.items()}
+@pytest.mark.parametrize("host", HOSTS)
+def test_hosts_know_the_rooms_below_pipelines(host: str) -> None:
+    for path in (ROOT / host).rglob("*.py"):
+        for module in imports(path):
+            inside = module.removeprefix("mole_diffusion").removeprefix(".")
+            if room(module) is not None:
+                assert inside.startswith(HOSTS[host]), f"{path.name} imports {module}"
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    edges = {module_name(path): {m for m in imports(path) if is_module(m)} for path in FILES}
+    edges = {name: (below & set(edges)) - {name} for name, below in edges.items()}
     while edges:
         leaves = [name for name, below in edges.items() if not below & set(edges)]
         assert leaves, f"circle among {sorted(edges)}"
@@ -82,20 +105,11 @@ def test_core_modules_import_each_other_without_a_circle() -> None:
             del edges[name]
 
 
-def test_nothing_imports_hosts_or_what_lies_on_top() -> None:
-    files = sorted(PACKAGE.rglob("*.py"))
-    assert len(files) > len(CORE)
-    for path in files:
-        for module, _ in imports(path):
-            assert module.split(".")[0] not in HOSTS, f"{path.name} imports {module}"
-            if not {path.stem, path.relative_to(PACKAGE).parts[0]} & TOP:
-                assert own(module) not in TOP, f"{path.name} imports {module}"
-
-
 def test_the_package_itself_imports_only_the_core_at_once() -> None:
-    for module, now in imports(PACKAGE / "__init__.py"):
-        if now and own(module) is not None:
-            assert own(module) == "core"
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    at_once = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.level]
+    assert len(at_once) > 3
+    assert all((node.module or "").split(".")[0] == "core" for node in at_once)
 
 
 def test_core_works_with_everything_else_blocked() -> None:
