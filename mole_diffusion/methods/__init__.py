@@ -10,8 +10,9 @@ from mole_diffusion.core.fixed import (
     linear_arithmetic,
     normalised_linear_arithmetic,
 )
+from mole_diffusion.methods.job import PrepareOptions
 from mole_diffusion.methods.methods import METHODS, Method
-from mole_diffusion.methods.preparation import PrepareOptions, load_prepared, prepare
+from mole_diffusion.methods.preparation import load_prepared, prepare
 from mole_diffusion.methods.prepared import Prepared
 from mole_diffusion.methods.routing import ROUTED
 

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from mole_diffusion.core.checkpoint import write_safetensors
 from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.methods.job import ConceptRecipe, Job
 from mole_diffusion.methods.prepared import describe_base, write_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from mole_diffusion.methods.preparation import Job
     from mole_diffusion.pictures.training import Concept
     from mole_diffusion.training.objective import Losses
 
@@ -32,25 +32,6 @@ if TYPE_CHECKING:
 PRIOR_PICTURES = 16
 #: Version of the training: results of another one are not taken from the cache.
 _VERSION = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConceptRecipe:
-    """How a method trains one concept.
-
-    Attributes:
-        steps: steps of the optimiser (Adam, cosine schedule).
-        rate: learning rate.
-        batch: pictures of the concept in each step.
-        prior: pictures of the class, drawn by the base, in each step; 0 for none.
-        seed: seed of everything that is drawn.
-    """
-
-    steps: int
-    rate: float
-    batch: int = 8
-    prior: int = 4
-    seed: int = 0
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mole_diffusion.core.checkpoint import write_safetensors
-from mole_diffusion.methods.concept_training import ConceptRecipe, ConceptTrainer
+from mole_diffusion.methods.concept_training import ConceptTrainer
+from mole_diffusion.methods.job import ConceptRecipe, Job
 from mole_diffusion.methods.prepared import Prepared
 from mole_diffusion.methods.replaced import Wording, attention, embedding_of, new_words
 from mole_diffusion.methods.textual_inversion import NewWord, one_text_encoder, word_of
@@ -25,7 +26,6 @@ from mole_diffusion.pictures.denoisers import denoiser_of
 from mole_diffusion.pictures.training.concepts import without_article
 
 if TYPE_CHECKING:
-    from mole_diffusion.methods.preparation import Job
     from mole_diffusion.pictures.training import Concept
 
 FILE = "custom_diffusion.safetensors"

@@ -22,7 +22,7 @@ from mole_diffusion.methods.prepared import Prepared, standing
 from mole_diffusion.pictures.choosing import Request
 
 if TYPE_CHECKING:
-    from mole_diffusion.methods.preparation import Job
+    from mole_diffusion.methods.job import Job
 
 LORA_FILE = "merged.safetensors"
 #: Share of the values that is kept, as in PEFT's guide to merging.

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import shutil
 import tempfile
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,8 @@ from mole_diffusion.methods import (
     textual_inversion,
     trained_gates,
 )
-from mole_diffusion.methods.concept_training import ConceptRecipe, pictures_digest
+from mole_diffusion.methods.concept_training import pictures_digest
+from mole_diffusion.methods.job import Job, PrepareOptions
 from mole_diffusion.methods.methods import METHODS, method_named
 from mole_diffusion.methods.prepared import (
     FILE,
@@ -38,92 +38,7 @@ from mole_diffusion.methods.prepared import (
 )
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from mole_diffusion.pictures.training import Concept, TrainingConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrepareOptions:
-    """What single methods can be told.
-
-    Args:
-        weights: weight per expert of the PEFT merges; None is 1 each.
-        density: share of the values that "ties" and "dare_linear" keep, above 0 and at most 1; None is 0.2
-            for "ties" and 0.7 for "dare_linear", as in PEFT's guide to merging.
-        search_passes: UNet passes that the search may spend, those that draw pictures not counted; None is as
-            many as the trainer has iterations, which is what gates cost with the collage objective.
-        steps, rate: steps and learning rate of the methods that train concepts from pictures (SVDiff,
-            Textual Inversion, Custom Diffusion); None is the method's own.
-        pictures: their pictures of each concept with captions. None is the concept's references, captioned
-            with its text; for experts of the starter in a checkout of the repository it is the scenes that
-            these experts were trained on.
-        cache: folder where trained concepts are kept, for other sets with the same concept; None is the
-            user's cache folder (`~/.cache/mole_diffusion/concepts`).
-
-    Raises:
-        ConfigError: a value is out of range.
-    """
-
-    weights: Mapping[str, float] | None = None
-    density: float | None = None
-    search_passes: int | None = None
-    steps: int | None = None
-    rate: float | None = None
-    pictures: Mapping[str, Sequence[tuple[Image, str]]] | None = None
-    cache: str | Path | None = None
-
-    def __post_init__(self) -> None:
-        for name, weight in (self.weights or {}).items():
-            if not math.isfinite(weight):
-                raise ConfigError(f"weights gives {name!r} {weight!r}; allowed are finite numbers")
-        if self.density is not None and not 0 < self.density <= 1:
-            raise ConfigError(f"density is {self.density!r}; allowed are numbers above 0 and up to 1")
-        if self.search_passes is not None and self.search_passes < 1:
-            raise ConfigError(f"search_passes is {self.search_passes!r}; allowed are whole numbers from 1")
-        if self.steps is not None and self.steps < 1:
-            raise ConfigError(f"steps is {self.steps!r}; allowed are whole numbers from 1")
-        if self.rate is not None and not self.rate > 0:
-            raise ConfigError(f"rate is {self.rate!r}; allowed are numbers above 0")
-
-
-@dataclass
-class Job:
-    """One preparation.
-
-    Attributes:
-        pipe: the pipeline with its experts; as it was when the job is done.
-        folder: where to write.
-        prompts: the prompts.
-        concepts: what the experts know, by name.
-        config: settings of the gate trainer.
-        options: settings of single methods.
-        passes: UNet passes so far.
-        earlier_seconds: how long it took to train what comes from a cache.
-        details: what to note of the result.
-    """
-
-    pipe: Any
-    folder: Path
-    prompts: list[str]
-    concepts: Mapping[str, Concept]
-    config: TrainingConfig
-    options: PrepareOptions
-    passes: dict[str, int] = field(default_factory=lambda: {"with_gradient": 0, "without_gradient": 0})
-    earlier_seconds: float = 0.0
-    details: dict[str, Any] = field(default_factory=dict)
-
-    def recipe(self, default: ConceptRecipe) -> ConceptRecipe:
-        """How a concept is trained: a method's own recipe with what the options and the seed change."""
-        steps = self.options.steps or default.steps
-        return replace(default, steps=steps, rate=self.options.rate or default.rate, seed=self.config.seed)
-
-    def captioned(self, concept: Concept) -> list[tuple[Image, str]]:
-        """Pictures of a concept with captions."""
-        given = (self.options.pictures or {}).get(concept.name)
-        if given is None:
-            given = _starter_scenes(self.pipe, concept)
-        return list(given) if given else [(picture, concept.text) for picture in concept.references]
 
 
 @dataclass(frozen=True)
@@ -243,17 +158,6 @@ def _concepts(pipe: Any, concepts: Any, *, needed: bool) -> Mapping[str, Concept
     if concepts is None:
         return concepts_from_experts(pipe.experts) if needed else {}
     return as_concepts(concepts, list(pipe.experts))
-
-
-def _starter_scenes(pipe: Any, concept: Concept) -> list[tuple[Image, str]] | None:
-    """The scenes that an expert of the starter was trained on; None for other experts, or without artwork."""
-    from mole_diffusion.starter.location import BASE_NAME
-    from mole_diffusion.starter.scenes import expert_scenes
-
-    expert = pipe.experts.get(concept.name)
-    if expert is None or expert.metadata.get("mole.base") != BASE_NAME:
-        return None
-    return expert_scenes(concept.name)
 
 
 def _facts(recipe: _Recipe, job: Job) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mole_diffusion.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mole_diffusion.methods.preparation import Job
+    from mole_diffusion.methods.job import Job
 
 #: LoRAHub's bound of a weight, and the factor of its L1 penalty.
 BOUND, PENALTY = 1.5, 0.05

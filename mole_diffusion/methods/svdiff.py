@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mole_diffusion.core.checkpoint import write_safetensors
-from mole_diffusion.methods.concept_training import ConceptRecipe, ConceptTrainer
+from mole_diffusion.methods.concept_training import ConceptTrainer
+from mole_diffusion.methods.job import ConceptRecipe, Job
 from mole_diffusion.methods.prepared import Prepared
 from mole_diffusion.methods.replaced import replaced_weights, weight_layers
 from mole_diffusion.pictures.choosing import Request
 
 if TYPE_CHECKING:
-    from mole_diffusion.methods.preparation import Job
     from mole_diffusion.pictures.training import Concept
 
 SHIFTS_FILE = "shifts.safetensors"

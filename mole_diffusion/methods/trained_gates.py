@@ -12,7 +12,7 @@ from mole_diffusion.methods.prepared import Prepared, standing
 from mole_diffusion.pictures.choosing import Request
 
 if TYPE_CHECKING:
-    from mole_diffusion.methods.preparation import Job
+    from mole_diffusion.methods.job import Job
 
 GATES_FILE = "gates.safetensors"
 

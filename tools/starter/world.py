@@ -236,7 +236,8 @@ def _night(rng: Rng, row: int) -> Plane:
 
 
 def _fabric(rng: Rng, row: int) -> Plane:
-    waves = np.sin(np.arange(SIZE, dtype=np.float32) / SIZE * 2 * np.pi * 4 + rng.uniform(0, 6.28))
+    phase = np.arange(SIZE, dtype=np.float32) / SIZE * 2 * np.pi * 4 + rng.uniform(0, 6.28)
+    waves = np.sin(phase).astype(np.float32)
     flat = np.ones((SIZE, SIZE, 3), np.float32)
     return np.asarray((246, 178, 204), np.float32) + 12 * waves[:, None, None] * flat
 
