@@ -32,6 +32,8 @@ SOURCES = (
     "tests/gpu",
     "tests/core/__init__.py",
     "tests/core/core_tools.py",
+    "tests/core/joint_network.py",
+    "tests/core/joint_table.py",
     "tests/core/test_invariants.py",
     "tests/tiny_pipeline.py",
 )

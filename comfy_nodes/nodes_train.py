@@ -18,6 +18,8 @@ from comfy_api.latest import io
 
 from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.core.phrases import read_concept
+from mole_diffusion.pictures.files import pictures_digest
 from mole_diffusion.pictures.training import (
     Concept,
     GateTrainer,
@@ -30,7 +32,7 @@ from mole_diffusion.pictures.training.config import Collage
 from mole_diffusion.pictures.training.workbench import tensor_picture
 from mole_diffusion.training.state import GATES_FILE
 
-from .experts import ExpertSet, GatesFile, read_assignments
+from .experts import ExpertSet, GatesFile
 from .native import TrainingCopy
 from .nodes_load import CATEGORY, Experts, Gates
 from .notes import show_text
@@ -232,25 +234,17 @@ def read_concepts(text: str, experts: ExpertSet, references: Mapping[str, Any]) 
         ConfigError: a line cannot be read, or nobody says what an expert knows.
         UnknownExpertError: a line names no expert.
     """
-    lines = read_assignments(text, "a zor boot | a boot")
+    said = [Concept(*read_concept(line)) for line in text.splitlines() if line.strip()]
+    lines = {concept.name: concept for concept in said}
     experts.check(lines)
     silent = {expert.name: expert for expert in experts.experts if expert.name not in lines}
-    found = concepts_from_experts(silent)
-    for name, line in lines.items():
-        phrase, bar, class_text = (part.strip() for part in line.partition("|"))
-        found[name] = Concept(name, phrase, class_text if bar and class_text else _class_of(phrase))
+    found = {**concepts_from_experts(silent), **lines}
     for number, name in enumerate(experts.names, start=1):
         pictures = references.get(f"reference_{number}")
         if pictures is not None:
             known = tuple(tensor_picture(picture.movedim(-1, 0)) for picture in pictures)
             found[name] = dataclasses.replace(found[name], references=known)
     return {name: found[name] for name in experts.names}
-
-
-def _class_of(phrase: str) -> str:
-    """ "a boot" of "a zor boot"."""
-    words = phrase.split()
-    return " ".join([words[0], words[-1]]) if words[0].lower() in ("a", "an", "the") else words[-1]
 
 
 def read_clip(text: str) -> str | tuple[str, str] | None:
@@ -268,15 +262,11 @@ def training_folder(
     pipe: TrainingCopy, prompts: list[str], concepts: Mapping[str, Concept], config: TrainingConfig
 ) -> Path:
     """Where this very training keeps its checkpoints: equal inputs go on where an earlier run stopped."""
-    pictures = hashlib.sha256()
-    for concept in concepts.values():
-        for picture in concept.references:
-            pictures.update(picture.tobytes())
     facts = {
         "base": pipe.denoiser.digest(),
         "prompts": prompts,
         "concepts": [[c.name, c.text, c.class_text] for c in concepts.values()],
-        "pictures": pictures.hexdigest(),
+        "pictures": {c.name: pictures_digest(c.references) for c in concepts.values()},
         "experts": [[e.name, e.sha256, e.scale] for e in pipe.experts.values()],
         "config": {**config.to_dict(), "preview_every": 0},
     }

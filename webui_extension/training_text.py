@@ -79,10 +79,14 @@ def lines(text: str, what: str) -> list[str]:
 
 def concept(line: str) -> str:
     """`dog = a sks dog | a dog` as the command line takes it."""
-    name, found, text = line.partition("=")
-    if not found or not name.strip() or not text.strip():
-        raise SettingsError(f"{line!r} does not say what an expert knows; write NAME = TEXT | CLASS")
-    return f"{name.strip()}={'|'.join(part.strip() for part in text.split('|'))}"
+    from mole_diffusion import ConfigError
+    from mole_diffusion.core.phrases import read_concept
+
+    try:
+        name, text, class_text = read_concept(line)
+    except ConfigError as error:
+        raise SettingsError(str(error)) from error
+    return f"{name}={text}|{class_text}"
 
 
 def distinct(paths: list[Path]) -> list[Path]:

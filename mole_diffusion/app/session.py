@@ -17,6 +17,7 @@ from mole_diffusion.app.jobs import Job
 from mole_diffusion.app.metadata import PictureSettings
 from mole_diffusion.app.setup import COLOURS, STARTER, ExpertCard, Gates, Setup
 from mole_diffusion.core.errors import ConfigError, UnknownExpertError
+from mole_diffusion.pictures.files import open_picture
 from mole_diffusion.starter.location import default_experts, starter_dir, starter_experts
 
 #: More experts than this make tiles and regions unreadable, and pictures slow.
@@ -294,8 +295,7 @@ class Session:
 
 def thumbnail(path: Path, side: int) -> Image.Image:
     """A square picture of this side, from the centre of a picture file."""
-    with Image.open(path) as picture:
-        image = picture.convert("RGB")
+    image = open_picture(path)
     edge = min(image.size)
     left, top = (image.width - edge) // 2, (image.height - edge) // 2
     square = image.crop((left, top, left + edge, top + edge))

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from mole_diffusion.app.jobs import Cancelled, Job, Progress
 from mole_diffusion.app.session import Session, Training
 from mole_diffusion.app.setup import ExpertCard, Gates, Setup
 from mole_diffusion.app.stopping import stoppable
 from mole_diffusion.app.studio import Studio, Work
 from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.core.phrases import class_words
+from mole_diffusion.pictures.files import open_picture
 from mole_diffusion.pictures.training import Concept, GateTrainer, TrainingConfig
 from mole_diffusion.pictures.training.config import OBJECTIVES
 from mole_diffusion.training.progress import TrainingEvent
@@ -184,12 +184,8 @@ def _stoppable_preparation(pipe: Any, job: Job, training: Training) -> Iterator[
 
 def concept_of(card: ExpertCard) -> Concept:
     """What the trainer needs to know of an expert, with its reference pictures."""
-    pictures = []
-    for path in card.references:
-        with Image.open(path) as picture:
-            pictures.append(picture.convert("RGB"))
-    class_text = card.class_text or card.text.split()[-1]
-    return Concept(card.name, card.text, class_text, pictures)
+    pictures = [open_picture(path) for path in card.references]
+    return Concept(card.name, card.text, card.class_text or class_words(card.text), pictures)
 
 
 def uniform_entropy(names: Sequence[str]) -> float:

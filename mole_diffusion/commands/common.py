@@ -11,26 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from typer.core import TyperGroup
 
-from mole_diffusion.core.errors import ConfigError, MoLEError, UnknownExpertError
+from mole_diffusion.core.errors import MoLEError, UnknownExpertError
 from mole_diffusion.pictures.opening import STARTER, open_base
+from mole_diffusion.training.progress import Progress
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from mole_diffusion.pictures.pipelines import StableDiffusionMoLEPipeline
-
-#: Endings of picture files that are read and written.
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 console = Console()
 errors = Console(stderr=True)
@@ -164,33 +152,15 @@ def _locate(source: str, model: str) -> tuple[str | Path, str | None]:
     raise UnknownExpertError(source, list(known))
 
 
-def read_pictures(folder: Path) -> list[Image]:
-    """The pictures in a folder by name; none if there is no such folder."""
-    from PIL import Image, UnidentifiedImageError
-
-    found = []
-    for path in sorted(folder.glob("*")):
-        if path.suffix.lower() not in PICTURES:
-            continue
-        try:
-            with Image.open(path) as picture:
-                found.append(picture.convert("RGB"))
-        except (UnidentifiedImageError, OSError) as error:
-            raise ConfigError(f"{str(path)!r} cannot be read as a picture: {error}") from error
-    return found
-
-
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with the time left, on the error stream: what is printed stays readable by programs.
+    """How far long work is, on the error stream: what is printed stays readable by programs.
 
     Yields:
         A function that is told how many of `total` are done.
     """
-    columns = (TextColumn(what), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=errors) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda done: bar.update(task, completed=done)
+    with Progress(what, total) as shown:
+        yield shown.update
 
 
 def show(facts: Mapping[str, str]) -> None:

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from mole_diffusion.commands.common import (
-    PICTURES,
     ActiveOption,
     DeviceOption,
     ExpertOption,
@@ -25,6 +24,7 @@ from mole_diffusion.commands.common import (
     show,
     split_names,
 )
+from mole_diffusion.pictures.files import PICTURES
 from mole_diffusion.pictures.opening import STARTER, drawing_settings
 
 _SIZE = re.compile(r"(\d+)(?:x(\d+))?")

@@ -13,11 +13,11 @@ from mole_diffusion.commands.common import (
     JsonOption,
     ModelOption,
     progress,
-    read_pictures,
     say,
     show,
 )
 from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.pictures.files import read_pictures
 from mole_diffusion.pictures.opening import STARTER, open_base
 
 #: Learning rates that suit the starter, which is small, and the large models.

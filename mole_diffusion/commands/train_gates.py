@@ -18,12 +18,13 @@ from mole_diffusion.commands.common import (
     ModelOption,
     open_pipeline,
     parse_experts,
-    read_pictures,
     say,
     shares,
     show,
 )
 from mole_diffusion.core.errors import ConfigError, TrainingError, UnknownExpertError
+from mole_diffusion.core.phrases import read_concept
+from mole_diffusion.pictures.files import read_pictures
 from mole_diffusion.pictures.opening import STARTER
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def _train(
 
 
 def known_concepts(
-    experts: Mapping[str, Any], texts: Mapping[str, str], references: Path | None, model: str
+    experts: Mapping[str, Any], texts: Mapping[str, tuple[str, str]], references: Path | None, model: str
 ) -> dict[str, Concept]:
     """What each expert knows: as given, else the starter's catalogue, else the trigger in its file.
 
@@ -169,8 +170,7 @@ def known_concepts(
     found: dict[str, Any] = {}
     for name, expert in experts.items():
         if name in texts:
-            text, _, class_text = (part.strip() for part in texts[name].partition("|"))
-            found[name] = {"text": text, **({"class_text": class_text} if class_text else {})}
+            found[name] = dict(zip(("text", "class_text"), texts[name], strict=True))
         elif name in catalogue and catalogue[name].trigger in expert.triggers:
             found[name] = concepts_of({name: catalogue[name]})[name]
         else:
@@ -191,14 +191,19 @@ def _with_references(concepts: Mapping[str, Concept], folder: Path) -> dict[str,
     }
 
 
-def parse_concepts(texts: Sequence[str] | None) -> dict[str, str]:
-    """`["dog=a sks dog|a dog"]` -> `{"dog": "a sks dog|a dog"}`."""
+def parse_concepts(texts: Sequence[str] | None) -> dict[str, tuple[str, str]]:
+    """`["dog=a sks dog|a dog"]` -> `{"dog": ("a sks dog", "a dog")}`.
+
+    Raises:
+        typer.BadParameter: there is no name or no text.
+    """
     parsed = {}
     for entry in texts or ():
-        name, _, text = (part.strip() for part in entry.partition("="))
-        if not name or not text:
-            raise typer.BadParameter(f"{entry!r}; write NAME=TEXT or NAME=TEXT|CLASS", param_hint="--concept")
-        parsed[name] = text
+        try:
+            name, text, class_text = read_concept(entry)
+        except ConfigError as error:
+            raise typer.BadParameter(str(error), param_hint="--concept") from error
+        parsed[name] = text, class_text
     return parsed
 
 

@@ -18,6 +18,7 @@ from mole_diffusion.evaluation.protocol import SHEET_SEEDS, ExpertSet, Protocol,
 from mole_diffusion.evaluation.results import Row
 from mole_diffusion.evaluation.stage import PREPARED
 from mole_diffusion.evaluation.table import ALL, HEADINGS, Table
+from mole_diffusion.pictures.files import open_picture
 from mole_diffusion.pictures.plots import GridRow, gate_heat_map, picture_grid
 
 _HISTORY = "history.jsonl"
@@ -81,7 +82,7 @@ def _method_rows(
             turn = experts[index % len(experts)]
             cell = chosen.label, method.name, prompt, seed
             row = found.get((*cell, None)) or found.get((*cell, turn))
-            pictures.append(_open(out / row["picture"]) if row else _blank())
+            pictures.append(open_picture(out / row["picture"]) if row else _blank())
             notes.append(f"{row['alone']}" if row and row.get("alone") else "")
         if any(picture.size != _BLANK for picture in pictures):
             first = not grid
@@ -163,11 +164,6 @@ def _weight_figures(protocol: Protocol, out: Path) -> Iterable[Path]:
             if unet is not None:
                 steps = weights_over_steps(unet.weights, unet.groups, unet.experts, title=title)
                 yield _save(steps, path.with_name(f"{method.name}-steps.png"))
-
-
-def _open(path: Path) -> Image.Image:
-    with Image.open(path) as picture:
-        return picture.convert("RGB")
 
 
 def _save(figure: Any, path: Path) -> Path:

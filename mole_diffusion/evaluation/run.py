@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -12,15 +11,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.evaluation.cost import cost_markdown, measure_cost
@@ -42,7 +32,9 @@ from mole_diffusion.evaluation.scorers import ClipScorer, Scorer, make_scorers
 from mole_diffusion.evaluation.sets import Scene, make_scene
 from mole_diffusion.evaluation.stage import Drawn, Stage, check_methods, needs_preparation
 from mole_diffusion.evaluation.table import Table, concepts_csv, make_table, to_csv, to_markdown
+from mole_diffusion.pictures.files import open_picture
 from mole_diffusion.pictures.opening import pick_device
+from mole_diffusion.training.progress import Progress
 
 __all__ = ["Batch", "evaluate", "rescore", "write_report"]
 
@@ -160,7 +152,7 @@ def rescore(protocol: Protocol, out: Path, *, device: torch.device | None = None
     for row in rows:
         groups.setdefault((row["set"], row["method"], row["prompt"], row.get("alone")), []).append(row)
     for done, ((chosen, method, prompt, alone), group) in enumerate(groups.items(), start=1):
-        pictures = [_open(out / row["picture"]) for row in group]
+        pictures = [open_picture(out / row["picture"]) for row in group]
         for row, found in zip(group, score(scorers, pictures, scenes[chosen], prompt, alone), strict=True):
             row["scores"] = found
         say(f"{done} of {len(groups)}: {chosen}, {method}, prompt {prompt}")
@@ -180,11 +172,6 @@ def _allowed_scorers(protocol: Protocol, device: torch.device) -> list[Scorer]:
 def identities(scorers: Sequence[Scorer]) -> list[list[str]]:
     """What tells these scorers from others: kind, measures and numbers of their networks."""
     return [[type(scorer).__name__, *scorer.measures, *sorted(scorer.hashes)] for scorer in scorers]
-
-
-def _open(path: Path) -> Image.Image:
-    with Image.open(path) as picture:
-        return picture.convert("RGB")
 
 
 def score(
@@ -266,7 +253,8 @@ class _Work:
         total = sum(len(batch.seeds) for batch in batches)
         if total:
             say(f"{total} pictures to draw, {len(self.done)} are there")
-        with _bar(total, shown) as advance:
+        drawn = 0
+        with Progress("pictures", total, shown=shown) as progress:
             before: Batch | None = None
             for batch in batches:
                 if before is not None and report and before.scene is not batch.scene:
@@ -274,9 +262,10 @@ class _Work:
                 before = batch
                 new = needs_preparation(batch.method) and not self.on(batch.scene).is_prepared(batch.method)
                 what = f"{batch.scene.name}, {batch.method.name}"
-                advance(0, f"{what}: preparing" if new else what)
+                progress.update(drawn, f"{what}: preparing" if new else what)
                 self._draw(batch)
-                advance(len(batch.seeds), what)
+                drawn += len(batch.seeds)
+                progress.update(drawn, what)
 
     def extras(self, scenes: Sequence[Scene]) -> None:
         """Masked pictures and costs, where the protocol asks for them and they are not there."""
@@ -344,13 +333,3 @@ def _prepare_all(work: _Work, batches: Sequence[Batch], index: int, count: int, 
     for batch in list(wanted.values())[index::count]:
         say(f"Preparing {batch.method.name} for {batch.scene.name}")
         work.on(batch.scene).prepare(batch.method)
-
-
-@contextmanager
-def _bar(total: int, shown: bool) -> Iterator[Callable[[int, str], None]]:
-    """A progress bar with the time left; yields what is told how many more are done, and of what."""
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
-    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(*columns, *times, console=Console(stderr=True), disable=not shown) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda more, what: bar.update(task, advance=more, description=what)

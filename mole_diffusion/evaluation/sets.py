@@ -11,11 +11,9 @@ from PIL import Image
 from mole_diffusion.core.errors import ConfigError, UnknownExpertError
 from mole_diffusion.core.phrases import listed
 from mole_diffusion.evaluation.protocol import ExpertSet, ExpertSource, Protocol, named
+from mole_diffusion.pictures.files import PICTURES, open_picture, pictures_in
 from mole_diffusion.pictures.training.concepts import Concept
 from mole_diffusion.starter.location import starter_experts
-
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-
 
 #: Measures that compare a picture with its prompt: in class words, and with the subjects described.
 CAPTIONS = CLASS_WORDS, DESCRIBED = "text", "described"
@@ -132,16 +130,12 @@ def _source(protocol: Protocol, name: str) -> ExpertSource:
 
 def _references(name: str, given: str | Sequence[str]) -> list[Image.Image]:
     if isinstance(given, str):
-        paths = sorted(path for path in Path(given).glob("*") if path.suffix.lower() in _PICTURES)
+        paths = pictures_in(given)
         if not paths:
-            raise ConfigError(f"references of {name!r}: no pictures {_PICTURES} in {given!r}")
+            raise ConfigError(f"references of {name!r}: no pictures {PICTURES} in {given!r}")
     else:
         paths = [Path(path) for path in given]
-    pictures = []
-    for path in paths:
-        try:
-            with Image.open(path) as picture:
-                pictures.append(picture.convert("RGB"))
-        except OSError as error:
-            raise ConfigError(f"references of {name!r}: {path} cannot be read: {error}") from error
-    return pictures
+    try:
+        return [open_picture(path) for path in paths]
+    except ConfigError as error:
+        raise ConfigError(f"references of {name!r}: {error}") from error

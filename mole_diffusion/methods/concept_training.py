@@ -209,7 +209,7 @@ class ConceptTrainer:
             "recipe": asdict(self.recipe),
             "base": self._base,
             "concept": [concept.name, concept.text, concept.class_text],
-            "pictures": pictures_digest(self.job.captioned(concept)),
+            "pictures": self.job.digest(concept),
             "size": self.bench.denoiser.picture_size,
             "prior": self._drawing if self.recipe.prior else None,
             "autocast": self.bench.settings.autocast,
@@ -265,12 +265,3 @@ def cache_folder(given: str | Path | None) -> Path:
         return Path(given)
     home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(home) / "mole_diffusion" / "concepts"
-
-
-def pictures_digest(pairs: Sequence[tuple[Image, str]]) -> str:
-    """Hash of pictures and captions."""
-    digest = hashlib.sha256()
-    for picture, text in pairs:
-        digest.update(f"{picture.mode} {picture.size} {text}\n".encode())
-        digest.update(picture.tobytes())
-    return digest.hexdigest()

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mole_diffusion.core.checkpoint import write_safetensors
+from mole_diffusion.core.phrases import without_article
 from mole_diffusion.methods.concept_training import ConceptTrainer
 from mole_diffusion.methods.job import ConceptRecipe, Job
 from mole_diffusion.methods.prepared import Prepared
@@ -23,7 +24,6 @@ from mole_diffusion.methods.replaced import Wording, attention, embedding_of, ne
 from mole_diffusion.methods.textual_inversion import NewWord, one_text_encoder, word_of
 from mole_diffusion.pictures.choosing import Request
 from mole_diffusion.pictures.denoisers import denoiser_of
-from mole_diffusion.pictures.training.concepts import without_article
 
 if TYPE_CHECKING:
     from mole_diffusion.pictures.training import Concept

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import tempfile
 import time
@@ -21,7 +20,6 @@ from mole_diffusion.methods import (
     textual_inversion,
     trained_gates,
 )
-from mole_diffusion.methods.concept_training import pictures_digest
 from mole_diffusion.methods.job import Job, PrepareOptions
 from mole_diffusion.methods.methods import METHODS, method_named
 from mole_diffusion.methods.prepared import (
@@ -36,6 +34,7 @@ from mole_diffusion.methods.prepared import (
     read_record,
     write_json,
 )
+from mole_diffusion.pictures.files import pictures_digest
 
 if TYPE_CHECKING:
     from mole_diffusion.pictures.training import Concept, TrainingConfig
@@ -174,21 +173,17 @@ def _facts(recipe: _Recipe, job: Job) -> dict[str, Any]:
         "steps": lambda: job.options.steps,
         "rate": lambda: job.options.rate,
         "texts": lambda: {name: [c.text, c.class_text] for name, c in job.concepts.items()},
-        "pictures": lambda: {n: pictures_digest(job.captioned(c)) for n, c in job.concepts.items()},
+        "pictures": lambda: {name: job.digest(concept) for name, concept in job.concepts.items()},
     }
     return {name: _as_json(known[name]()) for name in recipe.depends_on}
 
 
 def _describe_concept(concept: Concept) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for picture in concept.references:
-        digest.update(f"{picture.mode} {picture.size}".encode())
-        digest.update(picture.tobytes())
     return {
         "text": concept.text,
         "class_text": concept.class_text,
         "references": len(concept.references),
-        "sha256": digest.hexdigest(),
+        "sha256": pictures_digest(concept.references),
     }
 
 

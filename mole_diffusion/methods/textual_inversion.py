@@ -16,12 +16,12 @@ from torch import Tensor
 
 from mole_diffusion.core.checkpoint import write_safetensors
 from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.core.phrases import without_article
 from mole_diffusion.methods.concept_training import ConceptTrainer
 from mole_diffusion.methods.job import ConceptRecipe, Job
 from mole_diffusion.methods.prepared import Prepared
 from mole_diffusion.methods.replaced import Wording, embedding_of, new_words, replaced_weights, worded
 from mole_diffusion.pictures.choosing import Request
-from mole_diffusion.pictures.training.concepts import without_article
 
 if TYPE_CHECKING:
     from mole_diffusion.pictures.training import Concept

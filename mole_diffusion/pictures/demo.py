@@ -19,6 +19,7 @@ from mole_diffusion.core.phrases import listed
 from mole_diffusion.core.records import in_order
 from mole_diffusion.pictures.denoisers import own_size
 from mole_diffusion.pictures.drawing import draw
+from mole_diffusion.pictures.files import open_picture
 from mole_diffusion.pictures.pipelines import StableDiffusionMoLEPipeline
 from mole_diffusion.pictures.plots import (
     GridRow,
@@ -131,7 +132,9 @@ def default_prompt(experts: Mapping[str, StarterExpert]) -> str:
 def concepts_of(experts: Mapping[str, StarterExpert]) -> dict[str, Concept]:
     """What the trainer needs to know of the starter's experts, with their reference pictures."""
     return {
-        name: Concept(name, expert.text, expert.class_text, [_open(path) for path in expert.references])
+        name: Concept(
+            name, expert.text, expert.class_text, [open_picture(path) for path in expert.references]
+        )
         for name, expert in experts.items()
     }
 
@@ -193,15 +196,10 @@ def _reference_row(experts: Mapping[str, StarterExpert]) -> GridRow:
     shown = [expert for expert in experts.values() if expert.references]
     return GridRow(
         "what the experts know",
-        [_open(expert.references[0]) for expert in shown],
+        [open_picture(expert.references[0]) for expert in shown],
         "one reference picture each",
         [expert.trigger for expert in shown],
     )
-
-
-def _open(path: Path) -> Image.Image:
-    with Image.open(path) as picture:
-        return picture.convert("RGB")
 
 
 def _rows_before(artist: _Artist, n_experts: int) -> list[GridRow]:

@@ -1,17 +1,25 @@
 """Concepts in prompts: triggers, class words, and who stands where."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
+from mole_diffusion.app.setup import ExpertCard
+from mole_diffusion.app.training import concept_of
+from mole_diffusion.commands.train_gates import parse_concepts
 from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.core.phrases import read_concept
 from mole_diffusion.pictures.training.concepts import (
     Concept,
     as_concepts,
     concepts_from_experts,
     read_prompts,
 )
+from webui_extension.settings import SettingsError
+from webui_extension.training_text import concept
 
 BOOT = Concept("boot", "a zor boot", "a boot")
 CAT = Concept("cat", "a vim cat", "a cat")
@@ -125,3 +133,37 @@ def test_concepts_that_do_not_fit(concepts: Any, message: str) -> None:
 def test_concepts_from_the_files_of_experts(pipe: Any) -> None:
     with pytest.raises(ConfigError, match=r"experts \['boot', 'cat'\] name no trigger"):
         concepts_from_experts(pipe.experts)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("boot=a zor boot|a boot", ("boot", "a zor boot", "a boot")),
+        ("  boot = a zor boot |  a shoe ", ("boot", "a zor boot", "a shoe")),
+        ("boot = a zor boot", ("boot", "a zor boot", "a boot")),
+        ("boot = the old zor boot |", ("boot", "the old zor boot", "the boot")),
+        ("boot = zor boot", ("boot", "zor boot", "boot")),
+        ("boot = a = b", ("boot", "a = b", "a b")),
+    ],
+)
+def test_a_line_means_the_same_to_every_host(line: str, expected: tuple[str, str, str]) -> None:
+    name, text, class_text = expected
+    assert read_concept(line) == expected
+    assert parse_concepts([line]) == {name: (text, class_text)}
+    # The web UI's tab hands it on to the command line.
+    assert parse_concepts([concept(line)]) == {name: (text, class_text)}
+    card = ExpertCard(name=name, path=Path("boot.safetensors"), text=text)
+    if "|" not in line:
+        assert concept_of(card) == Concept(name, text, class_text, [])
+        assert as_concepts({name: text}, [name]) == {name: Concept(name, text, class_text)}
+
+
+@pytest.mark.parametrize("line", ["", "boot", "= a boot", "boot =", "boot = | a boot"])
+def test_lines_that_say_nothing_are_refused_by_every_host(line: str) -> None:
+    for read, error in (
+        (read_concept, ConfigError),
+        (concept, SettingsError),
+        (lambda text: parse_concepts([text]), typer.BadParameter),
+    ):
+        with pytest.raises(error, match="does not say what an expert knows; write NAME = TEXT"):
+            read(line)

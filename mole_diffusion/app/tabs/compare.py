@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
 from mole_diffusion.app import markup, show
 from mole_diffusion.app.composing import MAX_STEPS, ComposeRequest, compose
@@ -20,6 +19,7 @@ from mole_diffusion.app.tabs.train import suggested_prompt
 from mole_diffusion.app.training import concept_of
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.methods import METHODS, prepare
+from mole_diffusion.pictures.files import open_picture
 from mole_diffusion.pictures.plots import GridRow, picture_grid
 from mole_diffusion.pictures.training import TrainingConfig
 
@@ -180,10 +180,7 @@ def _results(
 ) -> tuple[list[tuple[str, str]], Any]:
     """The strip of pictures, and the same as one file."""
     labels = [METHODS[name].label for name in names]
-    images = []
-    for picture in pictures:
-        with Image.open(picture.path) as image:
-            images.append(image.convert("RGB"))
+    images = [open_picture(picture.path) for picture in pictures]
     path: Path = session.new_path("comparison", ".png")
     row = GridRow(f"seed {wanted.seed}", images, f"{wanted.steps} steps", labels)
     picture_grid([row], title=wanted.prompt).save(path)

@@ -10,9 +10,7 @@ from typing import Any
 from PIL.Image import Image
 
 from mole_diffusion.core.errors import ConfigError
-from mole_diffusion.core.phrases import listed
-
-_ARTICLE = re.compile(r"^(?:a|an|the)\s+", re.IGNORECASE)
+from mole_diffusion.core.phrases import class_words, listed, without_article
 
 
 @dataclass(frozen=True)
@@ -21,12 +19,12 @@ class Concept:
 
     Args:
         name: Name of the expert.
-        text: Phrase with the trigger word, as it stands in prompts: ``"a zor boot"``.
-        class_text: The same phrase in words that the base and CLIP know: ``"a boot"``.
+        text: Phrase with the trigger word, as it stands in prompts: `"a zor boot"`.
+        class_text: The same phrase in words that the base and CLIP know: `"a boot"`.
         references: Pictures of the subject; where there are none, the expert draws some alone.
 
     Raises:
-        ConfigError: if a phrase is empty or ``references`` has something that is no picture.
+        ConfigError: if a phrase is empty or `references` has something that is no picture.
     """
 
     name: str
@@ -51,10 +49,10 @@ class Concept:
 def as_concepts(
     concepts: Mapping[str, Concept | Mapping[str, Any] | str] | Sequence[Concept], expert_names: Sequence[str]
 ) -> dict[str, Concept]:
-    """Concepts by the name of their expert, in the order of ``expert_names``.
+    """Concepts by the name of their expert, in the order of `expert_names`.
 
     Args:
-        concepts: :class:`Concept` objects, or a mapping from expert name to a Concept, to a dictionary of its
+        concepts: `Concept` objects, or a mapping from expert name to a Concept, to a dictionary of its
             fields, or to a phrase (whose last word is then the class: "a zor boot" gives "a boot").
         expert_names: The experts whose gates are trained.
 
@@ -85,31 +83,20 @@ def _as_concept(name: str, value: Concept | Mapping[str, Any] | str) -> Concept:
             raise ConfigError(f"concepts[{name!r}] is the concept of {value.name!r}")
         return value
     if isinstance(value, str):
-        return Concept(name, value, _guess_class_text(value))
+        return Concept(name, value, class_words(value))
     allowed = {"name", "text", "class_text", "references"}
     if unknown := sorted(set(value) - allowed):
         raise ConfigError(f"concepts[{name!r}] has unknown fields {unknown}; allowed are {sorted(allowed)}")
     values = {"name": name, **value}
     if "text" not in values:
         raise ConfigError(f"concepts[{name!r}] has no 'text', the phrase with the trigger word")
-    values.setdefault("class_text", _guess_class_text(values["text"]))
+    values.setdefault("class_text", class_words(values["text"]))
     return _as_concept(name, Concept(**values))
-
-
-def without_article(phrase: str) -> str:
-    """ "a zor boot" -> "zor boot"."""
-    return _ARTICLE.sub("", phrase)
-
-
-def _guess_class_text(text: str) -> str:
-    article = _ARTICLE.match(text)
-    words = _ARTICLE.sub("", text).split()
-    return (article.group(0) if article else "") + (words[-1] if words else "")
 
 
 @dataclass(frozen=True)
 class Mention:
-    """A concept in a prompt: its words are ``prompt.text[start:end]``."""
+    """A concept in a prompt: its words are `prompt.text[start:end]`."""
 
     name: str
     start: int
@@ -120,7 +107,7 @@ class Mention:
 class TrainingPrompt:
     """A prompt with trigger words, and what follows from it.
 
-    ``mentions`` are in the order of the prompt; ``class_text`` is the prompt in words that the base and CLIP
+    `mentions` are in the order of the prompt; `class_text` is the prompt in words that the base and CLIP
     know.
     """
 
@@ -145,7 +132,7 @@ class TrainingPrompt:
         return self._with(listed(words))
 
     def single_class(self, concept: Concept) -> str:
-        """As :meth:`only` for one concept, in class words: "a cat at night"."""
+        """As `only` for one concept, in class words: "a cat at night"."""
         mention = next(mention for mention in self.mentions if mention.name == concept.name)
         return self._with(_class_words(self.text[mention.start : mention.end], concept))
 
@@ -175,7 +162,7 @@ def read_prompts(prompts: str | Sequence[str], concepts: Mapping[str, Concept]) 
 
 
 def read_prompt(text: str, concepts: Mapping[str, Concept]) -> TrainingPrompt:
-    """One prompt, as :func:`read_prompts`; it may leave any concepts out but not all."""
+    """One prompt, as `read_prompts`; it may leave any concepts out but not all."""
     text = _insert_triggers(text, concepts)
     mentions: list[Mention] = []
     for concept in sorted(concepts.values(), key=lambda concept: -len(concept.text)):
@@ -193,7 +180,7 @@ def read_prompt(text: str, concepts: Mapping[str, Concept]) -> TrainingPrompt:
 
 
 def _insert_triggers(text: str, concepts: Mapping[str, Concept]) -> str:
-    """``text`` with trigger phrases in place of class words, for concepts it does not name by trigger."""
+    """`text` with trigger phrases in place of class words, for concepts it does not name by trigger."""
     taken: list[tuple[int, int]] = []
     missing: list[Concept] = []
     for concept in sorted(concepts.values(), key=lambda concept: -len(concept.text)):
@@ -208,15 +195,15 @@ def _insert_triggers(text: str, concepts: Mapping[str, Concept]) -> str:
         if span is not None:
             taken.append(span)
             whole = text[slice(*span)].lower() == concept.class_text.lower()
-            edits.append((*span, concept.text if whole else _ARTICLE.sub("", concept.text)))
+            edits.append((*span, concept.text if whole else without_article(concept.text)))
     for start, end, words in sorted(edits, reverse=True):
         text = text[:start] + words + text[end:]
     return text
 
 
 def _find(text: str, phrase: str, taken: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
-    """First place of a phrase (or of the phrase without its article) outside the ``taken`` spans."""
-    for candidate in dict.fromkeys((phrase, _ARTICLE.sub("", phrase))):
+    """First place of a phrase (or of the phrase without its article) outside the `taken` spans."""
+    for candidate in dict.fromkeys((phrase, without_article(phrase))):
         for match in re.finditer(rf"(?<!\w){re.escape(candidate)}(?!\w)", text, re.IGNORECASE):
             if all(match.end() <= start or match.start() >= end for start, end in taken):
                 return match.span()
@@ -224,10 +211,10 @@ def _find(text: str, phrase: str, taken: Sequence[tuple[int, int]]) -> tuple[int
 
 
 def _class_words(words: str, concept: Concept) -> str:
-    """Class words in place of ``words``, which are the concept's phrase with or without its article."""
+    """Class words in place of `words`, which are the concept's phrase with or without its article."""
     if words.lower() == concept.text.lower():
         return concept.class_text
-    return _ARTICLE.sub("", concept.class_text)
+    return without_article(concept.class_text)
 
 
 def concepts_from_experts(experts: Mapping[str, Any]) -> dict[str, Concept]:
@@ -240,6 +227,5 @@ def concepts_from_experts(experts: Mapping[str, Any]) -> dict[str, Concept]:
     if silent:
         raise ConfigError(f"the files of the experts {silent} name no trigger: give `concepts` for them")
     texts = {name: expert.triggers[0] for name, expert in experts.items()}
-    return {
-        name: _as_concept(name, text if _ARTICLE.match(text) else f"a {text}") for name, text in texts.items()
-    }
+    phrases = {name: text if without_article(text) != text else f"a {text}" for name, text in texts.items()}
+    return {name: _as_concept(name, phrase) for name, phrase in phrases.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from torch import Tensor
 from mole_diffusion.core.checkpoint import write_safetensors
 from mole_diffusion.core.errors import ConfigError, TrainingError
 from mole_diffusion.pictures.denoisers import denoiser_of
+from mole_diffusion.pictures.files import pictures_digest
 from mole_diffusion.pictures.training.denoising import NoisyBatch, denoising_loss
 from mole_diffusion.pictures.training.workbench import picture_tensor
 from mole_diffusion.training.loop import TrainingLoop
@@ -113,6 +113,7 @@ class ExpertTrainer:
         self._denoiser = denoiser_of(pipe)
         self._denoiser.check_trainable()
         size = self._denoiser.picture_size
+        self._digest = pictures_digest(pictures)
         self._pictures = torch.stack([picture_tensor(picture, size) for picture in pictures])
 
     def train(
@@ -194,8 +195,7 @@ class ExpertTrainer:
     def _facts(self) -> dict[str, Any]:
         """What makes this training this training."""
         settings = {name: value for name, value in asdict(self.config).items() if name != "checkpoint_every"}
-        digest = hashlib.sha256(self._pictures.numpy().tobytes()).hexdigest()
-        return {**settings, "text": self.text, "class_text": self.class_text, "pictures": digest}
+        return {**settings, "text": self.text, "class_text": self.class_text, "pictures": self._digest}
 
     def _write(self, out: Path, networks: Mapping[str, Any]) -> None:
         tensors = {
