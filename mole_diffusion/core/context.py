@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -13,14 +12,8 @@ from torch import Tensor
 from . import functional
 from .errors import InjectionError, RegionMaskError
 from .networks.base import Forward
-
-# The oldest supported torch can ask no device and knows these.
-_is_autocast_available: Callable[[str], bool] = getattr(
-    torch.amp, "is_autocast_available", lambda device: device in ("cpu", "cuda", "xpu")
-)
-_AUTOCAST_DEVICES = tuple(name for name in ("cpu", "cuda", "xpu", "mps") if _is_autocast_available(name))
-# Newer than torch 2.1.
-_is_compiling: Callable[[], bool] = getattr(torch.compiler, "is_compiling", lambda: False)
+from .ranks import Layouts
+from .torch_state import in_backward, is_compiling, on_device
 
 
 class RegionMasks:
@@ -78,45 +71,66 @@ class Activation:
         scales: (N,) factor per expert; None where all are 1.
         fixed: (N,) weights per expert that replace the gates; None to use the gates.
         regions: region masks or None.
+        mask: (N,) True for active experts; None where all are.
     """
 
     active: tuple[int, ...]
     scales: Tensor | None = None
     fixed: Tensor | None = None
     regions: RegionMasks | None = None
+    mask: Tensor | None = None
 
     def to(self, device: torch.device) -> Activation:
         """The same with its tensors on a device."""
-        scales = None if self.scales is None else self.scales.to(device)
-        return Activation(
-            self.active, scales, None if self.fixed is None else self.fixed.to(device), self.regions
+        scales, fixed, mask = (
+            None if value is None else value.to(device) for value in (self.scales, self.fixed, self.mask)
         )
+        return Activation(self.active, scales, fixed, self.regions, mask)
 
 
-@dataclass
+#: Rank weights by layout of the matrix, data type and, where it matters, number of tokens.
+Expanded = dict[tuple[tuple[int, torch.device], torch.dtype, int], Tensor]
+
+
+@dataclass(eq=False)
 class GateValue:
     """What a gate said in the current forward.
 
     Attributes:
-        weights: (B, T, N) gate weights before strength, scales and regions.
-        strength: scalar as trained, or (B, T, 1) where the gates set it token by token; None where it does
-            not apply (fixed weights).
+        rows: (B * T, N) gate weights before strength, scales and regions, one row per token of the batch
+            where T is L; or (1, N) for all of them.
+        batch: B.
+        strength: scalar as trained, or (B * T, 1) where the gates set it token by token; None where it does
+            not apply (fixed weights, one expert alone).
         in_backward: whether a recomputation inside a backward pass computed it.
         real: (B, T, 1) how much each token counts in means, where there is padding; else None.
-        expanded: rank weights by matrix layout, data type and number of tokens.
+        expanded: rank weights.
         joint: the same for a sequence with the text tokens too, and their gate's value.
     """
 
-    weights: Tensor
+    rows: Tensor
+    batch: int
     strength: Tensor | None
     in_backward: bool
     real: Tensor | None = None
-    expanded: dict[tuple[tuple[int, ...], torch.dtype, int], Tensor] = field(default_factory=dict)
-    joint: tuple[GateValue, dict[tuple[tuple[int, ...], torch.dtype, int], Tensor]] | None = None
+    expanded: Expanded = field(default_factory=dict)
+    joint: tuple[GateValue, Expanded] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return max(self.rows.shape[0] // self.batch, 1)
+
+    @property
+    def weights(self) -> Tensor:
+        """(B, T, N)."""
+        if self.rows.shape[0] == 1:
+            return self.rows.unsqueeze(0).expand(self.batch, 1, -1)
+        return self.rows.view(self.batch, -1, self.rows.shape[-1])
 
     def mean(self) -> Tensor:
         """(B, N) weights, mean over the tokens that are no padding."""
-        if self.real is None or self.weights.shape[1] == 1:
+        if self.real is None or self.tokens == 1:
             return self.weights.mean(1)
         return functional.mean_tokens(self.weights, self.real).squeeze(1)
 
@@ -124,29 +138,16 @@ class GateValue:
         """The same with the mean weights over the tokens."""
         strength = self.strength
         if strength is not None and strength.dim() > 0:
-            real = self.real if strength.shape[1] > 1 else None
-            strength = functional.mean_tokens(strength, real)
-        return GateValue(self.mean().unsqueeze(1), strength, self.in_backward)
+            strength = strength.view(self.batch, -1, 1)
+            strength = functional.mean_tokens(strength, self.real if strength.shape[1] > 1 else None)
+            strength = strength.view(self.batch, 1)
+        return GateValue(self.mean(), self.batch, strength, self.in_backward)
 
-    def expanded_with(self, text: GateValue) -> dict[tuple[tuple[int, ...], torch.dtype, int], Tensor]:
+    def expanded_with(self, text: GateValue) -> Expanded:
         """As `expanded`, of the sequence with text tokens; empty again when their gate says something new."""
         if self.joint is None or self.joint[0] is not text:
             self.joint = text, {}
         return self.joint[1]
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Gates are float32 and factors have the output's data type, also inside somebody's autocast."""
-    if device.type in _AUTOCAST_DEVICES:
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
-
-
-def in_backward() -> bool:
-    """Whether autograd is running, that is, whether a forward now is a recomputation."""
-    if _is_compiling():
-        return False
-    return bool(torch._C._current_graph_task_id() != -1)
 
 
 class _Graph:
@@ -166,27 +167,55 @@ class ForwardContext:
     Args:
         part: what the host calls the network.
         experts: N.
+
+    Attributes:
+        chosen: whether the experts were chosen anew since the last forward.
     """
 
     def __init__(self, part: str, experts: int) -> None:
         self.part = part
         self.experts = experts
         self.enabled = True
+        self.chosen = False
+        self.layouts = Layouts(experts)
         self.activation = Activation(tuple(range(experts)))
         self.given_size: tuple[int, int] | None = None
         self.forward = Forward()
         self.values: dict[str, GateValue] = {}
-        self.live: dict[str, Tensor] = {}
+        self.live: dict[str, GateValue] = {}
         self._time: Tensor | None = None
         self._real: dict[str, Tensor] = {}
         self._graphs: weakref.WeakSet[_Graph] = weakref.WeakSet()
         self._tracked = False
 
+    @property
+    def activation(self) -> Activation:
+        """The choice for the following forwards."""
+        return self._activation
+
+    @activation.setter
+    def activation(self, activation: Activation) -> None:
+        self._activation = activation
+        self._forget_constants()
+
+    def _forget_constants(self) -> None:
+        """Drop what depends on the choice of experts alone."""
+        self._fixed: GateValue | None = None
+        self._alone: tuple[Tensor, Expanded] | None = None
+
+    def release(self) -> None:
+        """Let go of everything on a device that the next forward can make again."""
+        self.layouts.release()
+        self._forget_constants()
+
     def begin(self, forward: Forward) -> None:
         """Start of a forward of the whole network."""
         self.forward = forward
-        if self.activation.regions is not None and forward.size is not None:
-            self.activation.regions.check_aspect(forward.size)
+        if self.activation.regions is not None:
+            # Their grids depend on the latent.
+            self._forget_constants()
+            if forward.size is not None:
+                self.activation.regions.check_aspect(forward.size)
         self._time = None
         self._real.clear()
         self.forget()
@@ -197,19 +226,40 @@ class ForwardContext:
         self.live.clear()
         self._tracked = False
 
-    def store(self, label: str, value: GateValue, *, trained: bool) -> GateValue:
+    def fixed(self, device: torch.device) -> GateValue:
+        """The weights that replace the gates, the same in every forward."""
+        found = self._fixed
+        if found is None or is_compiling():
+            assert self.activation.fixed is not None
+            rows = on_device(self.activation.fixed, device).view(1, -1)
+            found = GateValue(rows, 1, None, in_backward=False)
+        if not is_compiling():  # what is kept here would change what was traced
+            self._fixed = found
+        return found
+
+    def alone(self, batch: int, device: torch.device) -> GateValue:
+        """The weights where one expert is active alone, the same in every forward."""
+        found = self._alone
+        if found is None or is_compiling():
+            mask = self.activation.mask
+            rows = torch.ones(1, 1) if mask is None else mask.float().view(1, -1)
+            found = on_device(rows, device), {}
+        if not is_compiling():
+            self._alone = found
+        return GateValue(found[0], batch, None, in_backward(), expanded=found[1])
+
+    def store(self, label: str, value: GateValue) -> GateValue:
         """Keep a gate's value for the rest of the group; note it unless it is a recomputation."""
         self.values[label] = value
-        # Autograd wants a recomputation to keep the same tensors, and this mean may keep one.
-        mean = value.mean() if trained else None
-        if mean is not None and not value.in_backward:
-            self.live[label] = mean
-            self._track(value.weights)
+        if not value.in_backward:
+            # Means are taken when asked for: a recomputation must keep the same tensors for autograd.
+            self.live[label] = value
+            self._track(value.rows)
         return value
 
     def _track(self, weights: Tensor) -> None:
         """Notice a forward whose graph waits for a backward pass, once per forward."""
-        if weights.requires_grad and not self._tracked and not _is_compiling():
+        if weights.requires_grad and not self._tracked and not is_compiling():
             self._tracked = True
             graph = _Graph()
             weights.register_hook(graph.finish)  # type: ignore[no-untyped-call]

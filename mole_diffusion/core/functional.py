@@ -8,17 +8,53 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Added to squared norms: far below the square of any useful feature in float32, above underflow.
+# Least squared norm: far below the square of any useful feature in float32, above underflow.
 EPS = 1e-20
 TIMESTEP_FEATURES = 8
 
 
-def expert_logits(z: Tensor, projected: Tensor, gram: Tensor) -> Tensor:
+class GramBlocks(NamedTuple):
+    """Blocks of a block-diagonal matrix for experts of equal rank.
+
+    Attributes:
+        columns: (n * r,) the experts' ranks among all R; None for all of them in order.
+        blocks: (n, r, r).
+    """
+
+    columns: Tensor | None
+    blocks: Tensor
+
+
+#: The block-diagonal Gram matrix (R, R) of all experts: as it is, or as its blocks where most of it is zero.
+Gram = Tensor | tuple[GramBlocks, ...]
+
+
+def squared_outputs(z: Tensor, gram: Gram) -> Tensor:
+    """What sums up to |f|^2 = z^T G z, see `expert_logits`.
+
+    Args:
+        z: (..., R); gram: G.
+    Returns:
+        (..., R).
+    """
+    if isinstance(gram, Tensor):
+        return times(z, gram) * z
+    parts = []
+    for columns, blocks in gram:
+        experts, rank, _ = blocks.shape
+        own = z if columns is None else z.index_select(-1, columns)
+        rows = own.reshape(-1, experts, rank).transpose(0, 1)
+        parts.append((torch.bmm(rows, blocks) * rows).transpose(0, 1).reshape(own.shape))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def expert_logits(z: Tensor, projected: Tensor, gram: Gram) -> Tensor:
     """Gate logits from expert outputs (Eq. 9-10) without forming the outputs.
 
     With f = concat_i(s_i B_i z_i) the logits are f^T E / |f|; in rank space f^T E = z^T P with
@@ -27,24 +63,29 @@ def expert_logits(z: Tensor, projected: Tensor, gram: Tensor) -> Tensor:
     Args:
         z: (..., R) rank activations x A_cat^T.
         projected: (R, N), P above.
-        gram: (R, R), G above.
+        gram: G above.
     Returns:
         (..., N) logits; 0 where the features vanish.
     """
-    squared = ((z @ gram) * z).sum(-1, keepdim=True).clamp_min(0.0)
-    return (z @ projected) * torch.rsqrt(squared + EPS)
+    squared = squared_outputs(z, gram).sum(-1, keepdim=True).clamp_min(EPS)
+    return times(z, projected) * torch.rsqrt(squared)
 
 
-def expert_logits_flat(z: Tensor, projected: Tensor, gram: Tensor) -> Tensor:
+def times(rows: Tensor, matrix: Tensor) -> Tensor:
+    """(..., n) product of (..., m) and a matrix (m, n); of plain rows with fewer calls inside PyTorch."""
+    return rows.mm(matrix) if rows.dim() == 2 else rows @ matrix
+
+
+def expert_logits_flat(z: Tensor, projected: Tensor, gram: Gram) -> Tensor:
     """As `expert_logits`, with the features of all tokens in one vector (Eq. 10, literal).
 
     Args:
-        z: (B, L, R); projected: (L, R, N); gram: (R, R).
+        z: (B, L, R); projected: (L, R, N); gram: G.
     Returns:
         (B, N) logits.
     """
-    squared = ((z @ gram) * z).sum((-2, -1)).clamp_min(0.0).unsqueeze(-1)
-    return torch.einsum("blr,lrn->bn", z, projected) * torch.rsqrt(squared + EPS)
+    squared = squared_outputs(z, gram).sum((-2, -1)).clamp_min(EPS).unsqueeze(-1)
+    return torch.einsum("blr,lrn->bn", z, projected) * torch.rsqrt(squared)
 
 
 def feature_logits(features: Tensor, projection: Tensor) -> Tensor:
@@ -59,47 +100,63 @@ def feature_logits(features: Tensor, projection: Tensor) -> Tensor:
     return (features @ projection) * torch.rsqrt(squared + EPS)
 
 
-def gate_weights(logits: Tensor, temperature: Tensor | float, active: Sequence[int] | None = None) -> Tensor:
+def active_mask(active: Sequence[int] | Tensor, experts: int, device: torch.device | str = "cpu") -> Tensor:
+    """(N,) True for active experts, given as their indices or as this mask."""
+    if isinstance(active, Tensor):
+        return active
+    mask = torch.zeros(experts, dtype=torch.bool)
+    mask[list(active)] = True
+    return mask.to(device)
+
+
+def gate_weights(
+    logits: Tensor, temperature: Tensor | float, active: Sequence[int] | Tensor | None = None
+) -> Tensor:
     """Gate weights softmax(logits / tau) (Eq. 11); inactive experts get exactly 0.
 
     Args:
         logits: (..., N).
         temperature: tau, above 0.
-        active: indices of active experts; None for all.
+        active: active experts, see `active_mask`; None for all.
     Returns:
         (..., N), summing to 1. Leaving experts out is the proportional renormalisation of the paper.
     """
     scaled = logits / temperature
-    if active is not None and len(active) < logits.shape[-1]:
-        inactive = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
-        inactive[list(active)] = False
+    if active is not None:
+        inactive = ~active_mask(active, logits.shape[-1], logits.device)
         scaled = scaled.masked_fill(inactive, float("-inf"))
     return torch.softmax(scaled, dim=-1)
 
 
-def sigmoid_total(logits: Tensor, temperature: Tensor | float, active: Sequence[int]) -> Tensor:
+def sigmoid_total(
+    logits: Tensor, temperature: Tensor | float, active: Sequence[int] | Tensor | None = None
+) -> Tensor:
     """Sum of N independent gate weights sigmoid(logits / tau - log(N - 1)), which is 1 at logits of zero.
 
     The active experts stand for all: their mean, times N. A gate with function "sigmoid" is the distribution
     of these weights (see `sigmoid_weights`) times this sum, which acts as a strength.
 
     Args:
-        logits: (..., N), N at least 2; temperature: tau; active: indices of active experts.
+        logits: (..., N), N at least 2; temperature: tau; active: as in `gate_weights`.
     Returns:
         (..., 1).
     """
     experts = logits.shape[-1]
-    open_ = torch.sigmoid(logits[..., list(active)] / temperature - math.log(experts - 1))
-    return open_.mean(-1, keepdim=True) * experts
+    open_ = torch.sigmoid(logits / temperature - math.log(experts - 1))
+    if active is None:
+        return open_.mean(-1, keepdim=True) * experts
+    mask = active_mask(active, experts, logits.device)
+    return (open_ * mask).sum(-1, keepdim=True) / mask.sum() * experts
 
 
-def sigmoid_weights(logits: Tensor, temperature: Tensor | float, active: Sequence[int]) -> Tensor:
+def sigmoid_weights(
+    logits: Tensor, temperature: Tensor | float, active: Sequence[int] | Tensor | None = None
+) -> Tensor:
     """Shares (..., N) of the active experts in `sigmoid_total`; inactive experts get exactly 0."""
     experts = logits.shape[-1]
     open_ = torch.sigmoid(logits / temperature - math.log(experts - 1))
-    mask = torch.zeros(experts, device=logits.device)
-    mask[list(active)] = 1.0
-    open_ = open_ * mask
+    if active is not None:
+        open_ = open_ * active_mask(active, experts, logits.device)
     return open_ / open_.sum(-1, keepdim=True).clamp_min(EPS)
 
 
@@ -169,34 +226,52 @@ def add_mixed_delta(
     """`output` plus `mixed_delta`, fused; in place where no gradient is asked for.
 
     Args:
-        output: (B, L, d_out), or (B, d_out, H, W) of a 1x1 convolution with L = H * W; else as `mixed_delta`.
+        output: (B, L, d_out), (B, d_out, H, W) of a convolution with L = H * W, or (B, d_out) with L = 1.
+        z: (B, L, R) or, one row per token of the batch, (B * L, R).
+        rank_weights: what broadcasts to z.
+        up: (R, d_out).
         rows: the features of `output` that the delta is for, where it holds those of several matrices.
     """
-    scaled = z * rank_weights
+    return add_delta(output, rows_of(z * rank_weights), up, rows)
+
+
+def add_delta(output: Tensor, scaled: Tensor, up: Tensor, rows: slice | None = None) -> Tensor:
+    """As `add_mixed_delta`, for rank activations (B * L, R) that are weighted already."""
     if rows is not None:
         return _add_to_rows(output, scaled, up, rows)
     if output.dim() == 4:
-        delta = (scaled @ up).transpose(1, 2).reshape(output.shape)
+        delta = _as_image(scaled @ up, output)
         return output + delta if torch.is_grad_enabled() else output.add_(delta)
-    flat = scaled.reshape(-1, scaled.shape[-1])
     if torch.is_grad_enabled() or not output.is_contiguous():
-        return torch.addmm(output.reshape(-1, output.shape[-1]), flat, up).view(output.shape)
-    output.view(-1, output.shape[-1]).addmm_(flat, up)
+        return torch.addmm(output.reshape(-1, output.shape[-1]), scaled, up).view(output.shape)
+    output.view(-1, output.shape[-1]).addmm_(scaled, up)
     return output
 
 
 def _add_to_rows(output: Tensor, scaled: Tensor, up: Tensor, rows: slice) -> Tensor:
-    """`output` with scaled (B, L, R) times up (R, rows) added to some of its features."""
+    """`output` with scaled (B * L, R) times up (R, rows) added to some of its features."""
     axis = 1 if output.dim() == 4 else -1
     part = output.narrow(axis, rows.start, rows.stop - rows.start)
     delta = scaled @ up
-    if output.dim() == 4:
-        delta = delta.transpose(1, 2)
-    delta = delta.reshape(part.shape)
+    delta = _as_image(delta, part) if output.dim() == 4 else delta.view(part.shape)
     if torch.is_grad_enabled():
         return torch.slice_scatter(output, part + delta, axis, rows.start, rows.stop)
     part.add_(delta)
     return output
+
+
+def _as_image(rows: Tensor, like: Tensor) -> Tensor:
+    """(B, d, H, W) of rows (B * H * W, d)."""
+    return rows.view(like.shape[0], -1, rows.shape[-1]).transpose(1, 2).reshape(like.shape)
+
+
+def rows_of(tokens: Tensor) -> Tensor:
+    """(B * L, d) of (B, L, d); the same where it can be seen that way."""
+    if tokens.dim() == 2:
+        return tokens
+    if tokens.is_contiguous():
+        return tokens.view(-1, tokens.shape[-1])
+    return tokens.reshape(-1, tokens.shape[-1])
 
 
 def mean_tokens(x: Tensor, real: Tensor | None = None) -> Tensor:

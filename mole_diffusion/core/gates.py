@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
+from .caches import ParameterCache
 from .config import MoLEConfig
-from .context import ForwardContext, GateValue, in_backward
+from .context import ForwardContext, GateValue
 from .errors import ConfigError, InjectionError
-from .matrices import MatrixSlot
+from .matrices import MatrixPlan, MatrixSlot
 from .modules import base_layer, site_shape
 from .networks.base import CONTEXT, DENOISER, EMBEDDING, JOINT, ROW, TOKENS, NetworkMap, Role, Site
+from .ranks import GateFactors
+from .torch_state import in_backward, on_device
 
 # `Group.solo` while a block runs without any expert.
 BASE = -1
@@ -64,6 +67,7 @@ class Gate(nn.Module):
         self.experts = experts
         self.tokens = tokens
         self.context_tokens = context_tokens
+        self.cache = ParameterCache()
         self.projection = nn.Parameter(torch.zeros(self._shape(features, tokens)))
         self.context_projection = None
         if context_features is not None:
@@ -93,7 +97,24 @@ class Gate(nn.Module):
     @property
     def temperature(self) -> Tensor:
         """tau, above 0."""
-        return self.log_temperature.exp()
+        return self.cache.get("temperature", [self.log_temperature], self.log_temperature.exp)
+
+    def shares(self, plan: MatrixPlan, active: int, scales: Tensor | None) -> Tensor:
+        """(N, R) what a gate weight of 1 gives to each rank of a matrix: its owner's strength and scale.
+
+        Args:
+            plan: of the matrix.
+            active: number of active experts.
+            scales: (N,) of the experts, or None for 1.
+        """
+
+        def build() -> Tensor:
+            factor = functional.effective_strength(self.strength, float(active), self.experts)
+            factor = on_device(factor, plan.owners.device)
+            return plan.owners * (factor if scales is None else (factor * scales).unsqueeze(-1))
+
+        parameters = [self.strength] if scales is None else [self.strength, scales]
+        return self.cache.get((plan.layout, active, len(parameters)), parameters, build)
 
     def projection_for(self, stream: str) -> Tensor:
         """The projection that reads tokens of `stream`."""
@@ -101,34 +122,29 @@ class Gate(nn.Module):
             return self.context_projection
         return self.projection
 
-    def rank_logits(
-        self,
-        z: Tensor,
-        ups: list[tuple[int, Tensor]],
-        gram: Tensor,
-        stream: str,
-        real: Tensor | None = None,
-    ) -> Tensor:
+    def rank_logits(self, z: Tensor, factors: GateFactors, stream: str, real: Tensor | None = None) -> Tensor:
         """Logits from the experts' outputs, in rank space.
 
         Args:
-            z: (B, L, R) rank activations of all experts of the matrix, float32.
-            ups: per expert that has the matrix, its index and s_i B_i (d, r_i), float32, in the order of z.
-            gram: (R, R) block-diagonal s_i^2 B_i^T B_i.
+            z: (B, L, R) rank activations of all experts of the matrix, float32; for pooling "token" also one
+                row per token of the batch (B * L, R).
+            factors: of the matrix.
             stream: "tokens" or "context".
             real: (B, L, 1) share of each token in means, 0 for padding; None where all are real.
         Returns:
-            (B, 1, N), or (B, L, N) for pooling "token".
+            (B, 1, N), or for pooling "token" as many rows as z has.
         """
-        projection = self.projection_for(stream).to(z.device)
-        projected = torch.cat([up.T @ projection[..., i, :, :] for i, up in ups], dim=-2)
+        projection = self.projection_for(stream)
+        projected = self.cache.get(
+            (stream, z.device), [projection], lambda: factors.project(on_device(projection, z.device))
+        )
         if self.config.pooling == "flatten":
             self._check_tokens(z.shape[1], stream)
             kept = functional.without_padding(z, real)
-            return functional.expert_logits_flat(kept, projected, gram).unsqueeze(1)
+            return functional.expert_logits_flat(kept, projected, factors.gram).unsqueeze(1)
         if self.config.pooling == "mean":
             z = functional.mean_tokens(z, real)
-        return functional.expert_logits(z, projected, gram)
+        return functional.expert_logits(z, projected, factors.gram)
 
     def feature_logits(self, features: Tensor, stream: str, real: Tensor | None = None) -> Tensor:
         """Logits from explicit features.
@@ -140,7 +156,7 @@ class Gate(nn.Module):
         Returns:
             (B, 1, N), or (B, L, N) for pooling "token".
         """
-        projection = self.projection_for(stream).to(features.device)
+        projection = on_device(self.projection_for(stream), features.device)
         if self.config.pooling == "flatten":
             self._check_tokens(features.shape[1], stream)
             flat = functional.without_padding(features, real).flatten(1).unsqueeze(1)
@@ -211,34 +227,32 @@ class Group:
         """Turn logits into gate weights and keep them; without logits one expert has all the weight.
 
         Args:
-            logits: (B, T, N) or None.
+            logits: (B, T, N), or one row per token of the batch (B * T, N); or None.
             x: the group's input, for batch size and device.
             context: state of the mixture.
             stream: what the tokens are.
             real: share of each token in means; see `Gate.rank_logits`.
         """
-        active = context.activation.active
-        strength = self.gate.strength.to(x.device)
+        batch = x.shape[0]
         if logits is None:
-            weights = torch.zeros(x.shape[0], 1, self.gate.experts, device=x.device)
-            weights[..., active[0]] = 1.0
+            return context.store(self.label(stream), context.alone(batch, x.device))
+        gate, active = self.gate, context.activation.mask
+        tau, strength = (on_device(value, logits.device) for value in (gate.temperature, gate.strength))
+        if gate.timestep_projection is not None:
+            logits = logits.view(batch, -1, gate.experts) + self._timestep_logits(context, logits.device)
+        rows = functional.rows_of(logits)
+        if gate.config.gate_function == "sigmoid":
+            weights = functional.sigmoid_weights(rows, tau, active)
+            strength = strength * functional.sigmoid_total(rows, tau, active)
         else:
-            tau = self.gate.temperature.to(logits.device)
-            if self.gate.timestep_projection is not None:
-                logits = logits + self._timestep_logits(context, logits.device)
-            if self.gate.config.gate_function == "sigmoid":
-                weights = functional.sigmoid_weights(logits, tau, active)
-                strength = strength * functional.sigmoid_total(logits, tau, active)
-            else:
-                weights = functional.gate_weights(logits, tau, active)
-        value = GateValue(weights, strength, in_backward(), real)
-        return context.store(self.label(stream), value, trained=True)
+            weights = functional.gate_weights(rows, tau, active)
+        return context.store(self.label(stream), GateValue(weights, batch, strength, in_backward(), real))
 
     def _timestep_logits(self, context: ForwardContext, device: torch.device) -> Tensor:
         """(B or 1, 1, N)."""
         projection: Tensor | None = self.gate.timestep_projection
         assert projection is not None
-        return context.time_features(device) @ projection.to(device)
+        return context.time_features(device) @ on_device(projection, device)
 
 
 def first_reader(slots: Sequence[MatrixSlot], stream: str) -> MatrixSlot:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .context import ForwardContext, GateValue, in_backward, without_autocast
+from .context import Expanded, ForwardContext, GateValue
 from .errors import InjectionError
-from .gates import BASE, Group
-from .matrices import Bundle, MatrixSlot, output_tokens
+from .gates import BASE, Gate, Group
+from .matrices import Bundle, MatrixPlan, MatrixSlot, output_tokens
 from .networks.base import CONTEXT, EMBEDDING, JOINT, TOKENS, Architecture, streams_of
+from .torch_state import as_type, is_compiling, on_device, without_autocast
 
 
 def mixing_weights(
@@ -31,10 +32,30 @@ def mixing_weights(
         else:
             weights = weights * masks
     if value.strength is not None:
-        weights = weights * functional.effective_strength(value.strength, count, context.experts)
+        strength = value.strength
+        if strength.dim() > 0:
+            strength = strength.view(value.batch, -1, 1)
+        weights = weights * functional.effective_strength(strength, count, context.experts)
     if scaled and activation.scales is not None:
-        weights = weights * activation.scales.to(weights.device)
+        weights = weights * on_device(activation.scales, weights.device)
     return weights
+
+
+def rank_weights(value: GateValue, gate: Gate, plan: MatrixPlan, context: ForwardContext) -> Tensor:
+    """Weight of each rank of a matrix, without region masks, float32.
+
+    Returns:
+        (B * T, R), a row for each row of `value`.
+    """
+    scales, active = context.activation.scales, len(context.activation.active)
+    if value.strength is not None and value.strength.dim() == 0:
+        return value.rows.mm(gate.shares(plan, active, scales))
+    rows = value.rows
+    if value.strength is not None:
+        rows = rows * functional.effective_strength(value.strength, float(active), context.experts)
+    if scales is not None:
+        rows = rows * scales
+    return rows.mm(plan.owners)
 
 
 def joint_weights(
@@ -83,101 +104,116 @@ class MatrixHook:
         if not self.context.enabled:
             return None
         x: Tensor = args[0]
+        slot, device, dtype = self.slot, output.device, output.dtype
         if self.group.block is not None and self.context.activation.fixed is None:
             return self._solo(x, output)
-        activation = self.context.activation
-        experts = self.slot.mixed(activation.active)
-        projected = self.slot.projected(activation)
-        with without_autocast(output.device):
+        with without_autocast(device):
+            plan = slot.plan(self.context.layouts, device, dtype)
             values = [self._gate(stream, label, leader, x, output) for stream, label, leader in self._gates]
-            z = self.bundle.project(self.slot, x, output, activation) if projected else None
-            if not experts or z is None:
+            z = self.bundle.project(slot, x, device, dtype) if slot.read else None
+            if plan.up is None or z is None:
                 return None
-            if experts != projected:
-                z = z.index_select(-1, self.slot.columns(projected, experts, z.device))
-            weights = self._rank_weights(values, experts, output, tokens=z.shape[1])
-            return self._add(output, z, weights, experts)
-
-    def _add(self, output: Tensor, z: Tensor, weights: Tensor, experts: tuple[int, ...]) -> Tensor:
-        flat = output.unsqueeze(1) if output.dim() == 2 else output
-        up = self.slot.up(experts, output)
-        return functional.add_mixed_delta(flat, z, weights, up, self.slot.rows).view(output.shape)
+            if plan.columns is not None:
+                z = z.index_select(-1, plan.columns)
+            weights = self._rank_weights(values, plan, dtype, z.shape[0], z.shape[0] // x.shape[0])
+            if weights.dim() == 3:
+                z = z.view(x.shape[0], -1, z.shape[-1])
+            return functional.add_mixed_delta(output, z, weights, plan.up, slot.rows)
 
     def _gate(
         self, stream: str, label: str, leader: MatrixSlot | None, x: Tensor, output: Tensor
     ) -> GateValue:
         """The gate of tokens of a stream: computed here if this is its first matrix, else looked up."""
-        context, gate = self.context, self.group.gate
-        activation = context.activation
+        context, activation = self.context, self.context.activation
         if activation.fixed is not None:
-            weights = activation.fixed.to(x.device).view(1, 1, -1)
-            return context.values.get(label) or context.store(
-                label, GateValue(weights, None, in_backward()), trained=False
-            )
+            return context.fixed(x.device)
         if leader is None:
             return context.fetch(label, self.slot.name)
         logits = real = None
         if len(activation.active) > 1:
-            hidden = gate.config.gate_input == "hidden"
-            if hidden:
-                features = output_tokens(leader.module, x)
-            else:
-                features = self.bundle.peek(leader, x, output, activation)
+            logits, real = self._logits(stream, leader, x, output)
+        return self.group.evaluate(logits, x, context, stream, real)
+
+    def _logits(
+        self, stream: str, leader: MatrixSlot, x: Tensor, output: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gate's logits, and the share of each token in means where there is padding."""
+        context, gate = self.context, self.group.gate
+        hidden = gate.config.gate_input == "hidden"
+        if hidden:
+            features = output_tokens(leader.module, x)
+        else:
+            features = self.bundle.peek(leader, x, output.device, output.dtype)
+        real = None
+        # Token by token it does not matter which rows are neighbours.
+        if gate.config.pooling != "token" or self.slot.stream == JOINT or context.forward.masks:
+            features = features.view(x.shape[0], -1, features.shape[-1])
             if self.slot.stream == JOINT:
                 features = features[:, context.span(stream, features.shape[1])]
             real = context.real_tokens(stream, features)
-            if hidden:
-                logits = gate.feature_logits(features.float(), stream, real)
-            else:
-                factors = leader.gate_factors(features.device)
-                logits = gate.rank_logits(features.float(), *factors, stream, real)
-        return self.group.evaluate(logits, x, context, stream, real)
+        features = as_type(features, torch.float32)
+        if hidden:
+            return gate.feature_logits(features, stream, real), real
+        factors = leader.gate_factors(context.experts, features.device)
+        return gate.rank_logits(features, factors, stream, real), real
 
     def _rank_weights(
-        self, values: list[GateValue], experts: tuple[int, ...], output: Tensor, tokens: int
+        self, values: list[GateValue], plan: MatrixPlan, dtype: torch.dtype, rows: int, tokens: int
     ) -> Tensor:
-        """(B, 1 or L, R) weight of each rank, shared by all matrices of the group with the same layout."""
+        """Weight of each rank, shared by all matrices of the group with the same layout.
+
+        Args:
+            values: of the gates of the matrix.
+            plan: of the matrix.
+            dtype: of the weights.
+            rows, tokens: B * L and L.
+        Returns:
+            What broadcasts to (B * L, R) or, of three dimensions, to (B, L, R).
+        """
         context, stream = self.context, self.slot.stream
-        layout = self.slot.layout(experts)
-        value = values[0]
-        activation = context.activation
+        value, activation = values[0], context.activation
         joint = stream == JOINT and (activation.fixed is None or activation.regions is not None)
-        if stream == EMBEDDING and value.weights.shape[1] > 1:
+        regions = activation.regions is not None and stream == TOKENS
+        if stream == EMBEDDING and value.tokens > 1:
             # One row for the whole picture, in a group whose gate speaks for every token.
             value = value.pooled()
         if not joint:
             self._check_tokens(value, tokens)
-        regions = activation.regions is not None and stream == TOKENS
-        key = (layout, output.dtype, tokens if regions or joint else 0)
-        expanded = value.expanded_with(values[1]) if joint else value.expanded
+        key = (plan.layout, dtype, tokens if regions or joint else 0)
+        expanded: Expanded = value.expanded_with(values[1]) if joint else value.expanded
         if key not in expanded:
             if joint:
                 for (kind, _, _), one in zip(self._gates, values, strict=True):
                     span = context.span(kind, tokens)
                     self._check_tokens(one, span.stop - span.start)
-                weights = joint_weights(values, context, tokens)
+                weights = joint_weights(values, context, tokens) @ plan.owners
+            elif regions:
+                weights = mixing_weights(value, context, stream, tokens) @ plan.owners
             else:
-                weights = mixing_weights(value, context, stream, tokens)
-            weights = weights.to(output.dtype)
-            expanded[key] = weights @ self.slot.owners(experts, context.experts, output)
-        return expanded[key]
+                weights = rank_weights(value, self.group.gate, plan, context)
+            expanded[key] = as_type(weights, dtype)
+        weights = expanded[key]
+        if weights.dim() == 2 and weights.shape[0] not in (1, rows):
+            weights = weights.view(value.batch, -1, weights.shape[-1])
+        return weights
 
     def _check_tokens(self, value: GateValue, tokens: int) -> None:
-        if value.weights.shape[1] not in (1, tokens):
+        if value.tokens not in (1, tokens):
             raise InjectionError(
-                f"{self.slot.name!r} has {tokens} tokens and its gate {value.weights.shape[1]}: a gate per "
+                f"{self.slot.name!r} has {tokens} tokens and its gate {value.tokens}: a gate per "
                 "token needs the same tokens in the whole group; use pooling='mean' where tokens are merged."
             )
 
     def _solo(self, x: Tensor, output: Tensor) -> Tensor | None:
         """Inside a block that runs once per expert: that expert's delta alone."""
-        solo = self.group.solo
-        if solo is None or solo == BASE or solo not in self.slot.factors:
+        solo, slot, device, dtype = self.group.solo, self.slot, output.device, output.dtype
+        if solo is None or solo == BASE or solo not in slot.factors:
             return None
-        z = self.bundle.alone(self.slot, solo, x, output)
+        z = self.bundle.alone(slot, solo, x, device, dtype)
         scales = self.context.activation.scales
-        scale = z.new_ones(1, 1, 1) if scales is None else scales[solo].view(1, 1, 1).to(z.device, z.dtype)
-        return self._add(output, z, scale, (solo,))
+        if scales is not None:
+            z = z * scales[solo].to(device, dtype)
+        return functional.add_delta(output, z, slot.up((solo,), device, dtype), slot.rows)
 
 
 class BlockHook:
@@ -306,5 +342,11 @@ class NetworkHook:
         self.context.begin(self.architecture.forward(args, kwargs, self.context.given_size))
         for group in self.groups:
             group.solo = None
+        prepare = self.context.chosen and not is_compiling()
         for bundle in self.bundles:
             bundle.clear()
+            if prepare:
+                # Blocks that are compiled alone find ready what they must not make themselves.
+                bundle.prepare(self.context.layouts)
+        if prepare:
+            self.context.chosen = False

@@ -1,46 +1,38 @@
-"""Matrices of a network and the experts' factors for them, concatenated and cast once."""
+"""Matrices of a network, and what each needs of the experts in a forward, made once per choice of experts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import functional
+from .caches import Plans, TensorCache
 from .context import Activation
-from .experts import LoraFactors
+from .factors import LoraFactors
 from .modules import kernel_size, site_shape
 from .networks.base import NetworkMap
-
-# Tensors (per device, data type and active experts) that a matrix keeps ready before it drops them all; more
-# than one forward needs, also with many experts that run one by one.
-_KEPT = 64
-
-T = TypeVar("T")
+from .ranks import GateFactors, Layouts, SharedDown, gate_factors, rank_rows, share_down
 
 
-class TensorCache:
-    """Keeps derived tensors, so that factors are concatenated and cast once and not per call."""
+@dataclass(frozen=True, eq=False)
+class MatrixPlan:
+    """What a matrix needs of the experts while the choice of experts, the device and the data type stay.
 
-    def __init__(self) -> None:
-        self._values: dict[Any, Any] = {}
+    Attributes:
+        up: (R, d_out) up factors of the active experts with scaling; None where none has the matrix.
+        columns: (R,) places of the active experts' ranks among those projected; None for all of them.
+        layout: number of the layout, see `Layouts`, and the device.
+        owners: (N, R) one-hot owner of each rank, float32.
+    """
 
-    def get(self, key: Any, build: Callable[[], T]) -> T:
-        """The value of `key`, built at first request, outside inference mode so that training may use it."""
-        if key not in self._values:
-            if len(self._values) >= _KEPT:
-                self._values.clear()
-            with torch.inference_mode(False), torch.no_grad():
-                self._values[key] = build()
-        value: T = self._values[key]
-        return value
-
-    def clear(self) -> None:
-        """Drop everything."""
-        self._values.clear()
+    up: Tensor | None
+    columns: Tensor | None
+    layout: tuple[int, torch.device]
+    owners: Tensor
 
 
 @dataclass(eq=False)
@@ -56,6 +48,8 @@ class MatrixSlot:
         source: matrices of equal source read the same tensor.
         may_lead: whether its gate is read off it where another matrix of the same source could do.
         leads: whether it computes a gate of its group from its own rank activations.
+        used: active experts that have this matrix.
+        read: experts whose down factors are multiplied: all if the gate reads them, else the active ones.
     """
 
     name: str
@@ -66,67 +60,61 @@ class MatrixSlot:
     source: str = ""
     may_lead: bool = True
     leads: bool = False
+    used: tuple[int, ...] = ()
+    read: tuple[int, ...] = ()
     cache: TensorCache = field(default_factory=TensorCache)
+    plans: Plans[MatrixPlan] = field(default_factory=Plans)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in); a kernel does not count."""
         return site_shape(self.module, self.rows)
 
+    def choose(self, activation: Activation) -> None:
+        """Be ready for forwards with these experts."""
+        self.used = self.read = self.mixed(activation.active)
+        if self.leads and activation.fixed is None and len(activation.active) > 1:
+            self.read = tuple(self.factors)
+        self.plans.choose((self.read, self.used))
+
     def mixed(self, active: tuple[int, ...]) -> tuple[int, ...]:
-        """Active experts that have this matrix."""
+        """Those of the active experts that have this matrix."""
         return tuple(i for i in active if i in self.factors)
 
-    def projected(self, activation: Activation) -> tuple[int, ...]:
-        """Experts whose down factors are multiplied: all if the gate reads them, else the active ones."""
-        if self.leads and activation.fixed is None and len(activation.active) > 1:
-            return tuple(self.factors)
-        return self.mixed(activation.active)
+    def plan(self, layouts: Layouts, device: torch.device, dtype: torch.dtype) -> MatrixPlan:
+        """What is needed where the output is on this device and of this data type."""
+        return self.plans.get(device, dtype, lambda: self._plan(layouts, device, dtype))
 
-    def rank(self, experts: tuple[int, ...]) -> int:
-        """Sum of the ranks of `experts`."""
-        return sum(self.factors[i].width for i in experts)
+    def _plan(self, layouts: Layouts, device: torch.device, dtype: torch.dtype) -> MatrixPlan:
+        owners = self._owners(self.used)
+        columns = None
+        if self.used != self.read:
+            chosen = [k for k, owner in enumerate(self._owners(self.read)) if owner in self.used]
+            columns = torch.tensor(chosen, device=device)
+        up = self.up(self.used, device, dtype) if self.used else None
+        return MatrixPlan(up, columns, (layouts.number(owners), device), layouts.one_hot(owners, device))
 
-    def layout(self, experts: tuple[int, ...]) -> tuple[int, ...]:
+    def _owners(self, experts: tuple[int, ...]) -> tuple[int, ...]:
         """Owner of each rank."""
         return tuple(i for i in experts for _ in range(self.factors[i].width))
 
-    def owners(self, experts: tuple[int, ...], total: int, like: Tensor) -> Tensor:
-        """(N, R) one-hot owner of each rank: a product with it is exact and faster than a gather."""
-
-        def build() -> Tensor:
-            owner = torch.tensor(self.layout(experts), device=like.device)
-            return nn.functional.one_hot(owner, total).T.to(like.dtype).contiguous()
-
-        return self.cache.get(("owners", experts, like.device, like.dtype), build)
-
-    def up(self, experts: tuple[int, ...], like: Tensor) -> Tensor:
-        """(R, d_out) concatenated up factors with scaling, on the device and in the data type of `like`."""
+    def up(self, experts: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+        """(R, d_out) concatenated up factors with scaling."""
 
         def build() -> Tensor:
             scaled = [self.factors[i].weighted_up() for i in experts]
-            return torch.cat(scaled, dim=1).T.to(like.device, like.dtype).contiguous()
+            return torch.cat(scaled, dim=1).T.to(device, dtype).contiguous()
 
-        return self.cache.get(("up", experts, like.device, like.dtype), build)
+        return self.cache.get(("up", experts, device, dtype), build)
 
-    def columns(self, experts: tuple[int, ...], chosen: tuple[int, ...], device: torch.device) -> Tensor:
-        """Positions of the ranks of `chosen` among those of `experts`."""
+    def gate_factors(self, experts: int, device: torch.device) -> GateFactors:
+        """What the gate of N experts needs to read their outputs in rank space."""
+        return self.cache.get(("gate", device), lambda: gate_factors(self.factors, experts, device))
 
-        def build() -> Tensor:
-            owners = self.layout(experts)
-            return torch.tensor([k for k, owner in enumerate(owners) if owner in chosen], device=device)
-
-        return self.cache.get(("columns", experts, chosen, device), build)
-
-    def gate_factors(self, device: torch.device) -> tuple[list[tuple[int, Tensor]], Tensor]:
-        """Per expert s_i B_i, and their block-diagonal Gram matrix; float32."""
-
-        def build() -> tuple[list[tuple[int, Tensor]], Tensor]:
-            ups = [(i, f.weighted_up().to(device)) for i, f in self.factors.items()]
-            gram: Tensor = torch.block_diag(*(up.T @ up for _, up in ups))  # type: ignore[no-untyped-call]
-            return ups, gram
-
-        return self.cache.get(("gate", device), build)
+    def release(self) -> None:
+        """Let go of everything on a device."""
+        self.cache.clear()
+        self.plans.clear()
 
 
 class Bundle:
@@ -138,43 +126,60 @@ class Bundle:
 
     def __init__(self, slots: list[MatrixSlot]) -> None:
         self.slots = slots
-        self._cache = TensorCache()
+        self._plans: Plans[SharedDown] = Plans()
+        self._wanted: list[MatrixSlot] = []
         self._input: Tensor | None = None
         self._parts: dict[str, Tensor] = {}
 
-    def project(self, slot: MatrixSlot, x: Tensor, like: Tensor, activation: Activation) -> Tensor:
-        """Rank activations (B, L, R) of `slot` for its input x (B, L, d), in the data type of `like`.
+    def choose(self, activation: Activation) -> None:
+        """Be ready for forwards with these experts."""
+        for slot in self.slots:
+            slot.choose(activation)
+        self._wanted = [slot for slot in self.slots if slot.read]
+        self._plans.choose(tuple((slot.name, slot.read) for slot in self._wanted))
+
+    def prepare(self, layouts: Layouts) -> None:
+        """Make ready what the next forward needs, as far as earlier ones told where it will run."""
+        for device, dtype in self._plans.places if self._wanted else ():
+            self._plan(device, dtype)
+        for slot in self.slots:
+            for device, dtype in slot.plans.places:
+                slot.plan(layouts, device, dtype)
+
+    def project(self, slot: MatrixSlot, x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Rank activations (B * L, R) of `slot` for its input x (B, L, d).
 
         They are handed out once; `peek` leaves them there.
+
+        Args:
+            slot: one of the matrices.
+            x: their input.
+            device, dtype: of the output.
         """
-        part = self.peek(slot, x, like, activation)
+        part = self.peek(slot, x, device, dtype)
         del self._parts[slot.name]
         if not self._parts:
             self._input = None
         return part
 
-    def peek(self, slot: MatrixSlot, x: Tensor, like: Tensor, activation: Activation) -> Tensor:
+    def peek(self, slot: MatrixSlot, x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         """As `project`, for a matrix that runs later on the same input."""
         if self._input is not x or slot.name not in self._parts:
-            wanted = {s.name: experts for s in self.slots if (experts := s.projected(activation))}
-            factors = self._factors(wanted, like)
-            z = rank_activations(slot.module, x, factors.down, factors.offset)
-            if factors.shared is None:
-                self._parts = dict(zip(wanted, torch.split(z, factors.sizes, dim=-1), strict=True))
-            else:
-                self._parts = {
-                    name: z if columns is None else z.index_select(-1, columns)
-                    for name, columns in zip(wanted, factors.shared, strict=True)
-                }
+            plan = self._plan(device, dtype)
+            parts = plan.parts(rank_rows(slot.module, x, plan))
+            self._parts = {one.name: part for one, part in zip(self._wanted, parts, strict=True)}
             self._input = x
         return self._parts[slot.name]
 
-    def alone(self, slot: MatrixSlot, expert: int, x: Tensor, like: Tensor) -> Tensor:
-        """Rank activations of one expert for one matrix; its input is another one for every expert."""
+    def alone(
+        self, slot: MatrixSlot, expert: int, x: Tensor, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        """As `project`, of one expert for one matrix; its input is another one for every expert."""
         factors = slot.cache.get(
-            ("down", expert, like.device, like.dtype), lambda: _share_down([[slot.factors[expert]]], like)
+            ("down", expert, device, dtype),
+            lambda: share_down(slot.module, [[slot.factors[expert]]], device, dtype),
         )
-        return rank_activations(slot.module, x, factors.down, factors.offset)
+        return rank_rows(slot.module, x, factors)
 
     def clear(self) -> None:
         """Let go of tensors that an interrupted forward left behind."""
@@ -184,80 +189,16 @@ class Bundle:
     def release(self) -> None:
         """Let go of everything on a device."""
         self.clear()
-        self._cache.clear()
+        self._plans.clear()
+        for slot in self.slots:
+            slot.release()
 
-    def _factors(self, wanted: dict[str, tuple[int, ...]], like: Tensor) -> _SharedDown:
-        return self._cache.get(
-            (tuple(wanted.items()), like.device, like.dtype),
-            lambda: _share_down(
-                [[s.factors[i] for i in wanted[s.name]] for s in self.slots if s.name in wanted], like
-            ),
-        )
+    def _plan(self, device: torch.device, dtype: torch.dtype) -> SharedDown:
+        def build() -> SharedDown:
+            factors = [[slot.factors[i] for i in slot.read] for slot in self._wanted]
+            return share_down(self.slots[0].module, factors, device, dtype)
 
-
-@dataclass(frozen=True)
-class _SharedDown:
-    """The down factors of several matrices, each only once.
-
-    Attributes:
-        down: (R, in) for all matrices.
-        offset: (R,) what is added to the products, or None.
-        sizes: ranks of each matrix, if no two have a factor in common.
-        shared: else the columns of each matrix among the products, None for all of them in order.
-    """
-
-    down: Tensor
-    offset: Tensor | None
-    sizes: list[int]
-    shared: list[Tensor | None] | None
-
-
-def _share_down(matrices: Sequence[Sequence[LoraFactors]], like: Tensor) -> _SharedDown:
-    """The down factors of matrices; what the parts of a fused matrix have in common stands there once."""
-    starts: dict[tuple[int, bool], int] = {}
-    rows: list[Tensor] = []
-    offsets: list[Tensor] = []
-    columns: list[list[int]] = []
-    total = 0
-    for factors in matrices:
-        own: list[int] = []
-        for one in factors:
-            # A bias is one more row, after the same ones.
-            key = id(one.down), one.bias is not None
-            if key not in starts:
-                starts[key] = total
-                rows.append(one.rows())
-                offsets.append(one.offset())
-                total += one.width
-            own += range(starts[key], starts[key] + one.width)
-        columns.append(own)
-    offset = torch.cat(offsets)
-    sizes = [len(own) for own in columns]
-    shared = None
-    if sum(sizes) > total:
-        everything = list(range(total))
-        shared = [None if own == everything else torch.tensor(own, device=like.device) for own in columns]
-    return _SharedDown(
-        torch.cat(rows).to(like.device, like.dtype).contiguous(),
-        offset.to(like.device, like.dtype) if offset.any() else None,
-        sizes,
-        shared,
-    )
-
-
-def rank_activations(module: nn.Module, x: Tensor, down: Tensor, offset: Tensor | None) -> Tensor:
-    """(B, L, R) products of a matrix's input with down factors (R, in), in the factors' data type.
-
-    Those of a convolution are computed by a convolution of the same kernel, stride and padding, so that L are
-    the positions of its output.
-    """
-    kernel = kernel_size(module)
-    if kernel is None:
-        return nn.functional.linear(functional.tokens_of(x).to(down.dtype), down, offset)
-    weight = down.view(down.shape[0], -1, *kernel)
-    # PyTorch's own method also knows the module's padding mode (tiling pictures use "circular").
-    z = nn.Conv2d._conv_forward(module, x.to(down.dtype), weight, offset)  # type: ignore[arg-type]
-    return functional.tokens_of(z)
+        return self._plans.get(device, dtype, build)
 
 
 def output_tokens(module: nn.Module, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from . import functional
 from .config import MoLEConfig
 from .context import Activation, ForwardContext, RegionMasks
 from .errors import (
@@ -126,8 +127,9 @@ class Mixture:
         """Let go of the factors' copies on devices; the next forward makes new ones."""
         for bundle in self._bundles:
             bundle.release()
-            for slot in bundle.slots:
-                slot.cache.clear()
+        for group in self.groups:
+            group.gate.cache.clear()
+        self._context.release()
 
     def enable(self) -> None:
         """Let the hooks work again after `disable`."""
@@ -185,14 +187,25 @@ class Mixture:
         regions = self._regions(region_masks, active, latent_size) if region_masks else None
         self._context.forget()
         self._context.given_size = latent_size
+        everybody = len(active) == len(self.experts)
         with torch.inference_mode(False):
             self._context.activation = Activation(
                 active,
                 torch.tensor(scales) if any(scale != 1.0 for scale in scales) else None,
                 None if fixed is None else torch.tensor(fixed),
                 regions,
+                None if everybody else functional.active_mask(active, len(self.experts)),
             )
         self.to(network_device(self.network) or self._device)
+        self._choose()
+
+    def _choose(self) -> None:
+        """Let everything know which experts count from now on."""
+        for bundle in self._bundles:
+            bundle.choose(self._context.activation)
+        for group in self.groups:
+            group.gate.cache.clear()
+        self._context.chosen = True
 
     def chosen(
         self, active_experts: Sequence[str] | None = None, expert_scales: Mapping[str, float] | None = None
@@ -234,7 +247,7 @@ class Mixture:
 
         The gate of a denoiser's text tokens in a group is named "GROUP.context". Empty with fixed weights.
         """
-        return dict(self._context.live)
+        return {label: value.mean() for label, value in self._context.live.items()}
 
     def _index(self, name: str) -> int:
         if name not in self.expert_names:

@@ -13,6 +13,7 @@ from mole_diffusion import Expert, ExpertLoadError, InjectionError, MoLEConfig, 
 from mole_diffusion.core import matrices
 from mole_diffusion.core.factors import LoraFactors
 from mole_diffusion.core.modules import runs_fused
+from mole_diffusion.core.ranks import SharedDown
 
 from .core_tools import lora_state, make_experts, make_joint, make_unet, randomise, run, to_experts, twin
 from .dialect_tools import make_text, run_part
@@ -141,13 +142,13 @@ def test_parts_of_a_fused_matrix_share_one_product(monkeypatch: pytest.MonkeyPat
     assert parts[0].down is parts[1].down is parts[2].down
     split = to_experts({"boot": lora_state(network, 4, 9)}, "transformer")
     products: list[int] = []
-    original = matrices.rank_activations
+    original = matrices.rank_rows
 
-    def counted(module: nn.Module, x: Tensor, down: Tensor, offset: Tensor | None) -> Tensor:
-        products.append(len(down))
-        return original(module, x, down, offset)
+    def counted(module: nn.Module, x: Tensor, factors: SharedDown) -> Tensor:
+        products.append(factors.down.shape[1])
+        return original(module, x, factors)
 
-    monkeypatch.setattr(matrices, "rank_activations", counted)
+    monkeypatch.setattr(matrices, "rank_rows", counted)
     inject(network, experts, MoLEConfig()).activate()
     run(network)
     # Two projections and two feed-forwards of the block of two streams; the others' read one tensor.
