@@ -1,10 +1,21 @@
-# Every target makes its own environment from requirements.lock: plain venv and pip, nothing else needed but Python 3.10
-# or newer.
+# Every target makes its own environment: plain venv and pip, nothing else needed but Python 3.10 or newer.
+# It holds the versions of requirements.lock; test-newest and test-lowest try the ends of the ranges in pyproject.toml.
 PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
-PIP    := $(PY) -m pip install --disable-pip-version-check --quiet
 STAMP  := $(VENV)/.installed
+PIP    := -m pip --disable-pip-version-check install --quiet
+# Resolves versions for the lock and for the two ends; has an environment of its own.
+UV     := $(VENV)-uv/bin/uv
+UV_VERSION := 0.13.9
+# `make lock UPGRADE=` keeps the versions that the ranges still allow.
+UPGRADE ?= --upgrade
+NEWEST := $(VENV)-newest
+LOWEST := $(VENV)-lowest
+# What the lowest versions must pass: everything but the app, evaluation, and other programs.
+LOWEST_TESTS := tests/core tests/pipeline tests/methods tests/training tests/test_cli.py
+
+LOCK := $(UV) pip compile --quiet --universal --python-version 3.10 --no-annotate --custom-compile-command "make lock" $(UPGRADE)
 
 .PHONY: demo app test test-slow test-newest test-lowest lock soak gpu-kit lint types format clean help
 
@@ -14,8 +25,8 @@ help:
 	@echo "make test    the test suite"
 	@echo "make soak    fifty visitors of the app for ten minutes: nothing lost, nothing mixed"
 	@echo "make gpu-kit a folder that tests and measures on a machine with a GPU and no network (bench/README.md)"
-	@echo "make test-newest, test-lowest   the same with the newest and the lowest versions that are allowed"
-	@echo "make lock    requirements.lock anew: the exact versions that all of these install"
+	@echo "make test-newest, make test-lowest    the tests with the newest and the lowest versions that pyproject.toml allows"
+	@echo "make lock    write requirements.lock anew, with the newest versions"
 	@echo "make lint    ruff: style and formatting"
 	@echo "make types   mypy --strict"
 
@@ -34,25 +45,20 @@ test-slow: $(STAMP)
 soak: $(STAMP)
 	$(PY) tests/app/soak.py $(ARGS)
 
-# Environments of their own; what they found is in CONTRIBUTING.md.
-test-newest:
-	$(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/pip install --disable-pip-version-check --quiet --upgrade --editable ".[dev]"
-	.venv-newest/bin/python -m pytest $(ARGS)
+test-newest: $(UV)
+	$(UV) venv --quiet --clear --seed --python $(PYTHON) $(NEWEST)
+	$(UV) pip install --quiet --upgrade --python $(NEWEST)/bin/python --editable ".[dev]"
+	$(NEWEST)/bin/python -m pytest $(ARGS)
 
-test-lowest:
-	$(PYTHON) -m venv .venv-lowest
-	.venv-lowest/bin/pip install --disable-pip-version-check --quiet uv
-	.venv-lowest/bin/uv pip compile --quiet --resolution lowest-direct --extra dev \
-	  --python .venv-lowest/bin/python --output-file .venv-lowest/requirements.txt pyproject.toml
-	.venv-lowest/bin/pip install --disable-pip-version-check --quiet --requirement .venv-lowest/requirements.txt
-	.venv-lowest/bin/pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
-	.venv-lowest/bin/python -m pytest tests/core tests/pipeline tests/training tests/test_cli.py $(ARGS)
+# Wheels as old as these exist for Python 3.10 to 3.12.
+test-lowest: $(UV)
+	$(UV) venv --quiet --clear --seed --python $(PYTHON) $(LOWEST)
+	$(UV) pip install --quiet --resolution lowest-direct --python $(LOWEST)/bin/python --editable ".[baselines,test]"
+	$(LOWEST)/bin/python -m pytest $(LOWEST_TESTS) $(ARGS)
 
-lock: $(STAMP)
-	$(PIP) uv
-	$(VENV)/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 --extra dev --no-header \
-	  --no-annotate --output-file requirements.lock pyproject.toml
+lock: $(UV)
+	$(LOCK) --extra dev --output-file requirements.lock pyproject.toml
+	$(LOCK) --constraint requirements.lock --output-file tests/comfy/requirements.lock tests/comfy/requirements.in
 
 gpu-kit: $(STAMP)
 	$(PY) bench/kit.py $(ARGS)
@@ -69,15 +75,24 @@ format: $(STAMP)
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-uv $(NEWEST) $(LOWEST) build dist .mypy_cache .pytest_cache .ruff_cache
 
 # `venv` without ensurepip leaves a half-made folder behind, hence the check for pip and not for the folder.
-$(STAMP): requirements.lock
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-	  echo "mole_diffusion needs Python 3.10 or newer as '$(PYTHON)'. Another one: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
-	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
-	  echo "'$(PYTHON) -m venv' failed. On Debian and Ubuntu: apt-get install python3-venv, then try again." >&2; exit 1; }
+define make-venv
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+  echo "mole_diffusion needs Python 3.10 or newer as '$(PYTHON)'. Another one: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
+@$(1)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(1) || { rm -rf $(1); \
+  echo "'$(PYTHON) -m venv' failed. On Debian and Ubuntu: apt-get install python3-venv, then try again." >&2; exit 1; }
+endef
+
+# The build backend is locked too, so nothing is fetched past the lock.
+$(STAMP): pyproject.toml requirements.lock
+	$(call make-venv,$(VENV))
 	@echo "Installing into $(VENV); PyTorch is large, the first time takes minutes ..."
-	@$(PIP) --requirement requirements.lock
-	@$(PIP) --no-deps --no-build-isolation --editable .
+	@$(PY) $(PIP) --requirement requirements.lock
+	@$(PY) $(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
+
+$(UV):
+	$(call make-venv,$(VENV)-uv)
+	@$(VENV)-uv/bin/python $(PIP) uv==$(UV_VERSION)

@@ -6,17 +6,22 @@ import json
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 from typer.testing import CliRunner, Result
 
 from mole_diffusion import __version__
 from mole_diffusion.cli import app
-from mole_diffusion.commands.diagnosis import OPTIONAL, REQUIRED
+from mole_diffusion.commands import diagnosis
+from mole_diffusion.commands.clashes import CLASHES, Clash
+from mole_diffusion.commands.diagnosis import requirements
 from mole_diffusion.core.checkpoint import save_gates
 from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.experts import load_expert
@@ -320,11 +325,74 @@ def test_doctor_fails_without_the_starter(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_doctor_knows_the_requirements_of_the_project() -> None:
+    packages = {p.name: p for p in diagnosis.diagnose().packages}
     text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     plain = re.search(r"^dependencies = \[(.*?)^\]", text, re.MULTILINE | re.DOTALL)
     assert plain is not None
-    assert re.findall(r'"([^"]+)"', plain[1]) == list(REQUIRED)
-    assert all(f'"{requirement}"' in text for requirement in OPTIONAL)
+    # Names as packages spell them: "open_clip_torch" is "open-clip-torch" in metadata.
+    required = {f'pip install "{text.replace("_", "-")}"' for text in re.findall(r'"([^"]+)"', plain[1])}
+    assert {package.install for package in packages.values() if package.required} == required
+    optional = {name for name, package in packages.items() if not package.required}
+    assert {"gradio", "pydantic", "nevergrad", "xformers"} <= optional
+    assert not {"pytest", "ruff", "resvg-py", "mole-diffusion"} & set(packages)
+    assert packages["pydantic"].purpose == "evaluation (mole evaluate)"
+
+
+def test_doctor_says_what_does_not_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnosis, "CLASHES", [Clash(("torch>=2", "numpy>=1"), "no pictures", "wait", True)])
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert "problem: torch>=2 with numpy>=1: no pictures; wait" in result.stderr
+    monkeypatch.setattr(diagnosis, "CLASHES", [Clash(("torch>=2", "numpy>=1"), "no pictures", "wait")])
+    result = run("doctor")
+    assert result.exit_code == 0
+    assert "note: torch>=2 with numpy>=1: no pictures; wait" in result.stderr
+    monkeypatch.setattr(diagnosis, "CLASHES", [Clash(("torch>=2", "numpy>=999"), "no pictures", "wait")])
+    assert json.loads(run("doctor", "--json").stdout)["notes"] == []
+
+
+def test_clashes_are_found_by_version() -> None:
+    installed = {"transformers": "5.24.0", "peft": "0.21.2"}
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    (found,) = diagnosis.clashes(version)
+    assert found.together == ("transformers>=5.24", "peft<0.22")
+    assert "pip install" in str(found)
+    installed["transformers"] = "5.23.0"
+    assert diagnosis.clashes(version) == []
+    installed.update(transformers="5.25.0", peft="0.22.0")
+    assert diagnosis.clashes(version) == []
+    installed["peft"] = "0.21.3"
+    assert len(diagnosis.clashes(version)) == 1
+    del installed["peft"]
+    assert diagnosis.clashes(version) == []
+
+
+def test_every_clash_is_within_what_the_project_allows() -> None:
+    """What pip refuses to install beside the project needs no words."""
+    allowed = {r.name: min(Version(s.version) for s in r.specifier) for r in requirements()}
+    for clash in CLASHES:
+        for wanted in map(Requirement, clash.together):
+            (bound,) = wanted.specifier
+            assert bound.operator == ">=" or Version(bound.version) > allowed[wanted.name], clash
+
+
+def test_doctor_says_which_versions_are_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = ["torch>=999", "no-such-library>=1", "gradio>=999; extra == 'app'"]
+    monkeypatch.setattr(diagnosis.metadata, "requires", lambda name: wanted)
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert 'problem: no-such-library is missing: pip install "no-such-library>=1"' in result.stderr
+    assert f"note: torch {metadata.version('torch')} is not a version" in result.stderr
+    assert 'pip install "torch>=999"' in result.stderr
+    monkeypatch.setattr(diagnosis.metadata, "requires", lambda name: ["no-such-library>=1; extra == 'app'"])
+    refused = run("app")
+    assert refused.exit_code == 1
+    assert 'the app needs no-such-library: pip install "no-such-library>=1"' in refused.stderr
 
 
 @pytest.mark.parametrize(

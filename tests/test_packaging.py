@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from hatchling import build
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import mole_diffusion
 from mole_diffusion.starter.location import starter_dir
@@ -58,7 +60,7 @@ def test_metadata_gives_the_script_and_what_the_demo_needs(wheel: zipfile.ZipFil
     metadata = message_from_bytes(wheel.read(f"{home}/METADATA"))
     requirements = [entry for entry in metadata.get_all("Requires-Dist", []) if "extra ==" not in entry]
     for name in (
-        "torch>=2.1",
+        "torch>=2.6",
         "safetensors",
         "diffusers",
         "transformers",
@@ -69,18 +71,43 @@ def test_metadata_gives_the_script_and_what_the_demo_needs(wheel: zipfile.ZipFil
     ):
         assert any(entry.startswith(name) for entry in requirements), name
     assert not any("==" in entry or "<" in entry for entry in requirements)
-    assert set(metadata.get_all("Provides-Extra", [])) == {
-        "diffusers",
-        "train",
-        "evaluate",
-        "baselines",
-        "build",
-        "app",
-        "xformers",
-        "dev",
-    }
+    extras = {"app", "baselines", "build", "dev", "evaluate", "test", "xformers"}
+    assert set(metadata.get_all("Provides-Extra", [])) == extras
     assert metadata["Requires-Python"] == ">=3.10"
     assert "mole = mole_diffusion.cli:main" in wheel.read(f"{home}/entry_points.txt").decode()
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+@pytest.mark.parametrize("system", [("linux", "Linux", "x86_64"), ("darwin", "Darwin", "arm64")])
+def test_the_lock_has_one_allowed_version_of_everything(
+    wheel: zipfile.ZipFile, python: str, system: tuple[str, str, str]
+) -> None:
+    place = dict(zip(("sys_platform", "platform_system", "platform_machine"), system, strict=True))
+    here = {**place, "python_version": python, "python_full_version": f"{python}.9", "extra": ""}
+    locked: dict[str, str] = {}
+    for line in (ROOT / "requirements.lock").read_text().splitlines():
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        entry = Requirement(text)  # neither options nor addresses nor paths
+        assert entry.url is None, line
+        (version,) = entry.specifier
+        assert version.operator == "==", line
+        if entry.marker is None or entry.marker.evaluate(here):
+            assert canonicalize_name(entry.name) not in locked, line
+            locked[canonicalize_name(entry.name)] = version.version
+    wanted = [
+        r for r in _requirements(wheel) if r.marker is None or r.marker.evaluate({**here, "extra": "dev"})
+    ]
+    assert {"torch", "pytest", "gradio", "hatchling", "scipy"} <= {entry.name for entry in wanted}
+    for entry in wanted:
+        assert locked[canonicalize_name(entry.name)] in entry.specifier, entry
+
+
+def _requirements(wheel: zipfile.ZipFile) -> list[Requirement]:
+    home = next(name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name)
+    metadata = message_from_bytes(wheel.read(f"{home}/METADATA"))
+    return [Requirement(entry) for entry in metadata.get_all("Requires-Dist", [])]
 
 
 def test_starter_is_found_in_the_repository() -> None:

@@ -14,7 +14,7 @@ import typer
 
 from mole_diffusion.app.folder import own_folder
 from mole_diffusion.commands.common import DeviceOption, ModelOption, say
-from mole_diffusion.commands.diagnosis import OPTIONAL
+from mole_diffusion.commands.diagnosis import need_extra
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.pictures.opening import STARTER
 
@@ -62,14 +62,10 @@ def app(
     host = "0.0.0.0" if listen else "127.0.0.1"
     if port is not None:
         _check_port(host, port)
+    need_extra("app", "the app")
     with own_folder() as folder:
-        try:
-            from mole_diffusion.app.interface import AppOptions, serving
-        except ModuleNotFoundError as error:
-            if error.name != "gradio":
-                raise
-            wanted = next(name for name in OPTIONAL if name.startswith("gradio"))
-            raise ConfigError(f'the app needs Gradio: pip install "{wanted}"') from error
+        from mole_diffusion.app.interface import AppOptions, serving
+
         options = AppOptions(
             host=host,
             port=port,

@@ -3,40 +3,27 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from packaging.requirements import Requirement
+
 from mole_diffusion import __version__
+from mole_diffusion.commands.clashes import CLASHES, Clash
+from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.starter.location import starter_dir, starter_experts
 
-#: Requirement -> what it is for. Those of a plain installation, as in pyproject.toml.
-REQUIRED = {
-    "torch>=2.1": "everything",
-    "safetensors>=0.4": "LoRA and gates files",
-    "numpy>=1.24": "pictures",
-    "pillow>=10.1": "pictures",
-    "diffusers>=0.30": "Stable Diffusion",
-    "transformers>=4.41": "text encoders",
-    "peft>=0.12": "LoRAs outside the mixture",
-    "accelerate>=0.31": "loading large models",
-    "open_clip_torch>=2.24": "training with CLIP guidance",
-    "matplotlib>=3.7": "figures",
-    "typer>=0.12": "this command line",
-    "rich>=13": "this command line",
-}
-#: The same for what only some parts of the project need.
-OPTIONAL = {
-    "gradio>=6.31": "the app (mole app)",
-    "torchmetrics>=1.2": "evaluation (mole evaluate)",
-    "pydantic>=2.6": "evaluation (mole evaluate)",
-    "pyyaml>=6": "evaluation (mole evaluate)",
-    "scipy>=1.10": "evaluation (mole evaluate)",
-    "psutil>=5.9": "evaluation (mole evaluate)",
-    "timm>=1.0": "evaluation with the starter's judge",
-    "nevergrad>=1.0": "searched weights (LoRAHub) among the baselines",
-    "xformers>=0.0.23": "faster attention on older NVIDIA GPUs",
+_OURS = "mole-diffusion"
+_INSTALL = "pip install --editable FOLDER, with the folder that holds pyproject.toml"
+#: What the extras of the package are for; extras for developers are not spoken of.
+_EXTRAS = {
+    "app": "the app (mole app)",
+    "evaluate": "evaluation (mole evaluate)",
+    "baselines": "searched weights (LoRAHub) among the baselines",
+    "xformers": "faster attention on older NVIDIA GPUs",
 }
 #: What `from_starter` opens.
 _STARTER_FILES = (
@@ -58,6 +45,7 @@ class Package:
         version: the installed version; None if it is missing.
         purpose: what it is for.
         required: whether a plain installation has it.
+        fits: whether it is there in a version that the project allows.
         install: the command that gets it.
     """
 
@@ -65,6 +53,7 @@ class Package:
     version: str | None
     purpose: str
     required: bool
+    fits: bool
     install: str
 
 
@@ -78,6 +67,7 @@ class Diagnosis:
         packages: libraries, required ones first.
         starter: its folder, and what is in it or missing.
         problems: what keeps the project from working, with the way out; empty if all is well.
+        notes: versions that may give trouble.
     """
 
     system: dict[str, str]
@@ -85,6 +75,7 @@ class Diagnosis:
     packages: list[Package]
     starter: dict[str, str]
     problems: list[str]
+    notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -93,10 +84,14 @@ class Diagnosis:
 
 def diagnose() -> Diagnosis:
     """Look at this installation; nothing is changed and no network is used."""
-    packages = [_package(text, purpose, required=True) for text, purpose in REQUIRED.items()]
-    packages += [_package(text, purpose, required=False) for text, purpose in OPTIONAL.items()]
+    packages = [_package(wanted, "everything", required=True) for wanted in requirements()]
+    packages += [
+        _package(wanted, purpose, required=False)
+        for extra, purpose in _EXTRAS.items()
+        for wanted in requirements(extra)
+    ]
     starter, problem = _starter(starter_dir())
-    problems = [f"{p.name} is missing: {p.install}" for p in packages if p.required and p.version is None]
+    found = clashes()
     return Diagnosis(
         system={
             "mole_diffusion": __version__,
@@ -106,17 +101,79 @@ def diagnose() -> Diagnosis:
         devices=_devices(),
         packages=packages,
         starter=starter,
-        problems=[*problems, *([problem] if problem else [])],
+        problems=[
+            *([] if packages else [f"the package was never installed, only its code is here: {_INSTALL}"]),
+            *(f"{p.name} is missing: {p.install}" for p in packages if p.required and p.version is None),
+            *(str(clash) for clash in found if clash.breaks),
+            *([problem] if problem else []),
+        ],
+        notes=[
+            *(_outside(p) for p in packages if p.version is not None and not p.fits),
+            *(str(clash) for clash in found if not clash.breaks),
+        ],
     )
 
 
-def _package(requirement: str, purpose: str, *, required: bool) -> Package:
-    name = requirement.partition(">=")[0]
+def requirements(extra: str = "") -> list[Requirement]:
+    """What the installed package asks for: always, or beyond that with one of its extras.
+
+    Nothing where the code runs from a folder and was never installed.
+    """
     try:
-        version: str | None = metadata.version(name)
+        found = [Requirement(text) for text in metadata.requires(_OURS) or ()]
+    except metadata.PackageNotFoundError:
+        return []
+
+    def asked(wanted: Requirement, name: str) -> bool:
+        return wanted.marker is None or wanted.marker.evaluate({"extra": name})
+
+    return [r for r in found if asked(r, extra) and (not extra or not asked(r, ""))]
+
+
+def need_extra(extra: str, what: str) -> None:
+    """See that the packages of an extra are there.
+
+    Args:
+        extra: its name.
+        what: what needs it, as the message begins.
+
+    Raises:
+        ConfigError: some are missing; the message says how to get them.
+    """
+    gone = [p for p in (_package(r, what, required=True) for r in requirements(extra)) if p.version is None]
+    if gone:
+        wanted = " ".join(p.install.removeprefix("pip install ") for p in gone)
+        raise ConfigError(f"{what} needs {', '.join(p.name for p in gone)}: pip install {wanted}")
+
+
+def clashes(version: Callable[[str], str] = metadata.version) -> list[Clash]:
+    """The entries of `CLASHES` that are true of this installation.
+
+    Args:
+        version: the installed version of a package by name; raises PackageNotFoundError if there is none.
+    """
+    return [c for c in CLASHES if all(_satisfied(Requirement(text), version) for text in c.together)]
+
+
+def _satisfied(wanted: Requirement, version: Callable[[str], str] = metadata.version) -> bool:
+    try:
+        return wanted.specifier.contains(version(wanted.name), prereleases=True)
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def _package(wanted: Requirement, purpose: str, *, required: bool) -> Package:
+    try:
+        version: str | None = metadata.version(wanted.name)
     except metadata.PackageNotFoundError:
         version = None
-    return Package(name, version, purpose, required, f'pip install "{requirement}"')
+    plain = f"{wanted.name}{wanted.specifier}"
+    return Package(wanted.name, version, purpose, required, _satisfied(wanted), f'pip install "{plain}"')
+
+
+def _outside(package: Package) -> str:
+    """What is said of a version that the project does not allow."""
+    return f"{package.name} {package.version} is not a version the project is tested with: {package.install}"
 
 
 def _devices() -> list[str]:

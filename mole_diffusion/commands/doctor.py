@@ -11,9 +11,9 @@ from mole_diffusion.commands.common import JsonOption, console, errors, show
 
 
 def doctor(as_json: JsonOption = False) -> None:
-    """Say what is installed, what PyTorch can compute on, and how to get what is missing.
+    """Say what is installed, what PyTorch can compute on, what does not go together, and the way out.
 
-    Exits with 1 if something is missing that the project cannot do without.
+    Exits with 1 if something is missing that the project cannot do without, or does not work.
 
     Example: [bold]mole doctor --json[/]
     """
@@ -35,6 +35,8 @@ def doctor(as_json: JsonOption = False) -> None:
             if facts:
                 console.print(f"[bold]{heading}[/]")
                 show(facts)
+        for note in found.notes:
+            errors.print(f"[bold yellow]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
         for problem in found.problems:
             errors.print(f"[bold red]problem:[/] {escape(problem)}", highlight=False, soft_wrap=True)
     if found.problems:

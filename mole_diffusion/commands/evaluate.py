@@ -9,9 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from mole_diffusion.commands.common import JsonOption, console, errors, say, split_names
-from mole_diffusion.core.errors import ConfigError
-
-_NEEDED = ("pydantic", "scipy", "timm", "torchmetrics", "yaml")
+from mole_diffusion.commands.diagnosis import need_extra
 
 
 def evaluate(
@@ -44,7 +42,7 @@ def evaluate(
 
     Example: [bold]mole evaluate starter --methods nla,gates --sets boot+monster+clock --seeds 4[/]
     """
-    _need_extra()
+    need_extra("evaluate", "mole evaluate")
     import torch
 
     from mole_diffusion.evaluation import run
@@ -89,10 +87,3 @@ def _show(folder: Path, table: Any, as_json: bool) -> None:
         (folder / "table.md").read_text(encoding="utf-8"), highlight=False, markup=False, soft_wrap=True
     )
     say(f"Written to {folder}")
-
-
-def _need_extra() -> None:
-    from importlib.util import find_spec
-
-    if missing := [name for name in _NEEDED if find_spec(name) is None]:
-        raise ConfigError(f"mole evaluate needs {missing}: pip install 'mole-diffusion[evaluate]'")

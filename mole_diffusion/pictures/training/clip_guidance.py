@@ -54,7 +54,7 @@ class ClipGuide:
         try:
             import open_clip
         except ImportError as error:
-            raise TrainingError("CLIP guidance needs open_clip: pip install mole-diffusion[train]") from error
+            raise TrainingError("CLIP guidance needs open_clip: pip install open_clip_torch") from error
         name, pretrained = (clip, None) if isinstance(clip, str) else clip
         try:
             model = open_clip.create_model(name, pretrained=pretrained, device=str(device))
