@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.pictures.files import pictures_digest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -116,6 +117,11 @@ class Job:
         if given is None:
             given = _starter_scenes(self.pipe, concept)
         return list(given) if given else [(picture, concept.text) for picture in concept.references]
+
+    def digest(self, concept: Concept) -> str:
+        """A hash of the pictures of a concept and their captions."""
+        pairs = self.captioned(concept)
+        return pictures_digest([picture for picture, _ in pairs], [text for _, text in pairs])
 
 
 def _starter_scenes(pipe: Any, concept: Concept) -> list[tuple[Image, str]] | None:

@@ -20,7 +20,14 @@ ROOMS = "core starter training pictures text methods evaluation app commands cli
 STRANGERS = {"pictures", "text"}
 #: What hosts may know of the package. Whatever they import beside it is theirs.
 HOSTS = {
-    "comfy_nodes": ("core", "starter", "training", "pictures.training", "pictures.denoiser"),
+    "comfy_nodes": (
+        "core",
+        "starter",
+        "training",
+        "pictures.training",
+        "pictures.denoiser",
+        "pictures.files",
+    ),
     "webui_extension": ("core",),
 }
 HOST_MODULES = "comfy comfy_api comfy_extras nodes modules modules_forge".split()
