@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from core.core_tools import lora_state, make_clip
 from safetensors.torch import save_file
 
 from mole_diffusion import MoLEConfig, inject, save_gates
-from tests.core.core_tools import lora_state, make_clip
 from webui_extension import environment
 from webui_extension.heatmap import gate_map, loss_curve, region_map
 from webui_extension.library import Library
