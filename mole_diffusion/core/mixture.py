@@ -27,7 +27,7 @@ from .fitting import build_slots, fingerprint
 from .gates import build_groups
 from .hooks import BlockHook, MatrixHook, NetworkHook
 from .matrices import build_bundles
-from .modules import base_layer
+from .modules import Arrangement, base_layer
 from .networks import map_network
 from .networks.base import DENOISER, Architecture, NetworkMap, Role
 
@@ -69,7 +69,7 @@ class Mixture:
         self._context = ForwardContext(self.part, len(self.experts))
         self._handles: list[RemovableHandle] = []
         self._on_matrices: list[RemovableHandle] = []
-        self._arrangement = _Arrangement(network)
+        self._arrangement = Arrangement(network)
         slots, self.unmatched = build_slots(network, self.experts, layout)
         with network_device(network) or nullcontext():
             self.groups = build_groups(network, slots, layout, len(self.experts), config, flatten_tokens)
@@ -319,7 +319,7 @@ class Mixture:
         """Let the hooks follow a network that has fused or parted its projections since."""
         if not self._arrangement.changed():
             return
-        self._arrangement = _Arrangement(self.network)
+        self._arrangement = Arrangement(self.network)
         sites = {site.name: site for site in map_network(self.network, self.part).sites}
         for group in self.groups:
             for slot in group.slots:
@@ -335,24 +335,6 @@ class Mixture:
                 handle.remove()
             self._on_matrices.clear()
             self._hook_matrices()
-
-
-class _Arrangement:
-    """Which projections a network runs, as far as the processors and the fusing of diffusers decide it."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self._seen = [
-            (module, getattr(module, "processor", None), getattr(module, "fused_projections", None))
-            for module in network.modules()
-            if hasattr(module, "processor")
-        ]
-
-    def changed(self) -> bool:
-        """Whether an attention has another processor by now, or has been fused."""
-        return any(
-            module.processor is not processor or getattr(module, "fused_projections", None) is not fused
-            for module, processor, fused in self._seen
-        )
 
 
 def inject(

@@ -47,3 +47,21 @@ def site_shape(module: nn.Module, rows: slice | None) -> tuple[int, int]:
     """(out, in) of a matrix, which may be some rows of a module's; a kernel does not count."""
     out, fan_in = matrix_shape(module)
     return (out if rows is None else rows.stop - rows.start), fan_in
+
+
+class Arrangement:
+    """Which projections a network runs, as far as the processors and the fusing of diffusers decide it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._seen = [
+            (module, getattr(module, "processor", None), getattr(module, "fused_projections", None))
+            for module in network.modules()
+            if hasattr(module, "processor")
+        ]
+
+    def changed(self) -> bool:
+        """Whether an attention has another processor by now, or has been fused."""
+        return any(
+            module.processor is not processor or getattr(module, "fused_projections", None) is not fused
+            for module, processor, fused in self._seen
+        )
