@@ -30,11 +30,7 @@ SOURCES = (
     "bench",
     "assets/starter/tokenizer",
     "tests/gpu",
-    "tests/core/__init__.py",
-    "tests/core/core_tools.py",
-    "tests/core/joint_network.py",
-    "tests/core/joint_table.py",
-    "tests/core/test_invariants.py",
+    "tests/core",
     "tests/tiny_pipeline.py",
 )
 #: What the code, its tests and the measurements import beside PyTorch; what these need comes along.
