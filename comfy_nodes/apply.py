@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import comfy.model_management
-
 from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.ensemble import Choice, Ensemble
 from mole_diffusion.core.errors import NoExpertsError
 
-from .binding import KEY, Applied, Binding, LastRun, facts_of, networks_of
+from .binding import KEY, Applied, Binding, LastRun, bare_weights, facts_of, networks_of
 from .experts import ExpertSet, GatesFile
 
 
@@ -30,15 +28,14 @@ def apply_experts(model: Any, clip: Any, experts: ExpertSet, gates: GatesFile | 
     """
     if not experts.experts:
         raise NoExpertsError("There are no experts: connect at least one Load Expert.")
-    if any(
-        f.magnitude is not None for e in experts.experts for own in e.factors.values() for f in own.values()
-    ):
-        # What a DoRA adds is computed from the network's own weights, without anybody's patches.
-        comfy.model_management.unload_all_models()
     new_model, new_clip = model.clone(), clip.clone()
     networks = [networks_of(patcher.model) for patcher in (new_model, new_clip.patcher)]
     ensemble = Ensemble(
-        {**networks[0], **networks[1]}, facts=facts_of(model), config=MoLEConfig.uniform(), attached=False
+        {**networks[0], **networks[1]},
+        facts=facts_of(model),
+        config=MoLEConfig.uniform(),
+        base_weight=bare_weights(model, clip.patcher),
+        attached=False,
     )
     ensemble.set_experts(experts.experts)
     if not ensemble.mixtures:

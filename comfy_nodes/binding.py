@@ -17,6 +17,7 @@ import comfy.model_sampling
 from comfy.patcher_extension import CallbacksMP, PatcherInjection
 from torch import nn
 
+from mole_diffusion.core.dora import BaseWeight, own_weight
 from mole_diffusion.core.ensemble import PREDICTION_TYPE, Ensemble
 from mole_diffusion.core.errors import InjectionError
 from mole_diffusion.core.mixture import Mixture, mixture_on
@@ -69,6 +70,26 @@ def facts_of(model: Any) -> dict[str, str]:
         if isinstance(sampling, kind):
             return {} if predicted is None else {PREDICTION_TYPE: predicted}
     return {}
+
+
+def bare_weights(*patchers: Any) -> BaseWeight:
+    """The weight of a module without anybody's patches, which ComfyUI makes in place and keeps a copy for.
+
+    Args:
+        patchers: of the models; their clones share the copies.
+    """
+    # Not the patchers themselves: what they carry leads here, and a circle would keep them.
+    kept = {
+        module: (patcher.backup, f"{name}.weight")
+        for patcher in patchers
+        for name, module in patcher.model.named_modules()
+    }
+
+    def bare(module: nn.Module) -> Any:
+        backup, key = kept.get(module, ({}, ""))
+        return backup[key].weight if key in backup else own_weight(module)
+
+    return bare
 
 
 @dataclass(eq=False)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
 
-from mole_diffusion.core.checkpoint import save_gates
 from mole_diffusion.core.config import MoLEConfig
+from mole_diffusion.core.ensemble import PREDICTION_TYPE, Choice, Ensemble
 from mole_diffusion.core.errors import NoExpertsError, TrainingError
 from mole_diffusion.core.experts import Expert
-from mole_diffusion.core.mixture import Mixture, inject
+from mole_diffusion.core.fixed import fixed_mixture
+from mole_diffusion.core.mixture import Mixture
 from mole_diffusion.core.networks.unet import UNET
 from mole_diffusion.core.records import Recorder
 from mole_diffusion.pictures.denoiser import Condition
@@ -268,12 +269,12 @@ class TrainingCopy:
 
     Attributes:
         denoiser: the copies.
-        experts: by name.
-        mixtures: by part.
+        ensemble: the experts on its networks.
 
     Raises:
         NoExpertsError: there are no experts.
         TrainingError: this kind of model cannot be trained with.
+        ExpertLoadError: an expert belongs to a base of another prediction type.
         InjectionError: an expert does not fit.
     """
 
@@ -282,52 +283,39 @@ class TrainingCopy:
     ) -> None:
         if not experts.experts:
             raise NoExpertsError("There are no experts to train gates for: connect Load Expert.")
-        self.experts: Mapping[str, Expert] = {expert.name: expert for expert in experts.experts}
         self.denoiser = ComfyDenoiser(model, clip, vae, size)
-        self.mixtures = self._inject(experts, config)
-        for mixture in self.mixtures.values():
-            mixture.to(self.denoiser.device)
-        self._composition: tuple[Any, Any] = (None, "gates")
-
-    def _inject(self, experts: ExpertSet, config: MoLEConfig) -> dict[str, Mixture]:
         networks = {UNET: self.denoiser.network, **networks_of(self.denoiser.text_encoder)}
-        with torch.inference_mode(False):
-            return {
-                part: inject(network, experts.experts, config, part=part)
-                for part, network in networks.items()
-                if any(expert.factors.get(part) for expert in experts.experts)
-            }
+        facts = {PREDICTION_TYPE: self.denoiser.levels.prediction_type}
+        self.ensemble = Ensemble(networks, facts=facts, config=config)
+        self.ensemble.set_experts(experts.experts)
 
-    @contextmanager
+    @property
+    def experts(self) -> Mapping[str, Expert]:
+        """The experts by name."""
+        return self.ensemble.experts
+
+    @property
+    def mixtures(self) -> Mapping[str, Mixture]:
+        """The mixture of each network that an expert changes, by part."""
+        return self.ensemble.mixtures
+
     def composing(
-        self, *, active_experts: Sequence[str] | None = None, mixture: Any = "gates"
-    ) -> Iterator[None]:
-        """Which experts count inside the block: those named, with gates, or none (mixture "none")."""
-        before = self._composition
-        self._compose(active_experts, mixture)
-        try:
-            yield
-        finally:
-            self._compose(*before)
-
-    def _compose(self, active: Sequence[str] | None, mixture: Any) -> None:
-        self._composition = active, mixture
-        for own in self.mixtures.values():
-            if mixture == "none":
-                own.disable()
-            else:
-                own.enable()
-                own.activate(active)
+        self,
+        *,
+        active_experts: Sequence[str] | None = None,
+        mixture: str | Mapping[str, float] = "gates",
+    ) -> AbstractContextManager[None]:
+        """Which experts count inside the block, and how; see `WithExperts.composing` of the pipelines."""
+        active, weights = fixed_mixture(mixture, list(self.experts), active_experts)
+        return self.ensemble.choosing(Choice(active, weights=weights, base_only=mixture == "none"))
 
     def save_gates(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
         """Write the gates, with what they weighed in the last iteration."""
         recorder = Recorder()
         for mixture in self.mixtures.values():
             recorder.note(mixture)
-        names = next(iter(self.mixtures.values())).expert_names
-        facts = {"prediction_type": self.denoiser.levels.prediction_type}
-        noted = mean_weights_entry(names, recorder.weights.means())
-        save_gates(path, self.mixtures, metadata={**facts, **noted, **(metadata or {})})
+        noted = mean_weights_entry(tuple(self.experts), recorder.weights.means())
+        self.ensemble.save_gates(path, {**noted, **(metadata or {})})
 
 
 def _plain_attention(_: Any, *args: Any, **kwargs: Any) -> Tensor:

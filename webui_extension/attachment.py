@@ -21,7 +21,7 @@ from mole_diffusion import (
 from mole_diffusion.core.ensemble import Choice, Ensemble
 from mole_diffusion.core.records import Recorder
 
-from .host import facts_of, text_encoders_of, unet_of
+from .host import bare_weights, facts_of, text_encoders_of, unet_of
 from .settings import Settings, SettingsError
 
 if TYPE_CHECKING:
@@ -76,7 +76,11 @@ class Attachment:
         self._handles: list[RemovableHandle] = []
         networks: dict[str, nn.Module] = {UNET: unet_of(sd_model), **text_encoders_of(sd_model)}
         self.ensemble = Ensemble(
-            networks, facts=facts_of(sd_model), config=MoLEConfig.uniform(), attached=False
+            networks,
+            facts=facts_of(sd_model),
+            config=MoLEConfig.uniform(),
+            base_weight=bare_weights(sd_model),
+            attached=False,
         )
         gates = library.gates_path(settings.gates)
         header = None if gates is None else read_gates_header(gates)

@@ -5,7 +5,7 @@ Told by what a host offers, never by its version. Nothing of a host is imported.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from .settings import SettingsError
@@ -79,6 +79,32 @@ def _predicted(sd_model: Any) -> str | None:
         if named is not None:
             return named
     return None
+
+
+def bare_weights(sd_model: Any) -> Callable[[nn.Module], Any]:
+    """The weight of a module without the host's LoRAs, which stay in the weights until the next picture.
+
+    AUTOMATIC1111 keeps what it patched at the module, Forge at the model around it.
+    """
+    from torch import Tensor, nn
+
+    owners: dict[nn.Module, tuple[Any, str]] = {}
+    forge = getattr(sd_model, "forge_objects", None)
+    for patcher in (_follow(forge, "unet"), _follow(forge, "clip.patcher")):
+        model = getattr(patcher, "model", None)
+        if isinstance(model, nn.Module):
+            owners |= {module: (patcher, f"{name}.weight") for name, module in model.named_modules()}
+
+    def bare(module: nn.Module) -> Any:
+        found = getattr(module, "network_weights_backup", None)
+        if module in owners:
+            patcher, key = owners[module]
+            loader = getattr(patcher.model, "lora_loader", None)
+            kept = {**getattr(patcher, "backup", {}), **getattr(loader, "backup", {})}
+            found = kept.get(key, found)
+        return found if isinstance(found, Tensor) else getattr(module, "weight", None)
+
+    return bare
 
 
 def _clip_inside(holder: Any) -> nn.Module | None:

@@ -100,9 +100,11 @@ def check_fit(
 
 def prediction_type(metadata: Mapping[str, str]) -> str | None:
     """What a file's header says that the base predicts: "epsilon", "v_prediction" or None."""
-    named = _PREDICTIONS.get(metadata.get("modelspec.prediction_type", "").strip().lower())
-    if named is not None:
-        return named
+    # The second is what our own exports and merges have.
+    for key in ("modelspec.prediction_type", "prediction_type"):
+        named = _PREDICTIONS.get(metadata.get(key, "").strip().lower())
+        if named is not None:
+            return named
     flag = metadata.get("ss_v_parameterization", "").strip().lower()
     if flag in ("true", "false"):
         return "v_prediction" if flag == "true" else "epsilon"

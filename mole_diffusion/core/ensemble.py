@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from .bases import check_prediction
 from .checkpoint import load_gates, read_gates_header, save_gates
 from .config import MoLEConfig
+from .dora import BaseWeight, own_weight
 from .errors import ConfigError, InjectionError
 from .experts import Expert
 from .mixture import Mixture, mixture_on, unwrapped
@@ -147,6 +148,8 @@ class Ensemble:
             whose files say otherwise are refused. Hosts keep it up to date.
         flatten_tokens: part -> tokens that `pooling="flatten"` is sized for, see `inject`.
         config: the form of the first gates.
+        base_weight: the weight of a module without anybody's patches, which DoRA experts are computed from;
+            None for the weight as it is.
         attached: whether hooks go on at once; else `unpark` puts them on.
 
     Attributes:
@@ -161,6 +164,7 @@ class Ensemble:
         facts: Mapping[str, str],
         flatten_tokens: Mapping[str, tuple[int, int] | int | None] | None = None,
         config: MoLEConfig | None = None,
+        base_weight: BaseWeight | None = None,
         attached: bool = True,
     ) -> None:
         self.networks = {part: unwrapped(network) for part, network in networks.items()}
@@ -169,6 +173,7 @@ class Ensemble:
         self.recorder: Recorder | None = None
         self._watched: dict[str, RemovableHandle] = {}
         self._attached = attached
+        self._base_weight = base_weight or own_weight
         self._held = MixtureSet(config=config or MoLEConfig())
 
     @classmethod
@@ -286,6 +291,7 @@ class Ensemble:
                 of.configs.get(part, of.config),
                 map_network(network, part),
                 self.flatten_tokens.get(part),
+                self._base_weight,
             )
             mixture.activate()
         mixture.owner = weakref.ref(self)

@@ -6,11 +6,12 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from .bases import check_fit
+from .dora import BaseWeight, Dora, own_weight
 from .errors import InjectionError
 from .experts import Expert
 from .factors import LoraFactors
@@ -49,16 +50,32 @@ def _hash_shapes(
 
 
 def build_slots(
-    network: nn.Module, experts: Sequence[Expert], layout: NetworkMap
+    network: nn.Module,
+    experts: Sequence[Expert],
+    layout: NetworkMap,
+    base_weight: BaseWeight = own_weight,
 ) -> tuple[dict[str, MatrixSlot], dict[str, tuple[str, ...]]]:
     """Matrices that an expert has, in execution order, and the experts' matrices without a place.
 
+    Args:
+        network: the network.
+        experts: in the order of the gates' rows.
+        layout: what the network is.
+        base_weight: what DoRA is computed from.
     Raises:
         InjectionError: an expert was made for another network, or DoRA lacks the base's weights.
     """
     modules = {site.name: base_layer(network.get_submodule(site.path)) for site in layout.sites}
     shapes = {site.name: _delta_shape(modules[site.name], site.rows) for site in layout.sites}
-    owned = [_widened(expert.name, _placed(expert, layout), layout, modules) for expert in experts]
+    placed = [_placed(expert, layout) for expert in experts]
+    doras = [_doras(expert.name, own) for expert, own in zip(experts, placed, strict=True)]
+    owned = [
+        _widened(e.name, own, layout, modules, d) for e, own, d in zip(experts, placed, doras, strict=True)
+    ]
+    for own, dora in zip(owned, doras, strict=True):
+        for site in layout.sites:
+            if site.name in dora:
+                own[site.name] = dora[site.name].plain(base_weight(modules[site.name]), site.rows)
     unmatched = {}
     for expert, own in zip(experts, owned, strict=True):
         check_fit(expert, own, shapes, layout, type(network).__name__)
@@ -66,15 +83,12 @@ def build_slots(
     slots: dict[str, MatrixSlot] = {}
     for site in layout.sites:
         module = modules[site.name]
-        factors = {
-            i: _exact(own[site.name], module, site.rows, site.name, experts[i].name)
-            for i, own in enumerate(owned)
-            if site.name in own
-        }
+        factors = {i: own[site.name] for i, own in enumerate(owned) if site.name in own}
         if factors:
             slots[site.name] = MatrixSlot(
                 site.name, module, site.stream, factors, site.rows, site.source, site.leads
             )
+            slots[site.name].doras = {i: d[site.name] for i, d in enumerate(doras) if site.name in d}
     if not slots:
         names = ", ".join(repr(expert.name) for expert in experts)
         known = ", ".join(sorted({part for expert in experts for part in expert.factors})) or "nothing"
@@ -105,8 +119,19 @@ def _placed(expert: Expert, layout: NetworkMap) -> dict[str, LoraFactors]:
     return placed
 
 
+def _doras(expert: str, own: Mapping[str, LoraFactors]) -> dict[str, Dora]:
+    """The matrices of an expert that are computed from the base's weights."""
+    return {
+        name: Dora(factors, name, expert) for name, factors in own.items() if factors.magnitude is not None
+    }
+
+
 def _widened(
-    expert: str, own: dict[str, LoraFactors], layout: NetworkMap, modules: Mapping[str, nn.Module]
+    expert: str,
+    own: dict[str, LoraFactors],
+    layout: NetworkMap,
+    modules: Mapping[str, nn.Module],
+    doras: dict[str, Dora],
 ) -> dict[str, LoraFactors]:
     """Factors for inputs that only this variant of the network has are zero, as web UIs have it."""
     for site in layout.sites:
@@ -119,7 +144,10 @@ def _widened(
         theirs, rest = divmod(factors.matrices[0].shape[1], kernel)
         if rest or factors.up.shape[0] != out or theirs >= inputs:
             continue
-        own[site.name] = _exact(factors, module, site.rows, site.name, expert, theirs).widened(inputs, kernel)
+        if site.name in doras:
+            doras[site.name] = replace(doras[site.name], inputs=theirs, widened=(inputs, kernel))
+        else:
+            own[site.name] = factors.widened(inputs, kernel)
         logger.warning(
             "Expert %r knows %d of the %d input channels of %r in this network: it leaves the others as they "
             "are.",
@@ -129,37 +157,3 @@ def _widened(
             site.name,
         )
     return own
-
-
-def _exact(
-    factors: LoraFactors,
-    module: nn.Module,
-    rows: slice | None,
-    matrix: str,
-    expert: str,
-    inputs: int | None = None,
-) -> LoraFactors:
-    """Factors that need no base weight any more; those of DoRA are computed from it.
-
-    Args:
-        factors: of an expert.
-        module, rows: the matrix.
-        matrix, expert: their names, for errors.
-        inputs: how many of the matrix' inputs the factors know; None for all.
-    """
-    if factors.magnitude is None:
-        return factors
-    weight: Any = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point():
-        raise InjectionError(
-            f"Expert {expert!r} is a DoRA and {matrix!r} of the network has no plain weights in memory "
-            "(quantised or offloaded): what a DoRA adds is computed from them. Load the expert first, then "
-            "offload; a quantised base cannot take it."
-        )
-    weight = weight[slice(None) if rows is None else rows, :inputs]
-    if factors.magnitude.per_input and factors.magnitude.values.numel() != weight.shape[1]:
-        raise InjectionError(
-            f"Expert {expert!r} does not fit {matrix!r}: it has DoRA magnitudes for "
-            f"{factors.magnitude.values.numel()} inputs, the matrix has {weight.shape[1]}."
-        )
-    return factors.against(weight)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import functional
 from .caches import Plans, TensorCache
 from .context import Activation
+from .dora import Dora
 from .factors import LoraFactors
 from .modules import kernel_size, site_shape
 from .networks.base import NetworkMap
@@ -48,6 +49,7 @@ class MatrixSlot:
         source: matrices of equal source read the same tensor.
         may_lead: whether its gate is read off it where another matrix of the same source could do.
         leads: whether it computes a gate of its group from its own rank activations.
+        doras: expert index -> what its factors are computed from, beside the module's weight.
         used: active experts that have this matrix.
         read: experts whose down factors are multiplied: all if the gate reads them, else the active ones.
     """
@@ -62,6 +64,7 @@ class MatrixSlot:
     leads: bool = False
     used: tuple[int, ...] = ()
     read: tuple[int, ...] = ()
+    doras: Mapping[int, Dora] = field(default_factory=dict)
     cache: TensorCache = field(default_factory=TensorCache)
     plans: Plans[MatrixPlan] = field(default_factory=Plans)
 
@@ -76,6 +79,11 @@ class MatrixSlot:
         if self.leads and activation.fixed is None and len(activation.active) > 1:
             self.read = tuple(self.factors)
         self.plans.choose((self.read, self.used))
+
+    def measure(self, weight: Any) -> None:
+        """Compute the factors of DoRA experts anew, from another weight of the module."""
+        self.factors = {**self.factors, **{i: one.plain(weight, self.rows) for i, one in self.doras.items()}}
+        self.cache.clear()
 
     def mixed(self, active: tuple[int, ...]) -> tuple[int, ...]:
         """Those of the active experts that have this matrix."""

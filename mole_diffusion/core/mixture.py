@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from . import functional
 from .config import MoLEConfig
 from .context import Activation, ForwardContext, RegionMasks
+from .dora import BaseWeight, looks, own_weight
 from .errors import (
     AllExpertsMaskedError,
     ConfigError,
@@ -30,6 +31,7 @@ from .matrices import build_bundles
 from .modules import Arrangement, base_layer
 from .networks import map_network
 from .networks.base import DENOISER, Architecture, NetworkMap, Role
+from .torch_state import is_compiling
 
 # Network -> the mixture whose hooks are on it; a hook keeps the mixture alive.
 _carried: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Mixture]] = weakref.WeakKeyDictionary()
@@ -58,6 +60,7 @@ class Mixture:
         config: MoLEConfig,
         layout: NetworkMap,
         flatten_tokens: tuple[int, int] | int | None,
+        base_weight: BaseWeight = own_weight,
     ) -> None:
         self.network = network
         self.experts = tuple(experts)
@@ -70,10 +73,14 @@ class Mixture:
         self._handles: list[RemovableHandle] = []
         self._on_matrices: list[RemovableHandle] = []
         self._arrangement = Arrangement(network)
-        slots, self.unmatched = build_slots(network, self.experts, layout)
+        slots, self.unmatched = build_slots(network, self.experts, layout, base_weight)
         with network_device(network) or nullcontext():
             self.groups = build_groups(network, slots, layout, len(self.experts), config, flatten_tokens)
         self._bundles = build_bundles(slots, layout)
+        self._base_weight = base_weight
+        self._doras = [slot for slot in slots.values() if slot.doras]
+        self._looks = self._look()
+        self._looked = True
         self.gates = nn.ModuleDict({_module_key(group.name): group.gate for group in self.groups})
 
     @property
@@ -197,6 +204,7 @@ class Mixture:
                 None if everybody else functional.active_mask(active, len(self.experts)),
             )
         self.to(network_device(self.network) or self._device)
+        self._measure()
         self._choose()
 
     def _choose(self) -> None:
@@ -236,8 +244,33 @@ class Mixture:
         """Where the gates are."""
         return self.groups[0].gate.projection.device
 
+    def _look(self) -> list[tuple[float, ...] | None]:
+        """What the weights look like that DoRA experts were computed from."""
+        return looks([self._base_weight(slot.module) for slot in self._doras]) if self._doras else []
+
+    def _measure(self) -> None:
+        """Compute DoRA experts anew where somebody changed the weights (a LoRA was fused, or unfused).
+
+        Asked when hooks are attached or experts activated, and by the first forward after that.
+        """
+        found, self._looked = self._look(), False
+        changed = {
+            slot.name: slot
+            for slot, before, now in zip(self._doras, self._looks, found, strict=True)
+            if now is not None and now != before
+        }
+        for slot in changed.values():
+            with torch.inference_mode(False), torch.no_grad():
+                slot.measure(self._base_weight(slot.module))
+        if changed:
+            self.release()
+        self._looks = [old if now is None else now for old, now in zip(self._looks, found, strict=True)]
+
     def _move(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-hook of the network: the gates go where its inputs are."""
+        if self._doras and not self._looked and not is_compiling():
+            self._measure()
+            self._looked = True
         device = next((x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), self._device)
         if device != self._device and device.type != "meta":
             self.to(device)
@@ -307,6 +340,7 @@ class Mixture:
         self._hook_matrices()
         _carried[self.network] = weakref.ref(self)
         self.to(network_device(self.network) or self._device)
+        self._measure()
 
     def _hook_matrices(self) -> None:
         by_matrix = {slot.name: bundle for bundle in self._bundles for slot in bundle.slots}

@@ -471,3 +471,61 @@ def test_a_gates_file_of_one_form_written_before_is_read_as_ever(ensemble, netwo
     ensemble.load_gates(path)
     for found, wanted in zip(outputs(networks), expected, strict=True):
         assert_close(found, wanted)
+
+
+def test_a_dora_is_computed_anew_when_its_base_changed(networks, experts) -> None:
+    """A LoRA that was fused when the expert came is taken out again, or the other way round."""
+    unet = networks["unet"]
+    state = {f"unet.{key}": value for key, value in lora_state(unet, 2, 5, ("to_q", "ff.net.2")).items()}
+    for name, module in unet.named_modules():
+        if f"unet.{name}.lora_A.weight" in state:
+            state[f"unet.{name}.lora_magnitude_vector"] = module.weight.detach().norm(dim=1) * 1.3
+    dora = Expert.from_state_dict(state, name="dora")
+    fused = [module for name, module in unet.named_modules() if name.endswith("attn1.to_q")]
+    ensemble = Ensemble(networks, facts=EPSILON)
+    ensemble.set_experts([dora, experts[0]])
+    randomise(ensemble.mixtures["unet"])
+    expected = run(unet)
+    gates = ensemble.mixtures["unet"].gates.state_dict()
+
+    def fuse(sign: float) -> None:
+        for number, module in enumerate(fused):
+            delta = torch.randn(module.weight.shape, generator=torch.Generator().manual_seed(number))
+            module.weight.data += sign * 0.2 * delta
+
+    fuse(1.0)
+    during = run(unet)
+    with ensemble.choosing(Choice()):
+        with_fused = run(unet)
+    other = Ensemble({**networks, "unet": make_unet()}, facts=EPSILON)
+    other.networks["unet"].load_state_dict(unet.state_dict())
+    ensemble.park(["text_encoder"])
+    other.set_experts([dora, experts[0]])
+    other.mixtures["unet"].gates.load_state_dict(gates)
+    assert torch.equal(with_fused, run(other.networks["unet"]))
+    assert differs(during, with_fused)
+    fuse(-1.0)
+    ensemble.activate(Choice())
+    assert_close(run(unet), expected)
+
+
+def test_a_dora_is_computed_from_what_the_host_calls_the_bare_weight(networks) -> None:
+    unet = networks["unet"]
+    state = {f"unet.{key}": value for key, value in lora_state(unet, 2, 5, ("to_q",)).items()}
+    bare = {}
+    for name, module in unet.named_modules():
+        if f"unet.{name}.lora_A.weight" in state:
+            state[f"unet.{name}.lora_magnitude_vector"] = module.weight.detach().norm(dim=1) * 1.3
+            bare[module] = module.weight.detach().clone()
+    dora = Expert.from_state_dict(state, name="dora")
+    ensemble = Ensemble(networks, facts=EPSILON)
+    ensemble.set_experts([dora])
+    expected = ensemble.mixtures["unet"].groups[0].slots[0].factors[0].matrices
+    ensemble.eject()
+    for module in bare:
+        module.weight.data.mul_(2.0)
+    patched = Ensemble(networks, facts=EPSILON, base_weight=bare.__getitem__)
+    patched.set_experts([dora])
+    patched.activate(Choice())
+    found = patched.mixtures["unet"].groups[0].slots[0].factors[0].matrices
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

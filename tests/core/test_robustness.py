@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from accelerate import cpu_offload
+from diffusers import UNet2DConditionModel
 from peft import PeftModel
 from torch import nn
 
@@ -20,6 +21,7 @@ from .core_tools import (
     LDMUNet,
     active_weights,
     lora_state,
+    make_clip,
     make_experts,
     make_unet,
     randomise,
@@ -31,6 +33,12 @@ from .core_tools import (
 from .test_invariants import FORMS, TOLERANCE, assert_close, differs, form_id
 
 forms = pytest.mark.parametrize("form", FORMS, ids=form_id)
+_DRAWS = torch.Generator().manual_seed(3)
+LATENT_INPUTS = (
+    torch.randn(2, 4, 8, 8, generator=_DRAWS),
+    torch.tensor(500),
+    torch.randn(2, 77, 16, generator=_DRAWS),
+)
 
 
 def gradients(network: nn.Module, mixture) -> list[torch.Tensor]:
@@ -45,10 +53,8 @@ def balance(mixture) -> torch.Tensor:
 
 def run_latent(unet: nn.Module) -> torch.Tensor:
     """As `run`, for UNets that are wrapped or whose weights are elsewhere."""
-    generator = torch.Generator().manual_seed(3)
-    x, text = (torch.randn(s, generator=generator) for s in ((2, 4, 8, 8), (2, 77, 16)))
     with torch.no_grad():
-        return unet(x, torch.tensor(500), text).sample
+        return unet(*LATENT_INPUTS).sample
 
 
 @forms
@@ -127,6 +133,62 @@ def test_compiled_blocks_of_a_unet_give_the_same_output(unet: nn.Module) -> None
     torch._dynamo.reset()
     unet.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
     assert_close(run(unet), expected)
+    torch._dynamo.reset()
+
+
+def left(columns: int) -> torch.Tensor:
+    mask = torch.zeros(64, 64)
+    mask[:, :columns] = 1
+    return mask
+
+
+def small_unet() -> UNet2DConditionModel:
+    """Attention in the middle alone: compiling takes its time."""
+    torch.manual_seed(1)
+    return UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(16, 16),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    ).eval()
+
+
+@pytest.mark.parametrize(
+    ("network", "choices"),
+    [
+        (make_clip, [{"expert_scales": {"dog": scale}} for scale in (0.9, 0.8, 0.7, 1.6)]),
+        (make_clip, [{"weights": {"dog": weight, "cat": 1 - weight}} for weight in (0.9, 0.8, 0.7, -0.1)]),
+        (
+            small_unet,
+            [{"region_masks": {"dog": left(w)}, "expert_scales": {"cat": w / 8}} for w in (16, 24, 40, 56)],
+        ),
+    ],
+    ids=["scales", "weights", "masks"],
+)
+def test_other_numbers_do_not_compile_a_network_anew(network, choices: list[dict]) -> None:
+    """torch.compile gives a network up after eight compilations."""
+    from torch._dynamo.testing import CompileCounter
+
+    network = network()
+    mixture = inject(network, make_experts(2, network), MoLEConfig())
+    randomise(mixture)
+    inputs = (torch.randint(3, 64, (2, 12)),) if mixture.part == "text_encoder" else LATENT_INPUTS
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(network, backend=counter)
+    seen = []
+    with torch.no_grad():
+        for choice in choices:
+            mixture.activate(**choice)
+            expected, found = (one(*inputs, return_dict=False)[0] for one in (network, compiled))
+            assert_close(found, expected)
+            assert all(differs(found, other) for other in seen)
+            seen.append(found)
+    assert counter.frame_count == 1
     torch._dynamo.reset()
 
 

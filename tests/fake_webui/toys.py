@@ -290,6 +290,9 @@ class ForgeModel:
             for module in self._unet.modules():
                 if isinstance(module, BasicTransformerBlock):
                     module.in_place = True
+            self._model = nn.Module()
+            self._model.diffusion_model = self._unet
+            self._model.lora_loader = SimpleNamespace(backup={})
             self._clip = nn.Module()
             self._clip.clip_l = nn.Module()
             self._clip.clip_l.transformer = CLIPTextModel(ForgeLinear).requires_grad_(False)
@@ -297,7 +300,7 @@ class ForgeModel:
 
     def new_batch(self) -> None:
         self.forge_objects = SimpleNamespace(
-            unet=SimpleNamespace(model=SimpleNamespace(diffusion_model=self._unet)),
+            unet=SimpleNamespace(model=self._model),
             clip=SimpleNamespace(cond_stage_model=self._clip),
         )
 

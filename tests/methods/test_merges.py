@@ -1,6 +1,7 @@
 """PEFT's merges against PEFT's own `add_weighted_adapter` on the whole networks."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 
+from mole_diffusion import load_expert
 from mole_diffusion.core.errors import ConfigError, UnknownExpertError
 from mole_diffusion.methods import PrepareOptions, load_prepared, prepare
 
@@ -95,6 +97,10 @@ def test_dare_drops_the_same_values_for_the_same_seed(pipe, tiny, tmp_path) -> N
 
 def test_merged_file_is_a_lora_that_diffusers_loads(pipe, plain, draw, tmp_path) -> None:
     prepared = prepare("svd", pipe, folder=tmp_path)
+    header = load_expert(tmp_path / "merged.safetensors").metadata
+    assert [one["name"] for one in json.loads(header["mole.experts"])] == ["boot", "cat", "clock"]
+    assert header["mole.kind"] == "merge svd"
+    assert header["prediction_type"] == "v_prediction"
     plain.load_lora_weights(tmp_path / "merged.safetensors")
     torch.testing.assert_close(draw(pipe, mixture=prepared), draw(plain), **CLOSE)
 

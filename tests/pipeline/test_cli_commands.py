@@ -73,6 +73,13 @@ def test_generate_draws_what_the_library_draws(ours, options, tmp_path):
     assert "boot 0.00, cat 1.00" in result.stdout
 
 
+def test_generate_says_that_nobody_reads_lora_tags(options, tmp_path, caplog):
+    result = run("generate", "a cat <lora:cat:0.3>", *options, "--steps", 1, "--out", tmp_path / "p.png")
+    assert result.exit_code == 0, result.output
+    assert "<lora:cat:0.3> in a prompt is only text here" in caplog.text
+    assert "--expert NAME=SCALE" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

@@ -11,7 +11,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mole_diffusion import MoLEConfig, StableDiffusionMoLEPipeline
-from mole_diffusion.core.errors import AllExpertsMaskedError, ConfigError, NoExpertsError, UnknownExpertError
+from mole_diffusion.core.errors import (
+    AllExpertsMaskedError,
+    ConfigError,
+    ExpertLoadError,
+    NoExpertsError,
+    UnknownExpertError,
+)
 from mole_diffusion.core.export import compress
 from mole_diffusion.core.functional import effective_strength
 
@@ -265,6 +271,10 @@ def test_header_and_report_say_what_is_inside(pipe, lora_files, tmp_path):
     assert json.loads(metadata["mole.calibration"]) == {"prompts": ["a boot"], "steps": 1}
     pipe.eject()
     assert pipe.load_expert(report.path).triggers == ("zor boot", "vim cat")
+    pipe.eject()
+    pipe.scheduler = type(pipe.scheduler).from_config({**pipe.scheduler.config, "prediction_type": "epsilon"})
+    with pytest.raises(ExpertLoadError, match=r"predicts 'v_prediction' .*this base predicts 'epsilon'"):
+        pipe.load_expert(report.path)
     assert json.loads(json.dumps(report.to_dict()))["path"] == str(report.path)
 
 

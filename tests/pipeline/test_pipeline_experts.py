@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from pipeline_helpers import build, train_a_little
+from pipeline_helpers import CLOSE, build, train_a_little
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -220,3 +220,65 @@ def test_a_wrong_header_can_be_overruled(pipe, lora_files, tmp_path, draw) -> No
     pipe.eject()
     pipe.load_expert(lora_files["cat"])
     torch.testing.assert_close(draw(pipe), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "message"),
+    [
+        ({"adapter_name": "toy"}, "'adapter_name'; did you mean 'name'?"),
+        ({"weight": 0.5}, "'weight'; did you mean 'scale'?"),
+        ({"scales": 0.5}, "'scales'; did you mean 'scale'?"),
+        ({"check_bases": False}, "'check_bases'; did you mean 'check_base'?"),
+        ({"qqq": 1}, "'qqq'$"),
+    ],
+)
+def test_a_keyword_that_nobody_reads_is_refused(pipe, lora_files, keyword, message) -> None:
+    for source in (lora_files["cat"], "somebody/lora"):
+        with pytest.raises(TypeError, match=rf"load_expert\(\) got an unexpected keyword argument {message}"):
+            pipe.load_expert(source, **keyword)
+    assert not pipe.experts
+    # What the hub reads may stand there: the same code loads a hub id or its copy on the disk.
+    assert pipe.load_expert(lora_files["cat"], revision="main", local_files_only=True).name == "cat"
+
+
+def test_a_lora_tag_in_a_prompt_is_told(loaded, draw, caplog) -> None:
+    plain = draw(loaded, "a boot")
+    assert not caplog.records
+    draw(loaded, ["a boot <lora:boot:0.3>", "a cat"], negative_prompt=["<lora:boot:1>", ""])
+    assert "<lora:boot:0.3>, <lora:boot:1> in a prompt is only text here" in caplog.text
+    assert "expert_scales={NAME: SCALE}" in caplog.text
+    assert "--expert NAME=SCALE" in caplog.text
+    caplog.clear()
+    torch.testing.assert_close(draw(loaded, "a boot"), plain, rtol=0, atol=0)
+    assert not caplog.records
+
+
+def test_a_scale_of_0_leaves_an_expert_out(loaded, draw, lora_files) -> None:
+    train_a_little(loaded)
+    without = draw(loaded, active_experts=["boot", "clock"])
+    torch.testing.assert_close(draw(loaded, expert_scales={"cat": 0}), without, rtol=0, atol=0)
+    assert (draw(loaded, expert_scales={"cat": 1e-6}) - without).abs().max() > 1e-3
+    base = draw(loaded, mixture="none")
+    for mixture in ("gates", "la"):
+        nobody = draw(loaded, expert_scales=dict.fromkeys(loaded.experts, 0.0), mixture=mixture)
+        torch.testing.assert_close(nobody, base, rtol=0, atol=0)
+
+
+def test_a_dora_loaded_while_another_lora_is_fused(components, lora_files, tmp_path, draw) -> None:
+    """After unfuse_lora the picture is that of a pipeline that never knew the other one."""
+    tensors = load_file(lora_files["clock"])
+    for name, module in components["unet"].named_modules():
+        if f"unet.{name}.lora_A.weight" in tensors:
+            norm = module.weight.detach().norm(dim=1)
+            tensors[f"unet.{name}.lora_magnitude_vector"] = norm * 1.2
+    save_file(tensors, tmp_path / "dora.safetensors")
+    fresh, pipe = (build(StableDiffusionMoLEPipeline, components) for _ in range(2))
+    fresh.load_expert(tmp_path / "dora.safetensors")
+    pipe.load_lora_weights(lora_files["cat"], adapter_name="cat")
+    pipe.fuse_lora()
+    pipe.load_expert(tmp_path / "dora.safetensors")
+    fused = draw(pipe)
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(draw(pipe), draw(fresh), **CLOSE)
+    assert (fused - draw(fresh)).abs().max() > 0.01

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from .conftest import World, make_world
+from mole_diffusion.core.networks import map_network
+
+from .conftest import World, make_lora, make_world
 
 TWO = {"experts": {"dog": 1.0, "cat": 1.0}}
 GATED = {**TWO, "gates": "both"}
@@ -106,6 +109,73 @@ def test_the_hosts_own_loras_keep_working(world: World) -> None:
     assert not same(both, world.picture(GATED))
     assert same(world.picture(prompt=prompt), lora)
     assert same(world.picture(), plain)
+
+
+def write_lora(world: World, name: str, **more: Tensor) -> None:
+    state = make_lora(world.models["base"], 33, text=False)
+    save_file(state | more, world.folder / "Lora" / f"{name}.safetensors")
+
+
+def write_dora(world: World) -> None:
+    """`dora` in the folder: norms that are not those of the base."""
+    network = world.models["base"].unet
+    known = make_lora(world.models["base"], 33, text=False)
+    magnitudes = {}
+    for site in map_network(network, "unet").sites:
+        if f"unet.{site.name}.lora_A.weight" in known:
+            weight = network.get_submodule(site.path).weight.detach().float()
+            magnitudes[f"unet.{site.name}.lora_magnitude_vector"] = weight.flatten(1).norm(dim=1) * 1.3
+    write_lora(world, "dora", **magnitudes)
+
+
+@pytest.mark.parametrize("name", ["plain", "dora"])
+def test_a_lora_left_in_the_weights_does_not_change_a_dora(world: World, name: str) -> None:
+    """Hosts take the last picture's LoRAs out of the weights when the next forward asks, not before."""
+    network = world.models["base"].unet
+    write_dora(world) if name == "dora" else write_lora(world, name)
+    linear = ("to_q", "to_k", "to_v", "to_out.0", "proj", "net.2")
+    patched = {n: m for n, m in network.named_modules() if n.endswith(linear)}
+    backup = {n: module.weight.detach().clone() for n, module in patched.items()}
+
+    def assign(values: dict[str, Tensor]) -> None:
+        with torch.inference_mode():
+            for n, module in patched.items():
+                module.weight.copy_(values[n])
+
+    clean = world.picture({"experts": {name: 1.0}})
+    generator = torch.Generator().manual_seed(1)
+    assign({n: value + 0.2 * torch.randn(value.shape, generator=generator) for n, value in backup.items()})
+    if world.flavour == "a1111":
+        for n, module in patched.items():
+            module.network_weights_backup = backup[n]
+    else:
+        loader = world.models["base"].forge_objects.unet.model.lora_loader
+        loader.backup.update({f"diffusion_model.{n}.weight": value for n, value in backup.items()})
+    restore = network.register_forward_pre_hook(lambda *_: assign(backup), prepend=True)
+    found = world.picture({"experts": {name: 1.0}})
+    restore.remove()
+    torch.testing.assert_close(found, clean, rtol=0, atol=0)
+    assert not same(clean, world.picture())
+
+
+def test_a_dora_follows_weights_that_a_host_changed_without_a_word(world: World) -> None:
+    """A host that keeps no backup where we find it: the first forward looks at the weights again."""
+    network = world.models["base"].unet
+    write_dora(world)
+    clean = world.picture({"experts": ["dora"]})
+    weight = network.middle_block[1].transformer_blocks[0].attn1.to_q.weight
+    before = weight.detach().clone()
+    with torch.inference_mode():
+        weight.mul_(1.5)
+
+    def put_back(*_: Any) -> None:
+        with torch.inference_mode():
+            weight.copy_(before)
+
+    handle = network.register_forward_pre_hook(put_back, prepend=True)
+    found = world.picture({"experts": ["dora"]})
+    handle.remove()
+    assert same(found, clean)
 
 
 def test_an_expert_that_is_also_in_the_prompt_is_named(world: World) -> None:

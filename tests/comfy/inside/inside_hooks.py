@@ -12,7 +12,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from conftest import part
 
-from mole_diffusion.core.experts import load_expert
+from mole_diffusion.core.experts import Expert, load_expert
 from mole_diffusion.core.export import lora_tensors
 from mole_diffusion.starter import starter_experts
 from tools import draw, hooks
@@ -169,6 +169,28 @@ def test_core_lora_loader_beside_the_experts(starter: tuple[Any, Any, Any], orde
     assert (both - draw(*merged, PROMPT)).abs().max() < 1e-3
     assert (both - alone).abs().max() > 0.05
     assert torch.equal(draw(model, clip, PROMPT), base)
+
+
+def test_a_dora_is_computed_from_weights_without_patches(starter: tuple[Any, Any, Any]) -> None:
+    """Also while a LoRA of the core is in the weights, and when it comes after the experts."""
+    model, clip, _ = starter
+    state = as_kohya("clock")
+    for key in [key for key in state if key.startswith("lora_unet_") and key.endswith("lora_up.weight")]:
+        up = state[key]
+        state[key.replace("lora_up.weight", "dora_scale")] = torch.full((len(up), 1), 1.5)
+    dora = part("experts").ExpertSet((Expert.from_state_dict(state, name="clock"),))
+    clean = draw(*part("apply").apply_experts(model, clip, dora, None), PROMPT)
+    lora = comfy.sd.load_lora_for_models(model, clip, as_kohya("monster"), 0.7, 0.7)
+    patched = draw(*lora, PROMPT)
+    assert model.backup
+    mixed = part("apply").apply_experts(model, clip, dora, None)
+    assert torch.equal(draw(*mixed, PROMPT), clean)
+    both = draw(*part("apply").apply_experts(*lora, dora, None), PROMPT)
+    assert torch.equal(
+        draw(*comfy.sd.load_lora_for_models(*mixed, as_kohya("monster"), 0.7, 0.7), PROMPT), both
+    )
+    assert not torch.equal(both, clean)
+    assert not torch.equal(both, patched)
 
 
 def test_modules_that_were_replaced_since_are_found(starter: tuple[Any, Any, Any]) -> None:
