@@ -27,6 +27,12 @@ class Clash:
 
 CLASHES = (
     Clash(
+        ("transformers>=5.24", "peft<0.19"),
+        "load_lora_weights fails on text encoders, and with it the method plain of mole evaluate",
+        'pip install "peft>=0.19"',
+        breaks=True,
+    ),
+    Clash(
         ("transformers>=5.24", "peft<0.22"),
         "add_adapter and set_adapter of text encoders raise ImportError (mole_diffusion uses neither)",
         'where you need them: pip install "peft>=0.22", or as long as there is none "transformers<5.24"',

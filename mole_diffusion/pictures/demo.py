@@ -20,6 +20,7 @@ from mole_diffusion.core.records import in_order
 from mole_diffusion.pictures.denoisers import own_size
 from mole_diffusion.pictures.drawing import draw
 from mole_diffusion.pictures.files import open_picture
+from mole_diffusion.pictures.opening import hush_libraries
 from mole_diffusion.pictures.pipelines import StableDiffusionMoLEPipeline
 from mole_diffusion.pictures.plots import (
     GridRow,
@@ -100,6 +101,7 @@ def run_demo(options: DemoOptions, say: Say = print) -> DemoResult:
     out = options.out
     out.mkdir(parents=True, exist_ok=True)
     with _timed(say, f"Loading the starter and the experts {', '.join(chosen)}"):
+        hush_libraries()
         pipe = StableDiffusionMoLEPipeline.from_starter(experts=list(chosen))
         pipe.set_progress_bar_config(disable=True)
     say(f'Prompt: "{prompt}"')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,12 +89,23 @@ def drawing_settings(model: str, guidance: float | None) -> dict[str, Any]:
 
 
 def hush_libraries() -> None:
-    """Switch off the libraries' bars, which would break ours, and a warning that is for programmers."""
+    """Switch off the libraries' bars, which would break ours, and a warning that is for programmers.
+
+    For programs of ours alone: whoever uses the package in Python keeps the libraries' settings. Bars of
+    downloads stay on a terminal, where gigabytes without a word would look like a hang.
+    """
+    import huggingface_hub.utils
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     diffusers_logging.disable_progress_bar()
+    # This one silences downloads as well.
+    shown = sys.stderr.isatty() and not huggingface_hub.utils.are_progress_bars_disabled()
     transformers_logging.disable_progress_bar()
+    if shown:
+        huggingface_hub.utils.enable_progress_bars()
+    else:
+        huggingface_hub.utils.disable_progress_bars()
     # The new name of the argument is not known to the oldest diffusers that works here.
     warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
 

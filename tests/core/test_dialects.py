@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import diffusers
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 from mole_diffusion import Expert, MoLEConfig, inject
@@ -201,6 +203,8 @@ def test_outputs_are_those_of_diffusers(dialect: str, family: str, families: dic
     factors = make_factors(parts, chosen.wanted, alphas=chosen.alphas)
     if not factors:
         pytest.skip("this family has no second text encoder")
+    if Version(diffusers.__version__) < Version("0.40"):
+        pytest.skip("before 0.40 diffusers loses matrices outside of blocks and mistakes ranks that differ")
     state = chosen.write(factors, parts)
     expert = Expert.from_state_dict(state, name="dog")
     assert set(expert.report.loaded) == set(state)

@@ -9,11 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from diffusers import StableDiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from PIL import Image
+from transformers.utils import logging as transformers_logging
 
 from mole_diffusion.core.checkpoint import read_gates_header
 from mole_diffusion.pictures import pipelines as pipeline_module
 from mole_diffusion.pictures.demo import DemoOptions, DemoResult, default_prompt, region_strips, run_demo
+from mole_diffusion.pictures.pipelines import StableDiffusionMoLEPipeline
 from mole_diffusion.starter import location
 
 NAMES = ("boot", "cat", "clock")
@@ -89,6 +92,17 @@ def test_demo_writes_grid_figures_and_gates(starter: Path, tmp_path: Path) -> No
     rows = [line.split(",")[0].strip() for line in lines if "of drawing left" in line]
     assert rows == [f"row {i + 1} of {len(result.rows) - 1}" for i in range(len(result.rows) - 1)]
     assert any(str(result.files["gates"]) in line for line in result.next_steps)
+
+
+def test_libraries_draw_no_bars_into_the_log(
+    starter: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    diffusers_logging.enable_progress_bar()
+    transformers_logging.enable_progress_bar()
+    StableDiffusionMoLEPipeline.from_starter(experts=[])
+    assert "%|" in capfd.readouterr().err  # what a user of the package sees, who did not ask for silence
+    small_demo(tmp_path / "demo", [], iterations=1, steps=1, seeds=(0,))
+    assert "%|" not in capfd.readouterr().err
 
 
 def test_second_run_takes_over_the_training_of_the_first_and_fresh_does_not(
