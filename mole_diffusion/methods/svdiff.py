@@ -138,6 +138,8 @@ class PreparedShifts(Prepared):
         for key, shift in load_file(self.folder / SHIFTS_FILE).items():
             name = key.split("/", 1)[1]
             sums[name] = sums[name] + shift if name in sums else shift
+        # A weight of the same numbers elsewhere in memory is not the same to every CPU.
+        sums = {name: total for name, total in sums.items() if total.any()}
         with torch.no_grad():
             weights = {
                 name: Spectrum.of(_weight(layers[name])).shifted(shift) for name, shift in sums.items()
