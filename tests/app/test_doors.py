@@ -211,7 +211,7 @@ def test_hostile_files_are_refused_in_own_words_and_not_kept(server: Server, nam
     answer = httpx.post(f"{server.url}/gradio_api/upload", files={"files": (name, make())}, timeout=60)
     assert answer.status_code == 415, answer.text
     assert words in answer.text
-    assert uploads(server) == before
+    assert not uploads(server) - before
     assert time.monotonic() - start < 20
     assert "Traceback" not in server.said
 
@@ -240,7 +240,7 @@ def test_an_upload_that_breaks_off_leaves_nothing(server: Server) -> None:
     until = time.monotonic() + 20
     while uploads(server) != before and time.monotonic() < until:
         time.sleep(0.1)
-    assert uploads(server) == before
+    assert not uploads(server) - before
 
 
 def test_looking_at_files_keeps_nobody_waiting(tmp_path: Path) -> None:
