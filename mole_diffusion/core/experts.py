@@ -19,6 +19,7 @@ from .errors import ConfigError, ExpertLoadError
 from .factors import LoraFactors
 from .key_table import KeyTable
 from .networks import known_families, other_base
+from .networks.base import Base
 from .peft_folder import expert_files, own_name, read_files
 from .peft_options import PeftOptions
 from .reading import BadFileError, Content, parse_json
@@ -147,7 +148,7 @@ def load_expert(
     scale: float = 1.0,
     *,
     rank: int | None = None,
-    base: object = None,
+    base: Base | None = None,
 ) -> Expert:
     """Read a LoRA from a safetensors file or a PEFT folder.
 
@@ -177,7 +178,7 @@ def read_expert(
     scale: float = 1.0,
     *,
     rank: int | None = None,
-    base: object = None,
+    base: Base | None = None,
 ) -> Expert:
     """`load_expert` for those who say themselves what `report.notes` has."""
     path = Path(path)
@@ -207,7 +208,7 @@ def _expert(
     name: str,
     scale: float,
     rank: int | None,
-    base: object = None,
+    base: Base | None = None,
     copy: bool = False,
 ) -> Expert:
     """An expert of what a file, or several, hold."""
@@ -260,7 +261,7 @@ def _check_use(name: str, scale: float, rank: int | None) -> None:
         raise ConfigError(f"rank={rank!r} of expert {name!r} is not allowed; give a whole number above 0.")
 
 
-def _check_usable(table: KeyTable, name: str, metadata: Mapping[str, str], base: object) -> None:
+def _check_usable(table: KeyTable, name: str, metadata: Mapping[str, str], base: Base | None) -> None:
     """Raise ExpertLoadError if no key can be used, or if those that matter are for a base of another kind."""
     other = other_base(table.strangers, metadata)
     if other is not None and not any(meaning.denoises for meaning in table.meanings.values()):
