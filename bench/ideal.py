@@ -15,13 +15,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mole_diffusion.evaluation.protocol import load_protocol
+from mole_diffusion.evaluation.pictures.measures import PICTURES, measures
+from mole_diffusion.evaluation.pictures.protocol import load_protocol
+from mole_diffusion.evaluation.pictures.run import score
+from mole_diffusion.evaluation.pictures.scorers import make_scorers
+from mole_diffusion.evaluation.pictures.sets import make_scene
 from mole_diffusion.evaluation.results import write_text
-from mole_diffusion.evaluation.run import score
-from mole_diffusion.evaluation.scorers import make_scorers
-from mole_diffusion.evaluation.sets import make_scene
-from mole_diffusion.evaluation.statistics import measures
-from mole_diffusion.evaluation.table import HEADINGS
 from tools.starter.world import FLAT_STYLES, SUBJECT_STYLE, Thing, draw_scene
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +49,7 @@ def main() -> None:
     protocol = load_protocol("starter")
     scorers = make_scorers(protocol.metrics.model_copy(update={"judge": None}), torch.device("cpu"))
     lines = [
-        "| painted | " + " | ".join(HEADINGS[measure][0] for measure in MEASURES) + " |",
+        "| painted | " + " | ".join(PICTURES.headings[measure].title for measure in MEASURES) + " |",
         "|---" * (len(MEASURES) + 1) + "|",
     ]
     for label, styles in KINDS.items():

@@ -45,8 +45,9 @@ def evaluate(
     need_extra("evaluate", "mole evaluate")
     import torch
 
-    from mole_diffusion.evaluation import run
-    from mole_diffusion.evaluation.protocol import load_protocol
+    from mole_diffusion.evaluation.pictures import run
+    from mole_diffusion.evaluation.pictures.measures import PICTURES
+    from mole_diffusion.evaluation.pictures.protocol import load_protocol
     from mole_diffusion.evaluation.results import Results
     from mole_diffusion.pictures.opening import pick_device
 
@@ -62,7 +63,7 @@ def evaluate(
     where = None if device is None else torch.device(pick_device(device))
     try:
         if report:
-            table = run.write_report(wanted, folder, Results(folder).read())
+            table = run.write_report(wanted, folder, Results(folder, PICTURES).read())
         elif rescore:
             table = run.rescore(wanted, folder, device=where, say=say)
         else:
@@ -78,7 +79,7 @@ def _show(folder: Path, table: Any, as_json: bool) -> None:
         return
     if as_json:
         methods = {
-            method: {measure: vars(entry) for measure, entry in row.items()}
+            method: {measure: _plain(entry) for measure, entry in row.items()}
             for method, row in table["all"].items()
         }
         typer.echo(json.dumps({"out": str(folder), "methods": methods}, indent=2))
@@ -87,3 +88,8 @@ def _show(folder: Path, table: Any, as_json: bool) -> None:
         (folder / "table.md").read_text(encoding="utf-8"), highlight=False, markup=False, soft_wrap=True
     )
     say(f"Written to {folder}")
+
+
+def _plain(entry: Any) -> dict[str, Any]:
+    values = dict(vars(entry))
+    return {"pictures": values.pop("count"), **values}

@@ -1,4 +1,4 @@
-"""Measuring mixtures: protocols, pictures by every method on the same seeds, metrics, tables and figures.
+"""Measuring mixtures, whatever they make: results, statistics, tables, charts and the run of any domain.
 
-Needs the extra `evaluate`. The command `mole evaluate` is a thin user of `run.evaluate`.
+`evaluation.pictures` draws and scores pictures. Needs the extra `evaluate`.
 """

@@ -11,21 +11,20 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from mole_diffusion.evaluation.statistics import LESS_IS_BETTER, Estimate
-from mole_diffusion.pictures.plots import MAX_COLUMNS_WITH_NAMES, short_group_name
+from mole_diffusion.evaluation.schema import Heading
+from mole_diffusion.evaluation.statistics import Estimate
+from mole_diffusion.training.charts import MAX_COLUMNS_WITH_NAMES, short_group_name
 
 #: Colours that stay apart for most colour-blind people (Okabe and Ito 2008).
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F", "#F0E442")
 
 
-def measure_bars(
-    methods: Mapping[str, Mapping[str, Estimate]], headings: Mapping[str, tuple[str, bool]]
-) -> Figure:
+def measure_bars(methods: Mapping[str, Mapping[str, Estimate]], headings: Mapping[str, Heading]) -> Figure:
     """A panel per measure, a bar with its 95 % interval per method.
 
     Args:
         methods: method -> measure -> estimate.
-        headings: measure -> (title, whether it is a share), for the measures to draw, in order.
+        headings: the measures to draw, in order.
     """
     shown = [name for name in headings if any(name in row for row in methods.values())]
     columns = min(3, len(shown))
@@ -41,11 +40,11 @@ def measure_bars(
             [[entry.mean - entry.low, entry.high - entry.mean] if entry else [0, 0] for entry in found]
         ).T
         axes.barh(places, means, xerr=np.maximum(reach, 0), color=COLOURS[0], ecolor="0.25", capsize=2)
-        less = " (less is better)" if measure in LESS_IS_BETTER else ""
-        title, is_share = headings[measure]
-        if is_share:
+        heading = headings[measure]
+        if heading.is_share:
             axes.set_xlim(0, 1)
-        axes.set_title(title + less, loc="left", fontsize=10)
+        less = " (less is better)" if heading.less_is_better else ""
+        axes.set_title(heading.title + less, loc="left", fontsize=10)
         axes.set_yticks(places, labels=list(methods))
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].invert_yaxis()

@@ -1,4 +1,4 @@
-"""Results on disk: one line of JSON per picture, in parts by process, and the settings they belong to."""
+"""Results on disk: one line of JSON per item, in parts by process, and the settings they belong to."""
 
 from __future__ import annotations
 
@@ -10,19 +10,12 @@ from typing import Any
 
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.files import replacing
-
-Row = dict[str, Any]
-Key = tuple[str, str, int, int, str]
+from mole_diffusion.evaluation.schema import Row, Schema
 
 RESULTS = "results.jsonl"
 SETTINGS = "settings.json"
 METRICS = "metrics.json"
 _PARTS = "parts"
-
-
-def key_of(row: Mapping[str, Any]) -> Key:
-    """What a picture is of: set, method, prompt, seed, and the expert where one is drawn alone."""
-    return row["set"], row["method"], row["prompt"], row["seed"], row.get("alone") or ""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -53,17 +46,18 @@ class Results:
 
     Args:
         folder: the folder.
+        schema: how its rows are told apart.
         part: index of this process; each writes a part of its own.
     """
 
-    def __init__(self, folder: Path, part: int = 0) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, schema: Schema, part: int = 0) -> None:
+        self.folder, self._schema = folder, schema
         self._part = folder / _PARTS / f"{part}.jsonl"
 
     def read(self) -> list[Row]:
-        """All rows of the merged file and of the parts, sorted; each picture once."""
+        """All rows of the merged file and of the parts, sorted; each item once."""
         files = [self.folder / RESULTS, *sorted((self.folder / _PARTS).glob("*.jsonl"))]
-        found = {key_of(row): row for file in files for row in read_rows(file)}
+        found = {self._schema.key_of(row): row for file in files for row in read_rows(file)}
         return [found[key] for key in sorted(found)]
 
     def append(self, rows: Iterable[Row]) -> None:
@@ -89,14 +83,16 @@ class Results:
             part.unlink()
 
 
-def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Keep the settings that pictures depend on beside them; new sets, methods and prompts may join.
+def check_settings(folder: Path, settings: Mapping[str, Any], schema: Schema) -> None:
+    """Keep the settings that items depend on beside them; new entries of a mapping may join.
 
     Args:
+        folder: of the evaluation.
         settings: nested mappings and lists of plain values.
+        schema: what items are called.
 
     Raises:
-        ConfigError: the folder's pictures were drawn with other settings; every difference is named.
+        ConfigError: the folder's items were made with other settings; every difference is named.
     """
     path = folder / SETTINGS
     now: dict[str, Any] = json.loads(json.dumps(settings))
@@ -104,26 +100,39 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     if different := list(_differences(before, now, "")):
         raise ConfigError(
             "\n  - ".join(
-                [f"the pictures in {folder} were drawn with other settings; give another --out:", *different]
+                [
+                    f"the {schema.items} in {folder} were made with other settings; give another --out:",
+                    *different,
+                ]
             )
         )
     write_text(path, json.dumps(_joined(before, now), indent=1, sort_keys=True) + "\n")
 
 
-def check_metrics(folder: Path, identities: Sequence[Sequence[str]]) -> None:
-    """Keep beside the scores which networks gave them.
+def check_metrics(folder: Path, identities: Sequence[Sequence[str]], schema: Schema) -> None:
+    """Keep beside the scores what gave them.
+
+    Args:
+        folder: of the evaluation.
+        identities: what tells each scorer from others.
+        schema: what items are called.
 
     Raises:
-        ConfigError: the folder's pictures were measured by others.
+        ConfigError: the folder's items were measured by others.
     """
     path = folder / METRICS
     now = [list(identity) for identity in identities]
     if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != now:
         raise ConfigError(
-            f"the pictures in {folder} were measured by other networks or with other measures; measure them "
-            "anew first, with --rescore"
+            f"the {schema.items} in {folder} were measured by other networks or with other measures; measure "
+            "them anew first, with --rescore"
         )
-    write_text(path, json.dumps(now, indent=1) + "\n")
+    keep_metrics(folder, identities)
+
+
+def keep_metrics(folder: Path, identities: Sequence[Sequence[str]]) -> None:
+    """Note which scorers gave the scores in a folder."""
+    write_text(folder / METRICS, json.dumps([list(identity) for identity in identities], indent=1) + "\n")
 
 
 def _differences(before: Any, now: Any, place: str) -> Iterable[str]:

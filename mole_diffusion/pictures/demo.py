@@ -20,14 +20,9 @@ from mole_diffusion.core.records import in_order
 from mole_diffusion.pictures.denoisers import own_size
 from mole_diffusion.pictures.drawing import draw
 from mole_diffusion.pictures.files import open_picture
+from mole_diffusion.pictures.grid import GridRow, picture_grid
 from mole_diffusion.pictures.opening import hush_libraries
 from mole_diffusion.pictures.pipelines import StableDiffusionMoLEPipeline
-from mole_diffusion.pictures.plots import (
-    GridRow,
-    entropy_curve,
-    gate_heat_map,
-    picture_grid,
-)
 from mole_diffusion.pictures.training import Concept, TrainingConfig
 from mole_diffusion.starter.location import (
     GUIDANCE,
@@ -36,6 +31,7 @@ from mole_diffusion.starter.location import (
     default_experts,
     starter_experts,
 )
+from mole_diffusion.training.charts import entropy_curve, gate_heat_map
 
 __all__ = ["DemoOptions", "DemoResult", "region_strips", "run_demo"]
 

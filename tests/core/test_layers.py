@@ -102,6 +102,15 @@ def test_hosts_know_the_rooms_below_pipelines(host: str) -> None:
                 assert inside.startswith(HOSTS[host]), f"{path.name} imports {module}"
 
 
+def test_measuring_knows_no_domain_but_in_the_domains_folder() -> None:
+    """So that texts are measured without the libraries that draw, and pictures without those that write."""
+    for path in (PACKAGE / "evaluation").rglob("*.py"):
+        own = path.parent.name if path.parent.name in STRANGERS else None
+        for module in imports(path):
+            inside = module.removeprefix("mole_diffusion.").removeprefix("evaluation.").split(".")[0]
+            assert inside not in STRANGERS - {own}, f"{path.name} imports {module}"
+
+
 def test_no_module_imports_itself_by_way_of_others() -> None:
     edges = {module_name(path): {m for m in imports(path) if is_module(m)} for path in FILES}
     edges = {name: (below & set(edges)) - {name} for name, below in edges.items()}

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mole_diffusion import ConfigError
-from mole_diffusion.evaluation import run
-from mole_diffusion.evaluation.protocol import load_protocol
+from mole_diffusion.evaluation.pictures import run
+from mole_diffusion.evaluation.pictures.protocol import load_protocol
 from mole_diffusion.starter import starter_dir
 
 Write = Callable[..., Path]
@@ -73,8 +73,8 @@ def test_the_starters_clip_is_the_guide_where_none_is_named(write_protocol: Writ
 def test_another_clip_may_score_and_so_may_any_where_nothing_is_guided(
     write_protocol: Write, world: Path
 ) -> None:
-    from mole_diffusion.evaluation.guard import refuse_guides
-    from mole_diffusion.evaluation.scorers import ClipScorer
+    from mole_diffusion.evaluation.pictures.guard import refuse_guides
+    from mole_diffusion.evaluation.pictures.scorers import ClipScorer
 
     cpu = torch.device("cpu")
     guide, other = (f"local-dir:{world / name}" for name in ("clip_guide", "clip_score"))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mole_diffusion.evaluation import metrics
+from mole_diffusion.evaluation.pictures import metrics
 
 
 def test_text_alignment_is_the_cosine_of_each_pair() -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from mole_diffusion import ConfigError, MoLEConfig, UnknownExpertError
-from mole_diffusion.evaluation.protocol import load_protocol, shipped_protocols
-from mole_diffusion.evaluation.sets import make_scene
-from mole_diffusion.evaluation.stage import check_methods
+from mole_diffusion.evaluation.pictures.protocol import load_protocol, shipped_protocols
+from mole_diffusion.evaluation.pictures.sets import make_scene
+from mole_diffusion.evaluation.pictures.stage import check_methods
 from mole_diffusion.pictures.training import TrainingConfig
 from tools.starter.world import TRIPLES
 

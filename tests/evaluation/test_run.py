@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 
 from mole_diffusion import ConfigError
-from mole_diffusion.evaluation import run
 from mole_diffusion.evaluation.gate_records import read_record
-from mole_diffusion.evaluation.protocol import Protocol, load_protocol
+from mole_diffusion.evaluation.pictures import run
+from mole_diffusion.evaluation.pictures.measures import PICTURES
+from mole_diffusion.evaluation.pictures.protocol import Protocol, load_protocol
+from mole_diffusion.evaluation.pictures.sets import make_scene
 from mole_diffusion.evaluation.results import Results, read_rows
-from mole_diffusion.evaluation.sets import make_scene
 
 Write = Callable[..., Path]
 CPU = torch.device("cpu")
@@ -158,7 +159,7 @@ def test_what_is_there_is_not_drawn_again_and_what_is_missing_is(
     protocol, whole = finished
     rows = read_rows(whole / "results.jsonl")
     out = tmp_path / "stopped"
-    results = Results(out)
+    results = Results(out, PICTURES)
     results.append(row for row in rows if row["method"] != "nla" or row["seed"] != 1)
     part = next((out / "parts").glob("*.jsonl"))
     with part.open("a") as file:
@@ -182,7 +183,7 @@ def test_a_folder_of_other_settings_is_refused_and_more_of_the_same_may_join(
         evaluated(load_protocol(write_protocol(**small, prompts=["{all}"])), out)
     more = {**small, "methods": ["none", "la"], "seeds": {"count": 2}}
     table = evaluated(load_protocol(write_protocol(**more)), out)
-    assert {name: row["text"].pictures for name, row in table["all"].items()} == {"none": 4, "la": 4}
+    assert {name: row["text"].count for name, row in table["all"].items()} == {"none": 4, "la": 4}
 
 
 def test_only_experts_that_a_prompt_names_are_measured(write_protocol: Write, tmp_path: Path) -> None:

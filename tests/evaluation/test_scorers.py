@@ -11,7 +11,7 @@ from PIL import Image
 from timm.models import save_for_hf
 
 from mole_diffusion import ConfigError
-from mole_diffusion.evaluation.scorers import ClipScorer, DinoScorer, JudgeScorer
+from mole_diffusion.evaluation.pictures.scorers import ClipScorer, DinoScorer, JudgeScorer
 from mole_diffusion.pictures.training import Concept
 from mole_diffusion.starter import starter_experts
 from tools.starter import world as starter_world

@@ -20,7 +20,7 @@ from mole_diffusion.app.training import concept_of
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.methods import METHODS, prepare
 from mole_diffusion.pictures.files import open_picture
-from mole_diffusion.pictures.plots import GridRow, picture_grid
+from mole_diffusion.pictures.grid import GridRow, picture_grid
 from mole_diffusion.pictures.training import TrainingConfig
 
 _PRIVATE: dict[str, Any] = {"api_visibility": "private"}

@@ -15,7 +15,7 @@ from mole_diffusion.app.session import Session
 from mole_diffusion.app.studio import Studio
 from mole_diffusion.core.inspection import FileDescription, describe_file
 from mole_diffusion.core.records import GateWeights, in_order
-from mole_diffusion.pictures.plots import gate_heat_map
+from mole_diffusion.training.charts import gate_heat_map
 
 _PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 _NETWORKS = {"UNet": "unet", "Text encoder": "text_encoder", "Second text encoder": "text_encoder_2"}

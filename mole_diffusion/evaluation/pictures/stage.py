@@ -13,8 +13,8 @@ import torch
 from PIL.Image import Image
 
 from mole_diffusion.core.errors import ConfigError
-from mole_diffusion.evaluation.protocol import ALONE, MASKED, SINGLE, Protocol, Variant
-from mole_diffusion.evaluation.sets import Scene
+from mole_diffusion.evaluation.pictures.protocol import ALONE, MASKED, SINGLE, Protocol, Variant
+from mole_diffusion.evaluation.pictures.sets import Scene
 from mole_diffusion.methods import METHODS, PrepareOptions, prepare
 from mole_diffusion.pictures.drawing import draw
 from mole_diffusion.pictures.opening import open_base

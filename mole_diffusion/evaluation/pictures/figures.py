@@ -14,12 +14,14 @@ from PIL import Image
 from mole_diffusion.core.files import replacing
 from mole_diffusion.evaluation.charts import entropy_curves, expert_shares, measure_bars, weights_over_steps
 from mole_diffusion.evaluation.gate_records import read_record, record_path
-from mole_diffusion.evaluation.protocol import SHEET_SEEDS, ExpertSet, Protocol, named
-from mole_diffusion.evaluation.results import Row
-from mole_diffusion.evaluation.stage import PREPARED
-from mole_diffusion.evaluation.table import ALL, HEADINGS, Table
+from mole_diffusion.evaluation.pictures.measures import PICTURES
+from mole_diffusion.evaluation.pictures.protocol import SHEET_SEEDS, ExpertSet, Protocol, named
+from mole_diffusion.evaluation.pictures.stage import PREPARED
+from mole_diffusion.evaluation.schema import Row
+from mole_diffusion.evaluation.table import ALL, Table
 from mole_diffusion.pictures.files import open_picture
-from mole_diffusion.pictures.plots import GridRow, gate_heat_map, picture_grid
+from mole_diffusion.pictures.grid import GridRow, picture_grid
+from mole_diffusion.training.charts import gate_heat_map
 
 _HISTORY = "history.jsonl"
 #: Side of a picture in the grids, in pixels.
@@ -31,7 +33,7 @@ def write_figures(protocol: Protocol, out: Path, rows: Sequence[Row], table: Tab
     kept = [row for row in rows if row.get("picture") and (out / row["picture"]).is_file()]
     written = [*_grids(protocol, out, kept), *_sheet(protocol, out, kept)]
     if ALL in table:
-        written.append(_save(measure_bars(table[ALL], HEADINGS), out / "bars.png"))
+        written.append(_save(measure_bars(table[ALL], PICTURES.headings), out / "bars.png"))
     return [*written, *_training_figures(protocol, out), *_weight_figures(protocol, out)]
 
 

@@ -12,7 +12,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from mole_diffusion.core.errors import ConfigError
-from mole_diffusion.evaluation.metrics import (
+from mole_diffusion.evaluation.pictures.metrics import (
     CONFUSED,
     OMITTED,
     PRESENT,
@@ -22,8 +22,8 @@ from mole_diffusion.evaluation.metrics import (
     text_alignment,
     verdict,
 )
-from mole_diffusion.evaluation.protocol import Clip, Metrics
-from mole_diffusion.evaluation.sets import CAPTIONS
+from mole_diffusion.evaluation.pictures.protocol import Clip, Metrics
+from mole_diffusion.evaluation.pictures.sets import CAPTIONS
 from mole_diffusion.pictures.training.concepts import Concept
 from mole_diffusion.starter.location import starter_dir
 

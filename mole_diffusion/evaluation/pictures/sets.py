@@ -10,7 +10,7 @@ from PIL import Image
 
 from mole_diffusion.core.errors import ConfigError, UnknownExpertError
 from mole_diffusion.core.phrases import listed
-from mole_diffusion.evaluation.protocol import ExpertSet, ExpertSource, Protocol, named
+from mole_diffusion.evaluation.pictures.protocol import ExpertSet, ExpertSource, Protocol, named
 from mole_diffusion.pictures.files import PICTURES, open_picture, pictures_in
 from mole_diffusion.pictures.training.concepts import Concept
 from mole_diffusion.starter.location import starter_experts

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from mole_diffusion.core.errors import ConfigError
-from mole_diffusion.evaluation.protocol import Clip, Protocol
-from mole_diffusion.evaluation.scorers import load_clip, tower_hashes
+from mole_diffusion.evaluation.pictures.protocol import Clip, Protocol
+from mole_diffusion.evaluation.pictures.scorers import load_clip, tower_hashes
 from mole_diffusion.starter.location import starter_dir
 
 #: Methods that are prepared on the objective of `TrainingConfig`, which may ask CLIP.

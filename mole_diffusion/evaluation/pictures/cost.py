@@ -12,9 +12,9 @@ from typing import Any
 
 import psutil
 
-from mole_diffusion.evaluation.protocol import Protocol, Variant
+from mole_diffusion.evaluation.pictures.protocol import Protocol, Variant
+from mole_diffusion.evaluation.pictures.stage import PREPARED, RECORD, Stage
 from mole_diffusion.evaluation.results import write_text
-from mole_diffusion.evaluation.stage import PREPARED, RECORD, Stage
 
 FILE = "cost.json"
 _BASE = Variant(name="none")

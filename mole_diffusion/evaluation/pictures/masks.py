@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from mole_diffusion.core.files import replacing
-from mole_diffusion.evaluation.protocol import Variant
-from mole_diffusion.evaluation.stage import Stage
-from mole_diffusion.pictures.plots import GridRow, picture_grid
+from mole_diffusion.evaluation.pictures.protocol import Variant
+from mole_diffusion.evaluation.pictures.stage import Stage
+from mole_diffusion.pictures.grid import GridRow, picture_grid
 
 FOLDER = "masks"
 

@@ -11,13 +11,8 @@ from PIL import Image
 
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.records import GateRecord, GateWeights, in_order
-from mole_diffusion.pictures.plots import (
-    GridRow,
-    entropy_curve,
-    gate_heat_map,
-    picture_grid,
-    short_group_name,
-)
+from mole_diffusion.pictures.grid import GridRow, picture_grid
+from mole_diffusion.training.charts import entropy_curve, gate_heat_map, short_group_name
 
 NAMES = ["boot", "cat", "clock"]
 
