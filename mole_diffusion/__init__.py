@@ -17,11 +17,13 @@ from .core.errors import (
     ExpertLoadError,
     GateMismatchError,
     InjectionError,
+    InUseError,
     MoLEError,
     NoExpertsError,
     RegionMaskError,
     TrainingError,
     UnknownExpertError,
+    WriteError,
 )
 from .core.experts import Expert, ExpertReport, LoraFactors, load_expert
 from .core.mixture import Mixture, inject
@@ -64,6 +66,7 @@ __all__ = [
     "GateRecord",
     "GateTrainer",
     "GatesHeader",
+    "InUseError",
     "InjectionError",
     "LoraFactors",
     "Mixture",
@@ -81,6 +84,7 @@ __all__ = [
     "TrainingError",
     "TrainingResult",
     "UnknownExpertError",
+    "WriteError",
     "inject",
     "load_expert",
     "load_gates",

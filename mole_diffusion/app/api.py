@@ -17,7 +17,8 @@ from mole_diffusion.app.metadata import PictureSettings
 from mole_diffusion.app.session import Session
 from mole_diffusion.app.setup import Setup
 from mole_diffusion.app.studio import Studio, Work
-from mole_diffusion.app.training import TrainRequest, start_training
+from mole_diffusion.app.train_request import TrainRequest
+from mole_diffusion.app.training import start_training
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.starter.location import GUIDANCE
 

@@ -14,7 +14,7 @@ _VARIABLE = "GRADIO_TEMP_DIR"
 
 @contextmanager
 def own_folder() -> Iterator[Path]:
-    """A new folder for everything that the app writes, Gradio's and Python's temporary files included.
+    """A new folder for what need not stay: uploads, Gradio's and Python's temporary files.
 
     Gradio reads where to write when it is imported: import it inside the `with` block. Afterwards the folder
     is gone.

@@ -27,6 +27,7 @@ from mole_diffusion.app.theme import STYLE, theme
 from mole_diffusion.app.uploads import MAX_FILE_BYTES
 from mole_diffusion.app.web import SessionCookie, UploadGuard
 from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.core.files import check_writable
 from mole_diffusion.pictures.opening import STARTER
 from mole_diffusion.starter.location import starter_dir
 
@@ -36,6 +37,8 @@ _MAX_REQUESTS = 1024
 #: Threads for the short work of pages: reading what was sent, answering at once.
 _THREADS = 16
 _HOUR = 3600
+#: Where what was made stays, unless another folder is named.
+OUTPUTS = Path("outputs") / "app"
 
 _HEAD = """
 <div class="masthead">
@@ -59,6 +62,7 @@ class AppOptions:
         model: the base model new sessions start with.
         device: "auto" or a device.
         open_browser: show it in a browser.
+        outputs: where pictures, gates, exports and trainings are written and stay.
     """
 
     host: str = "127.0.0.1"
@@ -69,6 +73,7 @@ class AppOptions:
     model: str = STARTER
     device: str = "auto"
     open_browser: bool = False
+    outputs: Path = OUTPUTS
 
     @property
     def trusted(self) -> bool:
@@ -109,21 +114,22 @@ def _tabs(studio: Studio) -> list[tuple[str, Any]]:
 
 
 @contextmanager
-def serving(options: AppOptions, folder: Path) -> Iterator[tuple[str, str | None]]:
-    """Serve the app inside the `with` block.
+def serving(options: AppOptions) -> Iterator[tuple[str, str | None]]:
+    """Serve the app inside the `with` block; inside `own_folder`, for what need not stay.
 
     Args:
         options: how.
-        folder: of `own_folder`; everything is written there.
 
     Yields:
         The local address and the public one, if there is one.
 
     Raises:
         ConfigError: the device, the model or the port cannot be had.
+        WriteError: nothing can be written where the outputs are to stay.
     """
+    check_writable(options.outputs)
     hosts = Hosts(options.host, options.hosts)
-    with closing(_studio(folder, options)) as studio:
+    with closing(_studio(options)) as studio:
         demo = build(studio)
         try:
             _, local, public = demo.launch(**_launch_options(options, hosts))
@@ -139,9 +145,11 @@ def serving(options: AppOptions, folder: Path) -> Iterator[tuple[str, str | None
             demo.close(verbose=False)
 
 
-def _studio(folder: Path, options: AppOptions) -> Studio:
+def _studio(options: AppOptions) -> Studio:
     """The models; a base other than the starter is opened before anybody waits for a page."""
-    studio = Studio(folder, model=options.model, device=options.device, trusted=options.trusted)
+    studio = Studio(
+        options.outputs.resolve(), model=options.model, device=options.device, trusted=options.trusted
+    )
     error = studio.opening.wait().error if options.model != STARTER else None
     if error is not None:
         studio.close()
@@ -175,7 +183,8 @@ def _launch_options(options: AppOptions, hosts: Hosts) -> dict[str, Any]:
         "ssr_mode": False,
         "mcp_server": False,
         "max_file_size": MAX_FILE_BYTES,
-        "allowed_paths": [str(starter_dir() / "experts")],
+        # Folders of visitors have names that nobody else can know.
+        "allowed_paths": [str(starter_dir() / "experts"), str(options.outputs.resolve())],
         "theme": theme(),
         "css_paths": [STYLE],
         "app_kwargs": {

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from mole_diffusion.app.setup import COLOURS
 
 _COLOUR = re.compile(r"#[0-9a-f]{6}")
-_OWN_FOLDERS = re.compile(r"[^\s'\"]*/mole-app-[^\s'\"]*/")
+_OWN_FOLDERS = re.compile(r"[^\s'\"]*/(?:mole-app-|visitor-[0-9a-f]{16})[^\s'\"]*/")
 NOTHING = Markup("")
 
 

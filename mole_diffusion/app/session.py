@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import shutil
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from mole_diffusion.app.jobs import Job
-from mole_diffusion.app.metadata import PictureSettings
+from mole_diffusion.app.keeping import Kept, read, unpacked_path, vars_of, write
+from mole_diffusion.app.metadata import PictureSettings, read_settings
 from mole_diffusion.app.setup import COLOURS, STARTER, ExpertCard, Gates, Setup
+from mole_diffusion.app.train_request import TrainRequest
 from mole_diffusion.core.errors import ConfigError, UnknownExpertError
 from mole_diffusion.pictures.files import open_picture
 from mole_diffusion.starter.location import default_experts, starter_dir, starter_experts
+from mole_diffusion.training.state import HISTORY_FILE
 
 #: More experts than this make tiles and regions unreadable, and pictures slow.
 MAX_EXPERTS = 8
@@ -41,14 +46,14 @@ class Training:
 
     Attributes:
         setup: what is trained; its gates are those from before.
-        request: a `TrainRequest`.
+        request: how.
         folder: checkpoint, history and previews.
         iterations: wanted.
         gates: what there is, once it has ended with anything.
     """
 
     setup: Setup
-    request: Any
+    request: TrainRequest
     folder: Path
     iterations: int
     job: Job = field(init=False)
@@ -61,6 +66,46 @@ class Training:
         """The experts whose gates are trained."""
         return self.setup.names
 
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values and paths; what it wrote into its folder is there already."""
+        return {
+            "model": self.setup.model,
+            "experts": {card.name: card.path for card in self.setup.cards},
+            "request": asdict(self.request),
+            "folder": self.folder,
+            "iterations": self.iterations,
+            "gates": self.gates and vars_of(self.gates),
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], folder: Path, library: dict[str, ExpertCard]) -> Training:
+        """The reverse, for an earlier server's training; it counts as stopped unless it came to its end.
+
+        Raises:
+            KeyError, TypeError, ValueError: it cannot be gone on with: an expert is not there any more.
+        """
+        cards = tuple(library[name] for name in values["experts"])
+        if any(card.path != unpacked_path(values["experts"][card.name], folder) for card in cards):
+            raise ValueError("another expert has the name by now")
+        request = TrainRequest(**{**values["request"], "prompts": tuple(values["request"]["prompts"])})
+        own = unpacked_path(values["folder"], folder)
+        training = cls(Setup(values["model"], cards), request, own, int(values["iterations"]))
+        history = own / HISTORY_FILE
+        if history.is_file():
+            rows = history.read_text(encoding="utf-8").splitlines()
+            training.history = [json.loads(row) for row in rows if row.endswith("}")]
+        shown = sorted((own / "previews").glob("*.png"))
+        training.previews = [(str(path), f"{int(path.stem)}") for path in shown]
+        if values["gates"]:
+            of = values["gates"]
+            training.gates = Gates(unpacked_path(of["path"], folder), of["iterations"], of["wanted"])
+        training.job = Job("train", lambda job: None)
+        if len(training.history) >= training.iterations and training.gates is not None:
+            training.job.run()
+        else:
+            training.job.cancel()
+        return training
+
 
 class Session:
     """Everything that belongs to one browser.
@@ -68,8 +113,11 @@ class Session:
     Its methods may be called from any thread. Work never reads it: it gets a `Setup`.
 
     Args:
-        folder: where its files are kept; made here, removed by `close`.
+        folder: where its files are kept; what an earlier server left there is taken up.
         model: "starter", or another model the app was started with.
+
+    Attributes:
+        page: what the controls of the page hold, as plain values.
     """
 
     def __init__(self, folder: Path, model: str = STARTER) -> None:
@@ -80,6 +128,7 @@ class Session:
         self.pictures: list[Picture] = []
         self.training: Training | None = None
         self.jobs: list[Job] = []
+        self.page: dict[str, Any] = {}
         self.weights: Any = None
         self.weights_of: tuple[str, ...] = ()
         self.prepared: dict[tuple[str, Setup], Any] = {}
@@ -87,9 +136,12 @@ class Session:
         self.lock = threading.RLock()
         self._gates: dict[tuple[Path, ...], Gates] = {}
         self._discarded: set[Path] = set()
-        folder.mkdir(parents=True, exist_ok=True)
-        if model == STARTER:
+        kept = read(folder)
+        if kept is not None and model in (STARTER, kept.model):
+            self._recall(kept)
+        elif model == STARTER:
             self.use_starter()
+        self._find_pictures()
 
     def use_starter(self) -> None:
         """The starter's experts, with the three it opens with and their gates if it has them."""
@@ -110,6 +162,40 @@ class Session:
                 self.model, self.library, self.chosen, self._gates = model, {}, (), {}
             self.weights = None
             self.prepared.clear()
+            self.note()
+
+    def note(self) -> None:
+        """Write down what the session has, for the next start of the server."""
+        with self.lock:
+            training = None if self.training is None else self.training.to_dict()
+            kept = Kept(self.model, self.library, self.chosen, self._gates, self.page, training)
+            write(self.folder, kept)
+
+    def set_page(self, **values: Any) -> None:
+        """What controls of the page hold now."""
+        with self.lock:
+            if any(self.page.get(name) != value for name, value in values.items()):
+                self.page.update(values)
+                self.note()
+
+    def _recall(self, kept: Kept) -> None:
+        """Take up what an earlier server left."""
+        self.use_starter() if kept.model == STARTER else None
+        self.model = kept.model
+        self.library = {**self.library, **kept.library}
+        self.chosen = self.ordered(name for name in kept.chosen if name in self.library)
+        self._gates |= {key: gates for key, gates in kept.gates.items() if gates.path.is_file()}
+        self.page = kept.page
+        if kept.training is not None:
+            with suppress(KeyError, TypeError, ValueError):
+                self.training = Training.from_dict(kept.training, self.folder, self.library)
+
+    def _find_pictures(self) -> None:
+        """The pictures that lie in the folder, newest first."""
+        found = sorted((self.folder / "picture").glob("*.png"), key=lambda path: -path.stat().st_mtime_ns)
+        for path in found[:MAX_PICTURES]:
+            with suppress(ConfigError):
+                self.pictures.append(Picture(path, read_settings(path)))
 
     def setup(self, names: Sequence[str] | None = None) -> Setup:
         """Model, experts and gates as they are now; for everything that is drawn or trained from here on.
@@ -185,7 +271,9 @@ class Session:
             ConfigError: too many.
         """
         with self.lock:
-            self.chosen = self.ordered(names)
+            before, self.chosen = self.chosen, self.ordered(names)
+            if self.chosen != before:
+                self.note()
 
     def add(self, card: ExpertCard) -> None:
         """Put an expert into the library, and choose it where there is room."""
@@ -193,6 +281,7 @@ class Session:
             self.library[card.name] = card
             if len(self.chosen) < MAX_EXPERTS and card.name not in self.chosen:
                 self.choose([*self.chosen, card.name])
+            self.note()
 
     def remove(self, name: str) -> None:
         """Take an expert that the user brought out of the library; its file goes when no work needs it.
@@ -209,6 +298,7 @@ class Session:
             self._gates = {key: gates for key, gates in self._gates.items() if card.path not in key}
             self._discarded.add(card.path)
             self._sweep()
+            self.note()
 
     def describe(self, name: str, **changes: Any) -> None:
         """Change what is known of an expert (phrase, pictures).
@@ -220,6 +310,7 @@ class Session:
             if name not in self.library:
                 raise UnknownExpertError(name, list(self.library))
             self.library[name] = replace(self.library[name], **changes)
+            self.note()
 
     def gates(self, names: Sequence[str] | None = None) -> Gates | None:
         """The gates in use for the chosen experts, or for others; None if they were not trained."""
@@ -232,6 +323,7 @@ class Session:
         """Gates for exactly these experts, in use from now on."""
         with self.lock:
             self._gates[self._key(cards)] = gates
+            self.note()
 
     def keep_file(self, path: Path, kind: str) -> Path:
         """A copy of a file that stays as it is, in the session's folder."""
@@ -246,12 +338,9 @@ class Session:
         return folder / f"{kind}-{len(list(folder.iterdir())) + 1:03d}-{secrets.token_hex(3)}{suffix}"
 
     def keep(self, picture: Picture) -> None:
-        """Add a picture to the gallery, newest first; the oldest go, with their files."""
+        """Add a picture to the gallery, newest first; the oldest leave it, and stay on the disk."""
         with self.lock:
-            pictures = [picture, *self.pictures]
-            self.pictures = pictures[:MAX_PICTURES]
-        for old in pictures[MAX_PICTURES:]:
-            old.path.unlink(missing_ok=True)
+            self.pictures = [picture, *self.pictures][:MAX_PICTURES]
 
     def keep_prepared(self, name: str, setup: Setup, prepared: Any) -> None:
         """A mixture that was prepared for a setup; the oldest go."""
@@ -270,10 +359,14 @@ class Session:
         """Whether any of its jobs waits or runs."""
         return any(not job.finished for job in self.jobs)
 
-    def close(self) -> None:
-        """Stop its work and remove its files."""
+    def rest(self) -> None:
+        """Stop its work; what was made stays, for the next time."""
         for job in self.jobs:
             job.cancel()
+
+    def close(self) -> None:
+        """Stop its work and remove its files."""
+        self.rest()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _sweep(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -50,7 +50,7 @@ class Studio:
     """Sessions, base models and the worker.
 
     Args:
-        folder: the app's folder; everything it writes lies in it.
+        folder: where everything that visitors make is written, and stays.
         model: the base model new sessions start with.
         device: "auto" or a device.
         trusted: whether users may name paths and hub ids (on this machine, or behind a password).
@@ -66,7 +66,6 @@ class Studio:
         self._shelf = Shelf()
         self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
-        self._numbers = 0
         #: Opens the base model, so that the first picture need not wait for it.
         self.opening = self.worker.submit(Job("open", lambda job: self.base(model)))
 
@@ -76,8 +75,9 @@ class Studio:
             found = self._sessions.get(key)
             if found is None:
                 self._forget_old()
-                self._numbers += 1
-                found = Session(self.folder / f"session-{self._numbers:05d}", self.model)
+                # The key is a secret, and the folder's name shall not tell it.
+                name = hashlib.sha256(key.encode()).hexdigest()[:16]
+                found = Session(self.folder / f"visitor-{name}", self.model)
                 self._sessions[key] = found
             found.used = time.monotonic()
             return found
@@ -164,18 +164,20 @@ class Studio:
         return source
 
     def close(self) -> None:
-        """Stop all work and remove all files."""
+        """Stop all work; what was made stays."""
         self.worker.close()
         for session in self._sessions.values():
-            session.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+            session.rest()
 
     def _forget_old(self) -> None:
-        """Close sessions that nobody used for long, and the oldest where there are too many."""
+        """Let sessions rest that nobody used for long, and the oldest where there are too many.
+
+        What strangers made goes then: their number has no end, and the disk has.
+        """
         now = time.monotonic()
         for key, session in sorted(self._sessions.items(), key=lambda item: item[1].used):
             rest, count = now - session.used, len(self._sessions)
             crowded = count >= MOST_SESSIONS or (count >= MAX_SESSIONS and rest > SESSION_REST)
             if not session.busy() and (crowded or rest > SESSION_SECONDS):
-                session.close()
+                session.rest() if self.trusted else session.close()
                 del self._sessions[key]

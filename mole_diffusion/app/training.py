@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,64 +13,13 @@ from mole_diffusion.app.session import Session, Training
 from mole_diffusion.app.setup import ExpertCard, Gates, Setup
 from mole_diffusion.app.stopping import stoppable
 from mole_diffusion.app.studio import Studio, Work
+from mole_diffusion.app.train_request import TrainRequest
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.phrases import class_words
 from mole_diffusion.pictures.files import open_picture
-from mole_diffusion.pictures.training import Concept, GateTrainer, TrainingConfig
-from mole_diffusion.pictures.training.config import OBJECTIVES
+from mole_diffusion.pictures.training import Concept, GateTrainer
 from mole_diffusion.training.progress import TrainingEvent
 from mole_diffusion.training.state import STATE_FILE
-
-PREVIEW_EVERY = 50
-MAX_ITERATIONS = 5000
-_CHECKPOINT_EVERY = 25
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainRequest:
-    """How to train.
-
-    Attributes:
-        prompts: at least one, naming every expert's subject between them.
-        iterations, objective, seed: see `TrainingConfig`.
-        batch: pictures per iteration; 0 is the objective's default.
-        backgrounds: the base draws backgrounds for the collages first; else they are cut from the references.
-        preview_every: iterations between previews.
-
-    Raises:
-        ConfigError: something is out of range.
-    """
-
-    prompts: tuple[str, ...]
-    iterations: int = 400
-    objective: str = "collage"
-    seed: int = 0
-    batch: int = 0
-    backgrounds: bool = True
-    preview_every: int = PREVIEW_EVERY
-
-    def __post_init__(self) -> None:
-        if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
-            raise ConfigError("the prompt is empty: write one that names every expert's subject")
-        if not 1 <= self.iterations <= MAX_ITERATIONS:
-            raise ConfigError(f"iterations is {self.iterations}; allowed are 1 to {MAX_ITERATIONS}")
-        if not 0 <= self.batch <= 64:
-            raise ConfigError(f"batch is {self.batch}; allowed are 1 to 64, and 0 for the default")
-        if self.objective not in OBJECTIVES:
-            raise ConfigError(f"objective is {self.objective!r}; allowed are {list(OBJECTIVES)}")
-
-    def config(self) -> TrainingConfig:
-        """As the trainer takes it."""
-        return TrainingConfig(
-            objective=self.objective,
-            iterations=self.iterations,
-            seed=self.seed,
-            batch=self.batch or None,
-            collage_background="base" if self.backgrounds else "sources",
-            preview_every=self.preview_every,
-            checkpoint_every=_CHECKPOINT_EVERY,
-            progress=False,
-        )
 
 
 def start_training(
@@ -92,6 +40,7 @@ def start_training(
     training = Training(setup, request, session.new_path("training", ""), request.iterations)
     _submit(studio, session, training, resume=False)
     session.training = training
+    session.note()
     return training
 
 
@@ -146,6 +95,7 @@ def _run(studio: Studio, session: Session, training: Training, *, resume: bool) 
         assert result.gates is not None
         # A copy: the training's own file changes when it goes on.
         training.gates = Gates.of_file(session.keep_file(result.gates, "gates"))
+        session.note()
         if result.stopped:
             raise Cancelled
         session.set_gates(training.setup.cards, training.gates)

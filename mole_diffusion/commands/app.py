@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,7 @@ from mole_diffusion.app.folder import own_folder
 from mole_diffusion.commands.common import DeviceOption, ModelOption, say
 from mole_diffusion.commands.diagnosis import need_extra
 from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.core.files import check_writable
 from mole_diffusion.pictures.opening import STARTER
 
 _AUTH_VARIABLE = "MOLE_APP_AUTH"
@@ -50,11 +52,16 @@ def app(
         typer.Option(metavar="NAME", help="A name that visitors may call this machine by; again for more."),
     ] = None,
     browser: Annotated[bool, typer.Option("--browser", help="Open it in a browser.")] = False,
+    out: Annotated[
+        Path,
+        typer.Option(file_okay=False, help="Folder where pictures, gates, exports and trainings stay."),
+    ] = Path("outputs/app"),
     device: DeviceOption = "auto",
 ) -> None:
     """Compose, train, compare and export in the browser.
 
-    Everything stays on this machine; nothing is fetched unless you name a hub id. Ctrl-C ends it.
+    Everything stays on this machine; nothing is fetched unless you name a hub id. Ctrl-C ends it; what
+    was made stays in --out, and the next start goes on with it.
 
     Example: [bold]mole app --browser[/]
     """
@@ -63,7 +70,8 @@ def app(
     if port is not None:
         _check_port(host, port)
     need_extra("app", "the app")
-    with own_folder() as folder:
+    check_writable(out)
+    with own_folder():
         from mole_diffusion.app.interface import AppOptions, serving
 
         options = AppOptions(
@@ -75,12 +83,15 @@ def app(
             model=model,
             device=device,
             open_browser=browser,
+            outputs=out,
         )
         if login is None and (listen or share):
             say(_opened(listen, share))
         say("Starting ...")
-        with serving(options, folder) as (local, public):
+        with serving(options) as (local, public):
             _wait(local, public)
+    made = sum(path.is_file() for path in out.rglob("*"))
+    say(f"Ended. What was made is in {out}." if made else "Ended. Nothing was made.")
 
 
 def _opened(listen: bool, share: bool) -> str:
@@ -99,12 +110,11 @@ def _wait(local: str, public: str | None) -> None:
     if public:
         say(f"For everybody, through Gradio's servers: {public}")
     say(f"The app is at {local}   (Ctrl-C ends it)")
-    # As Ctrl-C, so that the app's folder goes.
+    # As Ctrl-C, so that uploads go.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+    with suppress(KeyboardInterrupt):
         threading.Event().wait()
-    except KeyboardInterrupt:
-        say("Ended.")
+    say("Ending ...")
 
 
 def _check_port(host: str, port: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +23,7 @@ from .experts import Expert
 from .mixture import Mixture, mixture_on, unwrapped
 from .networks import map_network
 from .records import Recorder
+from .turns import OneThread
 
 logger = logging.getLogger(__name__)
 
@@ -175,6 +176,7 @@ class Ensemble:
         self._attached = attached
         self._base_weight = base_weight or own_weight
         self._held = MixtureSet(config=config or MoLEConfig())
+        self._turn = OneThread()
 
     @classmethod
     def carrying(cls, networks: Mapping[str, nn.Module]) -> Ensemble | None:
@@ -213,6 +215,14 @@ class Ensemble:
         """What the experts bring along beside their matrices."""
         return self._held.companions
 
+    def in_use(self) -> AbstractContextManager[None]:
+        """Keep other threads out inside the `with` block; what changes experts or choices does so itself.
+
+        Raises:
+            InUseError: another thread is inside.
+        """
+        return self._turn.inside()
+
     def set_experts(
         self,
         experts: Iterable[Expert],
@@ -236,22 +246,25 @@ class Ensemble:
             ConfigError: two experts have one name.
         """
         chosen = list(experts)
-        if check_base:
-            self._check_base(chosen)
-        fresh, old = self.build(chosen, config), self.mixtures
-        self._replace(fresh, companions or (lambda _: ()))
+        with self.in_use():
+            if check_base:
+                self._check_base(chosen)
+            fresh, old = self.build(chosen, config), self.mixtures
+            self._replace(fresh, companions or (lambda _: ()))
         if chosen:
             _warn_of_lost_gates(old)
 
     def configure(self, config: MoLEConfig) -> None:
         """Give the experts fresh gates of another form; trained ones are lost."""
-        old = self.mixtures
-        self._regate(self.build(self.experts.values(), config))
+        with self.in_use():
+            old = self.mixtures
+            self._regate(self.build(self.experts.values(), config))
         _warn_of_lost_gates(old)
 
     def eject(self) -> None:
         """Take everything away: the networks are bitwise what they were before the first expert."""
-        self._replace(MixtureSet(config=self._held.config), lambda _: ())
+        with self.in_use():
+            self._replace(MixtureSet(config=self._held.config), lambda _: ())
 
     def build(
         self,
@@ -394,10 +407,11 @@ class Ensemble:
 
         For hosts that serve several users with one base model, one after the other.
         """
-        held = self._held
-        self._unwatch()
-        held.detach()
-        self._held = MixtureSet(config=held.config)
+        with self.in_use():
+            held = self._held
+            self._unwatch()
+            held.detach()
+            self._held = MixtureSet(config=held.config)
         return held
 
     def put(self, held: MixtureSet) -> None:
@@ -406,15 +420,16 @@ class Ensemble:
         Raises:
             InjectionError: there are experts, or these were taken off other networks.
         """
-        if self.experts:
-            raise InjectionError(f"There are the experts {list(self.experts)}; take() them first.")
-        if held.experts and held.networks != self.networks:
-            raise InjectionError("These experts were taken off other networks.")
-        held.attach()
-        for mixture in held.mixtures.values():
-            mixture.owner = weakref.ref(self)
-        self._held = held
-        self._watch(held.mixtures)
+        with self.in_use():
+            if self.experts:
+                raise InjectionError(f"There are the experts {list(self.experts)}; take() them first.")
+            if held.experts and held.networks != self.networks:
+                raise InjectionError("These experts were taken off other networks.")
+            held.attach()
+            for mixture in held.mixtures.values():
+                mixture.owner = weakref.ref(self)
+            self._held = held
+            self._watch(held.mixtures)
 
     @contextmanager
     def standing_in(self, others: MixtureSet) -> Iterator[None]:
@@ -425,6 +440,11 @@ class Ensemble:
         Args:
             others: from `build`; they are of use for several blocks.
         """
+        with self.in_use(), self._others(others):
+            yield
+
+    @contextmanager
+    def _others(self, others: MixtureSet) -> Iterator[None]:
         before = self._held
         attached = [part for part, mixture in before.mixtures.items() if mixture.injected]
         self.park()
@@ -463,26 +483,32 @@ class Ensemble:
 
     @contextmanager
     def choosing(self, choice: Choice) -> Iterator[None]:
-        """`activate` for the `with` block; afterwards what counted before."""
-        before = self.choice
-        self.activate(choice)
-        try:
-            yield
-        finally:
-            self.activate(before)
+        """`activate` for the `with` block; afterwards what counted before.
+
+        Raises:
+            InUseError: another thread is using these experts.
+        """
+        with self.in_use():
+            before = self.choice
+            self.activate(choice)
+            try:
+                yield
+            finally:
+                self.activate(before)
 
     @contextmanager
     def without_companions(self) -> Iterator[None]:
         """What experts bring along beside their matrices is off inside the `with` block."""
-        companions = self.companions
-        for companion in companions:
-            companion.detach()
-        try:
-            yield
-        finally:
+        with self.in_use():
+            companions = self.companions
             for companion in companions:
-                companion.attach()
-                companion.show(not self.choice.base_only)
+                companion.detach()
+            try:
+                yield
+            finally:
+                for companion in companions:
+                    companion.attach()
+                    companion.show(not self.choice.base_only)
 
     def load_gates(
         self, path: str | Path, strict: bool = True, *, parts: Sequence[str] | None = None
@@ -500,14 +526,15 @@ class Ensemble:
         Raises:
             GateMismatchError: the gates do not fit; `differences` lists why.
         """
-        forms = self._forms(path)
-        if all(self.mixtures[part].config == form for part, form in forms.items()):
-            return load_gates(path, self.mixtures, strict, parts=parts, facts=self.facts)
-        fresh = self.build(self.experts.values(), configs=forms)
-        found = load_gates(path, fresh.mixtures, strict, parts=parts, facts=self.facts)
-        fresh.config = next(iter(forms.values()))
-        self._regate(fresh)
-        return found
+        with self.in_use():
+            forms = self._forms(path)
+            if all(self.mixtures[part].config == form for part, form in forms.items()):
+                return load_gates(path, self.mixtures, strict, parts=parts, facts=self.facts)
+            fresh = self.build(self.experts.values(), configs=forms)
+            found = load_gates(path, fresh.mixtures, strict, parts=parts, facts=self.facts)
+            fresh.config = next(iter(forms.values()))
+            self._regate(fresh)
+            return found
 
     def build_gated(self, path: str | Path) -> MixtureSet:
         """The experts with the gates of a file, without their hooks: to stand in for those that are here.

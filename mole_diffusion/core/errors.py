@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from os import PathLike
 
 
 class MoLEError(Exception):
@@ -71,3 +72,20 @@ class InjectionError(MoLEError, RuntimeError):
 
 class TrainingError(MoLEError, RuntimeError):
     """Gate training cannot start or go on."""
+
+
+class InUseError(MoLEError, RuntimeError):
+    """Another thread is using something that serves one at a time."""
+
+
+class WriteError(MoLEError, OSError):
+    """A file or folder cannot be written.
+
+    Args:
+        path: what was to be written.
+        reason: what the system said.
+    """
+
+    def __init__(self, path: str | PathLike[str], reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(f"{str(path)!r} cannot be written: {reason}.")

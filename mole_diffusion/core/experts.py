@@ -23,6 +23,7 @@ from .networks.base import Base
 from .peft_folder import expert_files, own_name, read_files
 from .peft_options import PeftOptions
 from .reading import BadFileError, Content, parse_json
+from .scaling import check_scale
 
 __all__ = ["Expert", "ExpertReport", "LoraFactors", "load_expert"]
 
@@ -255,8 +256,7 @@ def _check_use(name: str, scale: float, rank: int | None) -> None:
     """Raise ConfigError for what no expert can be called, or used with."""
     if not name:
         raise ConfigError("An expert needs a name that is not empty.")
-    if not math.isfinite(scale):
-        raise ConfigError(f"scale={scale!r} of expert {name!r} is not a finite number.")
+    check_scale("scale", name, scale)
     if rank is not None and rank < 1:
         raise ConfigError(f"rank={rank!r} of expert {name!r} is not allowed; give a whole number above 0.")
 

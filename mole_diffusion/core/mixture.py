@@ -31,6 +31,7 @@ from .matrices import build_bundles
 from .modules import Arrangement, base_layer
 from .networks import map_network
 from .networks.base import DENOISER, Architecture, NetworkMap, Role
+from .scaling import check_scale
 from .torch_state import is_compiling
 
 # Network -> the mixture whose hooks are on it; a hook keeps the mixture alive.
@@ -180,6 +181,7 @@ class Mixture:
         Raises:
             UnknownExpertError: a name is not among the experts.
             AllExpertsMaskedError: `active_experts` is empty.
+            ConfigError: a scale or weight is not finite, or far too large.
             RegionMaskError: a mask has wrong axes, values or proportions, or this is a text encoder.
         """
         active, scales = self._chosen(active_experts, expert_scales or {})
@@ -187,7 +189,7 @@ class Mixture:
         if weights is not None:
             fixed = [0.0] * len(self.experts)
             for name, weight in weights.items():
-                fixed[self._index(name)] = float(weight)
+                fixed[self._index(name)] = check_scale("weight", name, weight)
             active = tuple(i for i in active if fixed[i] != 0.0)
         elif not active:
             fixed = [0.0] * len(self.experts)
@@ -232,7 +234,7 @@ class Mixture:
             )
         found = [expert.scale for expert in self.experts]
         for name, scale in scales.items():
-            found[self._index(name)] = float(scale)
+            found[self._index(name)] = check_scale("scale", name, scale)
         counting = tuple(i for i in active if found[i] != 0.0)
         # Where gates read whole block outputs they read those of experts that are left out too.
         return counting, [

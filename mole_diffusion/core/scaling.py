@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import ExpertLoadError
+from .errors import ConfigError, ExpertLoadError
 from .reading import LARGEST
 
+#: More than any use of an expert needs, and far below what half precision can hold in a sum.
+LARGEST_SCALE = 1e4
 #: Texts that say that nothing is said.
 ABSENT = ("", "None", "null")
 
@@ -95,6 +97,30 @@ def truth(label: str, name: str, value: Any) -> bool:
     if not isinstance(value, (bool, str, type(None))) or word not in known:
         raise ExpertLoadError(f"{label}: {name}={short(value)} is not allowed; choose true or false.")
     return known[word]
+
+
+def check_scale(word: str, name: str, value: Any) -> float:
+    """A factor that a user gave.
+
+    Args:
+        word: what the factor is called.
+        name: the expert that it belongs to.
+        value: the factor.
+
+    Raises:
+        ConfigError: it is no number, not finite, or so large that pictures are noise.
+    """
+    try:
+        number = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    # Not a number is not below anything.
+    if not abs(number) <= LARGEST_SCALE:
+        raise ConfigError(
+            f"{word}={short(value)} of expert {name!r} is not allowed; choose a number from"
+            f" -{LARGEST_SCALE:g} to {LARGEST_SCALE:g}."
+        )
+    return number
 
 
 def short(value: Any) -> str:

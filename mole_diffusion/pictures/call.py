@@ -110,6 +110,7 @@ class WithExperts:
             RegionMaskError: a region mask of the wrong size or range.
             GateMismatchError: a prepared mixture was made for another base or other experts.
             ConfigError: a mixture or scale that makes no sense.
+            InUseError: another thread is drawing with this pipeline, or with one that shares its networks.
         """
         parent: Any = super()
         pipe: Any = self
@@ -288,7 +289,7 @@ class WithExperts:
         ensemble, method = self.ensemble, method_of(mixture)
         if method is not None:
             request = Request(active_experts, expert_scales, region_masks, latent_size)
-            with method.engaged(self, request):
+            with ensemble.in_use(), method.engaged(self, request):
                 yield
             return
         assert not isinstance(mixture, Engaging)

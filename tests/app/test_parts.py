@@ -26,7 +26,7 @@ from mole_diffusion.app.metadata import (
     read_settings,
     save_picture,
 )
-from mole_diffusion.app.session import MAX_EXPERTS, Session
+from mole_diffusion.app.session import MAX_EXPERTS, Picture, Session
 from mole_diffusion.app.setup import Gates
 from mole_diffusion.app.show import progress_bar
 from mole_diffusion.app.studio import Studio
@@ -174,6 +174,36 @@ def test_a_session_knows_its_experts(tmp_path: Path) -> None:
         tiles.read([{"name": "boot", "on": True, "strength": 9}])
     session.close()
     assert not (tmp_path / "s").exists()
+
+
+def test_a_session_is_there_again_after_the_server_ended(tmp_path: Path) -> None:
+    first = Studio(tmp_path, device="cpu")
+    session = first.session("visitor")
+    card = add_file(first, session, starter_experts()["cat"].path)
+    session.describe("boot", text="a big boot", references=())
+    gates = session.keep_file(starter_dir() / "experts" / "gates.safetensors", "gates")
+    session.choose(["boot", card.name])
+    session.set_gates(session.cards, Gates(gates, 3, 5))
+    session.set_page(prompt="two things")
+    for seed in (1, 2):
+        path = session.new_path("picture", ".png")
+        settings = PictureSettings(prompt="p", seed=seed)
+        save_picture(Image.new("RGB", (8, 8)), path, settings)
+        session.keep(Picture(path, settings))
+    first.close()
+    again = Studio(tmp_path, device="cpu")
+    found = again.session("visitor")
+    assert found is not session
+    assert (found.library, found.chosen, found.page) == (session.library, session.chosen, session.page)
+    assert found.gates() == Gates(gates, 3, 5)
+    assert found.pictures == session.pictures
+    assert [picture.settings.seed for picture in found.pictures] == [2, 1]
+    assert again.session("another").pictures == []
+    (session.folder / "session.json").write_text("{")
+    again.close()
+    third = Studio(tmp_path, device="cpu")
+    assert third.session("visitor").chosen == ("boot", "monster", "clock")
+    third.close()
 
 
 def test_what_users_bring_is_copied_and_checked(studio: Studio, tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from mole_diffusion.app.jobs import Job, QueueFullError, Worker
 from mole_diffusion.app.library import add_file
 from mole_diffusion.app.setup import Gates
 from mole_diffusion.app.studio import Studio
-from mole_diffusion.app.training import TrainRequest, can_resume, resume_training, start_training
+from mole_diffusion.app.train_request import TrainRequest
+from mole_diffusion.app.training import can_resume, resume_training, start_training
 from mole_diffusion.core.errors import MoLEError
 from mole_diffusion.starter.location import starter_experts
 

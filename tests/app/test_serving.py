@@ -165,11 +165,21 @@ def test_a_password_and_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             server.url, auth=("ada", "secret"), verbose=False, download_files=str(tmp_path / "got")
         )
         client.predict(prompt=PROMPT, steps=1, api_name="/compose")
-        assert list(tmp_path.glob("mole-app-*/**/*.png"))
+        assert list(tmp_path.glob("mole-app-*"))
         assert server.stop() == 0
-    assert not list(tmp_path.glob("mole-app-*"))
-    assert not [path for path in tmp_path.iterdir() if path.name != "got"]
     assert "Traceback" not in server.said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["got", "outputs"]
+    (picture,) = tmp_path.glob("outputs/app/visitor-*/picture/*.png")
+    assert read_settings(picture).prompt == PROMPT
+    assert server.said.rstrip().splitlines()[-1] == "Ended. What was made is in outputs/app."
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = CliRunner().invoke(app, ["app", "--out", str(tmp_path / "file" / "app")])
+    assert result.exit_code == 1
+    assert "cannot be written: Not a directory" in result.stderr
+    assert "Starting" not in result.stderr
 
 
 def test_bad_options_are_usage_errors(tmp_path: Path) -> None:

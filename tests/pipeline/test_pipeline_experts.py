@@ -1,6 +1,8 @@
 """Loading and unloading experts, and what goes wrong."""
 
+import copy
 import logging
+import threading
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from mole_diffusion.core.errors import (
     AllExpertsMaskedError,
     ConfigError,
     ExpertLoadError,
+    InUseError,
     MoLEError,
     NoExpertsError,
     UnknownExpertError,
@@ -114,6 +117,56 @@ def test_senseless_mixture(loaded, draw) -> None:
         draw(loaded, mixture={"cat": float("nan")})
     with pytest.raises(ConfigError, match=r"no weight for the active experts \['boot'\]"):
         draw(loaded, mixture={"cat": 1.0}, active_experts=["boot", "cat"])
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 1e308, -1e5, "much"])
+def test_senseless_scales(loaded, draw, lora_files, scale) -> None:
+    """Refused before anything is drawn; such numbers end as black pictures."""
+    before = draw(loaded)
+    with pytest.raises(ConfigError, match="of expert 'cat' is not allowed; choose a number from -10000 to"):
+        draw(loaded, expert_scales={"cat": scale})
+    with pytest.raises(ConfigError, match=r"scale=.* of expert 'dog' is not allowed"):
+        loaded.load_expert(lora_files["cat"], name="dog", scale=scale)
+    if scale != "much":
+        with pytest.raises(ConfigError, match="expert 'cat'"):
+            draw(loaded, mixture={"cat": scale})
+    assert torch.equal(before, draw(loaded))
+
+
+def test_two_threads_get_their_own_pictures_or_are_told(loaded, draw) -> None:
+    alone = {name: draw(loaded, active_experts=[name]) for name in ("boot", "cat")}
+    begun, go = threading.Event(), threading.Event()
+
+    def wait(*_):
+        begun.set()
+        assert go.wait(60)
+        return _[-1]
+
+    found = {}
+
+    def first() -> None:
+        found["boot"] = draw(loaded, active_experts=["boot"], callback_on_step_end=wait)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    try:
+        assert begun.wait(60)
+        for call in (
+            lambda: draw(loaded, active_experts=["cat"]),
+            lambda: draw(loaded, mixture="switch"),
+            lambda: draw(loaded),
+            lambda: loaded.unload_expert("cat"),
+            lambda: loaded.configure(MoLEConfig(granularity="block")),
+            lambda: loaded.detach_experts(),
+        ):
+            with pytest.raises(InUseError, match="in use by another thread"):
+                call()
+    finally:
+        go.set()
+        thread.join()
+    assert torch.equal(found["boot"], alone["boot"])
+    assert torch.equal(draw(loaded, active_experts=["cat"]), alone["cat"])
+    assert copy.deepcopy(loaded.ensemble._turn) is not loaded.ensemble._turn
 
 
 def test_an_error_leaves_the_pipeline_usable(loaded, draw) -> None:

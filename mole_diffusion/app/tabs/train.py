@@ -16,8 +16,8 @@ from mole_diffusion.app.jobs import Job, QueueFullError
 from mole_diffusion.app.session import Session, Training
 from mole_diffusion.app.setup import COLOURS
 from mole_diffusion.app.studio import Studio
+from mole_diffusion.app.train_request import TrainRequest
 from mole_diffusion.app.training import (
-    TrainRequest,
     can_resume,
     resume_training,
     start_training,
