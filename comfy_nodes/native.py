@@ -158,6 +158,10 @@ class ComfyDenoiser:
         side = self._size // self._factor
         return int(self._format.latent_channels), side, side
 
+    def guided(self, scale: float) -> float:
+        """See `Denoiser.guided`: these networks read none."""
+        return scale
+
     def check_trainable(self) -> None:
         """Refuse UNets that read more than latents.
 

@@ -31,6 +31,12 @@ from .core.records import GateRecord
 
 if TYPE_CHECKING:
     from .pictures.pipelines import (
+        ChromaMoLEImg2ImgPipeline,
+        ChromaMoLEPipeline,
+        FluxKontextMoLEPipeline,
+        FluxMoLEImg2ImgPipeline,
+        FluxMoLEInpaintPipeline,
+        FluxMoLEPipeline,
         StableDiffusionMoLEImg2ImgPipeline,
         StableDiffusionMoLEInpaintPipeline,
         StableDiffusionMoLEPipeline,
@@ -43,6 +49,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "ChromaMoLEImg2ImgPipeline": "mole_diffusion.pictures.pipelines",
+    "ChromaMoLEPipeline": "mole_diffusion.pictures.pipelines",
+    "FluxKontextMoLEPipeline": "mole_diffusion.pictures.pipelines",
+    "FluxMoLEImg2ImgPipeline": "mole_diffusion.pictures.pipelines",
+    "FluxMoLEInpaintPipeline": "mole_diffusion.pictures.pipelines",
+    "FluxMoLEPipeline": "mole_diffusion.pictures.pipelines",
     "StableDiffusionMoLEImg2ImgPipeline": "mole_diffusion.pictures.pipelines",
     "StableDiffusionMoLEInpaintPipeline": "mole_diffusion.pictures.pipelines",
     "StableDiffusionMoLEPipeline": "mole_diffusion.pictures.pipelines",
@@ -57,11 +69,17 @@ _LAZY = {
 
 __all__ = [
     "AllExpertsMaskedError",
+    "ChromaMoLEImg2ImgPipeline",
+    "ChromaMoLEPipeline",
     "Concept",
     "ConfigError",
     "Expert",
     "ExpertLoadError",
     "ExpertReport",
+    "FluxKontextMoLEPipeline",
+    "FluxMoLEImg2ImgPipeline",
+    "FluxMoLEInpaintPipeline",
+    "FluxMoLEPipeline",
     "GateMismatchError",
     "GateRecord",
     "GateTrainer",

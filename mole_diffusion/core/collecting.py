@@ -99,6 +99,8 @@ class Collector:
             try:
                 rows = place.rows(factors.up.shape[0])
                 own[place.matrix] = factors if rows is None else factors.rows_of(rows)
+                if place.swapped:
+                    own[place.matrix] = own[place.matrix].swapped()
                 if own[place.matrix].rank < factors.rank:
                     self._stacked.setdefault(module, own[place.matrix].rank / factors.rank)
             except ValueError as error:

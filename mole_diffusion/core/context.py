@@ -51,6 +51,11 @@ class RegionMasks:
                 self._grids[key] = torch.stack(columns, dim=-1).to(device)
         return self._grids[key]
 
+    def everywhere(self, tokens: int, device: torch.device) -> Tensor:
+        """(tokens, N) masks of tokens that are nowhere in the picture: all active experts are allowed."""
+        allowed = functional.active_mask(self._active, self._experts, device).float()
+        return allowed.expand(tokens, -1)
+
     def _column(self, index: int, height: int, width: int) -> Tensor:
         if index not in self._active:
             return torch.zeros(height * width)
@@ -339,6 +344,16 @@ class ForwardContext:
                 f"network's inputs say of their places: {known}. Run the whole network."
             )
         return spans[stream]
+
+    def region_masks(self, regions: RegionMasks, tokens: int, device: torch.device) -> Tensor:
+        """(tokens, N) region masks of a group's image tokens.
+
+        Raises:
+            RegionMaskError: see `token_grid`.
+        """
+        references = self.forward.references
+        masks = regions.on_grid(*self.token_grid(tokens - references), device)
+        return torch.cat([masks, regions.everywhere(references, device)]) if references else masks
 
     def token_grid(self, tokens: int) -> tuple[int, int]:
         """(height, width) of a group's image tokens.

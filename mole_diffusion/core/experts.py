@@ -18,7 +18,7 @@ from .collecting import Collector
 from .errors import ConfigError, ExpertLoadError
 from .factors import LoraFactors
 from .key_table import KeyTable
-from .networks import known_families, other_base
+from .networks import by_name, known_families, other_base
 from .networks.base import Base
 from .peft_folder import expert_files, own_name, read_files
 from .peft_options import PeftOptions
@@ -261,6 +261,17 @@ def _check_use(name: str, scale: float, rank: int | None) -> None:
         raise ConfigError(f"rank={rank!r} of expert {name!r} is not allowed; give a whole number above 0.")
 
 
+def _check_kind(table: KeyTable, name: str, base: Base | None) -> None:
+    """Raise ExpertLoadError if a file's denoiser is of another kind than the base's."""
+    found = (by_name(meaning.architecture or "") for meaning in table.meanings.values() if meaning.denoises)
+    kinds = {kind.name: kind for kind in found if kind is not None}
+    if base is None or base.family is None or not kinds:
+        return
+    if not any(base.family in kind.families for kind in kinds.values()):
+        theirs = " or ".join(family for kind in kinds.values() for family in kind.families)
+        raise ExpertLoadError(f"Expert {name!r} was made for {theirs}; the base here is {base}.")
+
+
 def _check_usable(table: KeyTable, name: str, metadata: Mapping[str, str], base: Base | None) -> None:
     """Raise ExpertLoadError if no key can be used, or if those that matter are for a base of another kind."""
     other = other_base(table.strangers, metadata)
@@ -268,6 +279,7 @@ def _check_usable(table: KeyTable, name: str, metadata: Mapping[str, str], base:
         known = ", ".join(known_families())
         here = f"the base here is {base}" if base else f"the bases known here are {known}"
         raise ExpertLoadError(f"Expert {name!r} was made for {other}; {here}.")
+    _check_kind(table, name, base)
     if table.modules or table.embeddings:
         return
     reasons = {reason: key for key, reason in reversed(list(table.ignored.items()))}

@@ -110,6 +110,15 @@ class LoraFactors:
             magnitude=magnitude,
         )
 
+    def swapped(self) -> LoraFactors:
+        """The same with the halves of the output rows in the other order."""
+        magnitude = self.magnitude
+        if magnitude is not None and not magnitude.per_input:
+            magnitude = replace(magnitude, values=swap_halves(magnitude.values))
+        with torch.inference_mode(False), torch.no_grad():
+            up, bias = swap_halves(self.up), None if self.bias is None else swap_halves(self.bias)
+        return replace(self, up=up, bias=bias, magnitude=magnitude)
+
     def widened(self, inputs: int, kernel: int = 1) -> LoraFactors:
         """The same for a matrix with more inputs, which it does not read.
 
@@ -153,6 +162,11 @@ class LoraFactors:
             scaled = merged * (values / merged.norm(dim=1).clamp_min(_TINY)).unsqueeze(1)
         delta = (scaled - base.flatten(1)).to(self.up.device)  # beside the other experts' factors
         return replace(dense(delta), bias=self.bias, kind=self.kind)
+
+
+def swap_halves(rows: Tensor) -> Tensor:
+    """The second half of the rows before the first; twice is none."""
+    return torch.roll(rows, rows.shape[0] // 2, dims=0)
 
 
 def dense(delta: Tensor, kind: str = "full") -> LoraFactors:

@@ -15,7 +15,7 @@ from .dora import BaseWeight, Dora, own_weight
 from .errors import InjectionError
 from .experts import Expert
 from .factors import LoraFactors
-from .matrices import MatrixSlot
+from .matrices import MatrixSlot, weight_of
 from .modules import base_layer, kernel_size, site_shape
 from .networks.base import ATTENTION, NetworkMap, Site
 
@@ -75,7 +75,8 @@ def build_slots(
     for own, dora in zip(owned, doras, strict=True):
         for site in layout.sites:
             if site.name in dora:
-                own[site.name] = dora[site.name].plain(base_weight(modules[site.name]), site.rows)
+                weight = weight_of(base_weight(modules[site.name]), swapped=site.swapped)
+                own[site.name] = dora[site.name].plain(weight, site.rows)
     unmatched = {}
     for expert, own in zip(experts, owned, strict=True):
         check_fit(expert, own, shapes, layout, type(network).__name__)
@@ -86,7 +87,7 @@ def build_slots(
         factors = {i: own[site.name] for i, own in enumerate(owned) if site.name in own}
         if factors:
             slots[site.name] = MatrixSlot(
-                site.name, module, site.stream, factors, site.rows, site.source, site.leads
+                site.name, module, site.stream, factors, site.rows, site.swapped, site.source, site.leads
             )
             slots[site.name].doras = {i: d[site.name] for i, d in enumerate(doras) if site.name in d}
     if not slots:

@@ -25,7 +25,7 @@ def mixing_weights(
     weights = value.weights
     count: Tensor | float = float(len(activation.active))
     if activation.regions is not None and stream == TOKENS:
-        masks = activation.regions.on_grid(*context.token_grid(tokens), weights.device)
+        masks = context.region_masks(activation.regions, tokens, weights.device)
         if activation.fixed is None:
             weights = functional.region_weights(weights, masks)
             count = functional.region_counts(masks)
@@ -250,7 +250,8 @@ class BlockHook:
         finally:
             inputs, self._inputs = self._inputs, ((), {})
             self.group.solo = None
-        hidden = inputs[0][0] if inputs[0] else inputs[1]["hidden_states"]
+        # Gates of blocks that return several tensors read none of them.
+        hidden = inputs[0][0] if inputs[0] else inputs[1].get("hidden_states", bases[0])
         with without_autocast(bases[0].device):
             mixed = [
                 self._mixed(stream, base, {i: own[k] for i, own in deltas.items()}, hidden)

@@ -99,11 +99,18 @@ def parse_keys(keys: Iterable[str]) -> dict[str, ParsedKey]:
 
 def _readings(module: str) -> list[_Reading]:
     """What the architectures make of a name, none of those that do not know it."""
-    return [
-        _Reading(architecture, slot, flat, places)
-        for architecture, slot, flat in readers(_flat(module))
-        if (places := architecture.read(flat))
-    ]
+    name = _flat(module)
+    # What begins as a prefix may be the beginning of a name itself.
+    bare = ((architecture, architecture.slots[0], name) for architecture in architectures())
+    for asked in (readers(name), bare):
+        known = [
+            _Reading(architecture, slot, flat, places)
+            for architecture, slot, flat in asked
+            if (places := architecture.read(flat))
+        ]
+        if known:
+            return known
+    return []
 
 
 def _parsed(

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from . import functional
 from .caches import Plans, TensorCache
 from .context import Activation
-from .dora import Dora
-from .factors import LoraFactors
+from .dora import Dora, is_plain
+from .factors import LoraFactors, swap_halves
 from .modules import kernel_size, site_shape
 from .networks.base import NetworkMap
 from .ranks import GateFactors, Layouts, SharedDown, gate_factors, rank_rows, share_down
@@ -46,6 +46,7 @@ class MatrixSlot:
         stream: "tokens", "context", "joint" or "embedding".
         factors: expert index -> factors.
         rows: rows of the module's output that are this matrix; None for all.
+        swapped: whether the module has their halves in the other order than the factors.
         source: matrices of equal source read the same tensor.
         may_lead: whether its gate is read off it where another matrix of the same source could do.
         leads: whether it computes a gate of its group from its own rank activations.
@@ -59,6 +60,7 @@ class MatrixSlot:
     stream: str
     factors: Mapping[int, LoraFactors]
     rows: slice | None = None
+    swapped: bool = False
     source: str = ""
     may_lead: bool = True
     leads: bool = False
@@ -82,6 +84,7 @@ class MatrixSlot:
 
     def measure(self, weight: Any) -> None:
         """Compute the factors of DoRA experts anew, from another weight of the module."""
+        weight = weight_of(weight, swapped=self.swapped)
         self.factors = {**self.factors, **{i: one.plain(weight, self.rows) for i, one in self.doras.items()}}
         self.cache.clear()
 
@@ -110,8 +113,9 @@ class MatrixSlot:
         """(R, d_out) concatenated up factors with scaling."""
 
         def build() -> Tensor:
-            scaled = [self.factors[i].weighted_up() for i in experts]
-            return torch.cat(scaled, dim=1).T.to(device, dtype).contiguous()
+            scaled = torch.cat([self.factors[i].weighted_up() for i in experts], dim=1)
+            scaled = swap_halves(scaled) if self.swapped else scaled
+            return scaled.T.to(device, dtype).contiguous()
 
         return self.cache.get(("up", experts, device, dtype), build)
 
@@ -123,6 +127,11 @@ class MatrixSlot:
         """Let go of everything on a device."""
         self.cache.clear()
         self.plans.clear()
+
+
+def weight_of(weight: Any, *, swapped: bool) -> Any:
+    """A module's weight with its rows in the canonical order, as far as there are any to see."""
+    return swap_halves(weight) if swapped and is_plain(weight) else weight
 
 
 class Bundle:

@@ -366,6 +366,7 @@ class Mixture:
                     )
                 site = sites[slot.name]
                 slot.module, slot.rows = base_layer(self.network.get_submodule(site.path)), site.rows
+                slot.swapped = site.swapped
         if self._on_matrices:
             for handle in self._on_matrices:
                 handle.remove()

@@ -24,8 +24,9 @@ from mole_diffusion.core.export import (
     write_lora,
 )
 from mole_diffusion.core.records import GateRecord, GateWeights
+from mole_diffusion.pictures.denoisers import denoiser_of
 
-#: The UNet runs once with the gates, once as the base and once with the static LoRA.
+#: The denoiser runs once with the gates, once as the base and once with the static LoRA.
 _PASSES = 3
 
 Progress = Callable[[int, int], Any]
@@ -33,7 +34,7 @@ Progress = Callable[[int, int], Any]
 
 @dataclass
 class _Calibration:
-    """One prompt's forwards of the UNet with the gates: inputs, and noise predictions on the CPU."""
+    """One prompt's forwards of the denoiser with the gates: inputs, and noise predictions on the CPU."""
 
     prompt: str
     guided: bool = False
@@ -43,7 +44,7 @@ class _Calibration:
 
 @dataclass
 class _Ticker:
-    """Counts UNet forwards for whoever shows progress."""
+    """Counts the denoiser's forwards for whoever shows progress."""
 
     total: int
     callback: Progress | None
@@ -52,7 +53,7 @@ class _Ticker:
     def tick(self, *_: object) -> None:
         self.done += 1
         if self.callback is not None:
-            # Some schedulers run the UNet more often than they have steps.
+            # Some schedulers, and guidance in turns, run it more often than they have steps.
             self.callback(min(self.done, self.total), self.total)
 
 
@@ -123,7 +124,7 @@ def _calibrate(
     active: Sequence[str] | None,
     ticker: _Ticker,
 ) -> _Calibration:
-    """Draw a prompt with the gates; keeps the UNet's forwards. The pipeline keeps the gates' weights."""
+    """Draw a prompt with the gates; keeps the denoiser's forwards. The pipeline keeps the gates' weights."""
     run = _Calibration(prompt)
 
     def take(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -132,7 +133,7 @@ def _calibrate(
         run.outputs.append(_noise(output))
         ticker.tick()
 
-    handle = pipe.unet.register_forward_hook(take, with_kwargs=True)
+    handle = denoiser_of(pipe).network.register_forward_hook(take, with_kwargs=True)
     try:
         pipe(
             prompt,
@@ -144,7 +145,7 @@ def _calibrate(
         )
     finally:
         handle.remove()
-    run.guided = pipe.do_classifier_free_guidance
+    run.guided = bool(getattr(pipe, "do_classifier_free_guidance", False))
     return run
 
 
@@ -168,23 +169,10 @@ def _distance(
 
 def _replay(pipe: Any, run: _Calibration, ticker: _Ticker) -> list[Tensor]:
     """The noise predictions for the same latents and steps with the networks as they are now."""
-    encoded = pipe.encode_prompt(
-        run.prompt,
-        device=pipe._execution_device,
-        num_images_per_prompt=1,
-        do_classifier_free_guidance=run.guided,
-    )
-    # Prompt and negative; for SDXL the same of the pooled text.
-    text, *pooled = [
-        torch.cat([negative, prompt]) if run.guided else prompt
-        for prompt, negative in zip(encoded[::2], encoded[1::2], strict=True)
-    ]
-    predictions = []
+    denoiser, predictions = denoiser_of(pipe), []
+    told = denoiser.replay(run.prompt, run.guided)
     for args, given in run.inputs:
-        kwargs = {**given, "encoder_hidden_states": text}
-        if pooled:
-            kwargs["added_cond_kwargs"] = {**given["added_cond_kwargs"], "text_embeds": pooled[0]}
-        predictions.append(_noise(pipe.unet(*args, **kwargs)))
+        predictions.append(_noise(denoiser.network(*args, **told(given))))
         ticker.tick()
     return predictions
 
@@ -207,7 +195,7 @@ def _check_calibration(prompts: str | Sequence[str], steps: int) -> list[str]:
 
 
 def _noise(output: Any) -> Tensor:
-    """The prediction among what a UNet returns, float32 on the CPU."""
+    """The prediction among what a denoiser returns, float32 on the CPU."""
     found: Tensor = output[0] if isinstance(output, tuple) else output.sample
     return found.detach().float().cpu()
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from mole_diffusion.pictures.choosing import Engaging, Request, method_of
 from mole_diffusion.pictures.components import (
     facts_of,
     flatten_tokens,
+    latent_size,
     networks_of,
     old_text_model_name,
     picture_size,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from mole_diffusion.pictures.training import Concept, TrainingConfig, TrainingResult
 
 P = TypeVar("P", bound="WithExperts")
+GuidedIn = Literal["batch", "batch, prompt first", "turns"]
 
 
 class WithExperts:
@@ -45,9 +47,12 @@ class WithExperts:
 
     Attributes:
         diffusers_class: the diffusers pipeline underneath; what `save_pretrained` writes is one of these.
+        guided_in: how the pipeline runs a negative prompt: before the prompt in one "batch", after it in one
+            ("batch, prompt first"), or in "turns": the prompt, then the negative.
     """
 
     diffusers_class: ClassVar[type]
+    guided_in: ClassVar[GuidedIn] = "batch"
     _ensemble: Ensemble | None = None
     _recorder: Recorder | None = None
 
@@ -117,12 +122,11 @@ class WithExperts:
         signature = inspect.signature(parent.__call__)
         given = signature.bind_partial(*args, **kwargs).arguments
         height, width = picture_size(self, given, from_picture="height" not in signature.parameters)
-        factor = pipe.vae_scale_factor
         with self.composing(
             active_experts=active_experts,
             expert_scales=expert_scales,
             region_masks=None if region_masks is None else region_tensors(region_masks, height, width),
-            latent_size=(height // factor, width // factor),
+            latent_size=latent_size(pipe, height, width),
             mixture=mixture,
         ):
             self._recorder = Recorder(_placing(self, given))
@@ -428,6 +432,17 @@ class WithExperts:
             )
 
 
+def _guided(pipe: Any, given: Mapping[str, Any]) -> bool:
+    """Whether a call runs a negative prompt beside the prompt."""
+    flag = getattr(pipe, "do_classifier_free_guidance", None)
+    if flag is not None:
+        return bool(flag)
+    usual = inspect.signature(pipe.diffusers_class.__call__).parameters.get("true_cfg_scale")
+    scale = given.get("true_cfg_scale", 1.0 if usual is None else usual.default)
+    named = ("negative_prompt", "negative_prompt_embeds")
+    return scale > 1 and any(given.get(name) is not None for name in named)
+
+
 def _placing(pipe: Any, given: Mapping[str, Any]) -> Placing:
     """What each forward of a call is for, see `Recorder`.
 
@@ -438,7 +453,11 @@ def _placing(pipe: Any, given: Mapping[str, Any]) -> Placing:
 
     def place(mixture: Mixture, index: int, entries: int) -> tuple[int | None, int]:
         if mixture.in_picture:
-            return index, entries // 2 if pipe.do_classifier_free_guidance else 0
+            if not _guided(pipe, given):
+                return index, 0
+            if pipe.guided_in == "turns":
+                return index // 2, entries * (index % 2)
+            return index, entries // 2
         return None, entries if encoded[index : index + 1] == ["negative"] else 0
 
     return place

@@ -1,4 +1,4 @@
-"""What a diffusers pipeline of Stable Diffusion is made of, as experts see it."""
+"""What a diffusers pipeline is made of, as experts see it."""
 
 from __future__ import annotations
 
@@ -10,17 +10,29 @@ from torch import nn
 
 from mole_diffusion.core.ensemble import PREDICTION_TYPE
 from mole_diffusion.core.networks.clip import TEXT_ENCODER, TEXT_ENCODER_2
+from mole_diffusion.core.networks.transformers import TRANSFORMER
 from mole_diffusion.core.networks.unet import UNET
-from mole_diffusion.pictures.denoisers import own_size
+from mole_diffusion.pictures.denoisers import denoiser_of, own_size
 
 # Which tokenizer writes for which text encoder.
 TOKENIZERS = {TEXT_ENCODER: "tokenizer", TEXT_ENCODER_2: "tokenizer_2"}
 
 
 def networks_of(pipe: Any) -> dict[str, nn.Module]:
-    """The networks that experts can change, by part; perhaps compiled."""
-    found = {part: getattr(pipe, part, None) for part in (UNET, TEXT_ENCODER, TEXT_ENCODER_2)}
-    return {part: network for part, network in found.items() if network is not None}
+    """The networks that experts can change, by part; perhaps compiled.
+
+    Language models that write for a transformer are not among them: nobody trains LoRAs for those.
+    """
+    found = {part: getattr(pipe, part, None) for part in (UNET, TRANSFORMER, TEXT_ENCODER, TEXT_ENCODER_2)}
+    return {
+        part: network
+        for part, network in found.items()
+        if network is not None and (part in (UNET, TRANSFORMER) or _is_clip(network))
+    }
+
+
+def _is_clip(network: Any) -> bool:
+    return str(getattr(getattr(network, "config", None), "model_type", "")).startswith("clip")
 
 
 def tokenizers_of(pipe: Any) -> dict[str, Any]:
@@ -29,16 +41,29 @@ def tokenizers_of(pipe: Any) -> dict[str, Any]:
     return {part: one for part, one in found.items() if one is not None and part in networks_of(pipe)}
 
 
-def flatten_tokens(pipe: Any) -> dict[str, int]:
-    """Tokens that `pooling="flatten"` is sized for, per text encoder; the UNet has its own size."""
-    return {part: one.model_max_length for part, one in tokenizers_of(pipe).items()}
+def flatten_tokens(pipe: Any) -> dict[str, tuple[int, int] | int]:
+    """What `pooling="flatten"` is sized for: tokens of the text encoders, the latent of a transformer.
+
+    A UNet knows its own size.
+    """
+    found: dict[str, tuple[int, int] | int] = {
+        part: one.model_max_length for part, one in tokenizers_of(pipe).items()
+    }
+    if getattr(pipe, TRANSFORMER, None) is not None:
+        found[TRANSFORMER] = denoiser_of(pipe).latent_shape[1:]
+    return found
+
+
+def latent_size(pipe: Any, height: int, width: int) -> tuple[int, int]:
+    """(height, width) of the latent of a picture of so many pixels."""
+    return denoiser_of(pipe, (height, width)).latent_shape[1:]
 
 
 def facts_of(pipe: Any) -> dict[str, str]:
     """What experts and gates must agree with beyond the networks' shapes."""
     scheduler = getattr(pipe, "scheduler", None)
-    if scheduler is None:
-        return {}
+    if scheduler is None or getattr(pipe, TRANSFORMER, None) is not None:
+        return {}  # transformers are all trained by flow matching, and headers do not say so
     return {PREDICTION_TYPE: str(scheduler.config.get("prediction_type", "epsilon"))}
 
 
@@ -52,7 +77,7 @@ def picture_size(pipe: Any, given: Mapping[str, Any], *, from_picture: bool) -> 
     """
     factor = pipe.vae_scale_factor
     rows, columns = (side // factor for side in own_size(pipe))
-    if given.get("latents") is not None:
+    if given.get("latents") is not None and given["latents"].dim() == 4:
         rows, columns = given["latents"].shape[-2:]
     elif from_picture and given.get("image") is not None:
         picture = pipe.image_processor.preprocess(given["image"])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+#: Keyword arguments of a network in a forward that was recorded -> the same with another text.
+Replay = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,16 @@ class Denoiser(Protocol):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Shape of one latent: channels, height, width."""
+
+    def guided(self, scale: float) -> float:
+        """Ask for guidance by the prompt in the predictions to come.
+
+        Args:
+            scale: of classifier-free guidance, 1 or less for none.
+
+        Returns:
+            What is left to do by passes with and without the text: `scale`, or 1 where the network reads it.
+        """
 
     def check_trainable(self) -> None:
         """Refuse what no gates can be trained with.

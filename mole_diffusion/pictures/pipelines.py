@@ -1,10 +1,14 @@
-"""Stable Diffusion with a mixture of LoRA experts, as diffusers pipelines.
+"""Diffusers' pipelines with a mixture of LoRA experts.
 
-| from | SD 1.x and 2.x | SDXL |
-|---|---|---|
-| text | `StableDiffusionMoLEPipeline` | `StableDiffusionXLMoLEPipeline` |
-| a picture | `StableDiffusionMoLEImg2ImgPipeline` | `StableDiffusionXLMoLEImg2ImgPipeline` |
-| a picture and a mask | `StableDiffusionMoLEInpaintPipeline` | `StableDiffusionXLMoLEInpaintPipeline` |
+Each stands in for the pipeline of diffusers whose name it has without `MoLE`: from text, from a picture
+(`...Img2ImgPipeline`), from a picture and a mask (`...InpaintPipeline`).
+
+| base | from text |
+|---|---|
+| SD 1.x and 2.x | `StableDiffusionMoLEPipeline` |
+| SDXL | `StableDiffusionXLMoLEPipeline` |
+| FLUX.1 | `FluxMoLEPipeline`, and `FluxKontextMoLEPipeline` from pictures |
+| Chroma | `ChromaMoLEPipeline` |
 """
 
 from collections.abc import Sequence
@@ -12,6 +16,12 @@ from typing import Any, Literal
 
 import torch
 from diffusers import (
+    ChromaImg2ImgPipeline,
+    ChromaPipeline,
+    FluxImg2ImgPipeline,
+    FluxInpaintPipeline,
+    FluxKontextPipeline,
+    FluxPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
@@ -116,3 +126,49 @@ class StableDiffusionXLMoLEInpaintPipeline(WithExperts, StableDiffusionXLInpaint
     """`StableDiffusionXLInpaintPipeline` with experts."""
 
     diffusers_class = StableDiffusionXLInpaintPipeline
+
+
+class FluxMoLEPipeline(WithExperts, FluxPipeline):
+    """`FluxPipeline` whose transformer and CLIP text encoder mix LoRA experts by gates.
+
+    `guidance_scale` is what the model was distilled with (3.5 for FLUX.1 dev); a negative prompt counts with
+    `true_cfg_scale` above 1, in a second pass per step.
+    """
+
+    diffusers_class = FluxPipeline
+    guided_in = "turns"
+
+
+class FluxMoLEImg2ImgPipeline(WithExperts, FluxImg2ImgPipeline):
+    """`FluxImg2ImgPipeline` with experts; `from_pipe` shares those of another pipeline."""
+
+    diffusers_class = FluxImg2ImgPipeline
+    guided_in = "turns"
+
+
+class FluxMoLEInpaintPipeline(WithExperts, FluxInpaintPipeline):
+    """`FluxInpaintPipeline` with experts; `from_pipe` shares those of another pipeline."""
+
+    diffusers_class = FluxInpaintPipeline
+    guided_in = "turns"
+
+
+class FluxKontextMoLEPipeline(WithExperts, FluxKontextPipeline):
+    """`FluxKontextPipeline` with experts; tokens of the pictures it is given have gates and no regions."""
+
+    diffusers_class = FluxKontextPipeline
+    guided_in = "turns"
+
+
+class ChromaMoLEPipeline(WithExperts, ChromaPipeline):
+    """`ChromaPipeline` whose transformer mixes LoRA experts by gates; LoRAs of FLUX.1 fit it too."""
+
+    diffusers_class = ChromaPipeline
+    guided_in = "turns"
+
+
+class ChromaMoLEImg2ImgPipeline(WithExperts, ChromaImg2ImgPipeline):
+    """`ChromaImg2ImgPipeline` with experts; `from_pipe` shares those of another pipeline."""
+
+    diffusers_class = ChromaImg2ImgPipeline
+    guided_in = "turns"

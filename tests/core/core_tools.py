@@ -20,6 +20,7 @@ from mole_diffusion.core import networks
 
 from .joint_network import CHANNELS, TEXT_TOKENS, TEXT_WIDTH, JointNetwork, parted
 from .joint_table import JOINT_TABLE
+from .transformers import KINDS
 
 networks.register(JOINT_TABLE)
 
@@ -79,9 +80,11 @@ def lora_state(network: nn.Module, rank: int, seed: int, leaves: Sequence[str] =
     targets = tuple(leaves) or {"unet": UNET_TARGETS, "text_encoder": CLIP_TARGETS}.get(
         part_of(network), JOINT_TARGETS
     )
+    # Every matrix that a transformer of diffusers runs.
+    sites = {site.name for site in networks.map_network(network).sites} if type(network) in KINDS else ()
     state = {}
     for name, module in twin(network).named_modules():
-        if name.endswith(targets):
+        if name in sites if sites and not leaves else name.endswith(targets):
             out, fan_in, *kernel = module.weight.shape
             state[f"{name}.lora_A.weight"] = torch.randn(rank, fan_in, *kernel, generator=generator) * 0.2
             state[f"{name}.lora_B.weight"] = torch.randn(out, rank, *kernel, generator=generator) * 0.2
@@ -105,7 +108,7 @@ def make_experts(count: int, network: nn.Module) -> list[Expert]:
 
 
 def part_of(network: nn.Module) -> str:
-    if isinstance(network, JointNetwork):
+    if isinstance(network, JointNetwork) or type(network) in KINDS:
         return "transformer"
     return "text_encoder" if isinstance(network, CLIPTextModel) else "unet"
 
@@ -126,6 +129,8 @@ def _run(network: nn.Module, batch: slice, size: int) -> Tensor:
     if isinstance(network, CLIPTextModel):
         ids = torch.randint(3, 64, (2, CLIP_TEXT), generator=generator)[batch]
         return network(ids).last_hidden_state
+    if type(network) in KINDS:
+        return KINDS[type(network)].run(network, batch, size)
     dtype = next(network.parameters()).dtype
     if isinstance(network, JointNetwork):
         latent = torch.randn(2, CHANNELS, size, size, generator=generator)[batch].to(dtype)

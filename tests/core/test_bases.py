@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from mole_diffusion import Expert, ExpertLoadError, InjectionError, MoLEConfig, inject, load_expert
 from mole_diffusion.core.bases import base_of_expert, base_of_networks, check_prediction, prediction_type
 from mole_diffusion.core.inspection import describe_file
-from mole_diffusion.core.networks.families import SD1, SD2, SDXL
+from mole_diffusion.core.networks.base import Base
+from mole_diffusion.core.networks.families import FLUX1, SD1, SD2, SDXL
 
 from .core_tools import make_clip, make_unet, run
 from .dialect_tools import make_unet as make_family
@@ -149,8 +150,11 @@ def test_inspection(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stem", "header", "named"),
     [
-        ("lora_unet_double_blocks_0_img_attn_qkv", {}, "FLUX.1 (told by the names of its matrices)"),
-        ("transformer.single_transformer_blocks.0.attn.to_q", {}, "FLUX.1 (told by"),
+        (
+            "lora_unet_double_blocks_0_img_mlp_fc1",
+            {},
+            "HunyuanVideo (told by the names of its matrices)",
+        ),
         (
             "lora_unet_joint_blocks_0_x_block_attn_qkv",
             {"modelspec.architecture": "stable-diffusion-3-medium/lora"},
@@ -173,7 +177,10 @@ def test_a_file_for_a_network_of_another_kind_names_both_bases(
     for name in (stem, text):
         state |= {f"{name}.lora_down.weight": torch.ones(2, 8), f"{name}.lora_up.weight": torch.ones(6, 2)}
     save_file(state, tmp_path / "dog.safetensors", metadata=header)
-    for base, here in ((None, f"the bases known here are {SD1}, {SD2}, "), (SD1, f"the base here is {SD1}.")):
+    for base, here in (
+        (None, f"the bases known here are {SD1}, {SD2}, "),
+        (Base(SD1, None), f"the base here is {SD1}."),
+    ):
         with pytest.raises(ExpertLoadError) as caught:
             load_expert(tmp_path / "dog.safetensors", base=base)
         assert f"Expert 'dog' was made for {named}" in str(caught.value)
@@ -182,6 +189,25 @@ def test_a_file_for_a_network_of_another_kind_names_both_bases(
     known = {f"{QUERY}.lora_A.weight": torch.ones(1, 32), f"{QUERY}.lora_B.weight": torch.ones(32, 1)}
     expert = Expert.from_state_dict(state | known, name="dog", metadata=header)
     assert set(expert.factors) == {"unet", "text_encoder"}
+
+
+@pytest.mark.parametrize(
+    ("stem", "theirs", "other"),
+    [
+        ("lora_unet_double_blocks_0_img_attn_qkv", "FLUX.1 or Chroma", SD1),
+        ("transformer.single_transformer_blocks.0.attn.to_q", "FLUX.1 or Chroma", SDXL),
+        (f"unet.{QUERY}", f"{SD1} or {SD2} or ", FLUX1),
+    ],
+)
+def test_a_file_for_a_known_network_of_another_kind_names_both_bases(
+    stem: str, theirs: str, other: str, tmp_path: Path
+) -> None:
+    state = {f"{stem}.lora_down.weight": torch.ones(2, 8), f"{stem}.lora_up.weight": torch.ones(6, 2)}
+    save_file(state, tmp_path / "dog.safetensors")
+    assert load_expert(tmp_path / "dog.safetensors").factors
+    base = Base(other, None)
+    with pytest.raises(ExpertLoadError, match=rf"made for {theirs}.*; the base here is {other}\."):
+        load_expert(tmp_path / "dog.safetensors", base=base)
 
 
 def test_the_base_of_a_network() -> None:

@@ -24,6 +24,7 @@ from .core_tools import (
     twin,
     with_peft,
 )
+from .transformers import KINDS
 
 # Relative to the largest value of the expected output; bf16 has 8 bits and tens of layers to lose them in.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2}
@@ -33,6 +34,7 @@ NETWORKS = {
     "conv": lambda: make_unet(linear=False),
     "clip": make_clip,
     "joint": make_joint,
+    **{kind.__name__: known.make for kind, known in KINDS.items()},
 }
 FORMS = [
     MoLEConfig(granularity="matrix", pooling="mean"),
@@ -69,7 +71,10 @@ def differs(found: Tensor, expected: Tensor) -> bool:
 
 def hosts(network: nn.Module) -> list[nn.Module]:
     """The network, and the same under the names of other hosts: LDM's, or with parted projections."""
-    other = {"unet": LDMUNet, "transformer": twin}.get(part_of(network))
+    if type(network) in KINDS:
+        other = KINDS[type(network)].other
+    else:
+        other = {"unet": LDMUNet, "transformer": twin}.get(part_of(network))
     return [network] if other is None else [network, other(network)]
 
 

@@ -10,6 +10,7 @@ from ..errors import InjectionError
 from .base import DENOISER, Architecture, NetworkMap
 from .clip import CLIP
 from .families import header_name, named_family
+from .flux import FLUX
 from .foreign import foreign_family
 from .unet import UNet
 
@@ -123,5 +124,5 @@ def other_base(strangers: Iterable[str], metadata: Mapping[str, str]) -> str | N
     return f"{named} (its header says {header!r})"
 
 
-for _architecture in (UNet(), CLIP):
+for _architecture in (UNet(), CLIP, FLUX):
     register(_architecture)

@@ -53,6 +53,7 @@ class Site:
         returns: streams of the tensors that the module at `block_path` returns; () for one, which is of image
             tokens or joint.
         rows: rows of the module's output that are this matrix, where a module fuses several; None for all.
+        swapped: whether the halves of the module's rows stand in the other order than the canonical ones.
         leads: whether it may compute its group's gate where another matrix of the same source could.
         widens: whether variants of the network append inputs to it that an expert need not know.
         identifies: whether it belongs to every network of its base; some hosts add what a base does not have.
@@ -70,6 +71,7 @@ class Site:
     kind: str = ATTENTION
     returns: tuple[str, ...] = ()
     rows: slice | None = None
+    swapped: bool = False
     leads: bool = True
     widens: bool = False
     identifies: bool = True
@@ -105,12 +107,14 @@ class Place:
             all of them.
         provisional: whether the name means another matrix in some networks (`Architecture.reader`).
         dialect: whose names of blocks these are, where they are not the canonical ones.
+        swapped: whether the halves of its rows stand in the other order than the canonical ones.
     """
 
     matrix: str
     share: tuple[int, int, int] | None = None
     provisional: bool = False
     dialect: str | None = None
+    swapped: bool = False
 
     def rows(self, out: int) -> slice | None:
         """The rows among `out` rows; None for all.
@@ -153,6 +157,8 @@ class Forward:
         size: (height, width) of the latent, or None.
         grid: number of image tokens -> their (height, width), None if it cannot be; None if nothing is known.
         spans: where the streams "tokens" and "context" lie in a joint sequence.
+        references: how many of the image tokens, the last ones, show other pictures than the one that is
+            drawn: they have gates and no regions.
         masks: stream -> (B, L), zero for padding; without an entry all tokens are real.
     """
 
@@ -163,6 +169,7 @@ class Forward:
     grid: Callable[[int], tuple[int, int] | None] | None = None
     spans: Mapping[str, slice] = field(default_factory=dict)
     masks: Mapping[str, Tensor] = field(default_factory=dict)
+    references: int = 0
 
     @property
     def timestep(self) -> Tensor | float | None:

@@ -58,6 +58,7 @@ class Blocks:
         names: other names of leaves inside a block. A fused matrix has the leaves in the order of their rows,
             each with its share of them.
         returns: streams of the tensors that a block returns, where they are several.
+        returned_by: class of a block -> the same, where it is otherwise.
     """
 
     path: str
@@ -66,6 +67,7 @@ class Blocks:
     written: tuple[str, ...] = ()
     names: Names = field(default_factory=dict)
     returns: tuple[str, ...] = ()
+    returned_by: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @cached_property
     def parts(self) -> dict[str, tuple[tuple[str, tuple[int, int, int] | None], ...]]:
@@ -100,6 +102,9 @@ class Stack:
         before, after: matrices that run before and after all blocks.
         blocks: rows of blocks in execution order.
         names: other names of matrices outside all blocks, in networks and files.
+        swapped: those of them whose rows have their halves in the other order.
+        marker: pattern of a module's path that every such network has; "" for none.
+        stranger: the same of one that none has, for kinds of networks with blocks of the same names.
         wrapper: name of a module that may stand around the blocks and belongs to no canonical name.
         refused: (pattern of flat names, reason) of what such networks have and cannot be gated.
         kohya: slot -> what kohya puts before names in a base with one text encoder, and in one with more.
@@ -117,6 +122,9 @@ class Stack:
     before: tuple[Leaf, ...] = ()
     after: tuple[Leaf, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)
+    swapped: tuple[str, ...] = ()
+    marker: str = ""
+    stranger: str = ""
     wrapper: str = ""
     refused: tuple[tuple[str, str], ...] = ()
     kohya: Mapping[str, tuple[str, str]] = field(default_factory=dict)
@@ -135,12 +143,15 @@ class Stack:
         found: list[Site] = []
         around = ""
         modules = dict(network.named_modules())
+        if not self._is_one(modules):
+            return ()
         for path, module in modules.items():
             for number, row in enumerate(self.blocks):
                 match = self._paths[number].match(path)
                 if match is None:
                     continue
-                own = tuple(_block_sites(number, row, match, module))
+                block = modules[f"{match['holder']}.{match['index']}"]
+                own = tuple(_block_sites(number, row, match, module, type(block).__name__))
                 if len(own) == 1 or runs_fused(modules[path.rpartition(".")[0]]):
                     found += own
                     around = match["around"]
@@ -148,15 +159,25 @@ class Stack:
             return ()
         fused = {site.name for site in found if site.rows is not None}
         sites = [site for site in found if site.rows is not None or site.name not in fused]
-        if self.wrapper:
-            around = around.removesuffix(f"{self.wrapper}.")
+        sites += self._root_sites(
+            modules, around.removesuffix(f"{self.wrapper}.") if self.wrapper else around
+        )
+        return tuple(sorted(sites, key=lambda site: site.order))
+
+    def _root_sites(self, modules: Mapping[str, nn.Module], around: str) -> Iterator[Site]:
+        """The matrices outside all blocks, inside a module of some path."""
         for section, leaves in ((_BEFORE, self.before), (len(self.blocks), self.after)):
             for index, leaf in enumerate(leaves):
                 paths = [f"{around}{name}" for name, meant in self._root_names.items() if meant == leaf.name]
                 path = next((path for path in paths if path in modules), None)
                 if path is not None:
-                    sites.append(_root_site(leaf, path, (section, index)))
-        return tuple(sorted(sites, key=lambda site: site.order))
+                    swapped = path.removeprefix(around) in self.swapped
+                    yield _root_site(leaf, path, (section, index), swapped)
+
+    def _is_one(self, modules: Mapping[str, nn.Module]) -> bool:
+        """Whether these are the modules of a network of this kind, as far as their paths tell."""
+        marked = not self.marker or any(re.search(self.marker, path) for path in modules)
+        return marked and not (self.stranger and any(re.search(self.stranger, path) for path in modules))
 
     @cached_property
     def _root_names(self) -> dict[str, str]:
@@ -195,7 +216,8 @@ class Stack:
         """See `Architecture`."""
         bare = flat.removeprefix(f"{self.wrapper}_") if self.wrapper else flat
         if bare in self._flat_roots:
-            return (Place(self._flat_roots[bare]),)
+            swapped = any(name.replace(".", "_") == bare for name in self.swapped)
+            return (Place(self._flat_roots[bare], swapped=swapped),)
         for row, pattern in zip(self.blocks, self._flat_rows, strict=True):
             match = pattern.match(flat)
             if match and match["leaf"] in row.flat:
@@ -247,8 +269,10 @@ def _either(names: Sequence[str] | Mapping[str, object]) -> str:
     return "|".join(re.escape(name) for name in names)
 
 
-def _block_sites(number: int, row: Blocks, match: re.Match[str], module: nn.Module) -> Iterator[Site]:
-    """The sites of one module of a block: several if it fuses matrices."""
+def _block_sites(
+    number: int, row: Blocks, match: re.Match[str], module: nn.Module, kind: str
+) -> Iterator[Site]:
+    """The sites of one module of a block of some class: several if it fuses matrices."""
     index = int(match["index"])
     block, block_path = f"{row.path}.{index}", f"{match['holder']}.{index}"
     leaves = {leaf.name: (position, leaf) for position, leaf in enumerate(row.leaves)}
@@ -270,14 +294,14 @@ def _block_sites(number: int, row: Blocks, match: re.Match[str], module: nn.Modu
             source=f"{block}.{leaf.source or name}",
             order=(number, index, position),
             kind=ROW if apart else ATTENTION,
-            returns=row.returns,
+            returns=row.returned_by.get(kind, row.returns),
             rows=rows,
             leads=leaf.leads,
             identifies=leaf.identifies,
         )
 
 
-def _root_site(leaf: Leaf, path: str, order: tuple[int, int]) -> Site:
+def _root_site(leaf: Leaf, path: str, order: tuple[int, int], swapped: bool) -> Site:
     """The site of a matrix outside all blocks, which is a block of its own."""
     return Site(
         name=leaf.name,
@@ -290,5 +314,6 @@ def _root_site(leaf: Leaf, path: str, order: tuple[int, int]) -> Site:
         source=leaf.source or leaf.name,
         order=order,
         kind=ROW if leaf.stream == EMBEDDING and order[0] == _BEFORE else RESIDUAL,
+        swapped=swapped,
         identifies=leaf.identifies,
     )

@@ -4,17 +4,35 @@ from __future__ import annotations
 
 from typing import Any
 
+from mole_diffusion.core.errors import TrainingError
 from mole_diffusion.pictures.denoisers.diffusion import DiffusionDenoiser
+from mole_diffusion.pictures.denoisers.flow import FlowDenoiser
+from mole_diffusion.pictures.denoisers.flux import ChromaDenoiser, FluxDenoiser
+
+# Class of a pipeline's transformer -> its family.
+_FAMILIES: dict[str, type[FlowDenoiser]] = {
+    "FluxTransformer2DModel": FluxDenoiser,
+    "ChromaTransformer2DModel": ChromaDenoiser,
+}
 
 
-def denoiser_of(pipe: Any, size: tuple[int, int] | None = None) -> DiffusionDenoiser:
+def denoiser_of(pipe: Any, size: tuple[int, int] | None = None) -> DiffusionDenoiser | FlowDenoiser:
     """A pipeline of diffusers as a denoiser; reads whatever the pipeline holds at the time.
 
     Args:
         pipe: the pipeline.
         size: height and width of its pictures in pixels; None for its own.
+
+    Raises:
+        TrainingError: its transformer is of no family known here.
     """
-    return DiffusionDenoiser(pipe, size)
+    transformer = getattr(pipe, "transformer", None)
+    if transformer is None:
+        return DiffusionDenoiser(pipe, size)
+    name = type(getattr(transformer, "_orig_mod", transformer)).__name__
+    if name not in _FAMILIES:
+        raise TrainingError(f"{name} is not known as a denoiser; known are {', '.join(_FAMILIES)}")
+    return _FAMILIES[name](pipe, size)
 
 
 def own_size(pipe: Any) -> tuple[int, int]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mole_diffusion.core.errors import TrainingError
-from mole_diffusion.pictures.denoiser import Condition
+from mole_diffusion.pictures.denoiser import Condition, Replay
 from mole_diffusion.pictures.denoisers import autoencoder
 
 _PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -92,6 +92,10 @@ class DiffusionDenoiser:
             )
         return DDIMScheduler.from_config(theirs.config, clip_sample=False, thresholding=False)
 
+    def guided(self, scale: float) -> float:
+        """See `Denoiser.guided`: these networks read none."""
+        return scale
+
     def check_trainable(self) -> None:
         """Refuse other schedulers, and UNets that read more than latents.
 
@@ -155,6 +159,36 @@ class DiffusionDenoiser:
             told["added_cond_kwargs"] = added
         prediction: Tensor = self._pipe.unet(latents.to(self.dtype), times, **told).sample
         return prediction
+
+    def replay(self, prompt: str, guided: bool) -> Replay:
+        """Encode a prompt as the networks are now, for forwards that were recorded.
+
+        Args:
+            prompt: the prompt.
+            guided: whether their batch has the negative prompt too, before it.
+
+        Returns:
+            Keyword arguments of the UNet in such a forward -> the same with this text.
+        """
+        encoded = self._pipe.encode_prompt(
+            prompt,
+            device=self._pipe._execution_device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=guided,
+        )
+        # Prompt and negative; for SDXL the same of the pooled text.
+        text, *pooled = [
+            torch.cat([negative, own]) if guided else own
+            for own, negative in zip(encoded[::2], encoded[1::2], strict=True)
+        ]
+
+        def told(given: Mapping[str, Any]) -> dict[str, Any]:
+            if not pooled:
+                return {**given, "encoder_hidden_states": text}
+            added = {**given["added_cond_kwargs"], "text_embeds": pooled[0]}
+            return {**given, "encoder_hidden_states": text, "added_cond_kwargs": added}
+
+        return told
 
     def random_times(self, count: int, draws: torch.Generator) -> Tensor:
         """Timesteps, all equally likely."""

@@ -61,11 +61,12 @@ class Sampler:
             (batch, c, h, w).
         """
         self.counter.unet()
-        if self.guidance <= 1:
+        guidance = self.denoiser.guided(self.guidance)
+        if guidance <= 1:
             return self.denoiser.predict(latents, time, text)
         output = self.denoiser.predict(torch.cat([latents, latents]), time, text.after(empty))
         without, with_text = output.chunk(2)
-        return without + self.guidance * (with_text - without)
+        return without + guidance * (with_text - without)
 
     def noise(self, batch: int, draws: torch.Generator) -> Tensor:
         """Noise (batch, *latent_shape) to start from."""

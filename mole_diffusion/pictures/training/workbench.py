@@ -120,6 +120,8 @@ class Workbench:
         """What the network says of a noisy batch with these texts, with gradient."""
         text, _ = self.encode_texts(texts)
         self.counter.unet()
+        # One pass; networks that read guidance are trained at the value that is drawn with.
+        self.denoiser.guided(self.settings.guidance)
         return self.denoiser.predict(batch.noisy, batch.times, text)
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -1,0 +1,228 @@
+"""FLUX.1 and Chroma: under the names of diffusers, and of Black Forest Labs as in ComfyUI and kohya's files.
+
+Double blocks keep image and text apart, single blocks have them in one sequence, the text first. The network
+reads packed latents (diffusers, two by two pixels to a token) or latents as they are (ComfyUI).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..errors import ConfigError
+from ..torch_state import is_compiling
+from .base import CONTEXT, DENOISER, EMBEDDING, JOINT, TOKENS, Base, Forward
+from .families import CHROMA, FLUX1
+from .patches import grid_of, packed_tokens, patched_grid
+from .stacks import Blocks, Leaf, Stack
+from .transformers import KOHYA, PREFIXES, TRANSFORMER
+
+#: Tokens of a text, as pipelines pad it.
+TOKENS_OF_A_TEXT = 512
+
+_DOUBLE = (
+    *(Leaf("norm1.linear", EMBEDDING), Leaf("norm1_context.linear", EMBEDDING)),
+    *(Leaf(f"attn.to_{x}", source="attn") for x in "qkv"),
+    *(Leaf(f"attn.add_{x}_proj", CONTEXT, "attn.add") for x in "qkv"),
+    *(Leaf("attn.to_out.0"), Leaf("attn.to_add_out", CONTEXT)),
+    *(Leaf("ff.net.0.proj"), Leaf("ff.net.2")),
+    *(Leaf("ff_context.net.0.proj", CONTEXT), Leaf("ff_context.net.2", CONTEXT)),
+)
+_SINGLE = (
+    Leaf("norm.linear", EMBEDDING),
+    # It runs first, is four times as wide, and some files do not have it.
+    Leaf("proj_mlp", JOINT, "attn", leads=False),
+    *(Leaf(f"attn.to_{x}", JOINT, "attn") for x in "qkv"),
+    Leaf("proj_out", JOINT),
+)
+_IMAGE, _TEXT = ({f"attn.{name.format(x)}": 1 for x in "qkv"} for name in ("to_{}", "add_{}_proj"))
+_NATIVE_DOUBLE: dict[str, str | Mapping[str, int]] = {
+    "attn.to_qkv": _IMAGE,
+    "attn.to_added_qkv": _TEXT,
+    "img_attn.qkv": _IMAGE,
+    "txt_attn.qkv": _TEXT,
+    "img_attn.proj": "attn.to_out.0",
+    "txt_attn.proj": "attn.to_add_out",
+    "img_mlp.0": "ff.net.0.proj",
+    "img_mlp.2": "ff.net.2",
+    "txt_mlp.0": "ff_context.net.0.proj",
+    "txt_mlp.2": "ff_context.net.2",
+    "img_mod.lin": "norm1.linear",
+    "txt_mod.lin": "norm1_context.linear",
+    # XLabs' processors.
+    "qkv_lora1": _IMAGE,
+    "qkv_lora2": _TEXT,
+    "proj_lora1": "attn.to_out.0",
+    "proj_lora2": "attn.to_add_out",
+}
+_NATIVE_SINGLE: dict[str, str | Mapping[str, int]] = {
+    "attn.to_qkv": _IMAGE,
+    "linear1": {**_IMAGE, "proj_mlp": 4},
+    "linear2": "proj_out",
+    "modulation.lin": "norm.linear",
+    "qkv_lora": _IMAGE,
+    "proj_lora": "proj_out",
+}
+_EMBEDDERS = {"time_in": "timestep", "guidance_in": "guidance", "vector_in": "text"}
+_NATIVE_ROOT = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    **{
+        f"{theirs}.{layer}": f"time_text_embed.{ours}_embedder.linear_{number}"
+        for theirs, ours in _EMBEDDERS.items()
+        for number, layer in enumerate(("in_layer", "out_layer"), 1)
+    },
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+    "final_layer.linear": "proj_out",
+}
+# Ids of a picture's tokens -> (tokens of the picture that is drawn, their grid).
+_pictures = WeakTensorKeyDictionary()
+
+
+def _read(args: tuple[Any, ...], kwargs: Mapping[str, Any], given: tuple[int, int] | None) -> Forward:
+    """Packed latents (B, L, c) with ids of places, or latents (B, C, H, W)."""
+    first = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
+    if not isinstance(first, Tensor):
+        return Forward()
+    if first.dim() == 3:
+        return _read_packed(first, args, kwargs, given)
+    time = args[1] if len(args) > 1 else kwargs.get("timestep", kwargs.get("timesteps"))
+    text = args[2] if len(args) > 2 else kwargs.get("context")
+    grid = patched_grid(first.shape[-2:])
+    references = sum(
+        rows * columns
+        for one in kwargs.get("ref_latents") or ()
+        for rows, columns in [patched_grid(one.shape[-2:])]
+    )
+    size = (first.shape[-2], first.shape[-1])
+    return _forward(time, text, size, grid, grid[0] * grid[1] + references, references, first)
+
+
+def _read_packed(
+    image: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any], given: tuple[int, int] | None
+) -> Forward:
+    text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
+    ids, tokens = kwargs.get("img_ids"), image.shape[1]
+    own, grid = tokens, None
+    if given is not None:
+        grid = patched_grid(given)
+        own = grid[0] * grid[1]
+    elif isinstance(ids, Tensor) and not is_compiling():
+        own, grid = _picture(ids)
+    references = tokens - own if own <= tokens else 0
+    size = given or (None if grid is None else (2 * grid[0], 2 * grid[1]))
+    read = _forward(kwargs.get("timestep"), text, size, grid, tokens, references, image)
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and isinstance(text, Tensor):
+        read.masks = {**read.masks, CONTEXT: mask[:, : text.shape[1]]}
+    return read
+
+
+def _picture(ids: Tensor) -> tuple[int, tuple[int, int] | None]:
+    """Asked once for all steps of a picture: the answer has to come from the device."""
+    found: tuple[int, tuple[int, int] | None] | None = _pictures.get(ids)  # type: ignore[no-untyped-call]
+    if found is None:
+        found = _pictures[ids] = packed_tokens(ids)
+    return found
+
+
+def _forward(
+    time: Any,
+    text: Any,
+    size: tuple[int, int] | None,
+    grid: tuple[int, int] | None,
+    tokens: int,
+    references: int,
+    image: Tensor,
+) -> Forward:
+    """Text tokens, then those of the picture, then those of other pictures."""
+    spans, masks = {}, {}
+    if isinstance(text, Tensor):
+        length = text.shape[1]
+        spans = {CONTEXT: slice(0, length), TOKENS: slice(length, length + tokens)}
+    if references:
+        masks[TOKENS] = (torch.arange(tokens, device=image.device) < tokens - references).expand(
+            image.shape[0], -1
+        )
+    return Forward(
+        time=time,
+        size=size,
+        grid=None if grid is None else grid_of(grid),
+        spans=spans,
+        masks=masks,
+        references=references,
+    )
+
+
+def _count(network: nn.Module, stream: str, given: tuple[int, int] | int | None) -> int:
+    """Tokens of a text as pipelines pad it, or of a latent's picture."""
+    if stream == CONTEXT:
+        return TOKENS_OF_A_TEXT
+    if not isinstance(given, (tuple, list)):
+        raise ConfigError("pooling='flatten' needs the latent's size: pass flatten_tokens=(height, width).")
+    rows, columns = patched_grid(given)
+    return rows * columns
+
+
+def _tell(slot: str, inputs: Mapping[str, int]) -> Base | None:
+    """Other families have double blocks of the same names; single ones are FLUX.1's and Chroma's."""
+    return Base(FLUX1, None) if _has_single(inputs) else None
+
+
+def _has_single(names: Mapping[str, int] | Sequence[str]) -> bool:
+    return any(name.startswith("single_transformer_blocks.") for name in names)
+
+
+FLUX = Stack(
+    name="flux",
+    role=DENOISER,
+    slots=(TRANSFORMER,),
+    prefixes=PREFIXES,
+    families=(FLUX1, CHROMA),
+    before=(
+        Leaf("x_embedder"),
+        *(
+            Leaf(f"time_text_embed.{kind}_embedder.linear_{number}", EMBEDDING)
+            for kind in _EMBEDDERS.values()
+            for number in (1, 2)
+        ),
+        Leaf("context_embedder", CONTEXT),
+    ),
+    blocks=(
+        Blocks(
+            "transformer_blocks",
+            _DOUBLE,
+            also=("double_blocks",),
+            names=_NATIVE_DOUBLE,
+            returns=(CONTEXT, TOKENS),
+            returned_by={"DoubleStreamBlock": (TOKENS, CONTEXT)},
+        ),
+        Blocks(
+            "single_transformer_blocks",
+            _SINGLE,
+            also=("single_blocks",),
+            names=_NATIVE_SINGLE,
+            returned_by={"FluxSingleTransformerBlock": (CONTEXT, TOKENS)},
+        ),
+    ),
+    after=(Leaf("norm_out.linear", EMBEDDING), Leaf("proj_out")),
+    names=_NATIVE_ROOT,
+    swapped=("final_layer.adaLN_modulation.1",),
+    marker=r"(?:^|\.)single_(?:transformer_)?blocks\.\d+\.(?:proj_mlp|linear1)$",
+    stranger=r"token_refiner|double_stream_modulation|(?:^|\.)mode_blocks",
+    refused=(
+        (
+            r"distilled_guidance_layer",
+            "Chroma's distilled_guidance_layer makes the modulation of all blocks at once and is not gated",
+        ),
+    ),
+    inputs=_read,
+    counter=_count,
+    kohya=KOHYA,
+    tell=_tell,
+    text_gates=True,
+)

@@ -1,0 +1,37 @@
+"""Grids of image tokens where two by two pixels of a latent are one token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+
+def patched_grid(size: Sequence[int]) -> tuple[int, int]:
+    """(height, width) in tokens of a latent, whose odd sides are padded."""
+    height, width = size
+    return (height + 1) // 2, (width + 1) // 2
+
+
+def grid_of(grid: tuple[int, int]) -> Callable[[int], tuple[int, int] | None]:
+    """The `Forward.grid` of networks with one grid alone."""
+    return lambda tokens: grid if tokens == grid[0] * grid[1] else None
+
+
+def packed_tokens(ids: Tensor) -> tuple[int, tuple[int, int] | None]:
+    """Tokens of the picture that is drawn, and their grid, told by the places of all tokens.
+
+    Args:
+        ids: (L, axes) or (B, L, axes): number of the picture, row, column.
+    Returns:
+        Number of tokens at the beginning that have the number of the first, and (height, width) if they are
+        the places of a whole grid, row by row; else None.
+    """
+    places = (ids[0] if ids.dim() == 3 else ids).round().long().cpu()
+    same = places[:, 0] == places[0, 0]
+    count = len(same) if bool(same.all()) else int((~same).long().argmax())
+    rows, columns = (places[:count, axis] - places[0, axis] for axis in (1, 2))
+    height, width = int(rows.max()) + 1, int(columns.max()) + 1
+    numbers = rows * width + columns
+    whole = height * width == count and bool((numbers == numbers.new_tensor(range(count))).all())
+    return count, (height, width) if whole else None

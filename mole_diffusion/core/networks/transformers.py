@@ -1,0 +1,15 @@
+"""What denoising transformers have in common: what hosts and files call them, whatever the family."""
+
+from __future__ import annotations
+
+#: What hosts, and gate files, call a transformer that denoises.
+TRANSFORMER = "transformer"
+#: Beginnings of names in files. kohya and its kin call every denoiser a unet; some double the underscore.
+PREFIXES = {
+    TRANSFORMER: (
+        *("transformer_", "lora_transformer_", "lora_unet_", "lora_unet__", "unet_"),
+        *("lycoris_", "diffusion_model_", "model_diffusion_model_", "model_"),
+    )
+}
+#: OneTrainer's names, which ComfyUI reads too.
+KOHYA = {TRANSFORMER: ("lora_transformer_", "lora_transformer_")}

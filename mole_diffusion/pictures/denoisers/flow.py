@@ -1,0 +1,181 @@
+"""Transformers that are trained by flow matching, out of pipelines of diffusers.
+
+Times are shares of noise: at s latents are (1 - s) x + s noise, and networks predict noise - x. Steps are
+Euler's, as those of diffusers' flow-matching scheduler, with gradient.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mole_diffusion.core.errors import TrainingError
+from mole_diffusion.pictures.denoiser import Condition, Replay
+from mole_diffusion.pictures.denoisers import autoencoder
+
+_NETWORKS = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae")
+
+
+class FlowDenoiser(ABC):
+    """A pipeline around a transformer as a `Denoiser`; what its family is told stands in a subclass.
+
+    Args:
+        pipe: the pipeline; experts on its networks count as it says.
+        size: height and width of the pictures in pixels; None for the model's own.
+
+    Attributes:
+        patch: side of the square of latent pixels that is one token; sizes are cut to multiples of it.
+    """
+
+    patch: ClassVar[int] = 2
+
+    def __init__(self, pipe: Any, size: tuple[int, int] | None = None) -> None:
+        self._pipe = pipe
+        self._size = size
+        self._embedded = 1.0
+        self._levels: Tensor | None = None
+
+    @property
+    def network(self) -> nn.Module:
+        """The transformer."""
+        network: nn.Module = self._pipe.transformer
+        return network
+
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        """Transformer, text encoders and VAE."""
+        found = {name: getattr(self._pipe, name, None) for name in _NETWORKS}
+        return {name: network for name, network in found.items() if network is not None}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer runs."""
+        device: torch.device = self._pipe.transformer.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the transformer."""
+        dtype: torch.dtype = self._pipe.transformer.dtype
+        return dtype
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width of the pictures in pixels."""
+        if self._size is not None:
+            return self._size
+        side = self._pipe.default_sample_size * self._pipe.vae_scale_factor
+        return side, side
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape of one latent: channels, height, width."""
+        unit = self._pipe.vae_scale_factor * self.patch
+        height, width = (self.patch * (side // unit) for side in self.picture_size)
+        return self._pipe.vae.config.latent_channels, height, width
+
+    @property
+    def reads_guidance(self) -> bool:
+        """Whether the network is told how strong guidance is, and needs no second pass for it."""
+        return False
+
+    def guided(self, scale: float) -> float:
+        """See `Denoiser.guided`."""
+        self._embedded = scale
+        return 1.0 if self.reads_guidance else scale
+
+    def check_trainable(self) -> None:
+        """Refuse schedulers of diffusions.
+
+        Raises:
+            TrainingError: it is one.
+        """
+        scheduler = self._pipe.scheduler
+        if "shift" not in scheduler.config:
+            raise TrainingError(
+                f"scheduler {type(scheduler).__name__} cannot be trained with; this model needs one of flow "
+                "matching, such as FlowMatchEulerDiscreteScheduler"
+            )
+
+    @contextmanager
+    def training(self, *, checkpointing: bool, decodes: bool) -> Iterator[None]:
+        """See `Denoiser.training`."""
+        recomputed = [self._pipe.transformer, *([self._pipe.vae] if decodes else [])] if checkpointing else []
+        with autoencoder.gradient_checkpointing(recomputed), autoencoder.full_precision(self._pipe.vae):
+            yield
+
+    @abstractmethod
+    def encode_texts(self, texts: Sequence[str]) -> Condition:
+        """Encode texts as the pipeline does."""
+
+    @abstractmethod
+    def predict(self, latents: Tensor, times: Tensor, condition: Condition) -> Tensor:
+        """See `Denoiser.predict`."""
+
+    def replay(self, prompt: str, guided: bool) -> Replay:
+        """See `DiffusionDenoiser.replay`; as recorded, where experts change no text encoder."""
+        return dict
+
+    def random_times(self, count: int, draws: torch.Generator) -> Tensor:
+        """Shares of noise as models are trained: all equally likely before the scheduler's fixed shift."""
+        return self._shifted(torch.rand(count, generator=draws))
+
+    def times_at(self, shares: Tensor) -> Tensor:
+        """Shares of noise at shares of the schedule."""
+        return self._shifted(shares.float())
+
+    def _shifted(self, times: Tensor) -> Tensor:
+        config = self._pipe.scheduler.config
+        # Where the shift depends on the picture's size, it belongs to drawing and not to training.
+        shift = 1.0 if config.get("use_dynamic_shifting") else float(config.shift)
+        return shift * times / (1 + (shift - 1) * times)
+
+    def noisy(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """See `Denoiser.noisy`."""
+        share = times.to(latents).view(-1, 1, 1, 1)
+        return (1 - share) * latents + share * noise
+
+    def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """The velocity from the picture to the noise."""
+        return noise - latents
+
+    def schedule(self, steps: int) -> Tensor:
+        """See `Denoiser.schedule`; as the pipeline has it for pictures of this size."""
+        scheduler = type(self._pipe.scheduler).from_config(self._pipe.scheduler.config)
+        _, height, width = self.latent_shape
+        self._set_timesteps(scheduler, steps, height * width // self.patch**2)
+        self._levels = scheduler.sigmas.float().cpu()
+        return self._levels[:-1]
+
+    def _set_timesteps(self, scheduler: Any, steps: int, tokens: int) -> None:
+        """As the family's pipelines do: from 1 to 1 / steps, shifted by the number of tokens."""
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        defaults = (256, 4096, 0.5, 1.15)
+        given = [scheduler.config.get(name, value) for name, value in zip(names, defaults, strict=True)]
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=calculate_shift(tokens, *given))
+
+    def step(self, prediction: Tensor, time: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Denoiser.step`."""
+        if self._levels is None:
+            raise TrainingError("step() goes through the times of schedule(), which was not called")
+        level = float(time)
+        lower = float(self._levels[int((self._levels - level).abs().argmin()) + 1])
+        velocity = prediction.to(latents.dtype)
+        return latents + (lower - level) * velocity, latents - level * velocity
+
+    @torch.no_grad()
+    def encode(self, pictures: Tensor) -> Tensor:
+        """See `Denoiser.encode`; without gradient."""
+        return autoencoder.encode(self._pipe.vae, pictures)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """See `Denoiser.decode`."""
+        return autoencoder.decode(self._pipe.vae, latents)

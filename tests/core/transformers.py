@@ -1,0 +1,130 @@
+"""Tiny denoising transformers of diffusers with random weights, none of them zero, and their inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import ChromaTransformer2DModel, FluxTransformer2DModel
+from torch import Tensor, nn
+
+BLOCKS: dict[str, Any] = {
+    "patch_size": 1,
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "axes_dims_rope": (4, 4, 8),
+}
+# Two texts, as long as pipelines pad them; Chroma's network is told where they end.
+TEXT = 512
+LENGTHS = (512, 200)
+
+
+def filled(network: nn.Module, seed: int = 4) -> nn.Module:
+    """The network with noise on its weights: some of diffusers' start at zero, or at one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for value in network.parameters():
+            value.add_(torch.randn(value.shape, generator=generator) * 0.05)
+    return network.eval()
+
+
+def make_flux(**settings: Any) -> FluxTransformer2DModel:
+    torch.manual_seed(5)
+    given = {**BLOCKS, "pooled_projection_dim": 24, "guidance_embeds": True, **settings}
+    return filled(FluxTransformer2DModel(**given))
+
+
+def make_chroma(**settings: Any) -> ChromaTransformer2DModel:
+    torch.manual_seed(6)
+    approximator = {
+        "approximator_num_channels": 8,
+        "approximator_hidden_dim": 16,
+        "approximator_layers": 1,
+    }
+    return filled(ChromaTransformer2DModel(**BLOCKS, **approximator, **settings))
+
+
+def places(rows: int, columns: int, picture: int = 0) -> Tensor:
+    """(rows * columns, 3) ids of image tokens, row by row."""
+    ids = torch.zeros(rows, columns, 3)
+    ids[..., 0] = picture
+    ids[..., 1] += torch.arange(rows)[:, None]
+    ids[..., 2] += torch.arange(columns)
+    return ids.reshape(-1, 3)
+
+
+def packed(size: int, text: int = TEXT) -> dict[str, Tensor]:
+    """What the FLUX family reads, of two pictures of (size, size) latents."""
+    generator = torch.Generator().manual_seed(3)
+    side = size // 2
+    return {
+        "hidden_states": torch.randn(2, side * side, 16, generator=generator),
+        "encoder_hidden_states": torch.randn(2, text, 32, generator=generator),
+        "pooled_projections": torch.randn(2, 24, generator=generator),
+        # Times and guidance that bfloat16 has too, a thousand times as large.
+        "timestep": torch.tensor([0.5, 0.25]),
+        "guidance": torch.full((2,), 4.0),
+        "img_ids": places(side, side),
+        "txt_ids": torch.zeros(text, 3),
+    }
+
+
+def flux_inputs(size: int = 8, text: int = TEXT) -> dict[str, Tensor]:
+    return packed(size, text)
+
+
+def chroma_inputs(size: int = 8, text: int = TEXT, lengths: tuple[int, ...] = LENGTHS) -> dict[str, Tensor]:
+    """The second text is shorter, and padded."""
+    told = packed(size, text)
+    del told["pooled_projections"], told["guidance"]
+    kept = torch.arange(text) < torch.tensor(lengths)[:, None]
+    image = torch.ones(2, told["hidden_states"].shape[1], dtype=torch.bool)
+    return {**told, "attention_mask": torch.cat([kept, image], dim=1)}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A network of diffusers and what it reads.
+
+    Attributes:
+        make: a new one.
+        inputs: of two pictures with a side of the latent.
+        other: the network as another host has it, or None.
+    """
+
+    make: Callable[[], nn.Module]
+    inputs: Callable[[int], dict[str, Any]]
+    other: Callable[[nn.Module], nn.Module] | None = None
+
+    def run(self, network: nn.Module, batch: slice, size: int) -> Tensor:
+        dtype = next(network.parameters()).dtype
+        told = {
+            name: value if name.endswith("ids") else _rows(value, batch, dtype)
+            for name, value in self.inputs(size).items()
+        }
+        return network(**told).sample
+
+
+def _rows(value: Tensor, batch: slice, dtype: torch.dtype) -> Tensor:
+    return value[batch].to(dtype) if value.is_floating_point() else value[batch]
+
+
+def fused(network: nn.Module) -> nn.Module:
+    """A copy whose attentions run q, k and v as one."""
+    import copy
+
+    twin: Any = copy.deepcopy(network)
+    twin.fuse_qkv_projections()
+    return twin
+
+
+KINDS: dict[type[nn.Module], Kind] = {
+    FluxTransformer2DModel: Kind(make_flux, flux_inputs, fused),
+    ChromaTransformer2DModel: Kind(make_chroma, chroma_inputs),
+}
