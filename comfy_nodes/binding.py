@@ -9,6 +9,7 @@ another clone put on. Hence only the clone that attached the hooks may remove th
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,9 @@ from mole_diffusion.core.dora import BaseWeight, own_weight
 from mole_diffusion.core.ensemble import PREDICTION_TYPE, Ensemble
 from mole_diffusion.core.errors import InjectionError
 from mole_diffusion.core.mixture import Mixture, mixture_on
+from mole_diffusion.core.networks import find_network, known_families
 from mole_diffusion.core.networks.clip import TEXT_ENCODER, TEXT_ENCODER_2
+from mole_diffusion.core.networks.transformers import TRANSFORMER
 from mole_diffusion.core.networks.unet import UNET
 from mole_diffusion.core.records import MeanWeights, Recorder
 
@@ -31,6 +34,8 @@ from .experts import ExpertSet
 KEY = "mole"
 #: ComfyUI's name of a text encoder -> ours.
 _TEXT_ENCODERS = {"clip_l": TEXT_ENCODER, "clip_h": TEXT_ENCODER, "clip_g": TEXT_ENCODER_2}
+# Denoiser -> what gate files call it.
+_slots: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
 def networks_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -41,17 +46,25 @@ def networks_of(model: nn.Module) -> dict[str, nn.Module]:
     """
     found: dict[str, nn.Module] = {}
     if isinstance(network := getattr(model, "diffusion_model", None), nn.Module):
-        found[UNET] = network
+        found[_slot(network)] = network
     for name, part in _TEXT_ENCODERS.items():
         if isinstance(encoder := getattr(model, name, None), nn.Module):
             inner: Any = encoder.transformer
             found[part] = inner
     if not found:
         raise InjectionError(
-            f"{type(model).__name__} is neither a Stable Diffusion UNet nor a CLIP text encoder; experts can "
-            "be attached to the models of Stable Diffusion 1.x, 2.x and XL."
+            f"{type(model).__name__} is neither a denoiser nor a CLIP text encoder; experts can be attached "
+            f"to the models of {', '.join(known_families())}."
         )
     return found
+
+
+def _slot(network: nn.Module) -> str:
+    """What gate files call a denoiser: a UNet or a transformer."""
+    if network not in _slots:
+        layout = find_network(network)
+        _slots[network] = UNET if layout is None else layout.part
+    return _slots[network]
 
 
 def facts_of(model: Any) -> dict[str, str]:
@@ -167,7 +180,7 @@ class LastRun(Recorder):
 
     def begin(self) -> None:
         """A sampler begins: forget the pictures of the one before; the texts are its own."""
-        self.reset([UNET])
+        self.reset([UNET, TRANSFORMER])
         self._ran = True
 
     def note(self, mixture: Mixture) -> None:

@@ -8,7 +8,6 @@ import torch
 
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.export import ensemble_tensors, freeze, lora_header, write_lora
-from mole_diffusion.core.networks.unet import UNET
 
 from .binding import Applied
 
@@ -28,13 +27,14 @@ def export_lora(applied: Applied, path: Path, rank: int | None) -> str:
     chosen, ensemble = applied.experts, applied.ensemble
     weights = applied.means()
     mixtures = {part: mixture for part, mixture in ensemble.mixtures.items() if weights.get(part)}
-    if UNET not in mixtures:
+    denoiser = next((mixture for mixture in mixtures.values() if mixture.in_picture), None)
+    if denoiser is None:
         raise ConfigError(
             "The gates have not run since the experts were applied, so there are no weights to freeze: "
             "connect the LATENT of a sampler that uses this MODEL to 'after'."
         )
     static = freeze(mixtures, weights, active=chosen.active, scales=chosen.scales, rank=rank)
-    counting = mixtures[UNET].chosen(chosen.active, chosen.scales)
+    counting = denoiser.chosen(chosen.active, chosen.scales)
     inside = [expert for expert in chosen.experts if expert.name in counting]
     metadata = lora_header("static mixture", inside, ensemble.facts)
     write_lora(path, ensemble_tensors(ensemble, static, "kohya", torch.float16), metadata)

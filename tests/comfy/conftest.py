@@ -11,6 +11,7 @@ import pytest
 from comfy_environment import ComfyInstallation, installed
 from comfy_server import ROOT, ComfyServer
 from oracle import write_starter
+from oracle_flux import write_flux
 from oracle_sd15 import write_sd15
 
 # Runs in ComfyUI's own environment, see test_comfy_inside.py.
@@ -29,6 +30,7 @@ def oracle_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What diffusers computed with the starter, and the gates it used."""
     folder = tmp_path_factory.mktemp("oracle")
     write_starter(folder)
+    write_flux(folder / "transformers")
     return folder
 
 

@@ -1,0 +1,138 @@
+"""FLUX.1 and Chroma: fused and in another order of names, and the same numbers as diffusers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import comfy.lora
+import comfy.model_management
+import comfy.sd
+import pytest
+import torch
+from conftest import part
+from safetensors.torch import load_file
+from torch import Tensor
+from transformer_models import load_flux
+
+from mole_diffusion.core.errors import GateMismatchError
+from mole_diffusion.core.experts import load_expert
+from tools import hooks
+
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module", params=["flux", "chroma"])
+def family(request: pytest.FixtureRequest, oracle: Path) -> tuple[Path, Any]:
+    folder = oracle / "transformers" / request.param
+    with torch.inference_mode():
+        return folder, load_flux(folder, request.param)
+
+
+def experts_of(folder: Path) -> Any:
+    found = part("experts").ExpertSet()
+    for name in "abc":
+        found = found.with_expert(load_expert(folder / f"{name}.safetensors"))
+    return found
+
+
+def run(model: Any, answers: dict[str, Tensor]) -> Tensor:
+    comfy.model_management.load_models_gpu([model])
+    told = {"y": answers["pooled"]} if "pooled" in answers else {}
+    guidance = answers.get("guidance", torch.zeros(2))
+    network = model.model.diffusion_model
+    found: Tensor = network(
+        answers["latents"], answers["timesteps"], context=answers["text"], guidance=guidance, **told
+    )
+    return found
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    return bool((found - expected).abs().max() < TOLERANCE * expected.abs().max())
+
+
+def test_numbers_are_those_of_diffusers(family: tuple[Path, Any], starter: tuple[Any, Any, Any]) -> None:
+    folder, model = family
+    answers = load_file(folder / "answers.safetensors")
+    assert close(run(model, answers), answers["base"])
+    experts, gates = experts_of(folder), part("experts").GatesFile(folder / "gates.safetensors")
+    apply = part("apply").apply_experts
+    left = torch.zeros(64, 96)
+    left[:, :48] = 1
+    chosen = {
+        "gated": experts,
+        "regions": experts.masked(["a", "c"], {"c": 0.5}).in_regions({"a": left}),
+        "alone": experts.masked(["b"], {}),
+    }
+    for name, some in chosen.items():
+        mixed, _ = apply(model, starter[1], some, gates)
+        assert not close(answers[name], answers["base"])
+        assert close(run(mixed, answers), answers[name]), name
+        applied = part("binding").Applied
+        assert isinstance(mixed.get_attachment("mole"), applied)
+        assert set(part("apply").applied_to(mixed).ensemble.mixtures) == {"transformer"}
+    # Without gates all count alike, and the bare model is what it was, twice in a row.
+    for _ in range(2):
+        mixed, _ = apply(model, starter[1], experts, None)
+        assert not close(run(mixed, answers), answers["base"])
+        assert torch.equal(run(model, answers), run(model, answers))
+        assert close(run(model, answers), answers["base"])
+        assert hooks(model.model.diffusion_model) == 0
+
+
+def test_gates_made_here_are_those_for_diffusers(family: tuple[Path, Any]) -> None:
+    """The header says the same of the base: names and shapes of its matrices, whoever fuses them."""
+    folder, model = family
+    from mole_diffusion.core.checkpoint import read_gates_header
+    from mole_diffusion.core.fitting import fingerprint
+    from mole_diffusion.core.networks import map_network
+
+    network = model.model.diffusion_model
+    ours = fingerprint(network, map_network(network))
+    theirs = read_gates_header(folder / "gates.safetensors").parts["transformer"]["base"]
+    assert ours["matrices"] == theirs["matrices"]
+    assert ours["shapes"] == theirs["shapes"]
+
+
+def test_other_experts_are_refused(family: tuple[Path, Any], starter: tuple[Any, Any, Any]) -> None:
+    folder, model = family
+    two = part("experts").ExpertSet()
+    for name in "ab":
+        two = two.with_expert(load_expert(folder / f"{name}.safetensors"))
+    gates = part("experts").GatesFile(folder / "gates.safetensors")
+    with pytest.raises(GateMismatchError):
+        part("apply").apply_experts(model, starter[1], two, gates)
+
+
+def test_a_core_lora_beside_ours(family: tuple[Path, Any], starter: tuple[Any, Any, Any]) -> None:
+    """The core's loader patches weights, ours adds to outputs: together the sum."""
+    folder, model = family
+    answers = load_file(folder / "answers.safetensors")
+    lora = load_file(folder / "b.safetensors")
+    apply = part("apply").apply_experts
+    only = part("experts").ExpertSet().with_expert(load_expert(folder / "b.safetensors"))
+    doubled = only.masked(None, {"b": 2.0})
+    twice = run(apply(model, starter[1], doubled, None)[0], answers)
+    patched, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
+    assert close(run(patched, answers), answers["alone"])
+    both = run(apply(patched, starter[1], only, None)[0], answers)
+    assert close(both, twice)
+    assert close(run(model, answers), answers["base"])
+
+
+def test_an_export_is_read_by_the_core(
+    family: tuple[Path, Any], starter: tuple[Any, Any, Any], tmp_path: Path
+) -> None:
+    folder, model = family
+    answers = load_file(folder / "answers.safetensors")
+    mixed, _ = part("apply").apply_experts(model, starter[1], experts_of(folder), None)
+    part("apply").applied_to(mixed).ensemble.recorder.begin()
+    expected = run(mixed, answers)
+    said = part("export").export_lora(part("apply").applied_to(mixed), tmp_path / "static.safetensors", None)
+    assert said.startswith("static.safetensors: ")
+    lora = load_file(tmp_path / "static.safetensors")
+    names = comfy.lora.model_lora_keys_unet(model.model, {})
+    assert {key.rsplit(".", 2 if "lora_" in key.split(".")[-2] else 1)[0] for key in lora} <= set(names)
+    patched, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
+    # The file is in half precision.
+    assert (run(patched, answers) - expected).abs().max() < 2e-3 * expected.abs().max()
+    assert json.loads(json.dumps(said))

@@ -1,0 +1,121 @@
+"""What diffusers computes with a tiny FLUX.1 and a tiny Chroma, for ComfyUI to be compared with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ChromaTransformer2DModel, FluxPipeline, FluxTransformer2DModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformer_components import filled
+
+from mole_diffusion import Expert, MoLEConfig, inject, load_expert, save_gates
+from mole_diffusion.core.networks import map_network
+
+BLOCKS: dict[str, Any] = {
+    "patch_size": 1,
+    "in_channels": 64,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "axes_dims_rope": (4, 4, 8),
+}
+TEXT = 7
+#: Of the latent: height and width differ.
+SIZE = (8, 12)
+
+
+def write_flux(folder: Path) -> None:
+    """For each network a folder with its weights, three experts, gates, inputs and answers."""
+    torch.manual_seed(0)
+    networks: dict[str, Any] = {
+        "flux": FluxTransformer2DModel(**BLOCKS, pooled_projection_dim=24, guidance_embeds=True),
+        # ComfyUI's Chroma has as many modulations as the real one, so as many blocks.
+        "chroma": ChromaTransformer2DModel(
+            **{**BLOCKS, "num_layers": 19, "num_single_layers": 38},
+            approximator_num_channels=64,
+            approximator_hidden_dim=16,
+            approximator_layers=1,
+        ),
+    }
+    for name, network in networks.items():
+        home = folder / name
+        home.mkdir(parents=True)
+        filled(network)
+        save_file(network.state_dict(), home / "weights.safetensors")
+        (home / "config.json").write_text(json.dumps(dict(network.config)))
+        _write_answers(network, home)
+
+
+def _write_answers(network: Any, home: Path) -> None:
+    experts = [_write_expert(network, home / f"{name}.safetensors", seed) for seed, name in enumerate("abc")]
+    mixture = inject(network, experts, MoLEConfig())
+    draws = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for value in mixture.parameters():
+            value.add_(torch.randn(value.shape, generator=draws) * 0.3)
+    save_gates(home / "gates.safetensors", {"transformer": mixture})
+    left = torch.zeros(SIZE)
+    left[:, :6] = 1
+    tensors = _inputs(network)
+    answers = {"gated": _run(network, tensors)}
+    mixture.activate(["a", "c"], expert_scales={"c": 0.5}, region_masks={"a": left})
+    answers["regions"] = _run(network, tensors)
+    mixture.activate(["b"])
+    answers["alone"] = _run(network, tensors)
+    mixture.eject()
+    answers["base"] = _run(network, tensors)
+    save_file(
+        {name: value.contiguous() for name, value in {**tensors, **answers}.items()},
+        home / "answers.safetensors",
+    )
+
+
+def _write_expert(network: nn.Module, path: Path, seed: int) -> Expert:
+    """A LoRA of every matrix that gates reach."""
+    draws, rank = torch.Generator().manual_seed(seed), 2 + seed
+    tensors = {}
+    for site in map_network(network).sites:
+        out, fan_in = network.get_submodule(site.path).weight.shape
+        tensors[f"transformer.{site.name}.lora_A.weight"] = torch.randn(rank, fan_in, generator=draws) * 0.2
+        tensors[f"transformer.{site.name}.lora_B.weight"] = torch.randn(out, rank, generator=draws) * 0.2
+    save_file(tensors, path)
+    return load_expert(path)
+
+
+def _inputs(network: Any) -> dict[str, Tensor]:
+    draws = torch.Generator().manual_seed(3)
+    tensors = {
+        "latents": torch.randn(2, 16, *SIZE, generator=draws),
+        "timesteps": torch.tensor([0.5, 0.25]),
+        "text": torch.randn(2, TEXT, 32, generator=draws),
+    }
+    if network.config.get("guidance_embeds"):
+        tensors |= {"pooled": torch.randn(2, 24, generator=draws), "guidance": torch.full((2,), 3.5)}
+    return tensors
+
+
+@torch.no_grad()
+def _run(network: Any, tensors: dict[str, Tensor]) -> Tensor:
+    height, width = SIZE
+    ids = FluxPipeline._prepare_latent_image_ids(
+        2, height // 2, width // 2, torch.device("cpu"), torch.float32
+    )
+    told: dict[str, Any] = {}
+    if "pooled" in tensors:
+        told = {"pooled_projections": tensors["pooled"], "guidance": tensors["guidance"]}
+    found = network(
+        hidden_states=FluxPipeline._pack_latents(tensors["latents"], 2, 16, height, width),
+        encoder_hidden_states=tensors["text"],
+        timestep=tensors["timesteps"],
+        img_ids=ids,
+        txt_ids=torch.zeros(TEXT, 3),
+        **told,
+    ).sample
+    unpacked: Tensor = FluxPipeline._unpack_latents(found, height * 8, width * 8, 8)
+    return unpacked
