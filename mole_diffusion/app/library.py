@@ -16,8 +16,8 @@ from mole_diffusion.core.checkpoint import read_gates_header
 from mole_diffusion.core.errors import ConfigError, ExpertLoadError, GateMismatchError
 from mole_diffusion.core.experts import Expert, load_expert
 from mole_diffusion.core.peft_folder import expert_paths
-from mole_diffusion.pictures.sources import find_expert_file
 from mole_diffusion.pictures.training.concepts import concepts_from_experts
+from mole_diffusion.sources import find_expert_file
 
 MAX_OWN = 40
 _NAME = re.compile(r"[^\w .+-]+")

@@ -189,6 +189,7 @@ class ForwardContext:
         self.values: dict[str, GateValue] = {}
         self.live: dict[str, GateValue] = {}
         self._time: Tensor | None = None
+        self._pooled: tuple[Tensor | None, dict[str, tuple[list[int], GateValue]]] = (None, {})
         self._real: dict[str, Tensor] = {}
         self._graphs: weakref.WeakSet[_Graph] = weakref.WeakSet()
         self._tracked = False
@@ -206,6 +207,7 @@ class ForwardContext:
     def _forget_constants(self) -> None:
         """Drop what depends on the choice of experts alone."""
         self._fixed: GateValue | None = None
+        self._pooled = (None, {})
         self._alone: tuple[Tensor, Expanded] | None = None
 
     def release(self) -> None:
@@ -261,6 +263,30 @@ class ForwardContext:
             self.live[label] = value
             self._track(value.rows)
         return value
+
+    def pooled(self, label: str, versions: list[int]) -> GateValue | None:
+        """What the gate of a causal network's context said in an earlier step; None where it is to be asked.
+
+        Args:
+            label: of the gate.
+            versions: of its parameters.
+        """
+        if (
+            self.forward.memory is None
+            or self.forward.memory is not self._pooled[0]
+            or torch.is_grad_enabled()
+        ):
+            return None
+        kept, value = self._pooled[1].get(label, ([], None))
+        return value if kept == versions else None
+
+    def keep_pooled(self, label: str, versions: list[int], value: GateValue) -> None:
+        """Keep that for the steps to come, which have the same context."""
+        if torch.is_grad_enabled() or is_compiling():
+            return
+        if self.forward.memory is not self._pooled[0]:
+            self._pooled = (self.forward.memory, {})
+        self._pooled[1][label] = versions, value
 
     def _track(self, weights: Tensor) -> None:
         """Notice a forward whose graph waits for a backward pass, once per forward."""

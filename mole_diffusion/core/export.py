@@ -119,17 +119,18 @@ def freeze(
     active: Iterable[str] | None = None,
     scales: Mapping[str, float] | None = None,
     rank: int | None = None,
+    fixed: bool = False,
 ) -> StaticLora:
     """The static mixture: exact, or the nearest one of a smaller rank.
 
     Args:
-        mixtures, weights, active, scales: see `static_factors`.
+        mixtures, weights, active, scales, fixed: see `static_factors`.
         rank: largest rank to keep; None keeps everything.
 
     Raises:
         ConfigError: see `static_factors`.
     """
-    factors = static_factors(mixtures, weights, active, scales)
+    factors = static_factors(mixtures, weights, active, scales, fixed=fixed)
     return StaticLora(factors) if rank is None else StaticLora(*compress(factors, rank))
 
 
@@ -138,6 +139,8 @@ def static_factors(
     weights: MeanWeights,
     active: Iterable[str] | None = None,
     scales: Mapping[str, float] | None = None,
+    *,
+    fixed: bool = False,
 ) -> StaticFactors:
     """The static mixture by rank concatenation: exact, strength and scales included.
 
@@ -146,13 +149,14 @@ def static_factors(
         weights: mean gate weights for every gate of the mixtures.
         active: experts that were active when the weights were recorded; None for all.
         scales: factor per expert, in place of the one it was loaded with.
+        fixed: the weights are fixed ones, which replace the gates and their strength.
 
     Raises:
         ConfigError: sigmoid gates, whose strength changes from token to token and is not recorded.
     """
     factors: StaticFactors = {}
     for part, mixture in mixtures.items():
-        if mixture.config.gate_function == "sigmoid":
+        if mixture.config.gate_function == "sigmoid" and not fixed:
             raise ConfigError(
                 f"the gates of the {part} have gate_function='sigmoid', which has no static mixture; allowed "
                 "is 'softmax'"
@@ -164,7 +168,7 @@ def static_factors(
         own: dict[str, LoraFactors] = {}
         for group in mixture.groups:
             strength = group.gate.strength.detach().float().cpu()
-            strong = float(effective_strength(strength, float(len(chosen)), len(names)))
+            strong = 1.0 if fixed else float(effective_strength(strength, float(len(chosen)), len(names)))
             for slot in group.slots:
                 # A matrix that image and text tokens go through together has the mean of their gates.
                 gates = [weights[part][group.label(stream)] for stream in streams_of(slot.stream)]

@@ -16,7 +16,7 @@ from .context import ForwardContext, GateValue
 from .errors import ConfigError, InjectionError
 from .matrices import MatrixPlan, MatrixSlot
 from .modules import base_layer, site_shape
-from .networks.base import CONTEXT, DENOISER, EMBEDDING, JOINT, ROW, TOKENS, NetworkMap, Role, Site
+from .networks.base import CONTEXT, DENOISER, EMBEDDING, ENCODER, JOINT, ROW, TOKENS, NetworkMap, Role, Site
 from .ranks import GateFactors
 from .torch_state import in_backward, on_device
 
@@ -36,7 +36,8 @@ class Gate(nn.Module):
         context_features: the same for the gate of the text tokens in a group that has both streams.
         tokens: L for pooling "flatten".
         context_tokens: the same for the gate of the text tokens.
-        role: of the network: only a denoiser has a trained strength, and timesteps to read.
+        role: of the network: an encoder of a denoiser's texts has no trained strength, and only a denoiser
+            has timesteps to read.
 
     Attributes:
         projection: (N, d, N) for "experts", (d, N) for "hidden"; with a leading L for "flatten".
@@ -76,11 +77,9 @@ class Gate(nn.Module):
         if config.timestep and role == DENOISER:
             self.timestep_projection = nn.Parameter(torch.zeros(functional.TIMESTEP_FEATURES, experts))
         self._scalar("log_temperature", math.log(config.temperature), learn=config.learn_temperature)
-        if role == DENOISER:
-            self._scalar("strength", config.strength, learn=config.learn_strength)
-        else:
-            # A word that has found its expert needs that expert's strength, and no more.
-            self._scalar("strength", config.text_strength, learn=False)
+        strength = config.strength if role == DENOISER else config.text_strength
+        # A word that has found its expert needs that expert's strength in a denoiser's text, and no more.
+        self._scalar("strength", strength, learn=config.learn_strength and role != ENCODER)
 
     def _shape(self, features: int, tokens: int | None) -> tuple[int, ...]:
         body = (features, self.experts)
@@ -186,6 +185,9 @@ class Group:
         block: for composition "output" the module that runs once per expert; else None.
         solo: while that module runs: the one expert to apply, or BASE for none.
         returns: streams of the tensors that it returns.
+        pooled: whether the gate reads a causal network's context, for all tokens and steps.
+        reader: then the matrix whose experts' outputs for the context it reads; None where it reads the
+            context itself.
     """
 
     name: str
@@ -194,6 +196,8 @@ class Group:
     block: nn.Module | None = None
     solo: int | None = None
     returns: tuple[str, ...] = (TOKENS,)
+    pooled: bool = False
+    reader: MatrixSlot | None = None
 
     @property
     def matrices(self) -> tuple[str, ...]:
@@ -281,6 +285,12 @@ def build_groups(
         if site.name in slots:
             members.setdefault(_group_name(site, config, layout.part), []).append(site)
     builder = _GateBuilder(network, layout, experts, config, flatten_tokens)
+    pooled = layout.architecture.causal and config.pooling != "token"
+    if pooled and config.composition == "output":
+        raise ConfigError(
+            f"composition='output' does not go with pooling={config.pooling!r} in the {layout.part}, "
+            "which runs token by token: a gate for all tokens would read tokens to come; use pooling='token'."
+        )
     groups = []
     for name, sites in members.items():
         first = sites[0]
@@ -288,7 +298,11 @@ def build_groups(
         # A single matrix outside the block has the same mixture either way.
         block = network.get_submodule(path) if config.composition == "output" and path else None
         own = [slots[site.name] for site in sites]
-        if block is None:
+        if pooled:
+            reader, site = builder.context_reader(sites[0], slots)
+            gate = builder.pooled_gate(reader, site)
+            groups.append(Group(name, own, gate, pooled=True, reader=reader))
+        elif block is None:
             groups.append(Group(name, own, builder.matrix_gate(own, sites)))
         else:
             returns = _returned(first, own, config)
@@ -340,6 +354,32 @@ class _GateBuilder:
         for leader in leaders:
             leader.leads = self.config.gate_input == "experts"
         return self._gate([leader.shape[side] for leader in leaders], sites)
+
+    def context_reader(self, first: Site, slots: Mapping[str, MatrixSlot]) -> tuple[MatrixSlot | None, Site]:
+        """The matrix of a group's block that reads the context, and its site.
+
+        Raises:
+            ConfigError: no expert changes it, and the gate reads the experts' outputs.
+        """
+        inside = [site for site in self.layout.sites if site.stream == CONTEXT]
+        if self.config.granularity != "network":
+            inside = [site for site in inside if site.block == first.block]
+        if self.config.gate_input == "hidden":
+            return None, inside[0]
+        found = next((site for site in inside if site.name in slots), None)
+        if found is None:
+            raise ConfigError(
+                f"pooling={self.config.pooling!r} goes with gate_input='hidden' alone in {first.block!r}: no "
+                "expert changes a matrix there that reads the context; use that, or pooling='token'."
+            )
+        return slots[found.name], found
+
+    def pooled_gate(self, reader: MatrixSlot | None, site: Site) -> Gate:
+        """The gate of a group that reads the context for all tokens."""
+        if reader is not None:
+            reader.leads = True
+        shape = site_shape(base_layer(self.network.get_submodule(site.path)), site.rows)
+        return self._gate([shape[0 if reader is not None else 1]], [site])
 
     def block_gate(self, returns: tuple[str, ...], sites: list[Site]) -> Gate:
         """The gate of a group whose module runs once per expert."""

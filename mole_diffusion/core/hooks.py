@@ -86,13 +86,22 @@ class MatrixHook:
         group: its group.
         bundle: the matrices that read the same tensor.
         context: state of the mixture.
+        reading: those of the matrix that the group's gate reads the context through, if any.
     """
 
-    def __init__(self, slot: MatrixSlot, group: Group, bundle: Bundle, context: ForwardContext) -> None:
+    def __init__(
+        self,
+        slot: MatrixSlot,
+        group: Group,
+        bundle: Bundle,
+        context: ForwardContext,
+        reading: Bundle | None = None,
+    ) -> None:
         self.slot = slot
         self.group = group
         self.bundle = bundle
         self.context = context
+        self._reading = reading
         # What the tokens are, the gate's label, and the matrix it is read off if it is computed here.
         self._gates = tuple(
             (stream, group.label(stream), group.leader(stream) if group.first(stream) is slot else None)
@@ -127,6 +136,12 @@ class MatrixHook:
         context, activation = self.context, self.context.activation
         if activation.fixed is not None:
             return context.fixed(x.device)
+        if self.group.pooled:
+            return (
+                context.fetch(label, self.slot.name)
+                if label in context.values
+                else self._pooled(label, output)
+            )
         if leader is None:
             return context.fetch(label, self.slot.name)
         logits = real = None
@@ -156,6 +171,32 @@ class MatrixHook:
             return gate.feature_logits(features, stream, real), real
         factors = leader.gate_factors(context.experts, features.device)
         return gate.rank_logits(features, factors, stream, real), real
+
+    def _pooled(self, label: str, output: Tensor) -> GateValue:
+        """The gate for all tokens of a causal network, from its context: the same in all steps."""
+        context, gate, memory = self.context, self.group.gate, self.context.forward.memory
+        if memory is None:
+            raise InjectionError(
+                f"The gate {label!r} of the {context.part} is pooled over what the model reads, and it was "
+                "run without."
+            )
+        versions = [parameter._version for parameter in gate.parameters()]
+        kept = context.pooled(label, versions)
+        if kept is not None:
+            return context.store(label, kept)
+        logits, real = None, None
+        if len(context.activation.active) > 1:
+            real = context.real_tokens(CONTEXT, memory)
+            reader = self.group.reader
+            if reader is None or self._reading is None:
+                logits = gate.feature_logits(as_type(memory, torch.float32), CONTEXT, real)
+            else:
+                z = self._reading.peek(reader, memory, output.device, output.dtype)
+                z = as_type(z.view(*memory.shape[:2], -1), torch.float32)
+                logits = gate.rank_logits(z, reader.gate_factors(context.experts, z.device), CONTEXT, real)
+        value = self.group.evaluate(logits, memory, context, CONTEXT, real)
+        context.keep_pooled(label, versions, value)
+        return value
 
     def _rank_weights(
         self, values: list[GateValue], plan: MatrixPlan, dtype: torch.dtype, rows: int, tokens: int
@@ -236,6 +277,12 @@ class BlockHook:
         """Keep the inputs (some hosts change theirs in place) and let the base run alone."""
         if not self._applies() or self.group.solo is not None:
             return
+        if self.context.forward.keeps:
+            raise InjectionError(
+                f"composition='output' runs {self.group.name!r} once per expert, and the "
+                f"{self.context.part} keeps what its blocks computed for steps to come: run it "
+                "with use_cache=False, or use composition='delta'."
+            )
         copied = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
         self._inputs = copied, {k: v.clone() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
         self.group.solo = BASE

@@ -348,7 +348,8 @@ class Mixture:
         by_matrix = {slot.name: bundle for bundle in self._bundles for slot in bundle.slots}
         for group in self.groups:
             for slot in group.slots:
-                hook = MatrixHook(slot, group, by_matrix[slot.name], self._context)
+                reading = None if group.reader is None else by_matrix[group.reader.name]
+                hook = MatrixHook(slot, group, by_matrix[slot.name], self._context, reading)
                 self._on_matrices.append(slot.module.register_forward_hook(hook))
 
     def _follow(self) -> None:

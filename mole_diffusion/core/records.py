@@ -288,6 +288,40 @@ class Recorder:
             )
 
 
+class MeanRecorder(Recorder):
+    """Keeps the mean weights of each gate over all forwards: a text of any length leaves one row per gate.
+
+    A gate that runs less often than its network (that of the text which a decoder reads runs once) has the
+    mean over its own forwards.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sums: dict[tuple[str, str], tuple[Tensor, int]] = {}
+        self._experts: dict[str, tuple[str, ...]] = {}
+
+    def note(self, mixture: Mixture) -> None:
+        """Add the weights of a mixture's last forward."""
+        self._forwards[mixture.part] += 1
+        self._experts[mixture.part] = mixture.expert_names
+        for label, live in mixture.live_weights().items():
+            key, weights = (mixture.part, label), live.detach()
+            total, count = self._sums.get(key, (None, 0))
+            same = total is not None and total.shape == weights.shape
+            self._sums[key] = (total + weights, count + 1) if same and total is not None else (weights, 1)
+
+    def reset(self, networks: Iterable[str] | None = None) -> None:
+        """Forget everything, or what these networks did."""
+        gone = set(self._forwards) if networks is None else set(networks)
+        super().reset(networks)
+        self._sums = {key: value for key, value in self._sums.items() if key[0] not in gone}
+
+    def _records(self) -> Iterator[GateRecord]:
+        for (network, label), (total, count) in self._sums.items():
+            entries, experts = tuple(range(len(total))), self._experts[network]
+            yield GateRecord(network, label, None, PROMPT, entries, experts, (total / count).float().cpu())
+
+
 def in_order(means: MeanWeights, experts: Sequence[str]) -> dict[str, dict[str, list[float]]]:
     """Mean weights as lists in the order of these experts; one without weights has 0.
 

@@ -18,8 +18,8 @@ from mole_diffusion.core.errors import ExpertLoadError, UnknownExpertError
 from mole_diffusion.core.experts import Expert, load_expert
 from mole_diffusion.core.mixture import Mixture
 from mole_diffusion.pictures.components import networks_of, tokenizers_of
-from mole_diffusion.pictures.sources import find_expert_file
 from mole_diffusion.pictures.triggers import TriggerWords, vectors_of
+from mole_diffusion.sources import find_expert_file
 
 logger = logging.getLogger(__name__)
 

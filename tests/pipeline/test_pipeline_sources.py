@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mole_diffusion.core.errors import ExpertLoadError
-from mole_diffusion.pictures.sources import find_expert_file
+from mole_diffusion.sources import find_expert_file
 
 
 def test_file(lora_files) -> None:

@@ -12,6 +12,7 @@ from .clip import CLIP
 from .families import header_name, named_family
 from .flux import FLUX
 from .foreign import foreign_family
+from .t5 import T5_DECODER, T5_ENCODER
 from .unet import UNet
 
 _REGISTERED: dict[str, Architecture] = {}
@@ -124,5 +125,5 @@ def other_base(strangers: Iterable[str], metadata: Mapping[str, str]) -> str | N
     return f"{named} (its header says {header!r})"
 
 
-for _architecture in (UNet(), CLIP, FLUX):
+for _architecture in (UNet(), CLIP, FLUX, T5_ENCODER, T5_DECODER):
     register(_architecture)

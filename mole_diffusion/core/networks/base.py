@@ -160,6 +160,8 @@ class Forward:
         references: how many of the image tokens, the last ones, show other pictures than the one that is
             drawn: they have gates and no regions.
         masks: stream -> (B, L), zero for padding; without an entry all tokens are real.
+        memory: (B, L, d) of the context of a causal network, the same tensor in all its steps; else None.
+        keeps: whether the network keeps what its blocks computed for steps to come.
     """
 
     time: Tensor | float | None = None
@@ -170,6 +172,8 @@ class Forward:
     spans: Mapping[str, slice] = field(default_factory=dict)
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     references: int = 0
+    memory: Tensor | None = None
+    keeps: bool = False
 
     @property
     def timestep(self) -> Tensor | float | None:
@@ -216,6 +220,10 @@ class Architecture(Protocol):
     @property
     def text_gates(self) -> bool:
         """Whether text tokens always have a gate of their own; else only where each token has a gate."""
+
+    @property
+    def causal(self) -> bool:
+        """Whether it runs token by token, so that gates for all tokens may read only its context."""
 
     def sites(self, network: nn.Module) -> tuple[Site, ...]:
         """The matrices of a network in execution order, as it runs them now; none if it is not this kind."""

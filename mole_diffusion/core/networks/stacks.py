@@ -96,7 +96,8 @@ class Stack:
     """An `Architecture` whose blocks stand in rows.
 
     Attributes:
-        name, role, slots, prefixes, writers, families, example, text_gates: see `Architecture`.
+        name, role, slots, prefixes, writers, families, example, text_gates, causal: see
+            `Architecture`.
         inputs: what the inputs of a forward say.
         counter: tokens for flattened gates.
         before, after: matrices that run before and after all blocks.
@@ -131,6 +132,7 @@ class Stack:
     writers: Mapping[str, str] = field(default_factory=dict)
     tell: Callable[[str, Mapping[str, int]], Base | None] = lambda slot, inputs: None
     text_gates: bool = False
+    causal: bool = False
 
     @property
     def example(self) -> str:

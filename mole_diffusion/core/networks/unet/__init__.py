@@ -52,6 +52,7 @@ class UNet:
     families = tuple(_FAMILY_OF_WIDTH.values())
     example = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     text_gates = False
+    causal = False
 
     def sites(self, network: nn.Module) -> tuple[Site, ...]:
         """See `Architecture`; where projections are fused, the fused modules' rows."""

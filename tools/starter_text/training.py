@@ -1,0 +1,201 @@
+"""A training loop for a time budget: one static step, replayed as a CUDA graph where there is CUDA."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mole_diffusion.core.files import replacing
+
+_PACE_STEPS = 20
+_CHECKPOINT_SECONDS = 60.0
+
+
+def rate(step: int, steps: int, warmup: int) -> float:
+    """Share of the full learning rate: linear up, then linear down to a fiftieth."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return max(0.02, 1.0 - (step - warmup) / max(1, steps - warmup))
+
+
+class Step:
+    """One step of AdamW on the loss of a static batch.
+
+    Args:
+        loss: of (sources, targets).
+        parameters: what trains, by name.
+        batch: an example of (sources, targets), whose shapes stay.
+        lr, decay: of AdamW.
+        clip: largest norm of the gradient; None for any.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        parameters: Mapping[str, Tensor],
+        batch: tuple[Tensor, Tensor],
+        lr: float,
+        decay: float,
+        clip: float | None,
+    ) -> None:
+        self._loss, self._clip, self._lr = loss, clip, lr
+        self._parameters = list(parameters.values())
+        device = self._parameters[0].device
+        self._cuda = device.type == "cuda"
+        self._rate = torch.tensor(lr, device=device) if self._cuda else lr
+        self.optimiser = torch.optim.AdamW(
+            self._parameters,
+            lr=self._rate,
+            betas=(0.9, 0.98),
+            weight_decay=decay,
+            capturable=self._cuda,
+            fused=self._cuda,
+        )
+        self._batch = tuple(part.clone() for part in batch)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self.last = torch.zeros((), device=device)
+
+    def _eager(self) -> None:
+        self.optimiser.zero_grad(set_to_none=False)
+        loss = self._loss(self._batch[0], self._batch[1])
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self._clip is not None:
+            torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
+        self.optimiser.step()
+        self.last = loss.detach()
+
+    def capture(self) -> None:
+        """Record the step; it has run a few times before, at a rate of zero."""
+        if not self._cuda:
+            return
+        self.set_rate(0.0)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._eager()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self._eager()
+            self._graph = graph
+        except RuntimeError as error:
+            print(f"no CUDA graph, every step is launched anew: {error}", flush=True)
+        for state in self.optimiser.state.values():
+            for value in state.values():
+                value.zero_()
+
+    def set_rate(self, share: float) -> None:
+        """Set the learning rate to a share of the full one."""
+        if isinstance(self._rate, Tensor):
+            self._rate.fill_(self._lr * share)
+        else:
+            for group in self.optimiser.param_groups:
+                group["lr"] = self._lr * share
+
+    def __call__(self, batch: tuple[Tensor, Tensor]) -> None:
+        """Train on a batch."""
+        for static, part in zip(self._batch, batch, strict=True):
+            static.copy_(part)
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._eager()
+
+
+def train(
+    name: str,
+    step: Step,
+    parameters: Mapping[str, Tensor],
+    draw: Callable[[torch.Generator], tuple[Tensor, Tensor]],
+    *,
+    steps: int | None,
+    seconds: float,
+    work: Path,
+    seed: int,
+    log: Callable[[str], None],
+    warmup: int = 200,
+) -> int:
+    """Train for a number of steps, or for as many as fit a time; goes on from its checkpoint.
+
+    Args:
+        name: of the checkpoint.
+        step: what a step does.
+        parameters: what trains, by name.
+        draw: makes a batch.
+        steps: how many; None for those that fit `seconds` at the pace of the first ones.
+        seconds: see `steps`.
+        work: folder of the checkpoint.
+        seed: of the batches.
+        log: is told how it goes.
+        warmup: steps with a smaller rate.
+
+    Returns:
+        The number of steps.
+    """
+    device = next(iter(parameters.values())).device
+    rng = torch.Generator(device=device).manual_seed(seed)
+    path, first = work / f"{name}.pt", 0
+    if path.is_file():
+        first, steps = _restore(path, step, parameters, rng)
+    else:
+        step.capture()
+    start = saved = time.monotonic()
+    done = first
+    while steps is None or done < steps:
+        step.set_rate(rate(done, steps or 10**9, warmup))
+        step(draw(rng))
+        done += 1
+        if steps is None and done - first == _PACE_STEPS:
+            _wait(device)
+            pace = (time.monotonic() - start) / _PACE_STEPS
+            steps = max(_PACE_STEPS, int(seconds / pace))
+            log(f"{name}: {pace * 1000:.1f} ms a step, {steps} steps")
+        if done % 250 == 0:
+            log(f"{name}: step {done} of {steps}, loss {float(step.last):.3f}")
+        if time.monotonic() - saved > _CHECKPOINT_SECONDS:
+            saved = time.monotonic()
+            _save(path, step, parameters, rng, (done, steps))
+    _wait(device)
+    return done
+
+
+def _save(
+    path: Path,
+    step: Step,
+    parameters: Mapping[str, Tensor],
+    rng: torch.Generator,
+    done: tuple[int, int | None],
+) -> None:
+    state = {
+        "parameters": dict(parameters),
+        "optimiser": step.optimiser.state_dict(),
+        "rng": rng.get_state(),
+        "done": done,
+    }
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def _restore(
+    path: Path, step: Step, parameters: Mapping[str, Tensor], rng: torch.Generator
+) -> tuple[int, int | None]:
+    """(steps done, steps in all) of a checkpoint."""
+    state = torch.load(path, map_location=rng.device, weights_only=True)
+    with torch.no_grad():
+        for key, value in state["parameters"].items():
+            parameters[key].copy_(value)
+    step.optimiser.load_state_dict(state["optimiser"])
+    rng.set_state(state["rng"].cpu())
+    done: tuple[int, int | None] = tuple(state["done"])
+    return done
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
