@@ -22,14 +22,12 @@ from mole_diffusion.core.networks import find_network
 from mole_diffusion.core.networks.t5 import READER, WRITER
 from mole_diffusion.core.records import GateWeights, MeanRecorder
 from mole_diffusion.sources import find_expert_file
+from mole_diffusion.text.composed import MixtureWord
 
 if TYPE_CHECKING:
     from mole_diffusion.text.training import TextTrainingConfig, TextTrainingResult
 
 logger = logging.getLogger(__name__)
-
-#: What `mixture=` may be: a word, or a weight per expert.
-MixtureWord = str | Mapping[str, float]
 
 
 class Seq2SeqExperts:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -19,10 +19,7 @@ from mole_diffusion.core.modules import base_layer
 from mole_diffusion.core.networks import map_network
 from mole_diffusion.core.peft_folder import ADAPTER_FILES
 from mole_diffusion.core.records import MeanWeights
-from mole_diffusion.text.experts import MixtureWord
-
-if TYPE_CHECKING:
-    from mole_diffusion.text.model import MoLEForSeq2SeqLM
+from mole_diffusion.text.composed import Composed, MixtureWord, Reading
 
 _BATCH = 16
 
@@ -55,7 +52,7 @@ class TextExport:
 
 
 def export(
-    model: MoLEForSeq2SeqLM,
+    model: Reading,
     path: Path,
     texts: Sequence[str],
     *,
@@ -104,7 +101,7 @@ def export(
 
 
 def _means(
-    model: MoLEForSeq2SeqLM,
+    model: Reading,
     texts: Sequence[str],
     active: Sequence[str] | None,
     scales: Mapping[str, float] | None,
@@ -164,7 +161,7 @@ def _filled(factor: torch.Tensor, rank: int, *, down: bool) -> torch.Tensor:
 
 
 @contextmanager
-def merged_into(model: MoLEForSeq2SeqLM, lora: StaticLora) -> Iterator[None]:
+def merged_into(model: Composed, lora: StaticLora) -> Iterator[None]:
     """The model's weights have the mixture inside; after the `with` block they are as before."""
     saved: list[tuple[torch.Tensor, torch.Tensor]] = []
     try:

@@ -13,7 +13,8 @@ from torch import nn
 from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.records import MeanRecorder
-from mole_diffusion.text.experts import MixtureWord, Seq2SeqExperts
+from mole_diffusion.text.composed import MixtureWord
+from mole_diffusion.text.experts import Seq2SeqExperts
 
 if TYPE_CHECKING:
     from mole_diffusion.text.export import TextExport

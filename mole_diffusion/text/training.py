@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.text.composed import Composed
 from mole_diffusion.text.examples import Pair, pairs_of
-from mole_diffusion.text.experts import Seq2SeqExperts
 from mole_diffusion.training.gates import Balanced, Gates
 from mole_diffusion.training.loop import TrainingLoop
 from mole_diffusion.training.objective import Losses, LossTerms
@@ -95,7 +95,7 @@ class CrossEntropy:
     """
 
     def __init__(
-        self, composed: Seq2SeqExperts, tokenizer: Any, examples: Sequence[Pair], config: TextTrainingConfig
+        self, composed: Composed, tokenizer: Any, examples: Sequence[Pair], config: TextTrainingConfig
     ) -> None:
         self._composed, self._tokenizer, self._examples = composed, tokenizer, examples
         self._config = config
@@ -231,7 +231,7 @@ class Validated:
 
 
 def train_gates(
-    composed: Seq2SeqExperts,
+    composed: Composed,
     tokenizer: Any,
     examples: Any,
     config: TextTrainingConfig | None = None,
@@ -290,14 +290,14 @@ def train_gates(
 
 
 @contextmanager
-def _still(composed: Seq2SeqExperts) -> Iterator[None]:
+def _still(composed: Composed) -> Iterator[None]:
     """The model is frozen and in evaluation mode, so that nothing is dropped at random."""
     trained = [parameter for mixture in composed.mixtures.values() for parameter in mixture.parameters()]
     with frozen([composed.model], but=trained):
         yield
 
 
-def _facts(composed: Seq2SeqExperts, config: TextTrainingConfig, pairs: Sequence[Pair]) -> dict[str, Any]:
+def _facts(composed: Composed, config: TextTrainingConfig, pairs: Sequence[Pair]) -> dict[str, Any]:
     """What makes this training this training."""
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in COSMETIC}
     gates: dict[str, MoLEConfig] = {part: mixture.config for part, mixture in composed.mixtures.items()}

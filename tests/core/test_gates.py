@@ -261,7 +261,10 @@ def test_injection_errors(unet: nn.Module, clip: nn.Module) -> None:
         inject(unet, [], MoLEConfig())
     with pytest.raises(ConfigError, match="used more than once: dog"):
         inject(unet, [experts[0], experts[0]], MoLEConfig())
-    with pytest.raises(InjectionError, match="Linear has no matrices of a known unet or clip or joint;"):
+    with pytest.raises(
+        InjectionError,
+        match="Linear has no matrices of a known unet or clip or flux or t5-encoder or t5-decoder or joint;",
+    ):
         inject(nn.Linear(2, 2), experts, MoLEConfig())
     with pytest.raises(
         InjectionError, match="'dog', 'cat' has matrices for the vae; they have some for: unet"
