@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mole_diffusion.core.errors import ExpertLoadError
+from mole_diffusion.core.errors import ExpertLoadError, nearest
 from mole_diffusion.core.peft_folder import (
     ADAPTER_FILES,
     USUAL_STEMS,
@@ -15,7 +15,29 @@ from mole_diffusion.core.peft_folder import (
 
 # What diffusers' training scripts call their file.
 _USUAL_NAME = f"{USUAL_STEMS[0]}.safetensors"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".json", ".png", ".zip")
+
+
+def is_hub_id(source: str | Path) -> bool:
+    """Whether a text that names nothing here is worth asking a hub for: "owner/name", no path with a slip.
+
+    A path begins with a dot, a slash or a tilde, ends as files do, or begins with a folder that is here.
+    """
+    text = str(source)
+    if not isinstance(source, str) or _HUB_ID.fullmatch(text) is None:
+        return False
+    return not text.lower().endswith(_FILE_SUFFIXES) and not Path(text).parent.is_dir()
+
+
+def nearest_path(source: str | Path) -> str:
+    """`" Did you mean 'models/dog.safetensors'?"`, where nearly this name lies there; else empty."""
+    path = Path(source).expanduser()
+    if not path.parent.is_dir():
+        return f" There is no folder {str(path.parent)!r}."
+    names = [entry.name for entry in path.parent.iterdir()]
+    found = nearest(path.name, names)
+    return "" if found is None else f" Did you mean {str(path.with_name(found))!r}?"
 
 
 def find_expert_file(
@@ -38,10 +60,12 @@ def find_expert_file(
     if path.is_dir():
         found = _pick(path, weight_name, source)
         return found, own_name(found)
-    if not (isinstance(source, str) and _HUB_ID.fullmatch(source)) or path.suffix == ".safetensors":
+    if not is_hub_id(source):
         raise ExpertLoadError(
-            f"no expert at {str(source)!r}: not a file, not a folder, and not a hub id such as 'owner/name'"
+            f"no expert at {str(source)!r}: not a file, not a folder, and not a hub id such as 'owner/name'."
+            f"{nearest_path(source)}"
         )
+    assert isinstance(source, str)
     found = _download(source, weight_name, **hub_options)
     says_nothing = found.is_dir() or found.stem in USUAL_STEMS
     return found, source.split("/")[1] if says_nothing else found.stem

@@ -18,7 +18,6 @@ from mole_diffusion.app.stopping import stoppable
 from mole_diffusion.app.studio import Studio, Work
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.pictures.denoisers import denoiser_of, own_size
-from mole_diffusion.pictures.opening import drawing_settings
 from mole_diffusion.pictures.training.workbench import tensor_picture
 from mole_diffusion.starter.location import GUIDANCE
 
@@ -131,7 +130,7 @@ def call_settings(
         "generator": torch.Generator().manual_seed(request.seed),
         "width": size[0],
         "height": size[1],
-        **drawing_settings(setup.model, request.guidance),
+        "guidance_scale": request.guidance,
     }
     if not active or mixture == "none":
         return {**settings, "mixture": "none"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -15,7 +14,6 @@ from mole_diffusion.app.stopping import stoppable
 from mole_diffusion.app.studio import Studio, Work
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.export import ExportReport
-from mole_diffusion.pictures.opening import drawing_settings
 
 FORMATS = {"kohya": "kohya (web UIs, ComfyUI)", "diffusers": "diffusers (PEFT)"}
 MAX_RANK = 512
@@ -68,10 +66,6 @@ def export(studio: Studio, session: Session, request: ExportRequest, setup: Setu
             job.check()
             job.report(done, total, "Comparing with the gates")
 
-        settings: dict[str, Any] = {}
-        guidance = drawing_settings(setup.model, None).get("guidance_scale")
-        if guidance is not None:
-            settings["guidance_scale"] = guidance
         with studio.opened(setup, request.strengths) as pipe, stoppable(pipe, job.check):
             report: ExportReport = pipe.export_lora(
                 session.new_path("export", ".safetensors"),
@@ -82,7 +76,6 @@ def export(studio: Studio, session: Session, request: ExportRequest, setup: Setu
                 active_experts=request.active,
                 dtype=torch.float16 if request.half else torch.float32,
                 callback=tell,
-                **settings,
             )
         return report
 

@@ -103,9 +103,7 @@ def check_base(studio: Studio, session: Session, expert: Expert) -> None:
         return
     theirs = base_of_expert(expert)
     if theirs.width is not None and facts["width"] is not None and theirs.width != facts["width"]:
-        raise ExpertLoadError(
-            f"{expert.name!r} was made for {theirs}; the open model reads text of width {facts['width']}"
-        )
+        raise ExpertLoadError(f"{expert.name!r} was made for {theirs}; the open model is {facts['base']}")
     if facts["prediction"]:
         check_prediction(expert, facts["prediction"])
 

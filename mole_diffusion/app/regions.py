@@ -13,6 +13,8 @@ from mole_diffusion.core.errors import ConfigError
 
 #: Side in pixels of the canvas.
 CANVAS = 512
+#: The editor's value without paint and ground.
+EMPTY: dict[str, Any] = {"background": None, "layers": [], "composite": None}
 # Less paint than this share of the canvas is a slip of the brush.
 _LEAST_SHARE = 0.002
 _OPAQUE = 96

@@ -66,6 +66,18 @@ def friendly(handler: F) -> F:
     return cast(F, wrapped)
 
 
+@contextmanager
+def warned() -> Iterator[None]:
+    """The project's own errors inside the `with` block are shown, and what comes after it goes on.
+
+    For what was refused among several things, and where controls are to be cleared of it.
+    """
+    try:
+        yield
+    except (MoLEError, FileNotFoundError) as error:
+        gr.Warning(plain(error))
+
+
 def plain(error: BaseException) -> Markup:
     """An error's text, safe to show in a page, and without the folders of the app."""
     return markup.lines(markup.text_of(error))

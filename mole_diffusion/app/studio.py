@@ -15,7 +15,9 @@ from mole_diffusion.app.attaching import Shelf
 from mole_diffusion.app.jobs import Job, Worker
 from mole_diffusion.app.session import Session
 from mole_diffusion.app.setup import STARTER, Setup
+from mole_diffusion.core.bases import base_of_networks
 from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.core.networks.unet import UNET
 from mole_diffusion.pictures.denoisers import denoiser_of
 from mole_diffusion.pictures.opening import open_base, pick_device
 
@@ -136,13 +138,14 @@ class Studio:
         return self._bases[model]
 
     def facts(self, model: str) -> dict[str, Any] | None:
-        """Width of the text that a base model reads and what it predicts; None before it is opened."""
+        """A base model's name, width of the text it reads, and prediction; None before it is opened."""
         base = self._bases.get(model)
         if base is None:
             return None
         unet: Any = denoiser_of(base).network
         width = unet.config.cross_attention_dim
         return {
+            "base": str(base_of_networks({UNET: unet}) or "an unknown base"),
             "width": width if isinstance(width, int) else None,
             "prediction": base.scheduler.config.get("prediction_type"),
         }

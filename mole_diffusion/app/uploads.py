@@ -12,6 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 
 from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.core.reading import foreign_kind
 
 MAX_FILE_BYTES = 2 * 2**30
 MAX_PICTURE_BYTES = 32 * 2**20
@@ -58,7 +59,11 @@ def _check_safetensors(path: Path) -> None:
     """The header is there, is one of tensors and lies inside the file, as they do."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        head = file.read(16)
+        foreign = foreign_kind(head)
+        if foreign is not None:
+            raise ConfigError(f"{path.name!r} is no safetensors file: {foreign}")
+        length = int.from_bytes(head[:8], "little")
         if not 2 <= length <= size - 8:
             raise ConfigError(f"{path.name!r} is no safetensors file: it has no header")
         if length > MAX_HEADER_BYTES:

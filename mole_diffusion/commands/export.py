@@ -23,7 +23,7 @@ from mole_diffusion.commands.common import (
     show,
     split_names,
 )
-from mole_diffusion.pictures.opening import STARTER, drawing_settings
+from mole_diffusion.pictures.opening import STARTER
 
 
 class FormatChoice(str, Enum):
@@ -61,7 +61,6 @@ def export(
     pipe = open_pipeline(model, choices, gates, device)
     import torch
 
-    guidance = drawing_settings(model, None).get("guidance_scale")
     with progress("calibrating", 3 * steps * len(prompts)) as done:
         report = pipe.export_lora(
             file,
@@ -73,7 +72,6 @@ def export(
             active_experts=names,
             dtype=torch.float16 if half else torch.float32,
             callback=lambda count, _: done(count),
-            **({} if guidance is None else {"guidance_scale": guidance}),
         )
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))

@@ -25,7 +25,7 @@ from mole_diffusion.commands.common import (
     split_names,
 )
 from mole_diffusion.pictures.files import PICTURES
-from mole_diffusion.pictures.opening import STARTER, drawing_settings
+from mole_diffusion.pictures.opening import STARTER
 
 _SIZE = re.compile(r"(\d+)(?:x(\d+))?")
 #: Picture sizes in pixels are multiples of this: the autoencoder halves three times.
@@ -69,6 +69,7 @@ def generate(
     chosen = _read_mixture(mixture)
     say(f"Loading {model} ...")
     pipe = open_pipeline(model, choices, gates, device)
+    settings: dict[str, Any] = {} if guidance is None else {"guidance_scale": guidance}
     import torch
 
     with progress("drawing", steps) as done:
@@ -84,7 +85,7 @@ def generate(
             active_experts=names,
             mixture=chosen,
             callback_on_step_end=step_end,
-            **drawing_settings(model, guidance),
+            **settings,
             **pixels,
         ).images[0]
     out.parent.mkdir(parents=True, exist_ok=True)

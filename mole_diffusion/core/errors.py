@@ -7,6 +7,13 @@ from collections.abc import Iterable, Sequence
 from os import PathLike
 
 
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that a slip of the keyboard makes of `name`; None where none is that near."""
+    lowered = {one.lower(): one for one in known}
+    found = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.65)
+    return lowered[found[0]] if found else None
+
+
 class MoLEError(Exception):
     """Base class of all errors raised by mole_diffusion."""
 
@@ -30,8 +37,8 @@ class UnknownExpertError(MoLEError, ValueError):
     def __init__(self, name: str, known: Iterable[str]) -> None:
         self.name = name
         self.known = tuple(known)
-        nearest = difflib.get_close_matches(name, self.known, n=1, cutoff=0.5)
-        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        near = nearest(name, self.known)
+        hint = "" if near is None else f" Did you mean {near!r}?"
         names = ", ".join(repr(k) for k in self.known) or "none"
         super().__init__(f"Unknown expert {name!r}. Known experts: {names}.{hint}")
 

@@ -18,7 +18,7 @@ from .alphas import ADAPTER_CONFIG, ADAPTER_METADATA, SINGLE_ENTRIES
 from .errors import ExpertLoadError
 from .networks import architectures
 from .peft_options import PeftOptions
-from .reading import MAX_HEADER_BYTES, BadFileError, Content, parse_json, read_safetensors
+from .reading import MAX_HEADER_BYTES, PICKLES, BadFileError, Content, parse_json, read_safetensors
 from .scaling import short
 
 ADAPTER = "adapter_model"
@@ -77,8 +77,9 @@ def expert_files(path: Path) -> list[ExpertFile]:
     if not path.is_file():
         raise ExpertLoadError(f"There is no file {str(path)!r}.")
     if path.suffix != _SAFE and path.name != f"{ADAPTER}{_PICKLED}":
+        pickled = " and, by its name, a pickle, which can hold programs" if path.suffix in PICKLES else ""
         raise ExpertLoadError(
-            f"{str(path)!r} is not a {_SAFE} file; no other format is read, but for PEFT's "
+            f"{str(path)!r} is not a {_SAFE} file{pickled}; no other format is read, but for PEFT's "
             f"{ADAPTER}{_PICKLED}."
         )
     return [_with_surroundings(path)]

@@ -44,6 +44,8 @@ _TYPES = {
 FLOATS_OF_8_BITS = tuple(
     getattr(torch, name) for name in ("float8_e4m3fn", "float8_e5m2") if hasattr(torch, name)
 )
+#: Endings of files that PyTorch pickles.
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _CHECKED = ("F64", "F32", "F16", "BF16")
 
 
@@ -134,6 +136,26 @@ def read_header(path: Path) -> Header:
         return _read_header(file)
 
 
+def foreign_kind(head: bytes) -> str | None:
+    """What a file is that is no safetensors file, in words; None where its beginning does not tell.
+
+    Args:
+        head: the first 16 bytes, or all that there are.
+    """
+    start = head.lstrip().lower()
+    if not head:
+        return "it is an empty file; perhaps its download broke off"
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "it is a web page; perhaps the download needed a login"
+    if start.startswith(b"version https:/"):
+        return "it is a pointer of Git LFS and not the file itself; fetch that with `git lfs pull`"
+    # A header of 640 bytes begins like a pickle of protocol 2, and goes on with its JSON.
+    pickled = head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5") and head[8:9] != b"{"
+    if pickled or head.startswith(b"PK\x03\x04"):
+        return "it is a pickle (.ckpt, .pt, .bin), which can hold programs, and is not opened"
+    return None
+
+
 def parse_json(text: str | bytes) -> Any:
     """JSON of bounded size, depth and number of values.
 
@@ -213,6 +235,10 @@ def _digits(text: str) -> list[str]:
 
 
 def _read_header(file: FileIO) -> Header:
+    foreign = foreign_kind(file.read(16))
+    if foreign is not None:
+        raise BadFileError(foreign)
+    file.seek(0)
     first = _read(file, _LENGTH_BYTES)
     length = int.from_bytes(first, "little")
     size = file.seek(0, 2) - _LENGTH_BYTES

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 from torch import nn
@@ -34,6 +34,7 @@ from mole_diffusion.pictures.components import (
 )
 from mole_diffusion.pictures.holding import add_expert, read_expert, remove_expert, warn_of_lora_tags
 from mole_diffusion.pictures.regions import region_tensors
+from mole_diffusion.pictures.single_file import check_safetensors, configuration_of
 
 if TYPE_CHECKING:
     from mole_diffusion.pictures.training import Concept, TrainingConfig, TrainingResult
@@ -49,12 +50,15 @@ class WithExperts:
         diffusers_class: the diffusers pipeline underneath; what `save_pretrained` writes is one of these.
         guided_in: how the pipeline runs a negative prompt: before the prompt in one "batch", after it in one
             ("batch, prompt first"), or in "turns": the prompt, then the negative.
+        call_defaults: what a call is drawn with where it does not say, in place of diffusers' defaults: the
+            guidance that suits the starter.
     """
 
     diffusers_class: ClassVar[type]
     guided_in: ClassVar[GuidedIn] = "batch"
     _ensemble: Ensemble | None = None
     _recorder: Recorder | None = None
+    call_defaults: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def ensemble(self) -> Ensemble:
@@ -75,8 +79,31 @@ class WithExperts:
         parent: Any = super()
         new: P = parent.from_pipe(pipeline, **kwargs)
         if isinstance(pipeline, WithExperts) and networks_of(new) == networks_of(pipeline):
-            new._ensemble = pipeline.ensemble
+            new._ensemble, new.call_defaults = pipeline.ensemble, pipeline.call_defaults
         return new
+
+    @classmethod
+    def from_single_file(cls: type[P], pretrained_model_link_or_path: Any, **kwargs: Any) -> P:
+        """As in diffusers, of safetensors files; a file on this machine opens without a network.
+
+        Configurations are read off its weights, unless `config` or `original_config` names others.
+
+        Raises:
+            ConfigError: a pickle, or no checkpoint of a Stable Diffusion 1, 2 or XL.
+        """
+        parent: Any = super()
+        path = Path(pretrained_model_link_or_path)
+        if path.is_file():
+            check_safetensors(path)
+        named = {"config", "original_config", "original_config_file"} & set(kwargs)
+        # Of the families that have a UNet; the others' configurations are as many as their models.
+        if not path.is_file() or named or "unet" not in inspect.signature(cls.__init__).parameters:
+            return cast(P, parent.from_single_file(pretrained_model_link_or_path, **kwargs))
+        with configuration_of(path) as config:
+            return cast(
+                P,
+                parent.from_single_file(str(path), **{**kwargs, "config": config, "local_files_only": True}),
+            )
 
     @torch.no_grad()
     def __call__(
@@ -121,6 +148,8 @@ class WithExperts:
         pipe: Any = self
         signature = inspect.signature(parent.__call__)
         given = signature.bind_partial(*args, **kwargs).arguments
+        known = {name: value for name, value in self.call_defaults.items() if name in signature.parameters}
+        kwargs = {**{name: value for name, value in known.items() if name not in given}, **kwargs}
         height, width = picture_size(self, given, from_picture="height" not in signature.parameters)
         with self.composing(
             active_experts=active_experts,
@@ -371,7 +400,7 @@ class WithExperts:
         *,
         prompts: str | Sequence[str],
         steps: int = 20,
-        guidance_scale: float = 7.5,
+        guidance_scale: float | None = None,
         seed: int = 0,
         rank: int | None = None,
         active_experts: Sequence[str] | None = None,
@@ -390,7 +419,7 @@ class WithExperts:
             format: names of the tensors: "diffusers" (PEFT) or "kohya" (web UIs, ComfyUI).
             prompts: calibration prompts, like those the LoRA will be used for.
             steps: denoising steps per prompt.
-            guidance_scale: classifier-free guidance while calibrating.
+            guidance_scale: classifier-free guidance while calibrating; None is 7.5, the starter's own for it.
             seed: of the first prompt's noise; the following ones count up.
             rank: largest rank to keep (by SVD, with the error in the report); None keeps everything.
             active_experts: which experts go into the file; None is all.
@@ -407,6 +436,8 @@ class WithExperts:
                 pictures (`StableDiffusionMoLEPipeline.from_pipe(pipe)` shares its experts and gates).
         """
         self._need_experts("export_lora")
+        if guidance_scale is None:
+            guidance_scale = float(self.call_defaults.get("guidance_scale", 7.5))
         return export_lora(
             self,
             self.ensemble,

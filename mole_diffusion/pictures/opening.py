@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mole_diffusion.core.errors import ConfigError
-from mole_diffusion.starter.location import GUIDANCE, RESCALE
+from mole_diffusion.pictures.single_file import is_xl, read_header
+from mole_diffusion.pictures.sources import is_hub_id, nearest_path
 
 if TYPE_CHECKING:
     from mole_diffusion.pictures.pipelines import StableDiffusionMoLEPipeline
 
 STARTER = "starter"
-# Where a checkpoint in one file keeps SDXL's second text encoder.
-_XL_KEY = "conditioner.embedders.1."
 
 
 def open_base(
@@ -43,13 +42,14 @@ def open_base(
         pipe = pipelines.StableDiffusionMoLEPipeline.from_starter(None if starter_defaults else [])
     else:
         dtype = torch.float16 if half and where.startswith("cuda") else torch.float32
+        path = Path(model).expanduser()
         try:
-            single = Path(model).is_file()
-            xl = _file_is_xl(Path(model)) if single else _folder_is_xl(model)
+            single = path.is_file()
+            xl = is_xl(read_header(path)) if single else _folder_is_xl(path if path.is_dir() else model)
             name = "StableDiffusionXLMoLEPipeline" if xl else "StableDiffusionMoLEPipeline"
             maker: Any = getattr(pipelines, name)
             build = maker.from_single_file if single else maker.from_pretrained
-            pipe = build(model, torch_dtype=dtype)
+            pipe = build(str(path) if path.exists() else model, torch_dtype=dtype)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ConfigError(f"the model {model!r} cannot be opened: {reason}") from error
@@ -78,16 +78,6 @@ def pick_device(device: str) -> str:
     return device
 
 
-def drawing_settings(model: str, guidance: float | None) -> dict[str, Any]:
-    """Guidance for a model: the starter's own, else the pipeline's default; a given scale goes first."""
-    settings: dict[str, Any] = {}
-    if model == STARTER:
-        settings = {"guidance_scale": GUIDANCE, "guidance_rescale": RESCALE}
-    if guidance is not None:
-        settings["guidance_scale"] = guidance
-    return settings
-
-
 def hush_libraries() -> None:
     """Switch off the libraries' bars, which would break ours, and a warning that is for programmers.
 
@@ -110,20 +100,7 @@ def hush_libraries() -> None:
     warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
 
 
-def _file_is_xl(path: Path) -> bool:
-    """Whether a checkpoint in one file is SDXL's; files other than safetensors are not looked into."""
-    from safetensors import SafetensorError, safe_open
-
-    if path.suffix != ".safetensors":
-        return False
-    try:
-        with safe_open(path, framework="pt") as file:
-            return any(key.startswith(_XL_KEY) for key in file.keys())  # noqa: SIM118 - not a mapping
-    except SafetensorError as error:
-        raise ValueError(f"not a safetensors file ({error})") from error
-
-
-def _folder_is_xl(model: str) -> bool:
+def _folder_is_xl(model: str | Path) -> bool:
     """Whether a diffusers folder or hub id is SDXL's."""
     from diffusers import DiffusionPipeline
 
@@ -132,6 +109,8 @@ def _folder_is_xl(model: str) -> bool:
         facts: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
     elif Path(model).is_dir():
         raise ValueError("the folder has no model_index.json")
+    elif not is_hub_id(model):
+        raise ValueError(f"no such file or folder, and no hub id such as 'owner/name'.{nearest_path(model)}")
     else:
         facts = DiffusionPipeline.load_config(model)
     return "XL" in str(facts.get("_class_name", ""))

@@ -12,6 +12,7 @@ Each stands in for the pipeline of diffusers whose name it has without `MoLE`: f
 """
 
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -33,6 +34,7 @@ from diffusers import (
 from mole_diffusion.core.errors import UnknownExpertError
 from mole_diffusion.pictures.call import P, WithExperts
 from mole_diffusion.starter import default_experts, starter_dir, starter_experts
+from mole_diffusion.starter.location import GUIDANCE, RESCALE
 
 
 class _StarterMixin(WithExperts):
@@ -46,7 +48,7 @@ class _StarterMixin(WithExperts):
         torch_dtype: torch.dtype = torch.float32,
         **kwargs: Any,
     ) -> P:
-        """The small model that ships with the project, without network access.
+        """The small model that ships with the project, without network access; drawn with its own guidance.
 
         Args:
             experts: names from `mole_diffusion.starter.starter_experts()`; "all"; `[]` for none; None for
@@ -71,6 +73,7 @@ class _StarterMixin(WithExperts):
         options = {"safety_checker": None, "requires_safety_checker": False, **kwargs}
         maker: Any = cls
         pipe: P = maker.from_pretrained(folder, torch_dtype=torch_dtype, **options)
+        pipe.call_defaults = MappingProxyType({"guidance_scale": GUIDANCE, "guidance_rescale": RESCALE})
         for name in names:
             pipe.load_expert(known[name].path, name=name)
         gates = folder / "experts" / "gates.safetensors"

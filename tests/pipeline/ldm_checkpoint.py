@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -54,6 +55,12 @@ def write_sdxl_checkpoint(path: Path, pipe: Any) -> Path:
     return path
 
 
+def ldm_shapes(unet: Any, vae: Any) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a UNet and an autoencoder in LDM's format; their weights need not exist."""
+    state = _unet_and_vae(SimpleNamespace(unet=unet, vae=vae))
+    return {name: tuple(value.shape) for name, value in state.items()}
+
+
 def _openclip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """transformers' names to OpenCLIP's: q, k and v in one, the projection the other way round."""
     found: dict[str, torch.Tensor] = {}
@@ -80,7 +87,7 @@ def _unet_and_vae(pipe: Any) -> dict[str, torch.Tensor]:
         place = {"linear_1": "0", "linear_2": "2"}
         layer, _, leaf = name.partition(".")
         state[f"model.diffusion_model.label_emb.0.{place[layer]}.{leaf}"] = value
-    for name, value in pipe.vae.state_dict().items():
+    for name, value in pipe.vae.state_dict().items() if pipe.vae is not None else ():
         new = _vae_name(name, len(pipe.vae.decoder.up_blocks))
         convolution = ".attn_1." in new and new.endswith("weight") and value.ndim == 2
         state["first_stage_model." + new] = value[:, :, None, None] if convolution else value

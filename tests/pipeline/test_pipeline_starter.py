@@ -11,7 +11,7 @@ from PIL import Image
 from mole_diffusion import starter
 from mole_diffusion.core.errors import UnknownExpertError
 from mole_diffusion.pictures import pipelines as pipeline_module
-from mole_diffusion.pictures.pipelines import StableDiffusionMoLEPipeline
+from mole_diffusion.pictures.pipelines import StableDiffusionMoLEImg2ImgPipeline, StableDiffusionMoLEPipeline
 
 real = pytest.mark.skipif(
     not (starter.starter_dir() / "model_index.json").is_file(),
@@ -59,7 +59,7 @@ def test_default_is_three_concepts(folder, loaded, draw) -> None:
     pipe.set_progress_bar_config(disable=True)
     assert list(pipe.experts) == ["boot", "cat", "clock"]
     assert pipe.safety_checker is None
-    torch.testing.assert_close(draw(pipe), draw(loaded), rtol=0, atol=1e-6)
+    torch.testing.assert_close(draw(pipe, guidance_rescale=0.0), draw(loaded), rtol=0, atol=1e-6)
 
 
 def test_default_gates_are_loaded_where_the_starter_has_them(folder, loaded, draw) -> None:
@@ -69,7 +69,7 @@ def test_default_gates_are_loaded_where_the_starter_has_them(folder, loaded, dra
     loaded.save_gates(folder / "experts" / "gates.safetensors")
     pipe = StableDiffusionMoLEPipeline.from_starter()
     pipe.set_progress_bar_config(disable=True)
-    torch.testing.assert_close(draw(pipe), draw(loaded), rtol=0, atol=1e-6)
+    torch.testing.assert_close(draw(pipe, guidance_rescale=0.0), draw(loaded), rtol=0, atol=1e-6)
 
 
 def test_chosen_experts(folder) -> None:
@@ -114,3 +114,24 @@ def test_every_real_expert_loads_whole() -> None:
         assert not pipe.experts[name].report.ignored
         assert len(expert.references) == 5
     StableDiffusionPipeline.from_pretrained(starter.starter_dir(), safety_checker=None)
+
+
+@real
+def test_the_starter_draws_with_its_own_guidance_unless_told(tmp_path) -> None:
+    pipe = StableDiffusionMoLEPipeline.from_starter(["boot", "clock"])
+    pipe.set_progress_bar_config(disable=True)
+
+    def drawn(one, *args, **kwargs):
+        settings = {"num_inference_steps": 2, "output_type": "pt", **kwargs}
+        return one("a zor boot", *args, **settings, generator=torch.Generator().manual_seed(3)).images
+
+    own = drawn(pipe, guidance_scale=2.0, guidance_rescale=0.7)
+    assert torch.equal(drawn(pipe), own)
+    other = drawn(pipe, guidance_scale=7.5)
+    assert not torch.equal(other, own)
+    assert torch.equal(other, drawn(pipe, guidance_scale=7.5, guidance_rescale=0.7))
+    shared = StableDiffusionMoLEPipeline.from_pipe(pipe)
+    assert torch.equal(drawn(shared), own)
+    picture = StableDiffusionMoLEImg2ImgPipeline.from_pipe(pipe)
+    assert picture.call_defaults["guidance_scale"] == 2.0
+    assert not StableDiffusionMoLEPipeline.call_defaults

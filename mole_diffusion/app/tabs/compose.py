@@ -209,8 +209,9 @@ class ComposeTab:
         )
         shown = [self.library, self.mix, self.notice, self.legend, self.canvas]
         self.library.select(self.choose, [self.library, self.mix], shown, show_progress="hidden", **private)
-        self.over.click(self.paint_over, None, self.canvas, **private)
-        self.clear.click(lambda: None, None, self.canvas, **private)
+        quiet: dict[str, Any] = {"show_progress": "hidden", **private}
+        self.over.click(self.paint_over, None, self.canvas, **quiet)
+        self.clear.click(lambda: regions.EMPTY, None, self.canvas, **quiet)
         self.gallery.select(
             self.select,
             None,
@@ -221,7 +222,7 @@ class ComposeTab:
         controls = [self.prompt, self.negative, self.mixture, self.seed, self.steps, self.guidance]
         controls += [self.width, self.height, self.library, self.mix, self.notice, self.legend, self.canvas]
         self.reuse.click(self.use_selected, self.selected, controls, **private)
-        self.dropped.upload(self.use_dropped, self.dropped, controls, **private)
+        self.dropped.upload(self.use_dropped, self.dropped, [*controls, self.dropped], **private)
         demo.load(self.refresh, self.mix, [*shown, self.gallery], show_progress="hidden", **private)
         demo.load(self.rejoin, None, results, show_progress="hidden", concurrency_limit=None, **private)
         self.refreshed = (self.refresh, [self.mix], [*shown, self.gallery])
@@ -295,9 +296,11 @@ class ComposeTab:
     @show.friendly
     def use_dropped(self, path: str | None, request: gr.Request) -> list[Any]:
         """The settings of a picture that was dropped into the controls."""
-        if path is None:
-            return [gr.skip()] * 13
-        return self._fill(show.session_of(self.studio, request), read_settings(path))
+        filled = [gr.skip()] * 13
+        if path is not None:
+            with show.warned():
+                filled = self._fill(show.session_of(self.studio, request), read_settings(path))
+        return [*filled, None]
 
     def _request(self, values: tuple[Any, ...], session: Session) -> ComposeRequest:
         prompt, negative, mixture, seed, steps, guidance, width, height, mix, canvas, _ = values

@@ -121,7 +121,11 @@ class ModelsTab:
     def add_files(self, files: list[str] | None, request: gr.Request) -> list[Any]:
         """Uploaded LoRAs."""
         session = show.session_of(self.studio, request)
-        names = [add_file(self.studio, session, Path(file)).name for file in files or ()]
+        names = []
+        for file in files or ():
+            with show.warned():
+                names.append(add_file(self.studio, session, Path(file)).name)
+        # Cleared of refused files too: they would be sent again with the next one.
         return [*_state(session, f"Added: {', '.join(names)}." if names else ""), None]
 
     @show.friendly
@@ -146,8 +150,10 @@ class ModelsTab:
         session = show.session_of(self.studio, request)
         if path is None:
             return [*_state(session), None]
-        names = add_gates(session, Path(path))
-        return [*_state(session, f"Gates for {', '.join(names)} are in use."), None]
+        said = ""
+        with show.warned():
+            said = f"Gates for {', '.join(add_gates(session, Path(path)))} are in use."
+        return [*_state(session, said), None]
 
 
 def _state(session: Session, said: str = "") -> list[Any]:

@@ -205,17 +205,19 @@ class TrainTab:
         if name is None:
             raise ConfigError("choose a concept first")
         card = session.library[name]
-        added = []
+        added: list[Path] = []
         for file in files or ():
-            if check_upload(Path(file)) != "picture":
-                raise ConfigError(f"{Path(file).name!r} is no picture")
-            kept = session.new_path("references", Path(file).suffix.lower())
-            shutil.copyfile(file, kept)
-            added.append(kept)
-        references = (*card.references, *added)
-        if len(references) > _MAX_REFERENCES:
-            raise ConfigError(f"{len(references)} pictures; at most {_MAX_REFERENCES} per concept")
-        session.describe(name, references=references, picture=card.picture or references[0])
+            with show.warned():
+                if len(card.references) + len(added) >= _MAX_REFERENCES:
+                    raise ConfigError(f"{Path(file).name!r} is one too many: {_MAX_REFERENCES} per concept")
+                if check_upload(Path(file)) != "picture":
+                    raise ConfigError(f"{Path(file).name!r} is no picture")
+                kept = session.new_path("references", Path(file).suffix.lower())
+                shutil.copyfile(file, kept)
+                added.append(kept)
+        if added:
+            references = (*card.references, *added)
+            session.describe(name, references=references, picture=card.picture or references[0])
         return [*_concept(session, name), None]
 
     @show.friendly

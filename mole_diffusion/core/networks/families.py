@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 SD1, SD2, SDXL = "Stable Diffusion 1.x", "Stable Diffusion 2.x", "Stable Diffusion XL"
 SDXL_REFINER = "Stable Diffusion XL refiner"
+#: The small Stable Diffusion that ships with the project.
+STARTER = "the starter"
 SD3 = "Stable Diffusion 3"
 FLUX1, FLUX2 = "FLUX.1", "FLUX.2"
 CHROMA = "Chroma"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...errors import ConfigError
 from ..base import CONTEXT, DENOISER, Base, Forward, Place, Role, Site
 from ..clip import TOKENS_OF_A_TEXT
-from ..families import SD1, SD2, SDXL, SDXL_REFINER
+from ..families import SD1, SD2, SDXL, SDXL_REFINER, STARTER
 from .names import BLOCKS, FLAT_NORM, SD_LAYERS, layers_of, read
 from .sites import UNetSite, unet_sites
 
@@ -26,7 +26,7 @@ __all__ = ["UNET", "UNet", "halved_grid"]
 UNET = "unet"
 
 # The width of the text that the cross-attention reads tells the families apart.
-_FAMILY_OF_WIDTH = {768: SD1, 1024: SD2, 1280: SDXL_REFINER, 2048: SDXL}
+_FAMILY_OF_WIDTH = {768: SD1, 1024: SD2, 1280: SDXL_REFINER, 2048: SDXL, 192: STARTER}
 _TEXT_LEAVES = (".attn2.to_k", ".attn2.to_v")
 # Halvings of the latent at most.
 _MAX_DEPTH = 8
