@@ -19,56 +19,73 @@ EPS = 1e-20
 TIMESTEP_FEATURES = 8
 
 
-class GramBlocks(NamedTuple):
+class RootBlocks(NamedTuple):
     """Blocks of a block-diagonal matrix for experts of equal rank.
 
     Attributes:
         columns: (n * r,) the experts' ranks among all R; None for all of them in order.
-        blocks: (n, r, r).
+        blocks: (n, r, q).
     """
 
     columns: Tensor | None
     blocks: Tensor
 
 
-#: The block-diagonal Gram matrix (R, R) of all experts: as it is, or as its blocks where most of it is zero.
-Gram = Tensor | tuple[GramBlocks, ...]
+#: C with |f| = |z C|, block-diagonal (R, Q): as it is, or as its blocks where most of it is zero.
+Root = Tensor | tuple[RootBlocks, ...]
 
 
-def squared_outputs(z: Tensor, gram: Gram) -> Tensor:
-    """What sums up to |f|^2 = z^T G z, see `expert_logits`.
+def rooted(z: Tensor, root: Root) -> Tensor:
+    """z C, of the same length as the experts' outputs f.
 
     Args:
-        z: (..., R); gram: G.
+        z: (..., R); root: C.
     Returns:
-        (..., R).
+        (..., Q).
     """
-    if isinstance(gram, Tensor):
-        return times(z, gram) * z
+    if isinstance(root, Tensor):
+        return times(z, root)
     parts = []
-    for columns, blocks in gram:
-        experts, rank, _ = blocks.shape
+    for columns, blocks in root:
         own = z if columns is None else z.index_select(-1, columns)
-        rows = own.reshape(-1, experts, rank).transpose(0, 1)
-        parts.append((torch.bmm(rows, blocks) * rows).transpose(0, 1).reshape(own.shape))
+        rows = own.reshape(-1, *blocks.shape[:2]).transpose(0, 1)
+        parts.append(torch.bmm(rows, blocks).transpose(0, 1).reshape(*own.shape[:-1], -1))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-def expert_logits(z: Tensor, projected: Tensor, gram: Gram) -> Tensor:
+def over_length(products: Tensor, outputs: Tensor, dim: int | tuple[int, ...] = -1) -> Tensor:
+    """Logits from products with the projection and what has the length of the experts' outputs."""
+    length: Tensor = torch.linalg.vector_norm(outputs, dim=dim, keepdim=isinstance(dim, int))
+    if not isinstance(dim, int):
+        length = length.unsqueeze(-1)
+    return products / length.clamp_min(math.sqrt(EPS))
+
+
+def expert_logits(z: Tensor, projected: Tensor, root: Root) -> Tensor:
     """Gate logits from expert outputs (Eq. 9-10) without forming the outputs.
 
     With f = concat_i(s_i B_i z_i) the logits are f^T E / |f|; in rank space f^T E = z^T P with
-    P_i = s_i B_i^T E_i, and |f|^2 = z^T G z with G = blockdiag(s_i^2 B_i^T B_i).
+    P_i = s_i B_i^T E_i, and |f| = |z^T C| with C = blockdiag(C_i) of the QR s_i B_i = Q_i C_i^T.
 
     Args:
         z: (..., R) rank activations x A_cat^T.
         projected: (R, N), P above.
-        gram: G above.
+        root: C above.
     Returns:
         (..., N) logits; 0 where the features vanish.
     """
-    squared = squared_outputs(z, gram).sum(-1, keepdim=True).clamp_min(EPS)
-    return times(z, projected) * torch.rsqrt(squared)
+    return over_length(times(z, projected), rooted(z, root))
+
+
+def joined_logits(z: Tensor, joined: Tensor, experts: int) -> Tensor:
+    """As `expert_logits`, with one product in place of two.
+
+    Args:
+        z: (..., R); joined: (R, N + Q) P and C side by side; experts: N.
+    """
+    products = times(z, joined)
+    logits, outputs = torch.split(products, [experts, products.shape[-1] - experts], dim=-1)
+    return over_length(logits, outputs)
 
 
 def times(rows: Tensor, matrix: Tensor) -> Tensor:
@@ -76,16 +93,15 @@ def times(rows: Tensor, matrix: Tensor) -> Tensor:
     return rows.mm(matrix) if rows.dim() == 2 else rows @ matrix
 
 
-def expert_logits_flat(z: Tensor, projected: Tensor, gram: Gram) -> Tensor:
+def expert_logits_flat(z: Tensor, projected: Tensor, root: Root) -> Tensor:
     """As `expert_logits`, with the features of all tokens in one vector (Eq. 10, literal).
 
     Args:
-        z: (B, L, R); projected: (L, R, N); gram: G.
+        z: (B, L, R); projected: (L, R, N); root: C.
     Returns:
         (B, N) logits.
     """
-    squared = squared_outputs(z, gram).sum((-2, -1)).clamp_min(EPS).unsqueeze(-1)
-    return torch.einsum("blr,lrn->bn", z, projected) * torch.rsqrt(squared)
+    return over_length(torch.einsum("blr,lrn->bn", z, projected), rooted(z, root), (-2, -1))
 
 
 def feature_logits(features: Tensor, projection: Tensor) -> Tensor:
@@ -110,18 +126,18 @@ def active_mask(active: Sequence[int] | Tensor, experts: int, device: torch.devi
 
 
 def gate_weights(
-    logits: Tensor, temperature: Tensor | float, active: Sequence[int] | Tensor | None = None
+    logits: Tensor, temperature: Tensor | float | None = None, active: Sequence[int] | Tensor | None = None
 ) -> Tensor:
     """Gate weights softmax(logits / tau) (Eq. 11); inactive experts get exactly 0.
 
     Args:
         logits: (..., N).
-        temperature: tau, above 0.
+        temperature: tau, above 0; None where the logits are divided by it already.
         active: active experts, see `active_mask`; None for all.
     Returns:
         (..., N), summing to 1. Leaving experts out is the proportional renormalisation of the paper.
     """
-    scaled = logits / temperature
+    scaled = logits if temperature is None else logits / temperature
     if active is not None:
         inactive = ~active_mask(active, logits.shape[-1], logits.device)
         scaled = scaled.masked_fill(inactive, float("-inf"))
@@ -129,7 +145,7 @@ def gate_weights(
 
 
 def sigmoid_total(
-    logits: Tensor, temperature: Tensor | float, active: Sequence[int] | Tensor | None = None
+    logits: Tensor, temperature: Tensor | float | None = None, active: Sequence[int] | Tensor | None = None
 ) -> Tensor:
     """Sum of N independent gate weights sigmoid(logits / tau - log(N - 1)), which is 1 at logits of zero.
 
@@ -137,12 +153,13 @@ def sigmoid_total(
     of these weights (see `sigmoid_weights`) times this sum, which acts as a strength.
 
     Args:
-        logits: (..., N), N at least 2; temperature: tau; active: as in `gate_weights`.
+        logits: (..., N), N at least 2.
+        temperature, active: as in `gate_weights`.
     Returns:
         (..., 1).
     """
     experts = logits.shape[-1]
-    open_ = torch.sigmoid(logits / temperature - math.log(experts - 1))
+    open_ = _open(logits, temperature)
     if active is None:
         return open_.mean(-1, keepdim=True) * experts
     mask = active_mask(active, experts, logits.device)
@@ -150,14 +167,19 @@ def sigmoid_total(
 
 
 def sigmoid_weights(
-    logits: Tensor, temperature: Tensor | float, active: Sequence[int] | Tensor | None = None
+    logits: Tensor, temperature: Tensor | float | None = None, active: Sequence[int] | Tensor | None = None
 ) -> Tensor:
     """Shares (..., N) of the active experts in `sigmoid_total`; inactive experts get exactly 0."""
-    experts = logits.shape[-1]
-    open_ = torch.sigmoid(logits / temperature - math.log(experts - 1))
+    open_ = _open(logits, temperature)
     if active is not None:
-        open_ = open_ * active_mask(active, experts, logits.device)
+        open_ = open_ * active_mask(active, logits.shape[-1], logits.device)
     return open_ / open_.sum(-1, keepdim=True).clamp_min(EPS)
+
+
+def _open(logits: Tensor, temperature: Tensor | float | None) -> Tensor:
+    """How far each of N independent gates is open; 1 / N at logits of zero."""
+    scaled = logits if temperature is None else logits / temperature
+    return torch.sigmoid(scaled - math.log(logits.shape[-1] - 1))
 
 
 def timestep_features(timestep: Tensor) -> Tensor:

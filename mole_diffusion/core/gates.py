@@ -122,7 +122,7 @@ class Gate(nn.Module):
         return self.projection
 
     def rank_logits(self, z: Tensor, factors: GateFactors, stream: str, real: Tensor | None = None) -> Tensor:
-        """Logits from the experts' outputs, in rank space.
+        """Logits over tau from the experts' outputs, in rank space.
 
         Args:
             z: (B, L, R) rank activations of all experts of the matrix, float32; for pooling "token" also one
@@ -133,20 +133,27 @@ class Gate(nn.Module):
         Returns:
             (B, 1, N), or for pooling "token" as many rows as z has.
         """
+        flat, root = self.config.pooling == "flatten", factors.root
         projection = self.projection_for(stream)
-        projected = self.cache.get(
-            (stream, z.device), [projection], lambda: factors.project(on_device(projection, z.device))
-        )
+
+        def build() -> Tensor:
+            tau = on_device(self.temperature, z.device)
+            projected = factors.project(on_device(projection, z.device)) / tau
+            return projected if flat or isinstance(root, tuple) else torch.cat([projected, root], dim=1)
+
+        projected = self.cache.get((stream, z.device), [projection, self.log_temperature], build)
         if self.config.pooling == "flatten":
             self._check_tokens(z.shape[1], stream)
             kept = functional.without_padding(z, real)
-            return functional.expert_logits_flat(kept, projected, factors.gram).unsqueeze(1)
+            return functional.expert_logits_flat(kept, projected, root).unsqueeze(1)
         if self.config.pooling == "mean":
             z = functional.mean_tokens(z, real)
-        return functional.expert_logits(z, projected, factors.gram)
+        if isinstance(root, tuple):
+            return functional.expert_logits(z, projected, root)
+        return functional.joined_logits(z, projected, self.experts)
 
     def feature_logits(self, features: Tensor, stream: str, real: Tensor | None = None) -> Tensor:
-        """Logits from explicit features.
+        """Logits over tau from explicit features.
 
         Args:
             features: (B, L, d) group input ("hidden") or (B, L, N, d) expert outputs ("experts"), float32.
@@ -156,13 +163,14 @@ class Gate(nn.Module):
             (B, 1, N), or (B, L, N) for pooling "token".
         """
         projection = on_device(self.projection_for(stream), features.device)
+        tau = on_device(self.temperature, features.device)
         if self.config.pooling == "flatten":
             self._check_tokens(features.shape[1], stream)
             flat = functional.without_padding(features, real).flatten(1).unsqueeze(1)
-            return functional.feature_logits(flat, projection.reshape(-1, self.experts))
+            return functional.feature_logits(flat, projection.reshape(-1, self.experts)) / tau
         if self.config.pooling == "mean":
             features = functional.mean_tokens(features, real)
-        return functional.feature_logits(features.flatten(2), projection.reshape(-1, self.experts))
+        return functional.feature_logits(features.flatten(2), projection.reshape(-1, self.experts)) / tau
 
     def _check_tokens(self, tokens: int, stream: str) -> None:
         text = stream == CONTEXT and self.context_projection is not None
@@ -231,7 +239,7 @@ class Group:
         """Turn logits into gate weights and keep them; without logits one expert has all the weight.
 
         Args:
-            logits: (B, T, N), or one row per token of the batch (B * T, N); or None.
+            logits: over tau, (B, T, N), or one row per token of the batch (B * T, N); or None.
             x: the group's input, for batch size and device.
             context: state of the mixture.
             stream: what the tokens are.
@@ -241,22 +249,23 @@ class Group:
         if logits is None:
             return context.store(self.label(stream), context.alone(batch, x.device))
         gate, active = self.gate, context.activation.mask
-        tau, strength = (on_device(value, logits.device) for value in (gate.temperature, gate.strength))
+        strength = on_device(gate.strength, logits.device)
         if gate.timestep_projection is not None:
             logits = logits.view(batch, -1, gate.experts) + self._timestep_logits(context, logits.device)
         rows = functional.rows_of(logits)
         if gate.config.gate_function == "sigmoid":
-            weights = functional.sigmoid_weights(rows, tau, active)
-            strength = strength * functional.sigmoid_total(rows, tau, active)
+            weights = functional.sigmoid_weights(rows, active=active)
+            strength = strength * functional.sigmoid_total(rows, active=active)
         else:
-            weights = functional.gate_weights(rows, tau, active)
+            weights = functional.gate_weights(rows, active=active)
         return context.store(self.label(stream), GateValue(weights, batch, strength, in_backward(), real))
 
     def _timestep_logits(self, context: ForwardContext, device: torch.device) -> Tensor:
-        """(B or 1, 1, N)."""
+        """(B or 1, 1, N), over tau."""
         projection: Tensor | None = self.gate.timestep_projection
         assert projection is not None
-        return context.time_features(device) @ on_device(projection, device)
+        logits = context.time_features(device) @ on_device(projection, device)
+        return logits / on_device(self.gate.temperature, device)
 
 
 def first_reader(slots: Sequence[MatrixSlot], stream: str) -> MatrixSlot:

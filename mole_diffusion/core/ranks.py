@@ -14,7 +14,7 @@ from .factors import LoraFactors
 from .modules import kernel_size
 from .torch_state import as_type
 
-# Up to so many ranks a dense Gram matrix costs less than its blocks alone, which are more products.
+# Up to so many ranks a dense block-diagonal matrix costs less than its blocks alone: more products.
 _DENSE = 256
 # Layouts that are told apart at a time; choices of many experts make many.
 _LAYOUTS = 1024
@@ -156,13 +156,13 @@ class GateFactors:
         experts: for each rank that occurs, the (n,) experts that have it; None for all experts in order.
         ups: for each rank that occurs, their s_i B_i^T (n, r, d).
         order: (R,) places of the ranks, in the order of the experts, among those of `ups`; None for the same.
-        gram: G of `functional.expert_logits`.
+        root: C of `functional.expert_logits`.
     """
 
     experts: tuple[Tensor | None, ...]
     ups: tuple[Tensor, ...]
     order: Tensor | None
-    gram: functional.Gram
+    root: functional.Root
 
     def project(self, projection: Tensor) -> Tensor:
         """P (..., R, N) of `functional.expert_logits` for a gate's projection (..., N, d, N)."""
@@ -192,13 +192,13 @@ def gate_factors(factors: Mapping[int, LoraFactors], experts: int, device: torch
         tuple(None if own == everybody else torch.tensor(own, device=device) for own in alike.values()),
         stacked,
         None if chosen is None else chosen.argsort(),
-        _gram(stacked, alike, chosen),
+        _root(stacked, alike, chosen),
     )
 
 
-def _gram(
+def _root(
     stacked: Sequence[Tensor], alike: Mapping[int, Sequence[int]], places: Tensor | None
-) -> functional.Gram:
+) -> functional.Root:
     """Dense where that is small, else block by block.
 
     Args:
@@ -206,7 +206,11 @@ def _gram(
         alike: the n experts of each rank.
         places: of these ranks in the order of the experts; None for the same.
     """
-    blocks = [ups @ ups.transpose(1, 2) for ups in stacked]
+    # Not every device has QR decompositions; the CPU has.
+    blocks = [
+        torch.linalg.qr(ups.transpose(1, 2).cpu(), mode="r").R.transpose(1, 2).to(ups.device)
+        for ups in stacked
+    ]
     sizes = [len(own) * width for width, own in alike.items()]
     if sum(sizes) <= _DENSE or sizes == [*alike]:
         by_expert = {
@@ -216,5 +220,11 @@ def _gram(
         }
         dense: Tensor = torch.block_diag(*(by_expert[i] for i in sorted(by_expert)))  # type: ignore[no-untyped-call]
         return dense
-    columns = [None] if places is None else list(torch.split(places, sizes))
-    return tuple(functional.GramBlocks(*pair) for pair in zip(columns, blocks, strict=True))
+    columns: list[Tensor | None] = [None]
+    if places is not None or len(sizes) > 1:
+        every = torch.arange(sum(sizes), device=stacked[0].device) if places is None else places
+        columns = list(torch.split(every, sizes))
+    return tuple(
+        functional.RootBlocks(chosen, block.contiguous())
+        for chosen, block in zip(columns, blocks, strict=True)
+    )

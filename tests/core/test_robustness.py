@@ -136,6 +136,24 @@ def test_compiled_blocks_of_a_unet_give_the_same_output(unet: nn.Module) -> None
     torch._dynamo.reset()
 
 
+def test_a_compiled_block_knows_which_experts_are_active_now(unet: nn.Module) -> None:
+    mixture = inject(unet, make_experts(3, unet), MoLEConfig())
+    randomise(mixture)
+    choices = (None, ["cat", "boot"], ["dog"], None)
+    expected = []
+    for active in choices:
+        mixture.activate(active)
+        expected.append(run(unet))
+    torch._dynamo.reset()
+    unet.down_blocks[0].attentions[0].transformer_blocks[0].compile(backend="aot_eager", fullgraph=True)
+    for active, wanted in zip(choices, expected, strict=True):
+        mixture.activate(active)
+        assert_close(run(unet), wanted)
+    assert differs(expected[0], expected[1])
+    assert differs(expected[1], expected[2])
+    torch._dynamo.reset()
+
+
 def left(columns: int) -> torch.Tensor:
     mask = torch.zeros(64, 64)
     mask[:, :columns] = 1
