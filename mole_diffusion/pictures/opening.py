@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.pictures.single_file import is_xl, read_header
-from mole_diffusion.pictures.sources import is_hub_id, nearest_path
+from mole_diffusion.sources import is_hub_id, nearest_path
 
 if TYPE_CHECKING:
     from mole_diffusion.pictures.pipelines import StableDiffusionMoLEPipeline
