@@ -37,7 +37,7 @@ def apply_experts(model: Any, clip: Any, experts: ExpertSet, gates: GatesFile | 
         base_weight=bare_weights(model, clip.patcher),
         attached=False,
     )
-    ensemble.set_experts(experts.experts)
+    ensemble.set_experts(experts.experts, unchecked=experts.unchecked)
     if not ensemble.mixtures:
         raise NoExpertsError(f"None of the experts {', '.join(experts.names)} changes this MODEL or CLIP.")
     if gates is not None:

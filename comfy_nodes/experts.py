@@ -29,21 +29,26 @@ class ExpertSet:
         active: names of those that count; None for all.
         scales: name -> strength, in place of the one the expert was loaded with.
         regions: name -> (H, W) mask in 0..1.
+        unchecked: names of those used though their file names another prediction type than the MODEL's.
     """
 
     experts: tuple[Expert, ...] = ()
     active: tuple[str, ...] | None = None
     scales: Mapping[str, float] = field(default_factory=dict)
     regions: Mapping[str, Tensor] = field(default_factory=dict)
+    unchecked: frozenset[str] = frozenset()
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names in order."""
         return tuple(expert.name for expert in self.experts)
 
-    def with_expert(self, expert: Expert) -> ExpertSet:
+    def with_expert(self, expert: Expert, *, check_base: bool = True) -> ExpertSet:
         """One more expert.
 
+        Args:
+            expert: the expert.
+            check_base: False uses it whatever prediction type its file names.
         Raises:
             ConfigError: the name is taken.
         """
@@ -52,7 +57,8 @@ class ExpertSet:
                 f"There is an expert {expert.name!r} already (loaded: {', '.join(self.names)}); give this "
                 "one another name."
             )
-        return replace(self, experts=(*self.experts, expert))
+        unchecked = self.unchecked if check_base else self.unchecked | {expert.name}
+        return replace(self, experts=(*self.experts, expert), unchecked=unchecked)
 
     def masked(self, active: Sequence[str] | None, scales: Mapping[str, float]) -> ExpertSet:
         """The same experts, of which only `active` count (None: as before), with other strengths.

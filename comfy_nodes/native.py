@@ -291,7 +291,7 @@ class TrainingCopy:
         networks = {UNET: self.denoiser.network, **networks_of(self.denoiser.text_encoder)}
         facts = {PREDICTION_TYPE: self.denoiser.levels.prediction_type}
         self.ensemble = Ensemble(networks, facts=facts, config=config)
-        self.ensemble.set_experts(experts.experts)
+        self.ensemble.set_experts(experts.experts, unchecked=experts.unchecked)
 
     @property
     def experts(self) -> Mapping[str, Expert]:

@@ -78,6 +78,13 @@ class LoadExpert(io.ComfyNode):  # type: ignore[misc]
                     tooltip="How masks, regions and training call this expert. Empty: the name of the file.",
                 ),
                 Experts.Input("experts", optional=True, tooltip="Experts to which this one is added."),
+                io.Boolean.Input(
+                    "check_base",
+                    default=True,
+                    optional=True,
+                    tooltip="Off: use the file though its header names another prediction type than the "
+                    "MODEL's; some headers are wrong.",
+                ),
             ],
             outputs=[
                 Experts.Output(display_name="EXPERTS"),
@@ -92,7 +99,12 @@ class LoadExpert(io.ComfyNode):  # type: ignore[misc]
 
     @classmethod
     def execute(
-        cls, lora: str, strength: float, name: str = "", experts: ExpertSet | None = None
+        cls,
+        lora: str,
+        strength: float,
+        name: str = "",
+        experts: ExpertSet | None = None,
+        check_base: bool = True,
     ) -> io.NodeOutput:
         path = places.expert_file(lora)
         # Tensors made in inference mode could not be trained with.
@@ -104,7 +116,7 @@ class LoadExpert(io.ComfyNode):  # type: ignore[misc]
         dialects = ", ".join(expert.report.dialects) or "unknown"
         report = f"{expert.name}: {expert.report.summary()}; written by {dialects}; {triggers}"
         show_text(cls.hidden.unique_id, report)
-        return io.NodeOutput((experts or ExpertSet()).with_expert(expert), report)
+        return io.NodeOutput((experts or ExpertSet()).with_expert(expert, check_base=check_base), report)
 
 
 class LoadGates(io.ComfyNode):  # type: ignore[misc]

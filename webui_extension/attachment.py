@@ -18,6 +18,7 @@ from mole_diffusion import (
     MoLEError,
     read_gates_header,
 )
+from mole_diffusion.core.bases import base_of_networks
 from mole_diffusion.core.ensemble import Choice, Ensemble
 from mole_diffusion.core.records import Recorder
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from mole_diffusion import GatesHeader
+    from mole_diffusion.core.networks.base import Base
 
     from .library import Library
 
@@ -58,6 +60,7 @@ class Attachment:
         sd_model: the host's model.
         settings: enabled settings.
         library: where experts and gates are found.
+        check_base: whether experts are refused whose file names another prediction type than the model's.
 
     Attributes:
         ensemble: the experts on the model's networks.
@@ -69,7 +72,9 @@ class Attachment:
         MoLEError: a file does not fit the model; nothing is attached then.
     """
 
-    def __init__(self, sd_model: Any, settings: Settings, library: Library) -> None:
+    def __init__(
+        self, sd_model: Any, settings: Settings, library: Library, *, check_base: bool = True
+    ) -> None:
         self.settings = settings
         self.notes: list[str] = []
         self._library = library
@@ -84,7 +89,8 @@ class Attachment:
         )
         gates = library.gates_path(settings.gates)
         header = None if gates is None else read_gates_header(gates)
-        self._experts = _load(settings, library, header)
+        self._experts = _load(settings, library, header, base_of_networks(networks))
+        self._check_base = check_base
         self.hashes = {name: expert.sha256 for name, expert in self._experts.items()}
         try:
             self._attach(header, gates)
@@ -136,7 +142,8 @@ class Attachment:
             self.notes.append(
                 f"the {part.replace('_', ' ')} of this model cannot take experts on this web UI"
             )
-        ensemble.set_experts(self._experts.values())
+        names = [expert.name for expert in self._experts.values()]
+        ensemble.set_experts(self._experts.values(), unchecked=() if self._check_base else names)
         if UNET not in ensemble.mixtures:
             raise SettingsError("none of the experts changes the UNet")
         if gates is not None and header is not None:
@@ -257,14 +264,16 @@ def _covered(start: float, length: float, cells: int) -> Tensor:
     return (high - low).clamp(0.0, 1.0).float()
 
 
-def _load(settings: Settings, library: Library, header: GatesHeader | None) -> dict[str, Expert]:
+def _load(
+    settings: Settings, library: Library, header: GatesHeader | None, base: Base | None
+) -> dict[str, Expert]:
     """Name in the settings -> expert, under the name by which the gates know its file."""
     known: dict[str, str] = {}
     if header is not None:
         known = {e["sha256"]: e["name"] for part in header.parts.values() for e in part["experts"]}
     experts = {}
     for chosen in settings.experts:
-        expert = library.load(chosen.name)
+        expert = library.load(chosen.name, base)
         name = known.get(expert.sha256, expert.name)
         experts[chosen.name] = dataclasses.replace(expert, name=name, scale=chosen.scale)
     return experts

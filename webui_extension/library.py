@@ -10,6 +10,7 @@ from .settings import UNIFORM, SettingsError
 
 if TYPE_CHECKING:
     from mole_diffusion import Expert
+    from mole_diffusion.core.networks.base import Base
 
 _SUFFIX = ".safetensors"
 # Files of one session stay in memory; a mixture rarely has more.
@@ -53,8 +54,12 @@ class Library:
         """
         return None if name == UNIFORM else _find(self.gates_folder, name, "gates file")
 
-    def load(self, name: str) -> Expert:
+    def load(self, name: str, base: Base | None = None) -> Expert:
         """Read an expert; unchanged files are read once.
+
+        Args:
+            name: of its file.
+            base: what it is to be used on, to be named where the file is for another base.
 
         Raises:
             SettingsError: there is no such file.
@@ -68,7 +73,7 @@ class Library:
         if key not in self._loaded:
             while len(self._loaded) >= _KEPT:
                 self._loaded.pop(next(iter(self._loaded)))
-            self._loaded[key] = load_expert(path)
+            self._loaded[key] = load_expert(path, base=base)
         return self._loaded[key]
 
     def header(self, name: str) -> Any:

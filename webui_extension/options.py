@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 ROWS, PYTHON, PIP_OPTIONS = "mole_rows", "mole_python", "mole_pip_options"
+CHECK_BASE = "mole_check_base"
 _SECTION = ("mole", "MoLE")
-_DEFAULTS: dict[str, Any] = {ROWS: 4, PYTHON: "", PIP_OPTIONS: ""}
+_DEFAULTS: dict[str, Any] = {ROWS: 4, PYTHON: "", PIP_OPTIONS: "", CHECK_BASE: True}
 MAX_ROWS = 12
 
 
@@ -29,6 +30,7 @@ def add_to(opts: Any, option_info: Any) -> None:
     rows = {"minimum": 2, "maximum": MAX_ROWS, "step": 1}
     add(ROWS, "Experts that can be chosen at once (reload the UI after a change)", gr.Slider, rows)
     add(PYTHON, "Python that trains gates, with mole-diffusion in it (empty: the one made in the MoLE tab)")
+    add(CHECK_BASE, "Refuse experts whose file names another prediction type than the checkpoint's")
     add(PIP_OPTIONS, "Options for pip when that Python is made, such as --index-url of another PyTorch build")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from .host import disturbances, forget_prompts, lora_named_twice
 from .library import Library
+from .options import CHECK_BASE
 from .settings import Settings, SettingsError
 
 logger = logging.getLogger("mole_diffusion")
@@ -74,12 +75,10 @@ class Session:
             return
         from mole_diffusion import MoLEError
 
-        from .attachment import Attachment
-
         self._note_weights()
         before.detach()
         try:
-            self._attachment = Attachment(sd_model, before.settings, self.library)
+            self._attachment = self._attached_to(sd_model, before.settings)
         except (MoLEError, SettingsError) as error:
             # A refiner of another kind than the base: SDXL's has other matrices. LoRAs are dropped there too.
             logger.warning("MoLE: the model that took over draws without experts: %s", error)
@@ -103,11 +102,16 @@ class Session:
         if p is not None:
             forget_prompts(p)
 
-    def _attach(self, p: Any, settings: Settings) -> None:
+    def _attached_to(self, sd_model: Any, settings: Settings) -> Any:
         from .attachment import Attachment
 
+        return Attachment(
+            sd_model, settings, self.library, check_base=bool(getattr(self._options, CHECK_BASE, True))
+        )
+
+    def _attach(self, p: Any, settings: Settings) -> None:
         self.clear(p)
-        attachment = Attachment(p.sd_model, settings, self.library)
+        attachment = self._attached_to(p.sd_model, settings)
         self._attachment = attachment
         forget_prompts(p)
         found = disturbances(p, self._options)

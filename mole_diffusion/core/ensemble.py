@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -229,7 +229,7 @@ class Ensemble:
         config: MoLEConfig | None = None,
         *,
         companions: Companions | None = None,
-        check_base: bool = True,
+        unchecked: Collection[str] = (),
     ) -> None:
         """Have these experts in place of all earlier ones, with fresh gates; all of them count.
 
@@ -237,8 +237,8 @@ class Ensemble:
             experts: in the order of the gates' rows; none at all takes everything away.
             config: the form of the gates; None as before.
             companions: makes what the experts bring along.
-            check_base: whether an expert that is new here is refused where its file names another prediction
-                type than `facts`.
+            unchecked: names of experts that are used though their file names another prediction type than
+                `facts`; one that is here already is not asked again.
 
         Raises:
             ExpertLoadError: an expert belongs to a base of another prediction type.
@@ -247,8 +247,7 @@ class Ensemble:
         """
         chosen = list(experts)
         with self.in_use():
-            if check_base:
-                self._check_base(chosen)
+            self._check_base(expert for expert in chosen if expert.name not in unchecked)
             fresh, old = self.build(chosen, config), self.mixtures
             self._replace(fresh, companions or (lambda _: ()))
         if chosen:

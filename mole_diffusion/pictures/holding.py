@@ -87,7 +87,8 @@ def add_expert(pipe: Any, ensemble: Ensemble, expert: Expert, *, check_base: boo
             f"expert {expert.name!r} changes {sorted(expert.factors)};"
             f" the networks of this pipeline are {sorted(ensemble.networks)}"
         )
-    ensemble.set_experts([*experts.values(), expert], companions=trigger_words(pipe), check_base=check_base)
+    unchecked = () if check_base else (expert.name,)
+    ensemble.set_experts([*experts.values(), expert], companions=trigger_words(pipe), unchecked=unchecked)
     unused = _unused(expert, ensemble.mixtures, tokenizers_of(pipe))
     if unused:
         logger.warning("expert %r is used in part: %s", expert.name, "; ".join(unused))

@@ -138,7 +138,7 @@ def test_a_failure_leaves_everything_as_it_was(ensemble, networks, experts) -> N
         assert same(outputs(networks), before)
         assert hooks(networks) == count
     assert log == ["-first"]
-    ensemble.set_experts([*experts, other_base], check_base=False)
+    ensemble.set_experts([*experts, other_base], unchecked=[other_base.name])
     ensemble.set_experts([other_base])  # it has been let in once
 
 

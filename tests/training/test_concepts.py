@@ -18,8 +18,6 @@ from mole_diffusion.pictures.training.concepts import (
     concepts_from_experts,
     read_prompts,
 )
-from webui_extension.settings import SettingsError
-from webui_extension.training_text import concept
 
 BOOT = Concept("boot", "a zor boot", "a boot")
 CAT = Concept("cat", "a vim cat", "a cat")
@@ -135,35 +133,53 @@ def test_concepts_from_the_files_of_experts(pipe: Any) -> None:
         concepts_from_experts(pipe.experts)
 
 
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("boot=a zor boot|a boot", ("boot", "a zor boot", "a boot")),
-        ("  boot = a zor boot |  a shoe ", ("boot", "a zor boot", "a shoe")),
-        ("boot = a zor boot", ("boot", "a zor boot", "a boot")),
-        ("boot = the old zor boot |", ("boot", "the old zor boot", "the boot")),
-        ("boot = zor boot", ("boot", "zor boot", "boot")),
-        ("boot = a = b", ("boot", "a = b", "a b")),
-    ],
-)
+LINES = [
+    ("boot=a zor boot|a boot", ("boot", "a zor boot", "a boot")),
+    ("  boot = a zor boot |  a shoe ", ("boot", "a zor boot", "a shoe")),
+    ("boot = a zor boot", ("boot", "a zor boot", "a boot")),
+    ("boot = the old zor boot |", ("boot", "the old zor boot", "the boot")),
+    ("boot = zor boot", ("boot", "zor boot", "boot")),
+    ("boot = a = b", ("boot", "a = b", "a b")),
+]
+NOTHING = ["", "boot", "= a boot", "boot =", "boot = | a boot"]
+
+
+@pytest.mark.parametrize(("line", "expected"), LINES)
 def test_a_line_means_the_same_to_every_host(line: str, expected: tuple[str, str, str]) -> None:
     name, text, class_text = expected
     assert read_concept(line) == expected
     assert parse_concepts([line]) == {name: (text, class_text)}
-    # The web UI's tab hands it on to the command line.
-    assert parse_concepts([concept(line)]) == {name: (text, class_text)}
     card = ExpertCard(name=name, path=Path("boot.safetensors"), text=text)
     if "|" not in line:
         assert concept_of(card) == Concept(name, text, class_text, [])
         assert as_concepts({name: text}, [name]) == {name: Concept(name, text, class_text)}
 
 
-@pytest.mark.parametrize("line", ["", "boot", "= a boot", "boot =", "boot = | a boot"])
+@pytest.mark.parametrize("line", NOTHING)
 def test_lines_that_say_nothing_are_refused_by_every_host(line: str) -> None:
     for read, error in (
         (read_concept, ConfigError),
-        (concept, SettingsError),
         (lambda text: parse_concepts([text]), typer.BadParameter),
     ):
         with pytest.raises(error, match="does not say what an expert knows; write NAME = TEXT"):
             read(line)
+
+
+@pytest.mark.parametrize(("line", "expected"), LINES)
+def test_the_tab_of_the_web_ui_hands_lines_on_to_the_command_line(
+    line: str, expected: tuple[str, str, str]
+) -> None:
+    pytest.importorskip("gradio")
+    from webui_extension.training_text import concept
+
+    assert parse_concepts([concept(line)]) == {expected[0]: expected[1:]}
+
+
+@pytest.mark.parametrize("line", NOTHING)
+def test_the_tab_of_the_web_ui_refuses_lines_that_say_nothing(line: str) -> None:
+    pytest.importorskip("gradio")
+    from webui_extension.settings import SettingsError
+    from webui_extension.training_text import concept
+
+    with pytest.raises(SettingsError, match="does not say what an expert knows; write NAME = TEXT"):
+        concept(line)

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from core.core_tools import LDMUNet
 from refusals import EXPERT, FOLDER, RIGHT, copy_experts, error_of, refusals, write_refusals
+from safetensors.torch import save_file
 from torch import nn
 
 from mole_diffusion import StableDiffusionMoLEPipeline
@@ -40,13 +42,13 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     return folder, model
 
 
-def attach(model: Any, gates: str, lora_folder: Path, gates_folder: Path) -> Any:
+def attach(model: Any, gates: str, lora_folder: Path, gates_folder: Path, **options: Any) -> Any:
     from mole_webui.attachment import Attachment
     from mole_webui.library import Library
     from mole_webui.settings import Settings
 
     settings = Settings.from_args([{"experts": dict.fromkeys(NAMES, 1.0), "gates": gates}])
-    return Attachment(model, settings, Library(lora_folder, gates_folder))
+    return Attachment(model, settings, Library(lora_folder, gates_folder), **options)
 
 
 def test_the_same_error_as_in_the_diffusers_pipeline(world: World, oracle: tuple[Path, Any]) -> None:
@@ -61,6 +63,16 @@ def test_the_same_error_as_in_the_diffusers_pipeline(world: World, oracle: tuple
     copy_experts({name: folder / "Lora" / f"{name}.safetensors" for name in NAMES}, changed)
     copy_experts({expert: folder / FOLDER / f"{expert}.safetensors"}, changed)
     assert error_of(attach, model, "uniform", changed, folder / FOLDER) == said[EXPERT]
+    # Headers may be wrong: the user's settings can say so.
+    trusting = attach(model, "uniform", changed, folder / FOLDER, check_base=False)
+    assert len(trusting.mixtures) == 2
+    trusting.detach()
+    stem = "lora_unet_double_blocks_0_img_mlp_fc1"
+    foreign = {f"{stem}.lora_down.weight": torch.ones(2, 8), f"{stem}.lora_up.weight": torch.ones(6, 2)}
+    save_file(foreign, changed / f"{expert}.safetensors")
+    message = error_of(attach, model, "uniform", changed, folder / FOLDER)["message"]
+    assert "was made for HunyuanVideo" in message
+    assert "the base here is " in message
     assert not any(m._forward_hooks or m._forward_pre_hooks for n in networks for m in n.modules())
 
 

@@ -29,6 +29,11 @@ def test_the_same_error_as_in_the_diffusers_pipeline(
     others = [expert for expert in experts.experts if expert.name != name]
     chosen = part("experts").ExpertSet((wrong, *others))
     assert error_of(apply, starter, chosen, None) == said[EXPERT]
+    trusting = part("experts").ExpertSet().with_expert(wrong, check_base=False)
+    for expert in others:
+        trusting = trusting.with_expert(expert)
+    model, _ = apply(starter, trusting, None)
+    assert part("apply").applied_to(model).experts.names == trusting.names
     assert hooks(starter[0].model.diffusion_model) == 0
 
 
