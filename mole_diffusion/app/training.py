@@ -19,7 +19,7 @@ from mole_diffusion.core.phrases import class_words
 from mole_diffusion.pictures.files import open_picture
 from mole_diffusion.pictures.training import Concept, GateTrainer
 from mole_diffusion.training.progress import TrainingEvent
-from mole_diffusion.training.state import STATE_FILE
+from mole_diffusion.training.state import PREPARATION_FILE, STATE_FILE
 
 
 def start_training(
@@ -66,7 +66,7 @@ def can_resume(training: Training | None) -> bool:
         training is not None
         and training.job.finished
         and training.job.state != "done"
-        and (training.folder / STATE_FILE).is_file()
+        and any((training.folder / name).is_file() for name in (STATE_FILE, PREPARATION_FILE))
     )
 
 
@@ -80,7 +80,7 @@ def _run(studio: Studio, session: Session, training: Training, *, resume: bool) 
     def work(job: Job) -> Path:
         job.report(0, 0, "Loading the model and its experts")
         request: TrainRequest = training.request
-        going_on = resume and (training.folder / STATE_FILE).is_file()
+        going_on = True if resume and (training.folder / STATE_FILE).is_file() else None
         with studio.training(training.setup) as pipe:
             trainer = GateTrainer(
                 pipe,
@@ -89,6 +89,7 @@ def _run(studio: Studio, session: Session, training: Training, *, resume: bool) 
                 request.config(),
                 callback=_teller(job, training),
                 checkpoint_dir=training.folder,
+                preparing=lambda done, total: job.report(done, total, "Drawing pictures to train on, batch"),
             )
             with _stoppable_preparation(pipe, job, training):
                 result = trainer.train(resume=going_on)

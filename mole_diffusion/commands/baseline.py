@@ -27,6 +27,7 @@ from mole_diffusion.commands.train_gates import (
     model_flag,
     parse_concepts,
 )
+from mole_diffusion.core.files import check_writable
 from mole_diffusion.pictures.opening import STARTER
 
 
@@ -84,6 +85,7 @@ def baseline(
     config = TrainingConfig(objective=objective.value, iterations=iterations, seed=seed, progress=not as_json)
     options = PrepareOptions(density=density, steps=steps)
     folder = out or Path("outputs") / method
+    check_writable(folder)
     say(f"Loading {model} ...")
     pipe = open_pipeline(model, choices, None, device, training=True)
     known = known_concepts(pipe.experts, texts, references, model) if _needs_concepts(method) else None

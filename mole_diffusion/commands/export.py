@@ -23,6 +23,7 @@ from mole_diffusion.commands.common import (
     show,
     split_names,
 )
+from mole_diffusion.core.files import check_writable
 from mole_diffusion.pictures.opening import STARTER
 
 
@@ -57,6 +58,7 @@ def export(
     Example: [bold]mole export both.safetensors "a zor boot and a kip clock" --gates gates.safetensors[/]
     """
     choices, names = parse_experts(experts), split_names(active, "--active")
+    check_writable(file.parent)
     say(f"Loading {model} ...")
     pipe = open_pipeline(model, choices, gates, device)
     import torch

@@ -24,6 +24,7 @@ from mole_diffusion.commands.common import (
     show,
     split_names,
 )
+from mole_diffusion.core.files import check_writable
 from mole_diffusion.pictures.files import PICTURES
 from mole_diffusion.pictures.opening import STARTER
 
@@ -66,6 +67,7 @@ def generate(
     choices, names, pixels = parse_experts(experts), split_names(active, "--active"), _parse_size(size)
     if out.suffix.lower() not in PICTURES:
         raise typer.BadParameter(f"{str(out)!r} ends in none of {', '.join(PICTURES)}", param_hint="--out")
+    check_writable(out.parent)
     chosen = _read_mixture(mixture)
     say(f"Loading {model} ...")
     pipe = open_pipeline(model, choices, gates, device)

@@ -17,6 +17,7 @@ from mole_diffusion.commands.common import (
     show,
 )
 from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.core.files import check_writable
 from mole_diffusion.pictures.files import read_pictures
 from mole_diffusion.pictures.opening import STARTER, open_base
 
@@ -69,6 +70,7 @@ def train_expert(
         prior_weight=prior,
         seed=seed,
     )
+    check_writable(out.parent)
     say(f"Loading {model} ...")
     trainer = ExpertTrainer(open_base(model, device), pictures, text, class_text, config)
     state = out.with_suffix(".training")

@@ -23,9 +23,11 @@ from mole_diffusion.commands.common import (
     show,
 )
 from mole_diffusion.core.errors import ConfigError, TrainingError, UnknownExpertError
+from mole_diffusion.core.files import check_writable
 from mole_diffusion.core.phrases import read_concept
 from mole_diffusion.pictures.files import read_pictures
 from mole_diffusion.pictures.opening import STARTER
+from mole_diffusion.training.progress import Progress
 
 if TYPE_CHECKING:
     from mole_diffusion.pictures.training import Concept, TrainingConfig, TrainingEvent
@@ -73,6 +75,10 @@ def train_gates(
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder for gates, history and state.")] = Path(
         "outputs/gates"
     ),
+    checkpoint_every: Annotated[
+        int,
+        typer.Option(min=1, help="Iterations between checkpoints; one is written every minute in any case."),
+    ] = 50,
     preview_every: Annotated[
         int, typer.Option(min=0, help="Iterations between pictures in OUT/previews; 0 draws none.")
     ] = 0,
@@ -90,7 +96,7 @@ def train_gates(
 ) -> None:
     """Train gates for prompts that name several experts.
 
-    After Ctrl-C the same command goes on where it stopped.
+    After Ctrl-C the same command goes on where it stopped; and more --iterations make a training longer.
 
     Example: [bold]mole train-gates "a zor boot and a kip clock" -e boot -e clock --out outputs/boot+clock[/]
     """
@@ -98,7 +104,8 @@ def train_gates(
 
     choices, texts = parse_experts(experts), parse_concepts(concepts)
     given = {"objective": objective.value, "iterations": iterations, "batch": batch, "seed": seed}
-    config = TrainingConfig.from_dict({**given, "preview_every": preview_every, **parse_settings(settings)})
+    shown = {"preview_every": preview_every, "checkpoint_every": checkpoint_every}
+    config = TrainingConfig.from_dict({**given, **shown, **parse_settings(settings)})
     say(f"Loading {model} ...")
     pipe = open_pipeline(model, choices, None, device, training=True)
     known = known_concepts(pipe.experts, texts, references, model)
@@ -124,30 +131,55 @@ def _train(
 ) -> Any:
     """Train or go on; says what Ctrl-C leaves behind."""
     from mole_diffusion.pictures.training import GateTrainer
-    from mole_diffusion.training.state import STATE_FILE
+    from mole_diffusion.training.state import PREPARATION_FILE, STATE_FILE
 
     done = 0
+    check_writable(out)
 
     def count(event: TrainingEvent) -> None:
         nonlocal done
         done = event.iteration
 
-    trainer = GateTrainer(pipe, prompts, concepts, config, callback=count, checkpoint_dir=out)
+    preparing = _Preparing(config.progress)
+    trainer = GateTrainer(
+        pipe, prompts, concepts, config, callback=count, checkpoint_dir=out, preparing=preparing
+    )
     going_on = not fresh and (out / STATE_FILE).is_file()
     try:
-        # Not None, which begins anew over another training's results.
-        return trainer.train(resume=going_on)
+        # Not None where there is a checkpoint: that begins anew over another training's results.
+        return trainer.train(resume=False if fresh else going_on or None)
     except TrainingError as error:
         if going_on and not done:
             raise TrainingError(f"{error}\nGive another --out, or --fresh to begin anew there.") from error
         raise
     except KeyboardInterrupt:
-        if (done or going_on) and (out / STATE_FILE).is_file():
+        if any((out / name).is_file() for name in (STATE_FILE, PREPARATION_FILE)):
             command = "The same command without --fresh" if fresh else "The same command"
             say(f"Stopped; what is done is in {out}. {command} goes on from there.")
         else:
             say("Stopped before the first iteration; the same command begins again.")
         raise typer.Exit(1) from None
+
+
+class _Preparing:
+    """Shows how many pictures are drawn before the first iteration.
+
+    Args:
+        shown: whether to show anything.
+    """
+
+    def __init__(self, shown: bool) -> None:
+        self._wanted = shown
+        self._bar: Progress | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        """Tell that so many batches of pictures are there."""
+        if self._bar is None:
+            self._bar = Progress("pictures to train on, batch", total, done - 1, shown=self._wanted)
+            self._bar.__enter__()
+        self._bar.update(done)
+        if done == total:
+            self._bar.__exit__()
 
 
 def known_concepts(

@@ -74,14 +74,14 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def check_writable(folder: Path) -> None:
-    """Make a folder, and write a file there for a moment: before work whose results would have no place.
+    """Write a file for a moment where a folder is or will be: before work whose results would have no place.
 
     Raises:
         WriteError: the folder cannot be made or written to, or the disk is full.
     """
-    probe = folder / f".writable.{_HOST}-{os.getpid()}-{uuid.uuid4().hex}.tmp"
+    place = next((one for one in (folder, *folder.absolute().parents) if os.path.lexists(one)), Path())
+    probe = place / f".writable.{_HOST}-{os.getpid()}-{uuid.uuid4().hex}.tmp"
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         try:
             probe.write_bytes(bytes(4096))
         finally:

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from mole_diffusion.core.errors import ConfigError, UnknownExpertError
+from mole_diffusion.core.files import check_writable
 from mole_diffusion.core.phrases import listed
 from mole_diffusion.core.records import in_order
 from mole_diffusion.pictures.denoisers import own_size
@@ -95,7 +96,7 @@ def run_demo(options: DemoOptions, say: Say = print) -> DemoResult:
     chosen = _choose(options.experts)
     prompt = options.prompt or default_prompt(chosen)
     out = options.out
-    out.mkdir(parents=True, exist_ok=True)
+    check_writable(out)
     with _timed(say, f"Loading the starter and the experts {', '.join(chosen)}"):
         hush_libraries()
         pipe = StableDiffusionMoLEPipeline.from_starter(experts=list(chosen))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from mole_diffusion.core.errors import TrainingError
+from mole_diffusion.core.files import check_writable
 from mole_diffusion.training.objective import Learner, LossTerms, Objective
 from mole_diffusion.training.progress import (
     Clock,
@@ -28,10 +30,20 @@ from mole_diffusion.training.progress import (
     describe,
 )
 from mole_diffusion.training.settings import LoopSettings
-from mole_diffusion.training.state import HISTORY_FILE, STATE_FILE, differences, load_state, save_state
+from mole_diffusion.training.state import (
+    HISTORY_FILE,
+    STATE_FILE,
+    Preparation,
+    differences,
+    load_state,
+    save_state,
+    without_length,
+)
 
 logger = logging.getLogger(__name__)
 
+#: A checkpoint is written at least this often, between two iterations.
+CHECKPOINT_SECONDS = 60.0
 #: What a checkpoint holds.
 ENTRIES = ("facts", "learner", "optimiser", "objective", "history")
 
@@ -65,6 +77,7 @@ class TrainingLoop:
         preview: makes what an event shows every `settings.preview_every` iterations; is given the iteration.
         save: called with the number of iterations after every checkpoint, to write what others read.
         what: what is trained, in a word.
+        preparation: where the objective keeps what it prepares; cleared as soon as a checkpoint has it.
     """
 
     def __init__(
@@ -79,11 +92,14 @@ class TrainingLoop:
         preview: Callable[[int], Any] | None = None,
         save: Callable[[int], None] | None = None,
         what: str = "training",
+        preparation: Preparation | None = None,
     ) -> None:
         self._objective, self._learner, self._settings = objective, learner, settings
         self._facts = dict(facts or {})
         self._folder = folder
         self._callback, self._preview, self._save = callback, preview, save
+        self._preparation = preparation or Preparation()
+        self._written = 0.0
         self._what = what
         self._stopping = False
 
@@ -99,11 +115,17 @@ class TrainingLoop:
                 there is a checkpoint of the same training.
 
         Raises:
-            TrainingError: if `resume` is True and there is no checkpoint of the same training, the checkpoint
-                cannot be read, or a loss is no number.
+            TrainingError: if `resume` is True and there is no checkpoint of the same training, more
+                iterations are done already than are asked for, the checkpoint cannot be read, or a loss is no
+                number.
+            WriteError: nothing can be written into the folder.
             KeyboardInterrupt: after Ctrl-C; the checkpoint holds everything up to there.
         """
+        if self._folder is not None:
+            check_writable(self._folder)
         saved = self._saved(resume)
+        if resume is False:
+            self._preparation.clear()
         self._stopping = False
         optimiser = self._learner.optimiser()
         for group in optimiser.param_groups:
@@ -114,6 +136,7 @@ class TrainingLoop:
             self._restore(run, saved)
         else:
             self._objective.prepare()
+            self._keep_state(run)
         self._iterate(run)
         return LoopResult(run.history, len(run.history) < self._settings.iterations)
 
@@ -133,11 +156,18 @@ class TrainingLoop:
                 file.append(row)
                 done = iteration + 1
                 shown.update(done, describe(row))
-                if done % settings.checkpoint_every == 0 and done < settings.iterations:
+                if self._due(done, first):
                     self._checkpoint(run)
                 left = run.clock.left(done - first, settings.iterations - done)
                 if self._tell(row, left) is False or self._stopping or interrupt.asked:
                     break
+
+    def _due(self, done: int, first: int) -> bool:
+        """Whether a checkpoint is written now: after the first iteration of every run, then now and then."""
+        if done >= self._settings.iterations:  # the end writes one
+            return False
+        late = time.monotonic() - self._written > CHECKPOINT_SECONDS
+        return done == first + 1 or done % self._settings.checkpoint_every == 0 or late
 
     def _iteration(self, run: _Run, iteration: int) -> HistoryRow:
         """One iteration: losses, backward, updates; returns its history row."""
@@ -192,6 +222,11 @@ class TrainingLoop:
             raise KeyboardInterrupt
 
     def _checkpoint(self, run: _Run) -> None:
+        self._keep_state(run)
+        if self._folder is not None and self._save is not None:
+            self._save(len(run.history))
+
+    def _keep_state(self, run: _Run) -> None:
         if self._folder is None:
             return
         state = {
@@ -202,8 +237,8 @@ class TrainingLoop:
             "history": run.history,
         }
         save_state(self._folder, state)
-        if self._save is not None:
-            self._save(len(run.history))
+        self._preparation.clear()
+        self._written = time.monotonic()
 
     def _restore(self, run: _Run, saved: Mapping[str, Any]) -> None:
         """Continue from a checkpoint; a learner that it does not fit is as it was."""
@@ -229,7 +264,10 @@ class TrainingLoop:
             return None
         if not isinstance(saved["facts"], dict) or not isinstance(saved["history"], list):
             raise TrainingError(f"{self._state_file} is no training state: it is of another kind")
-        different = differences(self._facts, saved["facts"])
+        different = differences(without_length(self._facts), without_length(saved["facts"]))
+        done, wanted = len(saved["history"]), self._settings.iterations
+        if done > wanted:
+            different.append(f"iterations: {wanted} now, {done} are done in the checkpoint")
         if not different:
             return saved
         message = "\n  - ".join([f"the checkpoint in {self._folder} is of another training", *different])

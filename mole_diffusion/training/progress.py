@@ -14,6 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
+from mole_diffusion.core.files import replacing, writing
+
 #: One iteration: iteration (from 1), loss, its parts, what the learner says of itself (of gates: balance,
 #: entropy, weights), seconds.
 HistoryRow = dict[str, Any]
@@ -172,13 +174,13 @@ class HistoryFile:
     def __init__(self, path: Path | None, rows: Sequence[HistoryRow]) -> None:
         self._path = path
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            with replacing(path) as temporary:
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def append(self, row: HistoryRow) -> None:
         """Add a row."""
         if self._path is not None:
-            with self._path.open("a") as file:
+            with writing(self._path), self._path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
 
 

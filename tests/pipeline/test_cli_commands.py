@@ -186,14 +186,23 @@ def test_another_training_is_not_overwritten_unless_asked(training, tmp_path):
     result = run(*training, "--iterations", 1, "--out", out)
     assert result.exit_code == 0, result.output
     gates = (out / "gates.safetensors").read_bytes()
-    refused = run(*training, "--iterations", 2, "--out", out)
+    refused = run(*training, "--iterations", 2, "--seed", 5, "--out", out)
     assert refused.exit_code == 1
-    assert "iterations: 2 now, 1 in the checkpoint" in refused.stderr
+    assert "seed: 5 now, 0 in the checkpoint" in refused.stderr
     assert "Give another --out, or --fresh to begin anew there." in refused.stderr
     assert (out / "gates.safetensors").read_bytes() == gates
+    first = (out / "history.jsonl").read_text()
+    result = run(*training, "--iterations", 3, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert (out / "history.jsonl").read_text().startswith(first), "it was made longer"
+    assert len((out / "history.jsonl").read_text().splitlines()) == 3
     result = run(*training, "--iterations", 2, "--out", out, "--fresh")
     assert result.exit_code == 0, result.output
     assert len((out / "history.jsonl").read_text().splitlines()) == 2
+    (out / "file").touch()
+    result = run(*training, "--iterations", 1, "--out", out / "file" / "deeper")
+    assert result.exit_code == 1
+    assert "cannot be written: Not a directory" in result.stderr
 
 
 def test_any_setting_of_the_trainer_can_be_given(training, tmp_path):

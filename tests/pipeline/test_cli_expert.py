@@ -121,8 +121,10 @@ def test_refusals(pipe, loaded, tmp_path):
         settings(learning_rate=0)
     out = tmp_path / "boot.safetensors"
     ExpertTrainer(pipe, drawings(), "a red boot", config=settings(steps=1)).train(out, tmp_path / "state")
-    other = ExpertTrainer(pipe, drawings(), "a red boot", config=settings(steps=2))
-    with pytest.raises(TrainingError, match="steps: 2 now, 1 in the checkpoint"):
+    longer = ExpertTrainer(pipe, drawings(), "a red boot", config=settings(steps=2))
+    assert len(longer.train(out, tmp_path / "state")) == 2
+    other = ExpertTrainer(pipe, drawings(), "a red boot", config=settings(steps=2, rank=3))
+    with pytest.raises(TrainingError, match="rank: 3 now, 2 in the checkpoint"):
         other.train(out, tmp_path / "state")
     assert len(other.train(out, tmp_path / "state", fresh=True)) == 2
 

@@ -13,12 +13,13 @@ import pytest
 import torch
 from toy import Guessing, toy_loop, toy_mixture, values_of
 
-from mole_diffusion.core.errors import TrainingError
+from mole_diffusion.core.errors import TrainingError, WriteError
 from mole_diffusion.training import state as training_state
 from mole_diffusion.training.loop import TrainingLoop
 from mole_diffusion.training.objective import LossTerms, Parameters
 from mole_diffusion.training.progress import TrainingEvent
 from mole_diffusion.training.settings import LoopSettings
+from mole_diffusion.training.state import Preparation
 
 HERE = Path(__file__).parent
 STATE = training_state.STATE_FILE
@@ -50,7 +51,7 @@ def test_the_toy_learns_and_its_history_says_so(tmp_path: Path) -> None:
     assert first["loss"] == pytest.approx(first["parts"]["guess"] + 0.1 * first["balance"])
     lines = (tmp_path / training_state.HISTORY_FILE).read_text().splitlines()
     assert [json.loads(line) for line in lines] == result.history
-    assert saved == [50, 80]
+    assert saved == [1, 50, 80], "the first one early"
 
 
 @pytest.mark.parametrize("halves", [1, 2])
@@ -164,6 +165,116 @@ def test_facts_decide_what_is_gone_on_with(tmp_path: Path, caplog: pytest.LogCap
     assert len(result.history) == 8
     with pytest.raises(TrainingError, match=r"resume is True, and there is no checkpoint in .*nowhere"):
         toy_loop(toy_mixture(), folder=tmp_path / "nowhere").run(resume=True)
+
+
+def test_a_training_can_be_made_longer_and_not_shorter(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    constant: dict[str, Any] = {"schedule": "constant"}
+    whole, parts = toy_mixture(), toy_mixture()
+    expected = toy_loop(whole, settings={**constant, "iterations": 8}).run()
+    options = {"folder": tmp_path, "facts": {"task": "dog", "iterations": 3}}
+    toy_loop(parts, **options, settings={**constant, "iterations": 3}).run()
+    options["facts"] = {"task": "dog", "iterations": 8}
+    result = toy_loop(toy_mixture(), **options, settings={**constant, "iterations": 8})
+    for resume in (True, None):
+        again = toy_mixture()
+        result = toy_loop(again, **options, settings={**constant, "iterations": 8}).run(resume)
+        assert_same(values_of(again), values_of(whole))
+        assert without_seconds(result.history) == without_seconds(expected.history)
+    with pytest.raises(TrainingError, match="iterations: 5 now, 8 are done in the checkpoint"):
+        toy_loop(toy_mixture(), **options, settings={**constant, "iterations": 5}).run(True)
+    assert len(toy_loop(toy_mixture(), **options, settings={**constant, "iterations": 5}).run().history) == 5
+    assert "beginning anew" in caplog.text
+
+
+KILLED_ELEVEN_TIMES = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+from toy import toy_loop, toy_mixture, values_of
+torch.set_num_threads(1)
+folder, chance = Path(sys.argv[1]), random.Random(0)
+options = {"folder": folder / "run", "settings": {"iterations": 150, "checkpoint_every": 7}}
+kills = 0
+while True:
+    child = os.fork()
+    if child == 0:
+        mixture = toy_mixture()
+        toy_loop(mixture, **options).run()
+        torch.save(values_of(mixture), folder / "values.pt")
+        os._exit(0)
+    if kills == 11:
+        break
+    time.sleep(chance.uniform(0.02, 0.12))
+    os.kill(child, signal.SIGKILL)
+    kills += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    assert not (folder / "values.pt").exists(), kills
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_killed_eleven_times_and_finished_is_bitwise_the_uninterrupted_run(tmp_path: Path) -> None:
+    """As `kill -9` does it, wherever it strikes; nothing is left of files that were being written."""
+    whole = toy_mixture()
+    toy_loop(whole, settings={"iterations": 150}).run()
+    command = [sys.executable, "-c", KILLED_ELEVEN_TIMES, str(tmp_path)]
+    paths = os.pathsep.join([str(HERE), *sys.path])
+    done = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert_same(torch.load(tmp_path / "values.pt", weights_only=True), values_of(whole))
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["history.jsonl", "state.pt"]
+    assert len((tmp_path / "run" / "history.jsonl").read_text().splitlines()) == 150
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_prepared(tmp_path: Path) -> None:
+    class Untouched(Guessing):
+        def prepare(self) -> None:
+            raise AssertionError("work before the folder was tried")
+
+    (tmp_path / "file").touch()
+    mixture = toy_mixture()
+    with pytest.raises(WriteError, match="cannot be written"):
+        toy_loop(mixture, objective=Untouched(mixture), folder=tmp_path / "file" / "run").run()
+
+
+def test_what_is_prepared_is_kept_piece_by_piece(tmp_path: Path) -> None:
+    draws, told = torch.Generator(), []
+
+    def pieces(stop: int, facts: dict[str, Any], count: int = 4) -> tuple[list[int], list[torch.Tensor]]:
+        made: list[int] = []
+        draws.manual_seed(3)
+
+        def make(index: int) -> torch.Tensor:
+            if index == stop:
+                raise KeyboardInterrupt
+            made.append(index)
+            return torch.rand(2, generator=draws)
+
+        kept = Preparation(tmp_path, facts, lambda done, total: told.append((done, total)))
+        try:
+            found = kept.pieces(count, make, draws.get_state, lambda state: draws.set_state(state))
+        except KeyboardInterrupt:
+            found = []
+        return made, found
+
+    expected = pieces(-1, {"a": 2})[1]
+    assert told == [(i, 4) for i in range(1, 5)]
+    assert pieces(2, {"a": 1, "iterations": 5})[0] == [0, 1]
+    made, found = pieces(-1, {"a": 1, "iterations": 9})
+    assert made == [2, 3]
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert pieces(-1, {"a": 3})[0] == [0, 1, 2, 3], "another training's"
+    assert pieces(-1, {"a": 3}, 3)[0] == [0, 1, 2]
+    (tmp_path / "preparation.pt").write_bytes(b"damaged")
+    assert pieces(-1, {"a": 3}, 3)[0] == [0, 1, 2]
+    Preparation(tmp_path).clear()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_loss_that_is_no_number_ends_it_and_leaves_the_last_checkpoint(tmp_path: Path) -> None:

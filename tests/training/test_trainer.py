@@ -281,13 +281,49 @@ def test_another_training_is_not_gone_on_with(
     fresh: Callable[[], Any], concepts: list[Concept], tiny: Tiny, tmp_path: Path
 ) -> None:
     GateTrainer(fresh(), PROMPT, concepts, tiny(iterations=1), checkpoint_dir=tmp_path).train()
-    other = GateTrainer(fresh(), PROMPT, concepts, tiny(iterations=2), checkpoint_dir=tmp_path)
-    with pytest.raises(TrainingError, match="iterations: 2 now, 1 in the checkpoint"):
+    other = GateTrainer(fresh(), PROMPT, concepts, tiny(iterations=2, seed=5), checkpoint_dir=tmp_path)
+    with pytest.raises(TrainingError, match="seed: 5 now, 0 in the checkpoint"):
         other.train(resume=True)
     assert len(other.train().history) == 2
     nowhere = GateTrainer(fresh(), PROMPT, concepts, tiny(), checkpoint_dir=tmp_path / "empty")
     with pytest.raises(TrainingError, match="resume is True, and there is no checkpoint in"):
         nowhere.train(resume=True)
+
+
+def test_a_kill_while_pictures_are_drawn_costs_the_last_batch(
+    fresh: Callable[[], Any], tiny: Tiny, tmp_path: Path, gate_values: Values, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Concepts without references: the experts draw them, and the base its backgrounds."""
+    phrases = {"boot": "a zor boot", "cat": "a vim cat"}
+    settings = tiny(iterations=1, drawn_pictures=10, collage_background="base")
+    told: list[tuple[int, int]] = []
+    whole = GateTrainer(fresh(), PROMPT, phrases, settings, preparing=lambda *at: told.append(at))
+    expected = whole.train()
+    gates = gate_values(whole._pipe)
+    assert told == [(i, len(told)) for i in range(1, len(told) + 1)]
+    assert len(told) >= 3
+    stopped = GateTrainer(fresh(), PROMPT, phrases, settings, checkpoint_dir=tmp_path)
+    draw, drawn = stopped.objective.bench.draw, []
+
+    def break_off(*args: Any, **kwargs: Any) -> Any:
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(draw(*args, **kwargs))
+        return drawn[-1]
+
+    monkeypatch.setattr(stopped.objective.bench, "draw", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    assert [path.name for path in tmp_path.iterdir()] == ["preparation.pt"]
+    told.clear()
+    again = GateTrainer(
+        fresh(), PROMPT, phrases, settings, checkpoint_dir=tmp_path, preparing=lambda *at: told.append(at)
+    )
+    result = again.train()
+    assert told[0][0] == 3, "two batches were there"
+    assert result.passes == expected.passes
+    assert_equal(gate_values(again._pipe), gates)
+    assert not (tmp_path / "preparation.pt").exists()
 
 
 def test_a_newer_checkpoint_is_refused(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mole_diffusion.core.checkpoint import write_safetensors
 from mole_diffusion.core.errors import ConfigError, TrainingError
+from mole_diffusion.core.files import check_writable
 from mole_diffusion.pictures.denoisers import denoiser_of
 from mole_diffusion.pictures.files import pictures_digest
 from mole_diffusion.pictures.training.denoising import NoisyBatch, denoising_loss
@@ -23,7 +24,7 @@ from mole_diffusion.training.loop import TrainingLoop
 from mole_diffusion.training.objective import Losses, LossTerms, Parameters
 from mole_diffusion.training.progress import HistoryRow, TrainingEvent
 from mole_diffusion.training.settings import LoopSettings, check, number, positive, whole
-from mole_diffusion.training.state import STATE_FILE, frozen
+from mole_diffusion.training.state import STATE_FILE, Preparation, frozen
 
 TARGETS = {
     "unet": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"],
@@ -137,6 +138,8 @@ class ExpertTrainer:
         """
         if out.suffix != ".safetensors":
             raise ConfigError(f"out is {str(out)!r}; a LoRA file ends in .safetensors")
+        check_writable(out.parent)
+        preparation = Preparation(folder, self._facts())
         everything = self._denoiser.networks
         networks = {part: everything[part] for part in TARGETS}
         going_on = not fresh and (folder / STATE_FILE).is_file()
@@ -149,7 +152,9 @@ class ExpertTrainer:
             }
             rate = self.config.learning_rate
             loop = TrainingLoop(
-                _SubjectObjective(self._pipe, self._pictures, self.text, self.class_text, self.config),
+                _SubjectObjective(
+                    self._pipe, self._pictures, self.text, self.class_text, self.config, preparation
+                ),
                 Parameters(factors, lambda tensors: torch.optim.AdamW(tensors, lr=rate)),
                 LoopSettings(
                     iterations=self.config.steps,
@@ -162,12 +167,13 @@ class ExpertTrainer:
                 folder=folder,
                 callback=None if callback is None else _telling(callback),
                 what="steps",
+                preparation=preparation,
             )
-            history = self._run(loop, going_on)
+            history = self._run(loop, False if fresh else going_on or None)
             self._write(out, networks)
         return [row["loss"] for row in history]
 
-    def _run(self, loop: TrainingLoop, going_on: bool) -> list[HistoryRow]:
+    def _run(self, loop: TrainingLoop, going_on: bool | None) -> list[HistoryRow]:
         try:
             # Not None, which begins anew over another training's results.
             return loop.run(resume=going_on).history
@@ -227,16 +233,24 @@ class _SubjectObjective:
         text: the subject's words.
         class_text: words of its class.
         config: the settings.
+        preparation: keeps what is drawn before the first step.
     """
 
     def __init__(
-        self, pipe: Any, pictures: Tensor, text: str, class_text: str, config: ExpertTrainingConfig
+        self,
+        pipe: Any,
+        pictures: Tensor,
+        text: str,
+        class_text: str,
+        config: ExpertTrainingConfig,
+        preparation: Preparation,
     ) -> None:
         self._pipe, self._text, self._class_text, self._config = pipe, text, class_text, config
         self._denoiser = denoiser_of(pipe)
         # One by one: there may be many.
         self._subject = torch.cat([self._denoiser.encode(picture[None]).cpu() for picture in pictures])
         self._prior = torch.zeros(0)
+        self._preparation = preparation
 
     def prepare(self) -> None:
         """Draw pictures of the class; fresh factors change nothing, so these are the base's."""
@@ -273,12 +287,17 @@ class _SubjectObjective:
     def _draw_prior(self) -> Tensor:
         """Latents of pictures of the class."""
         draws = torch.Generator().manual_seed(self._config.seed)
-        parts = []
-        for start in range(0, self._config.prior_pictures, _DRAWN_AT_ONCE):
-            texts = [self._class_text] * min(_DRAWN_AT_ONCE, self._config.prior_pictures - start)
-            drawn = self._pipe(texts, generator=draws, output_type="latent", **_PRIOR_DRAWING).images
-            parts.append(drawn.float().cpu())
-        return torch.cat(parts)
+        starts = range(0, self._config.prior_pictures, _DRAWN_AT_ONCE)
+
+        def restore(state: Tensor) -> None:
+            draws.set_state(state)
+
+        def make(index: int) -> Tensor:
+            texts = [self._class_text] * min(_DRAWN_AT_ONCE, self._config.prior_pictures - starts[index])
+            drawn: Tensor = self._pipe(texts, generator=draws, output_type="latent", **_PRIOR_DRAWING).images
+            return drawn.float().cpu()
+
+        return torch.cat(self._preparation.pieces(len(starts), make, draws.get_state, restore))
 
 
 def _factors(network: Any) -> dict[str, Tensor]:

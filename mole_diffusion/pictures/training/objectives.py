@@ -18,7 +18,7 @@ from mole_diffusion.pictures.training.config import Both, Clip, ClipWalk, Collag
 from mole_diffusion.pictures.training.sources import ConceptPictures
 from mole_diffusion.pictures.training.workbench import Composing, Workbench
 from mole_diffusion.training.objective import Losses, Objective
-from mole_diffusion.training.state import frozen
+from mole_diffusion.training.state import Preparation, frozen
 
 
 class PictureObjective:
@@ -30,6 +30,7 @@ class PictureObjective:
         prompts: The training prompts.
         concepts: The concept of each expert.
         config: The settings.
+        preparation: Keeps what `prepare` draws.
 
     Attributes:
         bench: The model, random draws and the pass counter.
@@ -47,12 +48,13 @@ class PictureObjective:
         prompts: Sequence[TrainingPrompt],
         concepts: Mapping[str, Concept],
         config: TrainingConfig,
+        preparation: Preparation | None = None,
     ) -> None:
         self._config = config
         clip = config.clip_guidance
         small = None if clip is None else clip.decoder
         self.bench = Workbench(denoiser, composing, config.pictures, config.seed, small)
-        self.pictures = ConceptPictures(self.bench, prompts, concepts)
+        self.pictures = ConceptPictures(self.bench, prompts, concepts, preparation)
         self._guide = None if clip is None else _guide(clip, self.bench.device)
         self.task: Objective = self._task(config.task)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.pictures.training.collage import Cutout, cut_out
 from mole_diffusion.pictures.training.concepts import Concept, TrainingPrompt
 from mole_diffusion.pictures.training.workbench import Workbench, picture_tensor
+from mole_diffusion.training.state import Preparation
 
 #: Pictures drawn in one batch.
 _BATCH = 8
@@ -24,12 +26,18 @@ class ConceptPictures:
         bench: The shared workbench.
         prompts: The training prompts.
         concepts: The concept of each expert.
+        preparation: Keeps pictures as they are drawn; None keeps none.
     """
 
     def __init__(
-        self, bench: Workbench, prompts: Sequence[TrainingPrompt], concepts: Mapping[str, Concept]
+        self,
+        bench: Workbench,
+        prompts: Sequence[TrainingPrompt],
+        concepts: Mapping[str, Concept],
+        preparation: Preparation | None = None,
     ) -> None:
         self._bench = bench
+        self._preparation = preparation or Preparation()
         self.prompts = prompts
         self.concepts = concepts
         #: Pictures by concept name and index of the prompt they were drawn for (-1: references); (n, 3, H,
@@ -52,15 +60,16 @@ class ConceptPictures:
             ConfigError: if references are asked for and a concept has none.
         """
         source = self._bench.settings.source
-        draws = torch.Generator().manual_seed(self._bench.seed + 1)
+        wanted: list[_Batch] = []
         for name in self.concepts:
             if name in self._references and source != "drawn":
                 continue
             if source == "references":
                 raise ConfigError(f"collage_source is 'references', and concept {name!r} has none")
-            self._draw_concept(name, draws)
+            wanted += self._concept_batches(name)
         if backgrounds:
-            self._draw_backgrounds(draws)
+            wanted += self._background_batches()
+        self._draw(wanted)
 
     def of(self, name: str, prompt: int | None = None) -> Tensor:
         """Pictures (n, 3, H, W) of a concept; those drawn for this prompt where there are any.
@@ -89,23 +98,59 @@ class ConceptPictures:
             name, prompt = key.split("\n")
             self._drawn[name, int(prompt)] = pictures.float() / 255
 
-    def _draw_concept(self, name: str, draws: torch.Generator) -> None:
+    def _concept_batches(self, name: str) -> Iterator[_Batch]:
         for index, prompt in enumerate(self.prompts):
             if name in prompt.order:
                 count = self._count(sum(name in other.order for other in self.prompts))
-                composition = {"active_experts": [name]}
-                self._drawn[name, index] = self._draw([prompt.only([name])] * count, draws, composition)
+                texts = [prompt.only([name])] * count
+                yield from _batches((name, index), texts, {"active_experts": [name]})
 
-    def _draw_backgrounds(self, draws: torch.Generator) -> None:
+    def _background_batches(self) -> Iterator[_Batch]:
         prompts, concepts = self.prompts, self.concepts
         for index, prompt in enumerate(prompts):
             names = [prompt.order[i % len(prompt.order)] for i in range(self._count(len(prompts)))]
             texts = [prompt.single_class(concepts[name]) for name in names]
-            self._drawn["", index] = self._draw(texts, draws, {"mixture": "none"})
+            yield from _batches(("", index), texts, {"mixture": "none"})
 
     def _count(self, prompts: int) -> int:
         return max(1, -(-self._bench.settings.drawn // prompts))
 
-    def _draw(self, texts: list[str], draws: torch.Generator, composition: dict[str, Any]) -> Tensor:
-        parts = [texts[i : i + _BATCH] for i in range(0, len(texts), _BATCH)]
-        return torch.cat([self._bench.draw(part, draws, **composition) for part in parts])
+    def _draw(self, wanted: Sequence[_Batch]) -> None:
+        """Draw batch after batch; those that an earlier run has drawn are taken from there."""
+        counter, draws = self._bench.counter, torch.Generator().manual_seed(self._bench.seed + 1)
+
+        def make(index: int) -> Tensor:
+            batch = wanted[index]
+            return (self._bench.draw(batch.texts, draws, **batch.composition) * 255).round().byte()
+
+        def state() -> dict[str, Any]:
+            return {"draws": draws.get_state(), "passes": counter.state_dict()}
+
+        def restore(kept: Mapping[str, Any]) -> None:
+            draws.set_state(kept["draws"])
+            counter.load_state_dict(kept["passes"])
+
+        drawn = self._preparation.pieces(len(wanted), make, state, restore)
+        for key in dict.fromkeys(batch.key for batch in wanted):
+            own = [pictures for pictures, batch in zip(drawn, wanted, strict=True) if batch.key == key]
+            self._drawn[key] = torch.cat(own).float() / 255
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Pictures that are drawn at once.
+
+    Attributes:
+        key: name of the concept, "" for backgrounds, and index of the prompt.
+        texts: one per picture.
+        composition: which experts count.
+    """
+
+    key: tuple[str, int]
+    texts: list[str]
+    composition: dict[str, Any]
+
+
+def _batches(key: tuple[str, int], texts: list[str], composition: dict[str, Any]) -> Iterator[_Batch]:
+    for start in range(0, len(texts), _BATCH):
+        yield _Batch(key, texts[start : start + _BATCH], composition)

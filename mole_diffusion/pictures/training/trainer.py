@@ -12,6 +12,7 @@ from PIL.Image import Image
 
 from mole_diffusion.core.errors import NoExpertsError, TrainingError
 from mole_diffusion.core.experts import Expert
+from mole_diffusion.core.files import replacing
 from mole_diffusion.core.mixture import Mixture
 from mole_diffusion.core.networks.base import DENOISER
 from mole_diffusion.pictures.denoiser import Denoiser
@@ -28,7 +29,7 @@ from mole_diffusion.pictures.training.workbench import Composing, tensor_picture
 from mole_diffusion.training.gates import Balanced, Gates
 from mole_diffusion.training.loop import TrainingLoop
 from mole_diffusion.training.progress import HistoryRow, TrainingEvent
-from mole_diffusion.training.state import GATES_FILE
+from mole_diffusion.training.state import GATES_FILE, Preparation
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class GateTrainer:
             what it has.
         checkpoint_dir: Folder for checkpoints, gates, history and previews; None keeps everything in memory.
         denoiser: What draws with these experts; None makes one of the pipeline.
+        preparing: Called with (batches of pictures that are drawn, in all) before the first iteration.
 
     Attributes:
         config: The settings.
@@ -107,6 +109,7 @@ class GateTrainer:
         callback: Callable[[TrainingEvent], Any] | None = None,
         checkpoint_dir: str | Path | None = None,
         denoiser: Denoiser | None = None,
+        preparing: Callable[[int, int], None] | None = None,
     ) -> None:
         if not pipe.mixtures:
             raise NoExpertsError(
@@ -124,10 +127,13 @@ class GateTrainer:
         self.prompts = read_prompts(prompts, self.concepts)
         if denoiser is None:
             denoiser = denoiser_of(pipe, self.config.pictures.size)
-        self.objective = PictureObjective(denoiser, pipe.composing, self.prompts, self.concepts, self.config)
         self._pipe = pipe
         self._callback = callback
         self._folder = Path(checkpoint_dir) if checkpoint_dir is not None else None
+        self._preparation = Preparation(self._folder, self._facts(), preparing)
+        self.objective = PictureObjective(
+            denoiser, pipe.composing, self.prompts, self.concepts, self.config, self._preparation
+        )
         self._loop: TrainingLoop | None = None
 
     def stop(self) -> None:
@@ -145,6 +151,7 @@ class GateTrainer:
         Raises:
             TrainingError: if `resume` is True and there is no checkpoint of the same training, the checkpoint
                 cannot be read, or a loss is no number.
+            WriteError: nothing can be written into `checkpoint_dir`.
             KeyboardInterrupt: after Ctrl-C; the checkpoint holds everything up to there.
         """
         gates = Gates(self._pipe.mixtures, self.config, trained_parts(self._pipe.mixtures, self.config))
@@ -158,6 +165,7 @@ class GateTrainer:
             preview=self._preview,
             save=self._save_gates,
             what="gates",
+            preparation=self._preparation,
         )
         with (
             self.objective.ready(gates.parameters()),
@@ -179,8 +187,8 @@ class GateTrainer:
         picture = tensor_picture(self.objective.bench.draw([self.prompts[0].text], draws)[0])
         if self._folder is not None:
             path = self._folder / "previews" / f"{iteration:05d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(path)
+            with replacing(path) as temporary:
+                picture.save(temporary, format="PNG")
         return picture
 
     def _facts(self) -> dict[str, Any]:
