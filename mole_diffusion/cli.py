@@ -19,6 +19,7 @@ from mole_diffusion.commands.evaluate import evaluate
 from mole_diffusion.commands.export import export
 from mole_diffusion.commands.generate import generate
 from mole_diffusion.commands.inspect import inspect
+from mole_diffusion.commands.text import text
 from mole_diffusion.commands.train_expert import train_expert
 from mole_diffusion.commands.train_gates import train_gates
 
@@ -36,6 +37,7 @@ app = typer.Typer(
 for command in (demo, generate, train_gates, train_expert, baseline, evaluate, export, inspect, doctor):
     app.command()(command)
 app.command("app")(serve)
+app.add_typer(text)
 
 
 def _print_version(wanted: bool) -> None:

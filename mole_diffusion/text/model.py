@@ -74,6 +74,31 @@ class MoLEForSeq2SeqLM(Seq2SeqExperts):
         tokenizer = AutoTokenizer.from_pretrained(source, **own)
         return cls(model, tokenizer, config=config, flatten_tokens=flatten_tokens)
 
+    @classmethod
+    def from_starter(
+        cls, experts: Sequence[str] = (), *, config: MoLEConfig | None = None, **options: Any
+    ) -> MoLEForSeq2SeqLM:
+        """Open the text starter: a tiny T5 that comes along, and some of its experts.
+
+        Args:
+            experts: names; see `starter.text.location.text_experts`.
+            config, options: see `from_pretrained`.
+
+        Raises:
+            ConfigError: the starter does not lie here.
+            UnknownExpertError: it has no expert of a name.
+        """
+        from mole_diffusion.starter.text.location import text_expert, text_starter
+
+        folder = text_starter()
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"there is no text starter in {str(folder)!r}: tools/starter_text makes one")
+        # Its weights are stored in half precision.
+        model = cls.from_pretrained(folder, config=config, **{"dtype": torch.float32, **options})
+        if experts:
+            model.load_experts({name: text_expert(name) for name in experts})
+        return model
+
     def generate(
         self,
         *args: Any,

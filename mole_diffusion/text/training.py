@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -84,21 +84,47 @@ class TextTrainingResult:
     gates: Path | None
 
 
+class Batching(Protocol):
+    """What settings say of batches."""
+
+    @property
+    def batch_size(self) -> int:
+        """Examples in each."""
+
+    @property
+    def seed(self) -> int:
+        """Of their order."""
+
+    @property
+    def source_tokens(self) -> int:
+        """Most tokens of a text that is read."""
+
+    @property
+    def target_tokens(self) -> int:
+        """Most tokens of a text that is written."""
+
+
 class CrossEntropy:
     """The objective: cross entropy of the targets, each token counting once in its batch.
 
     Args:
-        composed: model and experts.
+        model: the model, with whatever changes it.
         tokenizer: of the model.
         examples: what to read and to write.
         config: batch size, lengths and seed.
+        padded: the number of tokens that every text is padded to; None for those of the longest.
     """
 
     def __init__(
-        self, composed: Composed, tokenizer: Any, examples: Sequence[Pair], config: TextTrainingConfig
+        self,
+        model: Any,
+        tokenizer: Any,
+        examples: Sequence[Pair],
+        config: Batching,
+        padded: int | None = None,
     ) -> None:
-        self._composed, self._tokenizer, self._examples = composed, tokenizer, examples
-        self._config = config
+        self._model, self._tokenizer, self._examples = model, tokenizer, examples
+        self._config, self._padded = config, padded
         self._rng = torch.Generator()
         self._left: list[int] = []
 
@@ -124,20 +150,19 @@ class CrossEntropy:
     def loss(self, pairs: Sequence[Pair]) -> Tensor:
         """Mean cross entropy of the tokens of these targets."""
         batch = self.batch(pairs)
-        loss: Tensor = self._composed.model(**batch, use_cache=False).loss
+        loss: Tensor = self._model(**batch, use_cache=False).loss
         return loss.float()
 
     def batch(self, pairs: Sequence[Pair]) -> dict[str, Tensor]:
         """What the model takes; padding is -100 in the labels, and masked in both texts."""
-        config, device = self._config, self._composed.device
-        flat = self._composed.ensemble.flatten_tokens.get("encoder")
-        padding: dict[str, Any] = {"padding": "max_length", "max_length": flat} if flat else {
-            "padding": True, "max_length": config.source_tokens,
-        }  # fmt: skip
+        device = next(self._model.parameters()).device
+        padding: dict[str, Any] = {"padding": True, "max_length": self._config.source_tokens}
+        if self._padded is not None:
+            padding = {"padding": "max_length", "max_length": self._padded}
         read = self._tokenizer([a for a, _ in pairs], return_tensors="pt", truncation=True, **padding)
         written = self._tokenizer(
             text_target=[b for _, b in pairs], return_tensors="pt", padding=True, truncation=True,
-            max_length=config.target_tokens,
+            max_length=self._config.target_tokens,
         )  # fmt: skip
         mask = written["attention_mask"]
         return {
@@ -267,7 +292,10 @@ def train_gates(
     experts = len(composed.experts)
     share = experts if config.per_expert else 1
     gates = Gates(composed.mixtures, dataclasses.replace(config, alpha=config.alpha / share))
-    objective = CrossEntropy(composed, tokenizer, pairs, config)
+    padded = composed.ensemble.flatten_tokens.get("encoder")
+    objective = CrossEntropy(
+        composed.model, tokenizer, pairs, config, padded if isinstance(padded, int) else None
+    )
     validated = Validated(objective, gates, others, config)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     gates_file = None if folder is None else folder / GATES_FILE

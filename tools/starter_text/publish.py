@@ -1,0 +1,114 @@
+"""Makes the starter's folder of what `build.py` wrote: `python -m tools.starter_text.publish OUT`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig, T5Config
+
+from mole_diffusion.starter.text.location import text_starter
+from mole_diffusion.starter.text.tasks import EXPERTS, FAMILIES
+
+from .build import ADAPTERS, BASE, REPORT
+from .network import Shape
+
+
+def publish(source: Path, target: Path) -> None:
+    """Write model, tokenizer, experts as PEFT folders, and the card."""
+    report = json.loads((source / REPORT).read_text())
+    shape = Shape(**report["shape"])
+    target.mkdir(parents=True, exist_ok=True)
+    T5Config(architectures=["T5ForConditionalGeneration"], dtype="float16", **shape.config()).save_pretrained(
+        target
+    )
+    GenerationConfig(decoder_start_token_id=0, eos_token_id=1, pad_token_id=0).save_pretrained(target)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(source / name, target / name)
+    save_file(load_file(source / BASE), target / "model.safetensors", {"format": "pt"})
+    _experts(load_file(source / ADAPTERS), target / "experts", int(report["recipe"]["rank"]))
+    (target / "README.md").write_text(card(report), encoding="utf-8")
+    for path in target.rglob("*.safetensors"):
+        # They are written for their owner alone.
+        path.chmod(0o644)
+
+
+def _experts(tensors: Mapping[str, Any], folder: Path, rank: int) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, task in EXPERTS.items():
+        own = {
+            f"base_model.model.{key.removeprefix(f'{name}.')}": tensor
+            for key, tensor in tensors.items()
+            if key.startswith(f"{name}.")
+        }
+        inside = folder / name
+        inside.mkdir(parents=True)
+        header = {"format": "pt", "mole.kind": "expert", "mole.task": task.name}
+        save_file(own, inside / "adapter_model.safetensors", header)
+        config = {
+            "peft_type": "LORA",
+            "task_type": "SEQ_2_SEQ_LM",
+            "base_model_name_or_path": "mole-diffusion text starter",
+            "r": rank,
+            "lora_alpha": 2 * rank,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "inference_mode": True,
+            "target_modules": ["k", "o", "q", "v", "wi_0", "wi_1", "wo"],
+        }
+        (inside / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def card(report: Mapping[str, Any]) -> str:
+    """The model card, with the figures of the build."""
+    shape, recipe = report["shape"], report["recipe"]
+    lines = [
+        "---",
+        "license: apache-2.0",
+        "library_name: transformers",
+        "---",
+        "",
+        "# The text starter",
+        "",
+        f"A T5 (gated GELU, tied embeddings; width {shape['width']}, {shape['encoder']} +"
+        f" {shape['decoder']} layers, {shape['vocabulary']} tokens) and {len(EXPERTS)} LoRAs (rank {recipe['rank']}, all linear"
+        " matrices), trained in this project from generated tasks alone: no text of anybody is in it.",
+        "It knows invented languages, facts and rules, and nothing of the world. It is for trying and testing"
+        " mixtures of experts on any computer.",
+        "",
+        f"Built by `tools/starter_text` in {report['seconds']:.0f} s: {report['base_steps']} steps of"
+        f" {recipe['base_batch']} for the base, {report['expert_steps']} steps of"
+        f" {recipe['expert_batch']} for each expert. Half precision on disk.",
+        "",
+        f"Exact answers to {recipe['evaluated']} held-out items of each expert's own task, of the base"
+        " without it and of the expert:",
+        "",
+        "| family | expert | base | expert |",
+        "|---|---|---|---|",
+    ]
+    for family in FAMILIES:
+        for name, task in EXPERTS.items():
+            if task.family == family:
+                found = report["experts"][name]
+                lines.append(
+                    f"| {family} | {name} | {100 * found['base']:.0f} % | {100 * found['expert']:.0f} % |"
+                )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Read the options and publish."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("source", type=Path, help="folder that build.py wrote")
+    parser.add_argument("--target", type=Path, default=text_starter())
+    given = parser.parse_args()
+    publish(given.source, given.target)
+
+
+if __name__ == "__main__":
+    main()
