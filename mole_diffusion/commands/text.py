@@ -122,6 +122,7 @@ def generate(
         typer.Option(
             metavar="WORD|FILE",
             help="gates (trained), la (every expert in full), nla (every expert at 1/N), none (the base),"
+            " arrow and energy (every matrix chooses by itself),"
             " or a file that `mole text baseline` wrote.",
         ),
     ] = "gates",
@@ -134,7 +135,8 @@ def generate(
 
     Example: [bold]mole text generate "translate to vel: the cat sees the dog." -e plain-to-vel[/]
     """
-    chosen: Any = mixture if mixture in ("gates", "la", "nla", "none") else _weights(Path(mixture))
+    words = ("gates", "la", "nla", "none", "arrow", "energy")
+    chosen: Any = mixture if mixture in words else _weights(Path(mixture))
     opened = open_model(model, experts, gates, device)
     answers = opened.answer(
         texts,
@@ -263,7 +265,7 @@ def _weights(path: Path) -> dict[str, float]:
     """A weight per expert from a file of `mole text baseline`."""
     if not path.is_file():
         raise typer.BadParameter(
-            f"{str(path)!r} is none of gates, la, nla, none and no file of `mole text baseline`",
+            f"{str(path)!r} is no such word and no file of `mole text baseline`",
             param_hint="--mixture",
         )
     try:

@@ -228,7 +228,7 @@ def _fill(path: str | Path, mixtures: Mapping[str, Mixture], orders: Mapping[str
             stem = f"{part}/{group.name}"
             differences += _compare_tensors(stem, tensors, group.gate)
             state = {key: tensors.get(f"{stem}/{key}") for key in group.gate.state_dict()}
-            moved = {k: _reorder(v, order, mixture.config) for k, v in state.items() if v is not None}
+            moved = {k: _reorder(k, v, order, mixture.config) for k, v in state.items() if v is not None}
             states.append((group.gate, moved))
     if differences:
         raise GateMismatchError(f"The gates in {str(path)!r} do not fit:", differences)
@@ -337,10 +337,12 @@ def _one_sided(kind: str, file: Sequence[str], here: Sequence[str]) -> list[str]
     ]
 
 
-def _reorder(value: Tensor, order: list[int], config: MoLEConfig) -> Tensor:
+def _reorder(name: str, value: Tensor, order: list[int], config: MoLEConfig) -> Tensor:
     """Move the experts' rows (and, for gate_input "experts", their features) of a projection."""
     if value.dim() == 0 or order == list(range(len(order))):
         return value
+    if config.gate_input == "own" and not name.startswith("timestep"):
+        return value.index_select(-2, torch.tensor(order))
     value = value[..., order]
     reads_experts = config.gate_input == "experts" and value.dim() > 2  # not so the timestep's projection
     return value.index_select(-3, torch.tensor(order)) if reads_experts else value

@@ -11,7 +11,7 @@ from typing import Any
 from .errors import ConfigError
 
 GRANULARITIES = ("matrix", "layer", "block", "network")
-GATE_INPUTS = ("experts", "hidden")
+GATE_INPUTS = ("experts", "own", "hidden")
 POOLINGS = ("mean", "token", "flatten")
 COMPOSITIONS = ("delta", "output")
 GATE_FUNCTIONS = ("softmax", "sigmoid")
@@ -24,8 +24,9 @@ class MoLEConfig:
     Args:
         granularity: the matrices that share one gate: "matrix", "layer" (attention or feed-forward), "block"
             (transformer block) or "network" (paper, Table 9).
-        gate_input: "experts" (Eq. 9: the experts' own outputs, concatenated and normalised) or "hidden"
-            (the input of the group, as in the released code).
+        gate_input: "experts" (Eq. 9: the experts' own outputs, concatenated and normalised), "own" (the same,
+            but each expert's logit reads that expert's output alone: parameters grow with N and not N^2) or
+            "hidden" (the input of the group, as in the released code).
         pooling: "mean" (one gate per batch entry, any resolution), "token" (each token mixes for itself) or
             "flatten" (Eq. 10, literal: bound to one number of tokens).
         composition: "delta" (mix the low-rank deltas of each matrix) or "output" (Eq. 5-13: run the block

@@ -13,6 +13,7 @@ from . import functional
 from .errors import InjectionError, RegionMaskError
 from .networks.base import Forward
 from .ranks import Layouts
+from .routing import Route
 from .torch_state import in_backward, is_compiling, on_device
 
 
@@ -77,6 +78,7 @@ class Activation:
         fixed: (N,) weights per expert that replace the gates; None to use the gates.
         regions: region masks or None.
         mask: (N,) True for active experts; None where all are.
+        route: how each matrix weighs the experts by itself, in place of the gates; None to use the gates.
     """
 
     active: tuple[int, ...]
@@ -84,13 +86,14 @@ class Activation:
     fixed: Tensor | None = None
     regions: RegionMasks | None = None
     mask: Tensor | None = None
+    route: Route | None = None
 
     def to(self, device: torch.device) -> Activation:
         """The same with its tensors on a device."""
         scales, fixed, mask = (
             None if value is None else value.to(device) for value in (self.scales, self.fixed, self.mask)
         )
-        return Activation(self.active, scales, fixed, self.regions, mask)
+        return Activation(self.active, scales, fixed, self.regions, mask, self.route)
 
 
 #: Rank weights by layout of the matrix, data type and, where it matters, number of tokens.

@@ -23,6 +23,7 @@ from .experts import Expert
 from .mixture import Mixture, mixture_on, unwrapped
 from .networks import map_network
 from .records import Recorder
+from .routing import Route
 from .turns import OneThread
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class Choice:
         latent_size: (height, width) of the latent; None to read it off the network's input.
         weights: fixed weights that replace the gates.
         base_only: no expert counts, and nothing else of them either (their trigger words).
+        route: how each matrix weighs the experts by itself, in place of the gates.
     """
 
     active: Sequence[str] | None = None
@@ -50,6 +52,7 @@ class Choice:
     latent_size: tuple[int, int] | None = None
     weights: Mapping[str, float] | None = None
     base_only: bool = False
+    route: Route | None = None
 
     def apply(self, mixtures: Iterable[Mixture]) -> None:
         """Set mixtures to this.
@@ -68,6 +71,7 @@ class Choice:
                 region_masks=self.regions if mixture.in_picture else None,
                 latent_size=self.latent_size if mixture.in_picture else None,
                 weights=self.weights,
+                route=self.route,
             )
 
 

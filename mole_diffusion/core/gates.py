@@ -40,7 +40,8 @@ class Gate(nn.Module):
             has timesteps to read.
 
     Attributes:
-        projection: (N, d, N) for "experts", (d, N) for "hidden"; with a leading L for "flatten".
+        projection: (N, d, N) for "experts", (N, d) for "own", (d, N) for "hidden"; with a leading L for
+            "flatten".
         context_projection: the same for text tokens, or None.
         timestep_projection: (functional.TIMESTEP_FEATURES, N), or None.
         log_temperature: log tau.
@@ -85,7 +86,14 @@ class Gate(nn.Module):
         body = (features, self.experts)
         if self.config.gate_input == "experts":
             body = (self.experts, *body)  # type: ignore[assignment]
+        elif self.own:
+            body = body[::-1]
         return body if tokens is None else (tokens, *body)
+
+    @property
+    def own(self) -> bool:
+        """Whether each expert's logit reads that expert's output alone."""
+        return self.config.gate_input == "own"
 
     def _scalar(self, name: str, value: float, *, learn: bool) -> None:
         if learn:
@@ -138,7 +146,7 @@ class Gate(nn.Module):
 
         def build() -> Tensor:
             tau = on_device(self.temperature, z.device)
-            projected = factors.project(on_device(projection, z.device)) / tau
+            projected = factors.project(on_device(projection, z.device), own=self.own) / tau
             return projected if flat or isinstance(root, tuple) else torch.cat([projected, root], dim=1)
 
         projected = self.cache.get((stream, z.device), [projection, self.log_temperature], build)
@@ -156,13 +164,16 @@ class Gate(nn.Module):
         """Logits over tau from explicit features.
 
         Args:
-            features: (B, L, d) group input ("hidden") or (B, L, N, d) expert outputs ("experts"), float32.
+            features: (B, L, d) group input ("hidden") or else (B, L, N, d) expert outputs, float32.
             stream: "tokens" or "context".
             real: (B, L, 1) share of each token in means, 0 for padding; None where all are real.
         Returns:
             (B, 1, N), or (B, L, N) for pooling "token".
         """
         projection = on_device(self.projection_for(stream), features.device)
+        if self.own:
+            own = torch.eye(self.experts, device=projection.device).unsqueeze(-2)
+            projection = projection.unsqueeze(-1) * own
         tau = on_device(self.temperature, features.device)
         if self.config.pooling == "flatten":
             self._check_tokens(features.shape[1], stream)
@@ -359,9 +370,9 @@ class _GateBuilder:
         else:
             firsts = [slots[0]]
         leaders = [leader_for(first, slots) for first in firsts]
-        side = 0 if self.config.gate_input == "experts" else 1
+        side = 1 if self.config.gate_input == "hidden" else 0
         for leader in leaders:
-            leader.leads = self.config.gate_input == "experts"
+            leader.leads = self.config.gate_input != "hidden"
         return self._gate([leader.shape[side] for leader in leaders], sites)
 
     def context_reader(self, first: Site, slots: Mapping[str, MatrixSlot]) -> tuple[MatrixSlot | None, Site]:

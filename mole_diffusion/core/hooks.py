@@ -118,6 +118,8 @@ class MatrixHook:
             return self._solo(x, output)
         with without_autocast(device):
             plan = slot.plan(self.context.layouts, device, dtype)
+            if self.context.activation.route is not None:
+                return self._routed(plan, x, output)
             values = [self._gate(stream, label, leader, x, output) for stream, label, leader in self._gates]
             z = self.bundle.project(slot, x, device, dtype) if slot.read else None
             if plan.up is None or z is None:
@@ -128,6 +130,22 @@ class MatrixHook:
             if weights.dim() == 3:
                 z = z.view(x.shape[0], -1, z.shape[-1])
             return functional.add_mixed_delta(output, z, weights, plan.up, slot.rows)
+
+    def _routed(self, plan: MatrixPlan, x: Tensor, output: Tensor) -> Tensor | None:
+        """The matrix weighs the experts by itself."""
+        slot, context, device, dtype = self.slot, self.context, output.device, output.dtype
+        route = context.activation.route
+        if plan.up is None or route is None:
+            return None
+        z = self.bundle.project(slot, x, device, dtype)
+        if plan.columns is not None:
+            z = z.index_select(-1, plan.columns)
+        weights = route.weights(slot.route_factors(route, device), as_type(z, torch.float32), plan.owners)
+        if context.activation.scales is not None:
+            weights = weights * on_device(context.activation.scales, device)
+        return functional.add_mixed_delta(
+            output, z, as_type(weights @ plan.owners, dtype), plan.up, slot.rows
+        )
 
     def _gate(
         self, stream: str, label: str, leader: MatrixSlot | None, x: Tensor, output: Tensor
@@ -321,7 +339,7 @@ class BlockHook:
     def _deltas(self, module: nn.Module, bases: list[Tensor]) -> dict[int, list[Tensor]]:
         """Expert index -> (B, L, d) for each returned tensor; of all experts if the gate reads them."""
         activation = self.context.activation
-        reads_all = self.group.gate.config.gate_input == "experts" and len(activation.active) > 1
+        reads_all = self.group.gate.config.gate_input != "hidden" and len(activation.active) > 1
         args, kwargs = self._inputs
         deltas = {}
         for i in range(self.context.experts) if reads_all else activation.active:

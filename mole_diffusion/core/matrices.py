@@ -17,6 +17,7 @@ from .factors import LoraFactors, swap_halves
 from .modules import kernel_size, site_shape
 from .networks.base import NetworkMap
 from .ranks import GateFactors, Layouts, SharedDown, gate_factors, rank_rows, share_down
+from .routing import Route
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +123,13 @@ class MatrixSlot:
     def gate_factors(self, experts: int, device: torch.device) -> GateFactors:
         """What the gate of N experts needs to read their outputs in rank space."""
         return self.cache.get(("gate", device), lambda: gate_factors(self.factors, experts, device))
+
+    def route_factors(self, route: Route, device: torch.device) -> Tensor:
+        """What a route needs to score the active experts, see `Route.factors`."""
+        used = {i: self.factors[i] for i in self.used}
+        return self.cache.get(
+            ("route", route.kind, self.used, device), lambda: route.factors(used).to(device)
+        )
 
     def release(self) -> None:
         """Let go of everything on a device."""

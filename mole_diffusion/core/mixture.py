@@ -31,6 +31,7 @@ from .matrices import build_bundles
 from .modules import Arrangement, base_layer
 from .networks import map_network
 from .networks.base import DENOISER, Architecture, NetworkMap, Role
+from .routing import Route
 from .scaling import check_scale
 from .torch_state import is_compiling
 
@@ -164,6 +165,7 @@ class Mixture:
         region_masks: Mapping[str, Tensor] | None = None,
         latent_size: tuple[int, int] | None = None,
         weights: Mapping[str, float] | None = None,
+        route: Route | None = None,
     ) -> None:
         """Choose experts, scales, regions and weights for the following forwards, in place of earlier ones.
 
@@ -178,12 +180,19 @@ class Mixture:
             weights: fixed weights that replace the gates (and their strength): 1 each is linear arithmetic,
                 1/N each the normalised form. Experts that are not named get 0. Under region masks a fixed
                 weight is multiplied by the mask and not renormalised.
+            route: lets each matrix weigh the experts token by token, without gates and without training.
         Raises:
             UnknownExpertError: a name is not among the experts.
             AllExpertsMaskedError: `active_experts` is empty.
             ConfigError: a scale or weight is not finite, or far too large.
             RegionMaskError: a mask has wrong axes, values or proportions, or this is a text encoder.
+            ConfigError: a route is asked for beside fixed weights or regions, or block outputs are mixed.
         """
+        if route is not None and (weights is not None or region_masks or self.config.composition == "output"):
+            raise ConfigError(
+                "A route is how matrices weigh the experts by themselves: it goes with neither fixed "
+                "weights, nor region masks, nor composition='output'."
+            )
         active, scales = self._chosen(active_experts, expert_scales or {})
         fixed: list[float] | None = None
         if weights is not None:
@@ -204,6 +213,7 @@ class Mixture:
                 None if fixed is None else torch.tensor(fixed),
                 regions,
                 None if everybody else functional.active_mask(active, len(self.experts)),
+                route if len(active) > 1 else None,
             )
         self.to(network_device(self.network) or self._device)
         self._measure()

@@ -157,15 +157,24 @@ class GateFactors:
         ups: for each rank that occurs, their s_i B_i^T (n, r, d).
         order: (R,) places of the ranks, in the order of the experts, among those of `ups`; None for the same.
         root: C of `functional.expert_logits`.
+        owners: (R, N) one-hot owner of each rank.
     """
 
     experts: tuple[Tensor | None, ...]
     ups: tuple[Tensor, ...]
     order: Tensor | None
     root: functional.Root
+    owners: Tensor
 
-    def project(self, projection: Tensor) -> Tensor:
-        """P (..., R, N) of `functional.expert_logits` for a gate's projection (..., N, d, N)."""
+    def project(self, projection: Tensor, *, own: bool = False) -> Tensor:
+        """P (..., R, N) of `functional.expert_logits`.
+
+        Args:
+            projection: of the gate, (..., N, d, N); or (..., N, d) where experts score their own outputs.
+            own: whether they do.
+        """
+        if own:
+            return self.project(projection.unsqueeze(-1)) * self.owners
         parts = []
         for experts, ups in zip(self.experts, self.ups, strict=True):
             theirs = projection if experts is None else projection.index_select(-3, experts)
@@ -187,12 +196,14 @@ def gate_factors(factors: Mapping[int, LoraFactors], experts: int, device: torch
         for own in alike.values()
     )
     everybody = list(range(experts))
+    owners = [i for i, one in factors.items() for _ in range(one.width)]
     chosen = None if places == sorted(places) else torch.tensor(places, device=device)
     return GateFactors(
         tuple(None if own == everybody else torch.tensor(own, device=device) for own in alike.values()),
         stacked,
         None if chosen is None else chosen.argsort(),
         _root(stacked, alike, chosen),
+        nn.functional.one_hot(torch.tensor(owners), experts).float().to(device),
     )
 
 

@@ -1,7 +1,7 @@
 """A weight per expert found by gradient-free search, after LoRAHub (Huang et al. 2023, arXiv 2307.13269).
 
-With their optimiser, bounds and penalty, but on the experts' deltas, where theirs mixes factors
-(`mole_diffusion.text.merging.lorahub` does). The objective is that of gate training, without gradient, so that
+With their optimiser, bounds and penalty, but on the experts' deltas, where theirs mixes factors (as
+`mole_diffusion.text.merging.lorahub` does). The objective is that of gate training, without gradient, so that
 both are given the same: the same pictures, and as many passes of the UNet. Every candidate is judged on the
 same draws.
 """

@@ -13,9 +13,10 @@ from mole_diffusion.core.ensemble import Ensemble
 from mole_diffusion.core.experts import Expert
 from mole_diffusion.core.mixture import Mixture
 from mole_diffusion.core.records import GateWeights
+from mole_diffusion.core.routing import Route
 
-#: What `mixture=` may be: a word, or a weight per expert.
-MixtureWord = str | Mapping[str, float]
+#: What `mixture=` may be: a word, a weight per expert, or a route.
+MixtureWord = str | Mapping[str, float] | Route
 
 
 class Composed(Protocol):

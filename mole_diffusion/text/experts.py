@@ -14,13 +14,20 @@ from torch import nn
 
 from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.ensemble import Choice, Ensemble
-from mole_diffusion.core.errors import ExpertLoadError, InjectionError, NoExpertsError, UnknownExpertError
+from mole_diffusion.core.errors import (
+    ConfigError,
+    ExpertLoadError,
+    InjectionError,
+    NoExpertsError,
+    UnknownExpertError,
+)
 from mole_diffusion.core.experts import Expert, load_expert
-from mole_diffusion.core.fixed import fixed_mixture
+from mole_diffusion.core.fixed import FIXED, fixed_mixture
 from mole_diffusion.core.mixture import Mixture
 from mole_diffusion.core.networks import find_network
 from mole_diffusion.core.networks.t5 import READER, WRITER
 from mole_diffusion.core.records import GateWeights, MeanRecorder
+from mole_diffusion.core.routing import ROUTES, Route
 from mole_diffusion.sources import find_expert_file
 from mole_diffusion.text.composed import MixtureWord
 
@@ -190,7 +197,8 @@ class Seq2SeqExperts:
             active_experts: the experts that count, the rest is renormalised; None is all.
             expert_scales: factor per expert, in place of the one it was loaded with; one of 0 is left out.
             mixture: "gates"; "la" (every expert with weight 1); "nla" (1/N); "none" (the base model,
-                bitwise); or a weight per expert, which also names the active ones.
+                bitwise); "arrow" or "energy" (each matrix weighs by itself, without training), or a `Route`
+                for other settings of them; or a weight per expert, which also names the active ones.
 
         Raises:
             NoExpertsError: something was asked of experts and none is loaded.
@@ -200,9 +208,7 @@ class Seq2SeqExperts:
         plain = active_experts is None and not expert_scales
         if not ensemble.experts and not (plain and mixture in ("gates", "none")):
             raise NoExpertsError("no experts are loaded: call load_expert() first")
-        active, weights = fixed_mixture(mixture, list(ensemble.experts), active_experts)
-        base_only = mixture == "none"
-        with ensemble.choosing(Choice(active, expert_scales, None, None, weights, base_only)):
+        with ensemble.choosing(_choice(list(ensemble.experts), active_experts, expert_scales, mixture)):
             yield
 
     @contextmanager
@@ -293,6 +299,24 @@ class Seq2SeqExperts:
         """Where the model is."""
         device: torch.device = next(self.model.parameters()).device
         return device
+
+
+def _choice(
+    known: Sequence[str],
+    active: Sequence[str] | None,
+    scales: Mapping[str, float] | None,
+    mixture: MixtureWord,
+) -> Choice:
+    """What counts, as `Seq2SeqExperts.active` is told."""
+    if isinstance(mixture, str) and mixture in ROUTES:
+        mixture = Route(mixture)
+    if isinstance(mixture, Route):
+        return Choice(active, scales, route=mixture)
+    if isinstance(mixture, str) and mixture not in FIXED:
+        words = [*FIXED, *ROUTES]
+        raise ConfigError(f"mixture is {mixture!r}, expected one of {words} or a weight per expert")
+    chosen, weights = fixed_mixture(mixture, known, active)
+    return Choice(chosen, scales, weights=weights, base_only=mixture == "none")
 
 
 def stacks_of(model: nn.Module) -> dict[str, nn.Module]:

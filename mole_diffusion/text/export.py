@@ -19,6 +19,7 @@ from mole_diffusion.core.modules import base_layer
 from mole_diffusion.core.networks import map_network
 from mole_diffusion.core.peft_folder import ADAPTER_FILES
 from mole_diffusion.core.records import MeanWeights
+from mole_diffusion.core.routing import ROUTES, Route
 from mole_diffusion.text.composed import Composed, MixtureWord, Reading
 
 _BATCH = 16
@@ -69,6 +70,8 @@ def export(
         raise ConfigError(
             f"rank is {rank!r}; allowed are whole numbers from 1, or None for the exact mixture"
         )
+    if isinstance(mixture, Route) or mixture in ROUTES:
+        raise ConfigError("a route weighs the experts token by token: it has no static mixture to export")
     ensemble = model.ensemble
     chosen, fixed = fixed_mixture(mixture, list(ensemble.experts), active)
     if fixed is not None:

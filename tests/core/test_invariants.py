@@ -43,6 +43,7 @@ FORMS = [
     MoLEConfig(granularity="block", pooling="mean", gate_input="hidden"),
     MoLEConfig(granularity="block", pooling="flatten"),
     MoLEConfig(granularity="layer", pooling="token", gate_input="hidden"),
+    MoLEConfig(granularity="block", pooling="token", gate_input="own"),
     MoLEConfig(granularity="block", pooling="token", gate_function="sigmoid", timestep=True),
     MoLEConfig(granularity="block", pooling="mean", gate_input="hidden", gate_function="sigmoid"),
     MoLEConfig(granularity="network", pooling="mean"),
@@ -223,7 +224,9 @@ def test_reordering_experts_with_their_gate_rows_changes_nothing(form: MoLEConfi
         for old, new in zip(first.groups, second.groups, strict=True):
             for key, value in old.gate.state_dict().items():
                 if value.dim():
-                    value = value[..., order]
+                    # Features of one expert each have no axis for the weights that they give.
+                    rows = -2 if form.gate_input == "own" else -1
+                    value = value.index_select(rows, torch.tensor(order))
                     if form.gate_input == "experts" and value.dim() > 2:  # not the timestep's
                         value = value.index_select(-3, torch.tensor(order))
                 new.gate.state_dict()[key].copy_(value)

@@ -10,15 +10,15 @@ import torch
 
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.methods import PrepareOptions, prepare
-from mole_diffusion.methods.search import (
+from mole_diffusion.methods.search import HISTORY_FILE
+from mole_diffusion.pictures.training.judging import ObjectiveScore
+from mole_diffusion.training.search import (
     BOUND,
-    HISTORY_FILE,
     History,
-    _optimiser_maker,
     l1_penalty,
     minimise,
+    optimiser_maker,
 )
-from mole_diffusion.pictures.training.judging import ObjectiveScore
 
 # nevergrad's own dependencies warn.
 pytestmark = [
@@ -37,7 +37,7 @@ def quadratic(weights: Sequence[float]) -> tuple[float, int]:
 
 
 def test_finds_the_weights_of_a_known_function() -> None:
-    found, value = minimise(quadratic, _optimiser_maker(3, seed=0), passes=200, first=[0.0] * 3)
+    found, value = minimise(quadratic, optimiser_maker(3, seed=0), passes=200, first=[0.0] * 3)
     assert found == pytest.approx(BEST, abs=0.1)
     assert value < 0.03
 
@@ -49,7 +49,7 @@ def test_stays_within_the_bounds_and_the_budget() -> None:
         assert all(abs(w) <= BOUND for w in weights)
         return sum((w - 9) ** 2 for w in weights), 3
 
-    found, _ = minimise(far, _optimiser_maker(2, seed=0), passes=100, first=[0.0, 0.0], history=history)
+    found, _ = minimise(far, optimiser_maker(2, seed=0), passes=100, first=[0.0, 0.0], history=history)
     assert sum(row.passes for row in history.rows) <= 100
     assert len(history.rows) >= 30
     assert found == pytest.approx([BOUND, BOUND], abs=0.1)
@@ -57,7 +57,7 @@ def test_stays_within_the_bounds_and_the_budget() -> None:
 
 def test_a_search_that_was_cut_off_goes_on(tmp_path) -> None:
     whole = History()
-    expected = minimise(quadratic, _optimiser_maker(3, seed=3), 60, [0.0] * 3, whole)
+    expected = minimise(quadratic, optimiser_maker(3, seed=3), 60, [0.0] * 3, whole)
     path = tmp_path / HISTORY_FILE
 
     class Cut(Exception):
@@ -69,7 +69,7 @@ def test_a_search_that_was_cut_off_goes_on(tmp_path) -> None:
         return quadratic(weights)
 
     with pytest.raises(Cut):
-        minimise(cut, _optimiser_maker(3, seed=3), 60, [0.0] * 3, History(path))
+        minimise(cut, optimiser_maker(3, seed=3), 60, [0.0] * 3, History(path))
     with path.open("a") as file:
         file.write('{"weights": [0.1')  # killed while writing
     evaluated = []
@@ -78,7 +78,7 @@ def test_a_search_that_was_cut_off_goes_on(tmp_path) -> None:
         evaluated.append(weights)
         return quadratic(weights)
 
-    assert minimise(counted, _optimiser_maker(3, seed=3), 60, [0.0] * 3, History(path)) == expected
+    assert minimise(counted, optimiser_maker(3, seed=3), 60, [0.0] * 3, History(path)) == expected
     assert len(evaluated) == len(whole.rows) - 11
     assert [row.weights for row in History(path).rows] == [row.weights for row in whole.rows]
 

@@ -38,8 +38,8 @@ def tiny_t5(seed: int = 0, **options: Any) -> T5ForConditionalGeneration:
     return model
 
 
-def save_adapter(model: Any, folder: Path, seed: int, **options: Any) -> Path:
-    """A LoRA at random, as PEFT saves it."""
+def save_adapter(model: Any, folder: Path, seed: int, *, loudest: float = 1.0, **options: Any) -> Path:
+    """A LoRA at random, as PEFT saves it; one of its ranks may be louder than the others."""
     torch.manual_seed(seed)
     config = LoraConfig(
         task_type="SEQ_2_SEQ_LM",
@@ -50,6 +50,8 @@ def save_adapter(model: Any, folder: Path, seed: int, **options: Any) -> Path:
         for name, parameter in wrapped.named_parameters():
             if "lora_" in name:
                 parameter.normal_(0, 0.4)
+            if "lora_B" in name:
+                parameter[:, 0].mul_(loudest)
     wrapped.save_pretrained(folder)
     return folder
 
@@ -87,7 +89,8 @@ def make(base: Any, tokenizer: Any, adapters: list[Path]) -> Make:
         count: int = 2, config: MoLEConfig | None = None, *, trained: bool = True, **options: Any
     ) -> Any:
         model = MoLEForSeq2SeqLM(copy.deepcopy(base), tokenizer, config=config, **options)
-        model.load_experts(adapters[:count])
+        if count:
+            model.load_experts(adapters[:count])
         if trained:
             torch.manual_seed(5)
             with torch.no_grad():

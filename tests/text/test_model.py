@@ -37,6 +37,8 @@ FORMS = {
     "token, hidden": MoLEConfig(gate_input="hidden"),
     "matrix": MoLEConfig(granularity="matrix"),
     "layer": MoLEConfig(granularity="layer"),
+    "own": MoLEConfig(gate_input="own"),
+    "own, mean": MoLEConfig(gate_input="own", pooling="mean"),
     "mean": MoLEConfig(pooling="mean"),
     "mean, hidden": MoLEConfig(pooling="mean", gate_input="hidden"),
     "network": MoLEConfig(pooling="mean", granularity="network"),
@@ -236,10 +238,9 @@ def test_patterns_rslora_and_pickles(base: Any, tmp_path: Path) -> None:
         compose(copy.deepcopy(base), [folder])
 
 
-@pytest.mark.parametrize(
-    "config", [FORMS["token"], FORMS["mean"], FORMS["network"]], ids=["token", "mean", "network"]
-)
-def test_gates_file(make: Make, config: MoLEConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["token", "own", "mean", "network"])
+def test_gates_file(make: Make, form: str, tmp_path: Path) -> None:
+    config = FORMS[form]
     model = make(2, config)
     batch = model.read(TEXTS)
     model.save_gates(tmp_path / "gates.safetensors")
@@ -370,3 +371,19 @@ def test_checkpoints_that_early_versions_ran_wrongly(
         monkeypatch.delattr(model.config, "scale_decoder_outputs")
     tell_of_wrong_scaling(tmp_path, model, {})
     assert "scales the outputs" in caplog.text
+
+
+def test_own_gates_grow_with_the_experts_and_follow_them(
+    make: Make, adapters: list[Path], tmp_path: Path
+) -> None:
+    sizes = {}
+    for count in (1, 2, 3):
+        model = make(count, FORMS["own"])
+        sizes[count] = sum(g.gate.projection.numel() for m in model.mixtures.values() for g in m.groups)
+    assert sizes[2] - sizes[1] == sizes[3] - sizes[2] == sizes[1]
+    batch = model.read(TEXTS)
+    model.save_gates(tmp_path / "gates.safetensors")
+    other = make(0)
+    other.load_experts(adapters[::-1])
+    other.load_gates(tmp_path / "gates.safetensors")
+    assert_close(logits(other, batch), logits(model, batch), rtol=1e-4, atol=1e-4)

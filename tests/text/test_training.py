@@ -31,10 +31,12 @@ def examples(model: MoLEForSeq2SeqLM, expert: str) -> list[tuple[str, str]]:
     return list(zip(SOURCES, answers, strict=True))
 
 
-def loss(model: MoLEForSeq2SeqLM, pairs: list[tuple[str, str]], active: list[str] | None = None) -> float:
+def loss(
+    model: MoLEForSeq2SeqLM, pairs: list[tuple[str, str]], active: Any = None, weights: Any = "gates"
+) -> float:
     """Cross entropy of all pairs together."""
     objective = CrossEntropy(model.model, model.tokenizer, pairs, FAST)
-    with torch.no_grad(), model.active(active):
+    with torch.no_grad(), model.active(active, mixture=weights):
         return float(objective.loss(pairs))
 
 

@@ -76,8 +76,9 @@ def card(report: Mapping[str, Any]) -> str:
         "# The text starter",
         "",
         f"A T5 (gated GELU, tied embeddings; width {shape['width']}, {shape['encoder']} +"
-        f" {shape['decoder']} layers, {shape['vocabulary']} tokens) and {len(EXPERTS)} LoRAs (rank {recipe['rank']}, all linear"
-        " matrices), trained in this project from generated tasks alone: no text of anybody is in it.",
+        f" {shape['decoder']} layers, {shape['vocabulary']} tokens) and {len(EXPERTS)} LoRAs (rank"
+        f" {recipe['rank']}, all linear matrices), trained in this project"
+        " from generated tasks alone: no text of anybody is in it.",
         "It knows invented languages, facts and rules, and nothing of the world. It is for trying and testing"
         " mixtures of experts on any computer.",
         "",

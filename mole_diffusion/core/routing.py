@@ -1,0 +1,90 @@
+"""Routes: how a matrix weighs the experts by itself, token by token, without gates and without training.
+
+All in rank space, where the products with the down factors are there already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError
+from .factors import LoraFactors
+
+ROUTES = ("arrow", "energy")
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which experts a token goes to in a matrix, and in what shares.
+
+    Args:
+        kind: "arrow": how far the token points along the direction that an expert answers most to, the first
+            right singular vector of its delta (Ostapenko et al. 2024; as PEFT's `create_arrow_model`); or
+            "energy": how large the expert's whole answer is, for the size of its delta.
+        top_k: how many experts share a token.
+        temperature: tau of the softmax over their scores, above 0.
+
+    Raises:
+        ConfigError: a value is not allowed.
+    """
+
+    kind: str = "arrow"
+    top_k: int = 3
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ROUTES:
+            raise ConfigError(f"kind={self.kind!r} is not allowed; choose one of {', '.join(ROUTES)}.")
+        if self.top_k < 1 or not self.temperature > 0:
+            raise ConfigError(
+                f"top_k={self.top_k!r} and temperature={self.temperature!r}: the one must be at least 1, "
+                "the other above 0."
+            )
+
+    def factors(self, factors: Mapping[int, LoraFactors]) -> Tensor:
+        """What scores z: w of (R,) with |w . z| for "arrow", C (R, R) with |z C| for "energy"; float32."""
+        parts = [_arrow(one) if self.kind == "arrow" else _energy(one) for one in factors.values()]
+        if self.kind == "arrow":
+            return torch.cat(parts)
+        stacked: Tensor = torch.block_diag(*parts)  # type: ignore[no-untyped-call]
+        return stacked
+
+    def weights(self, factors: Tensor, z: Tensor, owners: Tensor) -> Tensor:
+        """(M, N) shares of the experts; those without the matrix, and those left out, have 0.
+
+        Args:
+            factors: see `factors`.
+            z: (M, R) rank activations of the experts that count.
+            owners: (N, R) one-hot owner of each rank.
+        """
+        if self.kind == "arrow":
+            scores = ((z * factors) @ owners.T).abs()
+        else:
+            scores = ((z @ factors).square() @ owners.T).clamp_min(0.0).sqrt()
+        scores = scores.masked_fill(~owners.any(-1), float("-inf"))
+        chosen, places = scores.topk(min(self.top_k, int(owners.shape[0])), dim=-1)
+        shares = torch.softmax(chosen / self.temperature, dim=-1)
+        return torch.zeros_like(scores).scatter(-1, places, shares)
+
+
+def _arrow(one: LoraFactors) -> Tensor:
+    """(width,) w with |w . A x| = |v . x|, where v is the first right singular vector of B A."""
+    down, up = (factor.float() for factor in one.matrices)
+    q, r = torch.linalg.qr(down.T)
+    _, _, right = torch.linalg.svd(torch.linalg.qr(up)[1] @ r.T)
+    # v = q y lies in the rows of A, and q^T x = (r^T)^-1 A x.
+    w = torch.linalg.pinv(r) @ right[0] if q.numel() else right[0]
+    return torch.nn.functional.pad(w, (0, one.width - one.rank))
+
+
+def _energy(one: LoraFactors) -> Tensor:
+    """(width, width) C with |z C| = |B z| / |B A| (Frobenius)."""
+    down, up = (factor.float() for factor in one.matrices)
+    r = torch.linalg.qr(up)[1]
+    size = torch.linalg.norm(r @ down).clamp_min(1e-12)
+    missing = one.width - one.rank
+    return torch.nn.functional.pad(r.T / size, (0, missing + one.rank - r.shape[0], 0, missing))
