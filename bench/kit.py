@@ -31,7 +31,7 @@ SOURCES = (
     "assets/starter/tokenizer",
     "tests/gpu",
     "tests/core",
-    "tests/tiny_pipeline.py",
+    "tests/tiny",
 )
 #: What the code, its tests and the measurements import beside PyTorch; what these need comes along.
 WANTED = (

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from diffusers import ChromaTransformer2DModel, FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import save_file
+from tiny.flux import filled
 from torch import Tensor, nn
-from transformer_components import filled
 
 from mole_diffusion import Expert, MoLEConfig, inject, load_expert, save_gates
 from mole_diffusion.core.networks import map_network

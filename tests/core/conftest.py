@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 from diffusers import UNet2DConditionModel
+from tiny.networks import make_clip, make_unet
 from transformers import CLIPTextModel
-
-from .core_tools import make_clip, make_unet
 
 
 @pytest.fixture

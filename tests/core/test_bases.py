@@ -8,6 +8,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
+from tiny.families import make_unet as make_family
+from tiny.networks import make_clip, make_unet, run
 from torch import Tensor, nn
 
 from mole_diffusion import Expert, ExpertLoadError, InjectionError, MoLEConfig, inject, load_expert
@@ -15,9 +17,6 @@ from mole_diffusion.core.bases import base_of_expert, base_of_networks, check_pr
 from mole_diffusion.core.inspection import describe_file
 from mole_diffusion.core.networks.base import Base
 from mole_diffusion.core.networks.families import FLUX1, SD1, SD2, SDXL
-
-from .core_tools import make_clip, make_unet, run
-from .dialect_tools import make_unet as make_family
 
 QUERY = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 

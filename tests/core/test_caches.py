@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny.networks import lora_state, randomise, run, to_experts
 from torch import Tensor, nn
 
 from mole_diffusion import MoLEConfig, inject
@@ -12,7 +13,6 @@ from mole_diffusion.core.factors import LoraFactors
 from mole_diffusion.core.functional import expert_logits, expert_logits_flat, joined_logits
 from mole_diffusion.core.ranks import gate_factors
 
-from .core_tools import lora_state, randomise, run, to_experts
 from .test_invariants import assert_close, differs
 
 CPU = torch.device("cpu")

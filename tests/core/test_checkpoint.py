@@ -11,6 +11,16 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny.networks import (
+    CLIP_TEXT,
+    lora_state,
+    make_clip,
+    make_experts,
+    make_unet,
+    randomise,
+    run,
+    to_experts,
+)
 from torch import nn
 
 from mole_diffusion import (
@@ -26,7 +36,6 @@ from mole_diffusion import (
 from mole_diffusion.core.checkpoint import FORMAT_VERSION
 from mole_diffusion.core.inspection import describe_file
 
-from .core_tools import CLIP_TEXT, lora_state, make_clip, make_experts, make_unet, randomise, run, to_experts
 from .test_invariants import FORMS, assert_close, differs, form_id
 
 DATA = Path(__file__).parents[1] / "data"

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from tiny.networks import make_unet, randomise, run, with_peft
 from torch import Tensor, nn
 
 from mole_diffusion import Expert, Mixture, MoLEConfig, inject, load_gates, save_gates
 
-from .core_tools import make_unet, randomise, run, with_peft
 from .test_invariants import assert_close, differs
 from .test_lycoris import dora, expert_of, locon_state, merged
 

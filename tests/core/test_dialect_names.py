@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from tiny.families import KOHYA_XL, dotted, flat, ldm_names, make_text, make_unet, matrices
+from tiny.networks import LDMUNet
 from torch import nn
 
 from mole_diffusion.core.keys import parse_key
 from mole_diffusion.core.networks import map_network
 from mole_diffusion.core.networks.unet.names import layers_of
-
-from .core_tools import LDMUNet
-from .dialect_tools import KOHYA_XL, dotted, flat, ldm_names, make_text, make_unet, matrices
 
 SUFFIXES = (
     *(".lora_down.weight", ".dora_scale", ".lora.up.weight"),

@@ -9,11 +9,7 @@ import diffusers
 import pytest
 import torch
 from packaging.version import Version
-from torch import Tensor, nn
-
-from mole_diffusion import Expert, MoLEConfig, inject
-
-from .dialect_tools import (
+from tiny.families import (
     ATTENTION_LEAVES,
     DIFFUSERS,
     KOHYA_1,
@@ -29,6 +25,9 @@ from .dialect_tools import (
     with_diffusers,
     write,
 )
+from torch import Tensor, nn
+
+from mole_diffusion import Expert, MoLEConfig, inject
 
 FAMILIES = ("sd15", "sd21", "sdxl")
 KOHYA_SUFFIXES = (".lora_down.weight", ".lora_up.weight")

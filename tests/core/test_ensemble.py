@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny.networks import CLIP_TARGETS, UNET_TARGETS, lora_state, make_clip, make_unet, randomise, run
 from torch import Tensor, nn
 
 from mole_diffusion import (
@@ -30,7 +31,6 @@ from mole_diffusion.core.ensemble import Choice, Ensemble
 from mole_diffusion.core.mixture import mixture_on, network_device
 from mole_diffusion.core.records import Recorder
 
-from .core_tools import CLIP_TARGETS, UNET_TARGETS, lora_state, make_clip, make_unet, randomise, run
 from .test_invariants import assert_close, differs
 
 EPSILON = {"prediction_type": "epsilon"}

@@ -13,12 +13,11 @@ from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
+from tiny.networks import lora_state, make_unet, run, with_peft
 from torch import Tensor, nn
 
 from mole_diffusion import ConfigError, Expert, ExpertLoadError, MoLEConfig, inject, load_expert
 from mole_diffusion.core.keys import parse_key
-
-from .core_tools import lora_state, make_unet, run, with_peft
 
 
 def reference(unet: nn.Module, clip: nn.Module) -> dict[str, Tensor]:

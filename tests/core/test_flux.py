@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from tiny.networks import make_experts, randomise, run
+from tiny.transformers import chroma_inputs, flux_inputs, fused, make_chroma, make_flux, places
 from torch import Tensor, nn
 
 from mole_diffusion import ConfigError, Expert, InjectionError, MoLEConfig, RegionMaskError, inject
@@ -18,10 +20,8 @@ from mole_diffusion.core.keys import parse_key
 from mole_diffusion.core.networks import map_network
 from mole_diffusion.core.networks.families import FLUX1
 
-from .core_tools import make_experts, randomise, run
 from .test_invariants import FORMS, assert_close, differs, form_id
 from .test_robustness import gradients
-from .transformers import chroma_inputs, flux_inputs, fused, make_chroma, make_flux, places
 
 kinds = pytest.mark.parametrize("make", [make_flux, make_chroma])
 

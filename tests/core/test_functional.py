@@ -6,12 +6,11 @@ import math
 
 import pytest
 import torch
+from tiny.networks import make_experts, randomise, run
 from torch import nn
 
 from mole_diffusion import MoLEConfig, inject
 from mole_diffusion.core import functional
-
-from .core_tools import make_experts, randomise, run
 
 
 def literal_expert_logits(

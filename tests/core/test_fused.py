@@ -7,6 +7,8 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxAttention
 from peft import LoraConfig, inject_adapter_in_model
+from tiny.families import make_text, run_part
+from tiny.networks import lora_state, make_experts, make_joint, make_unet, randomise, run, to_experts, twin
 from torch import Tensor, nn
 
 from mole_diffusion import Expert, ExpertLoadError, InjectionError, MoLEConfig, inject
@@ -15,8 +17,6 @@ from mole_diffusion.core.factors import LoraFactors
 from mole_diffusion.core.modules import runs_fused
 from mole_diffusion.core.ranks import SharedDown
 
-from .core_tools import lora_state, make_experts, make_joint, make_unet, randomise, run, to_experts, twin
-from .dialect_tools import make_text, run_part
 from .test_invariants import FORMS, assert_close, differs, form_id
 
 forms = pytest.mark.parametrize("form", FORMS, ids=form_id)

@@ -6,6 +6,17 @@ import math
 
 import pytest
 import torch
+from tiny.networks import (
+    LDMUNet,
+    active_weights,
+    lora_state,
+    make_clip,
+    make_experts,
+    make_unet,
+    randomise,
+    run,
+    to_experts,
+)
 from torch import nn
 
 from mole_diffusion import (
@@ -22,17 +33,6 @@ from mole_diffusion.core.functional import balance_loss, entropy
 from mole_diffusion.core.networks.base import Forward
 from mole_diffusion.core.records import GateRecord, GateWeights, Recorder
 
-from .core_tools import (
-    LDMUNet,
-    active_weights,
-    lora_state,
-    make_clip,
-    make_experts,
-    make_unet,
-    randomise,
-    run,
-    to_experts,
-)
 from .test_invariants import FORMS, differs, form_id
 
 

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-from mole_diffusion import Expert, MoLEConfig, inject
-from mole_diffusion.core.experts import LoraFactors
-
-from .core_tools import (
+from tiny.networks import (
     LDMUNet,
     lora_state,
     make_clip,
@@ -24,7 +19,11 @@ from .core_tools import (
     twin,
     with_peft,
 )
-from .transformers import KINDS
+from tiny.transformers import KINDS
+from torch import Tensor, nn
+
+from mole_diffusion import Expert, MoLEConfig, inject
+from mole_diffusion.core.experts import LoraFactors
 
 # Relative to the largest value of the expected output; bf16 has 8 bits and tens of layers to lose them in.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2}

@@ -6,16 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-
-from mole_diffusion import ConfigError, Expert, InjectionError, MoLEConfig, RegionMaskError, inject
-from mole_diffusion.core.checkpoint import load_gates, save_gates
-from mole_diffusion.core.export import lora_tensors, static_factors
-from mole_diffusion.core.networks import map_network
-
-from . import joint_table
-from .core_tools import (
+from tiny import joint_table
+from tiny.joint_network import TEXT_TOKENS, TEXT_WIDTH
+from tiny.networks import (
     lora_state,
     make_clip,
     make_experts,
@@ -28,7 +21,14 @@ from .core_tools import (
     twin,
     with_peft,
 )
-from .joint_network import TEXT_TOKENS, TEXT_WIDTH
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mole_diffusion import ConfigError, Expert, InjectionError, MoLEConfig, RegionMaskError, inject
+from mole_diffusion.core.checkpoint import load_gates, save_gates
+from mole_diffusion.core.export import lora_tensors, static_factors
+from mole_diffusion.core.networks import map_network
+
 from .test_invariants import FORMS, assert_close, differs, form_id
 from .test_robustness import gradients
 

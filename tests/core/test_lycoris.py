@@ -10,13 +10,12 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model, get_peft_model_state_dict
+from tiny.families import make_factors
+from tiny.networks import LDMUNet, make_unet, run, with_peft
 from torch import Tensor, nn
 
 from mole_diffusion import ConfigError, Expert, ExpertLoadError, InjectionError, MoLEConfig, inject
 from mole_diffusion.core.networks import map_network
-
-from .core_tools import LDMUNet, make_unet, run, with_peft
-from .dialect_tools import make_factors
 
 TARGETS = ["attn1.to_q", "ff.net.2", "proj_in", "conv1", "time_emb_proj", "downsamplers.0.conv"]
 ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny.joint_table import JOINT_TABLE
+from tiny.networks import make_joint
 from torch import Tensor, nn
 
 from mole_diffusion import Expert
@@ -18,9 +20,6 @@ from mole_diffusion.core.keys import factor_keys, parse_key, parse_keys
 from mole_diffusion.core.networks import families, foreign
 from mole_diffusion.core.networks.base import Forward
 from mole_diffusion.core.networks.stacks import Blocks, Leaf, Stack
-
-from .core_tools import make_joint
-from .joint_table import JOINT_TABLE
 
 
 @pytest.fixture

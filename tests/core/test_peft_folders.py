@@ -16,14 +16,13 @@ import torch
 from diffusers import UNet2DConditionModel
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny.families import make_text, run_part
+from tiny.networks import make_clip, make_unet, run
 from torch import Tensor, nn
 
 from mole_diffusion import Expert, ExpertLoadError, MoLEConfig, inject, load_expert
 from mole_diffusion.core.inspection import describe_file
 from mole_diffusion.core.peft_folder import expert_facts, expert_sha256, is_adapter_folder, own_name
-
-from .core_tools import make_clip, make_unet, run
-from .dialect_tools import make_text, run_part
 
 TARGETS = ["attn1.to_q", "attn2.to_v", "ff.net.2", "proj_in", "conv1", "downsamplers.0.conv"]
 LINEAR = ["attn1.to_q", "attn2.to_v", "ff.net.2"]

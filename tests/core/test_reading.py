@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save, save_file
+from tiny.families import make_unet
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,8 +22,6 @@ from torch.utils._pytree import tree_leaves
 from mole_diffusion import Expert, load_expert
 from mole_diffusion.core import reading
 from mole_diffusion.core.reading import BadFileError, is_finite, parse_json, read_header, read_safetensors
-
-from .dialect_tools import make_unet
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)

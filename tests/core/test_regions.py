@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny.networks import LDMUNet, lora_state, make_experts, make_unet, randomise, run, to_experts, with_peft
 from torch import nn
 
 from mole_diffusion import MoLEConfig, RegionMaskError, inject
 from mole_diffusion.core.context import RegionMasks
 
-from .core_tools import LDMUNet, lora_state, make_experts, make_unet, randomise, run, to_experts, with_peft
 from .test_invariants import assert_close, differs
 
 LOCAL = ("ff.net.0.proj",)

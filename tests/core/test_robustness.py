@@ -11,13 +11,7 @@ import torch
 from accelerate import cpu_offload
 from diffusers import UNet2DConditionModel
 from peft import PeftModel
-from torch import nn
-
-from mole_diffusion import InjectionError, MoLEConfig, inject
-from mole_diffusion.core.functional import balance_loss
-from mole_diffusion.core.records import Recorder
-
-from .core_tools import (
+from tiny.networks import (
     LDMUNet,
     active_weights,
     lora_state,
@@ -30,6 +24,12 @@ from .core_tools import (
     to_experts,
     with_peft,
 )
+from torch import nn
+
+from mole_diffusion import InjectionError, MoLEConfig, inject
+from mole_diffusion.core.functional import balance_loss
+from mole_diffusion.core.records import Recorder
+
 from .test_invariants import FORMS, TOLERANCE, assert_close, differs, form_id
 
 forms = pytest.mark.parametrize("form", FORMS, ids=form_id)

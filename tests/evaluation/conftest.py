@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 from diffusers import StableDiffusionPipeline
-from tiny_pipeline import TRIGGERS, drawing, make_clip, make_components, write_lora
+from tiny.sd import TRIGGERS, drawing, make_clip, make_components, write_lora
 
 
 @pytest.fixture(scope="session")

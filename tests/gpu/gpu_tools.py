@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from core.core_tools import CLIP_TEXT, LATENT, TEXT, WIDTH, make_clip, make_unet
+from tiny.networks import CLIP_TEXT, LATENT, TEXT, WIDTH, make_clip, make_unet
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 

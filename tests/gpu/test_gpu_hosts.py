@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from core.core_tools import make_clip, make_experts, make_unet, randomise
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
 from gpu_tools import TOLERANCE, assert_close, differs, dtypes, on_gpu, places, run_on
-from tiny_pipeline import build, drawing, make_components, write_lora
+from tiny.networks import make_clip, make_experts, make_unet, randomise
+from tiny.sd import build, drawing, make_components, write_lora
 
 from mole_diffusion import Mixture, MoLEConfig, StableDiffusionMoLEPipeline, inject
 from mole_diffusion.pictures.training import Concept, TrainingConfig

@@ -6,7 +6,9 @@ import copy
 
 import pytest
 import torch
-from core.core_tools import (
+from core.test_invariants import FORMS, form_id
+from gpu_tools import NETWORKS, assert_close, differs, places, run_on
+from tiny.networks import (
     active_weights,
     lora_state,
     make_experts,
@@ -17,8 +19,6 @@ from core.core_tools import (
     to_experts,
     with_peft,
 )
-from core.test_invariants import FORMS, form_id
-from gpu_tools import NETWORKS, assert_close, differs, places, run_on
 from torch import nn
 
 from mole_diffusion import MoLEConfig, inject

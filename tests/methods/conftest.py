@@ -1,13 +1,25 @@
 """A tiny pipeline with three experts, one without a text encoder part, and pictures of what they know."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from tiny_pipeline import TRIGGERS, build, drawing, make_clip, make_components, write_lora
+from tiny.sd import (
+    TRIGGERS,
+    build,
+    draw_tensor,
+    drawing,
+    make_clip,
+    make_components,
+    with_experts,
+    write_lora,
+    write_loras,
+)
+from tiny.settings import tiny_config
 
 from mole_diffusion import StableDiffusionMoLEPipeline
 from mole_diffusion.pictures.training import Concept, TrainingConfig
@@ -24,11 +36,8 @@ def components(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def lora_files(tmp_path_factory: pytest.TempPathFactory, components: dict[str, Any]) -> dict[str, Path]:
     """Three experts of one rank; the clock has no text encoder part."""
-    folder = tmp_path_factory.mktemp("loras")
-    return {
-        name: write_lora(folder / f"{name}.safetensors", components, seed, 3, text=name != "clock")
-        for seed, name in enumerate(TRIGGERS, start=1)
-    }
+    ranks = dict.fromkeys(TRIGGERS, 3)
+    return write_loras(tmp_path_factory.mktemp("loras"), components, ranks, textless=["clock"])
 
 
 @pytest.fixture(scope="session")
@@ -52,9 +61,7 @@ def empty(components: dict[str, Any]) -> StableDiffusionMoLEPipeline:
 @pytest.fixture
 def pipe(empty: StableDiffusionMoLEPipeline, lora_files: dict[str, Path]) -> StableDiffusionMoLEPipeline:
     """Our pipeline with the three experts and fresh gates."""
-    for name, path in lora_files.items():
-        empty.load_expert(path, name=name)
-    return empty
+    return with_experts(empty, lora_files)
 
 
 @pytest.fixture
@@ -74,24 +81,8 @@ def concepts() -> dict[str, Concept]:
 
 @pytest.fixture
 def tiny() -> Callable[..., TrainingConfig]:
-    """`tiny(**changes)`: settings for tests: few steps, small pools, no bar."""
-
-    def build(**changes: Any) -> TrainingConfig:
-        settings: dict[str, Any] = {
-            "iterations": 3,
-            "collage_batch": 2,
-            "pool_size": 4,
-            "redraw_every": 2,
-            "drawn_pictures": 2,
-            "sampling_steps": 3,
-            "views": 2,
-            "crops": 4,
-            "collage_background": "sources",
-            "progress": False,
-        }
-        return TrainingConfig(**{**settings, **changes})
-
-    return build
+    """`tiny(**changes)`: settings for tests."""
+    return partial(tiny_config, iterations=3, sampling_steps=3)
 
 
 @pytest.fixture(scope="session")
@@ -107,10 +98,7 @@ Draw = Callable[..., torch.Tensor]
 def draw() -> Draw:
     """`draw(pipe, ...)`: a picture (B, H, W, 3) from a fixed seed, in four steps."""
 
-    def _draw(pipe: Any, **kwargs: Any) -> torch.Tensor:
-        settings = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "pt", **kwargs}
-        settings.setdefault("generator", torch.Generator().manual_seed(7))
-        pictures: torch.Tensor = pipe(settings.pop("prompt", PROMPT), **settings).images
-        return pictures
+    def _draw(pipe: Any, prompt: str = PROMPT, **kwargs: Any) -> torch.Tensor:
+        return draw_tensor(pipe, prompt, steps=4, **kwargs)
 
     return _draw

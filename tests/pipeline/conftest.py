@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from tiny_pipeline import build, make_components, make_tokenizer, write_lora
-from xl_components import make_xl_components, write_xl_lora
+from tiny.sd import build, draw_tensor, make_components, make_tokenizer, with_experts, write_loras
+from tiny.sdxl import make_xl_components, write_xl_lora
 
 from mole_diffusion import StableDiffusionMoLEPipeline, StableDiffusionXLMoLEPipeline
 
@@ -22,11 +22,8 @@ def components(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def lora_files(tmp_path_factory: pytest.TempPathFactory, components: dict[str, Any]) -> dict[str, Path]:
     """Three experts of different ranks; the clock has no text encoder part."""
-    folder = tmp_path_factory.mktemp("loras")
-    return {
-        name: write_lora(folder / f"{name}.safetensors", components, seed, rank, text=name != "clock")
-        for seed, (name, rank) in enumerate([("boot", 2), ("cat", 4), ("clock", 3)], start=1)
-    }
+    ranks = {"boot": 2, "cat": 4, "clock": 3}
+    return write_loras(tmp_path_factory.mktemp("loras"), components, ranks, textless=["clock"])
 
 
 @pytest.fixture
@@ -44,9 +41,7 @@ def pipe(components: dict[str, Any]) -> StableDiffusionMoLEPipeline:
 @pytest.fixture
 def loaded(pipe: StableDiffusionMoLEPipeline, lora_files: dict[str, Path]) -> StableDiffusionMoLEPipeline:
     """Our pipeline with the three experts and fresh gates."""
-    for name, path in lora_files.items():
-        pipe.load_expert(path, name=name)
-    return pipe
+    return with_experts(pipe, lora_files)
 
 
 @pytest.fixture(scope="session")
@@ -74,10 +69,7 @@ def xl_plain(xl_components: dict[str, Any]) -> StableDiffusionXLPipeline:
 @pytest.fixture
 def xl_loaded(xl_components: dict[str, Any], xl_lora_files: dict[str, Path]) -> StableDiffusionXLMoLEPipeline:
     """Our SDXL pipeline with two experts and fresh gates."""
-    pipe = build(StableDiffusionXLMoLEPipeline, xl_components)
-    for name, path in xl_lora_files.items():
-        pipe.load_expert(path, name=name)
-    return pipe
+    return with_experts(build(StableDiffusionXLMoLEPipeline, xl_components), xl_lora_files)
 
 
 Draw = Callable[..., torch.Tensor]
@@ -88,11 +80,6 @@ def draw() -> Draw:
     """`draw(pipe, prompt)`: a picture (B, H, W, 3) from a fixed seed, in three steps."""
 
     def _draw(pipe: Any, prompt: str | Sequence[str] = "a boot and a cat", **kwargs: Any) -> torch.Tensor:
-        prompts = None if "prompt_embeds" in kwargs else prompt
-        settings = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "pt", **kwargs}
-        if "generator" not in settings and "latents" not in settings:
-            settings["generator"] = torch.Generator().manual_seed(7)
-        pictures: torch.Tensor = pipe(prompts, **settings).images
-        return pictures
+        return draw_tensor(pipe, prompt, steps=3, **kwargs)
 
     return _draw

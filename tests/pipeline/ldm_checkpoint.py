@@ -6,8 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from core.core_tools import LDMUNet
 from safetensors.torch import save_file
+from tiny.networks import LDMUNet
 
 RESNET = {
     "norm1": "in_layers.0",

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_pipeline import build as build
+from tiny.sd import build as build
 
 from mole_diffusion.pictures.call import WithExperts
 

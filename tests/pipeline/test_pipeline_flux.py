@@ -8,13 +8,13 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxKontextPipeline
 from pipeline_helpers import CLOSE, train_a_little, with_adapters
-from tiny_pipeline import drawing
-from transformer_components import (
+from tiny.flux import (
     FLUX_TARGETS,
     make_chroma_components,
     make_flux_components,
     write_transformer_lora,
 )
+from tiny.sd import drawing
 
 import mole_diffusion
 from mole_diffusion import GateMismatchError, MoLEConfig, RegionMaskError

@@ -169,7 +169,7 @@ def test_saved_as_the_diffusers_pipeline(kind, family, draw, tmp_path) -> None:
 
 def test_inpainting_network_with_nine_channels(family, draw, request) -> None:
     """Inpainting checkpoints read mask and picture as more channels; experts are made for four."""
-    from xl_components import make_xl_components
+    from tiny.sdxl import make_xl_components
 
     _, files = family("xl inpaint")
     components = make_xl_components(request.getfixturevalue("components")["tokenizer"], channels=9)

@@ -1,13 +1,15 @@
 """A tiny pipeline with two experts, pictures of single objects, and a tiny open_clip folder."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny_pipeline import build, drawing, make_clip, make_components, write_lora
+from tiny.sd import build, drawing, make_clip, make_components, with_experts, write_loras
+from tiny.settings import tiny_config
 
 from mole_diffusion import MoLEConfig, StableDiffusionMoLEPipeline
 from mole_diffusion.pictures.training import Concept, TrainingConfig
@@ -24,11 +26,7 @@ def components(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def lora_files(tmp_path_factory: pytest.TempPathFactory, components: dict[str, Any]) -> dict[str, Path]:
     """Two experts of different ranks for UNet and text encoder."""
-    folder = tmp_path_factory.mktemp("loras")
-    return {
-        name: write_lora(folder / f"{name}.safetensors", components, seed, rank)
-        for seed, (name, rank) in enumerate([("boot", 2), ("cat", 3)], start=1)
-    }
+    return write_loras(tmp_path_factory.mktemp("loras"), components, {"boot": 2, "cat": 3})
 
 
 @pytest.fixture
@@ -36,9 +34,7 @@ def pipe(components: dict[str, Any], lora_files: dict[str, Path]) -> StableDiffu
     """A pipeline with two experts and fresh token gates."""
     built = build(StableDiffusionMoLEPipeline, components)
     built.configure(MoLEConfig())
-    for name, path in lora_files.items():
-        built.load_expert(path, name=name)
-    return built
+    return with_experts(built, lora_files)
 
 
 @pytest.fixture
@@ -56,24 +52,6 @@ def concepts() -> list[Concept]:
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny CLIP of random weights in open_clip's own format, as the starter ships one."""
     return make_clip(tmp_path_factory.mktemp("clip"), 3)
-
-
-def tiny_config(**changes: Any) -> TrainingConfig:
-    """Settings for tests: few steps, small pools, no bar."""
-    settings: dict[str, Any] = {
-        "iterations": 4,
-        "collage_batch": 2,
-        "pool_size": 4,
-        "redraw_every": 2,
-        "drawn_pictures": 2,
-        "sampling_steps": 4,
-        "views": 2,
-        "crops": 4,
-        "collage_background": "sources",
-        "text_encoder_gates": True,
-        "progress": False,
-    }
-    return TrainingConfig(**{**settings, **changes})
 
 
 def gate_values_of(pipe: Any) -> dict[str, torch.Tensor]:
@@ -99,7 +77,7 @@ def tiny_build() -> Callable[..., Any]:
 @pytest.fixture
 def tiny() -> Callable[..., TrainingConfig]:
     """`tiny(**changes)`: settings for tests."""
-    return tiny_config
+    return partial(tiny_config, text_encoder_gates=True)
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_pipeline import make_vae
-from xl_components import make_xl_components
+from tiny.sd import make_vae
+from tiny.sdxl import make_xl_components
 
 from mole_diffusion import StableDiffusionXLMoLEPipeline
 from mole_diffusion.app.composing import ComposeRequest, decode, picture_size

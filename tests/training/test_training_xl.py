@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from learning import losses_before_and_after, promises_kept
-from xl_components import make_xl_components, write_xl_lora
+from tiny.sdxl import make_xl_components, write_xl_lora
 
 from mole_diffusion import StableDiffusionXLMoLEImg2ImgPipeline, StableDiffusionXLMoLEPipeline
 from mole_diffusion.core.errors import TrainingError

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from core.core_tools import lora_state, make_clip
 from safetensors.torch import save_file
+from tiny.networks import lora_state, make_clip
 
 from mole_diffusion import MoLEConfig, inject, save_gates
 from webui_extension import environment

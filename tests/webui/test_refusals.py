@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from core.core_tools import LDMUNet
 from refusals import EXPERT, FOLDER, RIGHT, copy_experts, error_of, refusals, write_refusals
 from safetensors.torch import save_file
+from tiny.networks import LDMUNet
 from torch import nn
 
 from mole_diffusion import StableDiffusionMoLEPipeline

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from tiny_pipeline import TEXT_TARGETS, UNET_TARGETS, make_vae, random_lora, text_config
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from .sd import TEXT_TARGETS, UNET_TARGETS, make_vae, random_lora, text_config
 
 WIDTH_1, WIDTH_2, PROJECTION, TIME = 16, 24, 8, 8
 TARGETS = {

@@ -11,9 +11,10 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
 )
-from tiny_pipeline import TEXT_TARGETS, WORDS, make_tokenizer, make_vae, random_lora, text_config
 from torch import nn
 from transformers import CLIPTextModel, T5Config, T5EncoderModel, T5TokenizerFast
+
+from .sd import TEXT_TARGETS, WORDS, make_tokenizer, make_vae, random_lora, text_config
 
 TEXT = 32
 BLOCKS: dict[str, Any] = {

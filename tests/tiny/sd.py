@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,32 @@ def write_lora(path: Path, components: dict[str, Any], seed: int, rank: int, tex
         **metadata,
     )
     return path
+
+
+def write_loras(
+    folder: Path, components: dict[str, Any], ranks: Mapping[str, int], *, textless: Iterable[str] = ()
+) -> dict[str, Path]:
+    """An expert file of each rank; those of `textless` have no text encoder part."""
+    return {
+        name: write_lora(folder / f"{name}.safetensors", components, seed, rank, text=name not in textless)
+        for seed, (name, rank) in enumerate(ranks.items(), start=1)
+    }
+
+
+def with_experts(pipe: Any, files: Mapping[str, Path]) -> Any:
+    """The pipeline with these experts and fresh gates."""
+    for name, path in files.items():
+        pipe.load_expert(path, name=name)
+    return pipe
+
+
+def draw_tensor(pipe: Any, prompt: str | Sequence[str], *, steps: int, **kwargs: Any) -> torch.Tensor:
+    """A picture (B, H, W, 3) from a fixed seed."""
+    settings = {"num_inference_steps": steps, "guidance_scale": 3.0, "output_type": "pt", **kwargs}
+    if "generator" not in settings and "latents" not in settings:
+        settings["generator"] = torch.Generator().manual_seed(7)
+    pictures: torch.Tensor = pipe(None if "prompt_embeds" in kwargs else prompt, **settings).images
+    return pictures
 
 
 def build(cls: type[DiffusionPipeline], components: dict[str, Any]) -> Any:
