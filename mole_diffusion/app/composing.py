@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from mole_diffusion.app.infotext import lora_hash
 from mole_diffusion.app.jobs import Job
 from mole_diffusion.app.metadata import ExpertUse, PictureSettings, mask_to_text, save_picture
 from mole_diffusion.app.session import Picture, Session
@@ -221,6 +222,7 @@ class _Drawing:
                 ExpertUse(
                     name=card.name,
                     sha256=self.pipe.experts[card.name].sha256,
+                    lora_hash=lora_hash(card.path),
                     strength=float(request.strengths.get(card.name, 1.0)),
                     active=card.name in active,
                 )

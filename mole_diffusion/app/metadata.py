@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from mole_diffusion.app.infotext import read_infotext, write_infotext
 from mole_diffusion.app.uploads import UNREADABLE, promised_size
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.files import replacing
+from mole_diffusion.pictures.samplers import SAMPLERS
 from mole_diffusion.starter.location import GUIDANCE
 
 KEY = "mole_diffusion"
@@ -27,6 +30,9 @@ _TEXTS = {
     "model": 4_000,
     "gates": 100,
     "gates_sha256": 64,
+    "sampler": 100,
+    "sampled": 100,
+    "image_sha256": 64,
 }
 _WHOLE = {"seed": (0, 2**32 - 1), "steps": (1, 10_000), "width": (0, 16_384), "height": (0, 16_384)}
 _MOST_GUIDANCE, _MOST_STRENGTH = 1_000.0, 1_000.0
@@ -39,18 +45,25 @@ _MASK_SIDE = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertUse:
-    """How an expert took part in a picture: by name and hash, with its strength."""
+    """How an expert took part in a picture: by name and hash, with its strength.
+
+    Attributes:
+        sha256: hash of its file.
+        lora_hash: what web UIs and LoRA sites tell the file by; empty if that is not known.
+    """
 
     name: str
     sha256: str
     strength: float = 1.0
     active: bool = True
+    lora_hash: str = ""
 
     def __post_init__(self) -> None:
         """Refuse values of the wrong kind."""
         _check_text("an expert's name", self.name, _LONGEST_NAME)
         _check_text(f"sha256 of {self.name!r}", self.sha256, 64)
-        _check_number(f"strength of {self.name!r}", self.strength, 0, _MOST_STRENGTH)
+        _check_text(f"lora_hash of {self.name!r}", self.lora_hash, 64)
+        _check_number(f"strength of {self.name!r}", self.strength, -_MOST_STRENGTH, _MOST_STRENGTH)
         if not isinstance(self.active, bool):
             raise _wrong(f"active of {self.name!r}", self.active)
 
@@ -64,6 +77,10 @@ class PictureSettings:
         gates: what made the weights: "trained", "partly trained", "fresh", or "" where no gate took part.
         gates_sha256: hash of the gates file, "" where there is none.
         regions: expert name -> PNG of the region mask, base64.
+        sampler: a name of `SAMPLERS`; "" is the model's own.
+        sampled: the name of the sampler that drew it, its own too.
+        image_sha256: hash of the picture that it was drawn from; "" for none.
+        denoising: how much of that picture was drawn anew, 0 to 1.
     """
 
     prompt: str
@@ -79,6 +96,10 @@ class PictureSettings:
     gates_sha256: str = ""
     experts: tuple[ExpertUse, ...] = ()
     regions: dict[str, str] = field(default_factory=dict)
+    sampler: str = ""
+    sampled: str = ""
+    image_sha256: str = ""
+    denoising: float = 1.0
 
     def to_json(self) -> str:
         """All fields as one line of JSON."""
@@ -113,6 +134,7 @@ class PictureSettings:
         for name, (low, high) in _WHOLE.items():
             _check_whole(name, getattr(self, name), low, high)
         _check_number("guidance", self.guidance, 0, _MOST_GUIDANCE)
+        _check_number("denoising", self.denoising, 0, 1)
         if len(self.experts) > _MOST_EXPERTS:
             raise _wrong("experts", f"a list of {len(self.experts)}")
         if not isinstance(self.regions, dict) or len(self.regions) > _MOST_EXPERTS:
@@ -122,14 +144,60 @@ class PictureSettings:
             _check_text(f"the region of {name!r}", text, _LONGEST_MASK)
 
     def summary(self) -> str:
-        """The parameters as one line of text, as image viewers and other programs show them."""
-        experts = ", ".join(f"{use.name} {use.strength:g}" for use in self.experts if use.active)
-        negative = f"\nNegative prompt: {self.negative}" if self.negative else ""
-        return (
-            f"{self.prompt}{negative}\nSteps: {self.steps}, CFG scale: {self.guidance:g}, Seed: {self.seed},"
-            f" Size: {self.width}x{self.height}, Model: {self.model}, Mixture: {self.mixture},"
-            f' MoLE experts: "{experts}"'
-        )
+        """The parameters as A1111's web UI writes them, for image viewers and other programs."""
+        used = [use for use in self.experts if use.active]
+        hashes = ", ".join(f"{use.name}: {use.lora_hash}" for use in used if use.lora_hash)
+        parameters: dict[str, object] = {
+            "Steps": self.steps,
+            "Sampler": self.sampled or self.sampler,
+            "CFG scale": f"{self.guidance:g}",
+            "Seed": self.seed,
+            "Size": f"{self.width}x{self.height}",
+            "Model": Path(self.model).stem,
+            "Denoising strength": f"{self.denoising:g}" if self.image_sha256 else "",
+            "Lora hashes": hashes,
+            "MoLE mixture": self.mixture,
+            "MoLE experts": ", ".join(f"{use.name} {use.strength:g}" for use in used),
+            "MoLE gates": self.gates_sha256[:12],
+        }
+        known = {name: value for name, value in parameters.items() if value != ""}
+        return write_infotext(self.prompt, self.negative, known)
+
+    @classmethod
+    def from_infotext(cls, text: str) -> PictureSettings:
+        """What a picture of A1111's web UI or of Forge says, as far as it can be drawn here.
+
+        Raises:
+            ConfigError: there are no parameters in it.
+        """
+        found = read_infotext(text)
+        said = found.parameters
+        size = re.fullmatch(r"(\d+)x(\d+)", said.get("Size", ""))
+        try:
+            width, height = (int(size[1]), int(size[2])) if size else (0, 0)
+            return cls(
+                prompt=found.prompt,
+                negative=found.negative,
+                seed=int(said.get("Seed", 0)),
+                steps=int(said["Steps"]),
+                guidance=float(said.get("CFG scale", GUIDANCE)),
+                width=width - width % 8,
+                height=height - height % 8,
+                model=said.get("Model", ""),
+                mixture="la" if found.loras else "gates",
+                sampler=_sampler_of(said.get("Sampler", "")),
+                experts=tuple(
+                    ExpertUse(name=name, sha256="", strength=strength)
+                    for name, strength in found.loras.items()
+                ),
+            )
+        except ValueError as error:
+            raise ConfigError(f"the picture's parameters cannot be read: {error}") from error
+
+
+def _sampler_of(said: str) -> str:
+    """The sampler that is meant, schedules left aside ("DPM++ 2M Karras"); empty for one that is not here."""
+    return next((name for name in sorted(SAMPLERS, key=len, reverse=True) if said.startswith(name)), "")
 
 
 def _wrong(name: str, value: Any) -> ConfigError:
@@ -171,14 +239,17 @@ def read_settings(path: str | Path) -> PictureSettings:
     """
     try:
         with Image.open(path) as picture:
-            text = picture.info.get(KEY)
+            text, parameters = picture.info.get(KEY), picture.info.get("parameters")
     except UNREADABLE as error:
         raise ConfigError(f"{Path(path).name!r} cannot be read as a picture") from error
-    if not isinstance(text, str):
-        raise ConfigError(
-            f"{Path(path).name!r} carries no settings: only PNG files saved by this app do, unchanged"
-        )
-    return PictureSettings.from_json(text)
+    if isinstance(text, str):
+        return PictureSettings.from_json(text)
+    if isinstance(parameters, str) and parameters.strip():
+        return PictureSettings.from_infotext(parameters)
+    raise ConfigError(
+        f"{Path(path).name!r} carries no settings: PNG files of this app, of `mole generate` and of A1111's"
+        " web UI do, unchanged"
+    )
 
 
 def mask_to_text(mask: Image.Image) -> str:

@@ -14,6 +14,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from mole_diffusion.core.errors import MoLEError, UnknownExpertError
+from mole_diffusion.core.phrases import listed, unnamed
 from mole_diffusion.pictures.opening import STARTER, open_base
 from mole_diffusion.training.progress import Progress
 
@@ -161,6 +162,49 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """
     with Progress(what, total) as shown:
         yield shown.update
+
+
+def free_path(path: Path) -> Path:
+    """The path, or the same with a number where there is a file already: pictures are not written over."""
+    found, number = path, 2
+    while found.exists():
+        found, number = path.with_stem(f"{path.stem}-{number}"), number + 1
+    return found
+
+
+def say_composition(pipe: StableDiffusionMoLEPipeline, mixture: Any = "gates", names: Any = None) -> None:
+    """Say what is drawn with: experts, scales, and what decides between them."""
+    active = [name for name in pipe.experts if names is None or name in names]
+    if not active or mixture == "none":
+        say("Drawing with the base model alone.")
+        return
+    scales = {name: pipe.experts[name].scale for name in active}
+    shown = listed([name if scale == 1 else f"{name} x {scale:g}" for name, scale in scales.items()])
+    trained = any(one.is_trained for one in pipe.mixtures.values())
+    ways = {"la": "each in full (LA)", "nla": "each at an equal share (NLA)"}
+    if mixture != "gates":
+        way = ways.get(mixture, f"mixed by {mixture}") if isinstance(mixture, str) else "mixed as prepared"
+    elif len(active) == 1:
+        way = "alone"
+    elif trained:
+        way = "with trained gates"
+    else:
+        way = (
+            "without trained gates, so each at an equal share (NLA); `mole train-gates` trains some,"
+            " --gates FILE takes them"
+        )
+    say(f"Composing {shown}, {way}.")
+
+
+def say_unnamed(pipe: StableDiffusionMoLEPipeline, prompt: str, names: Any = None) -> None:
+    """Say which experts a prompt does not name by their phrase: they hardly show then."""
+    phrases = {
+        name: expert.triggers for name, expert in pipe.experts.items() if names is None or name in names
+    }
+    missing = unnamed(prompt, phrases)
+    if missing:
+        wanted = ", ".join(f"{phrase!r} for {name}" for name, phrase in missing.items())
+        say(f"The prompt does not name every expert; write {wanted}.")
 
 
 def show(facts: Mapping[str, str]) -> None:

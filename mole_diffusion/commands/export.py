@@ -20,6 +20,8 @@ from mole_diffusion.commands.common import (
     parse_experts,
     progress,
     say,
+    say_composition,
+    say_unnamed,
     show,
     split_names,
 )
@@ -61,6 +63,9 @@ def export(
     check_writable(file.parent)
     say(f"Loading {model} ...")
     pipe = open_pipeline(model, choices, gates, device)
+    say_composition(pipe, names=names)
+    for prompt in prompts:
+        say_unnamed(pipe, prompt, names)
     import torch
 
     with progress("calibrating", 3 * steps * len(prompts)) as done:
@@ -85,6 +90,11 @@ def export(
     }
     if rank is not None:
         facts["compression"] = f"{report.compression_error:.1%} of the mixture lost"
+    trained = any(mixture.is_trained for mixture in pipe.mixtures.values())
+    if not trained:
+        facts["gates"] = "none were trained: the file is the experts' plain mean"
+        show(facts)
+        return
     facts["against gates"] = (
         f"noise predictions differ by {report.noise_difference:.1%}, "
         f"which is {report.effect_difference:.1%} of what the gates change in the base"

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from PIL import Image, ImageOps
 
+from mole_diffusion.app.infotext import lora_hash
+from mole_diffusion.app.metadata import ExpertUse, PictureSettings, save_picture
 from mole_diffusion.commands.common import (
     ActiveOption,
     DeviceOption,
@@ -16,17 +22,23 @@ from mole_diffusion.commands.common import (
     GatesOption,
     JsonOption,
     ModelOption,
+    free_path,
     open_pipeline,
     parse_experts,
     progress,
     say,
+    say_composition,
+    say_unnamed,
     shares,
     show,
     split_names,
 )
+from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.files import check_writable
-from mole_diffusion.pictures.files import PICTURES
+from mole_diffusion.pictures.files import PICTURES, open_picture
 from mole_diffusion.pictures.opening import STARTER
+from mole_diffusion.pictures.samplers import SAMPLERS, sampler_of, sampling
+from mole_diffusion.starter.location import starter_dir
 
 _SIZE = re.compile(r"(\d+)(?:x(\d+))?")
 #: Picture sizes in pixels are multiples of this: the autoencoder halves three times.
@@ -48,57 +60,183 @@ def generate(
             " `mole baseline` wrote.",
         ),
     ] = "gates",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
+    seed: Annotated[
+        str, typer.Option("--seed", "--seeds", help="Seed of the noise; 0,1,2 draws a picture for each.")
+    ] = "0",
+    negative: Annotated[str, typer.Option(help="What the picture should not show.")] = "",
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
-    guidance: Annotated[float | None, typer.Option(min=0, help="Scale of guidance by the prompt.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=0, help="Scale of guidance by the prompt; default: the model's.")
+    ] = None,
+    sampler: Annotated[
+        str, typer.Option(help=f"One of {', '.join(SAMPLERS)}; default: the model's own.")
+    ] = "",
+    image: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="A picture to begin from, with --denoising."),
+    ] = None,
+    denoising: Annotated[
+        float, typer.Option(min=0.01, max=1, help="How much of --image is drawn anew.")
+    ] = 0.6,
     size: Annotated[
         str | None, typer.Option(help="Pixels: 512 or WIDTHxHEIGHT; default: the model's.")
     ] = None,
-    out: Annotated[Path, typer.Option(dir_okay=False, help="Picture to write.")] = Path(
-        "outputs/picture.png"
-    ),
+    out: Annotated[
+        Path,
+        typer.Option(
+            dir_okay=False, help="Picture to write; a file that is there stays, and the name gets a number."
+        ),
+    ] = Path("outputs/picture.png"),
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Draw a picture with a mixture of experts.
+    """Draw pictures with a mixture of experts.
 
-    Example: [bold]mole generate "a zor boot and a kip clock on the beach" -e boot -e clock=0.8[/]
+    A PNG carries its settings: dropped into the app they return, and web UIs read them.
+
+    Example: [bold]mole generate "a zor boot, a vek monster and a kip clock on the beach" --seed 0,1,2[/]
     """
     choices, names, pixels = parse_experts(experts), split_names(active, "--active"), _parse_size(size)
+    seeds = _parse_seeds(seed)
     if out.suffix.lower() not in PICTURES:
         raise typer.BadParameter(f"{str(out)!r} ends in none of {', '.join(PICTURES)}", param_hint="--out")
+    if image is not None and int(steps * denoising) < 1:
+        raise ConfigError(f"{steps} steps at --denoising {denoising:g} draw nothing: raise one of the two")
     check_writable(out.parent)
     chosen = _read_mixture(mixture)
+    begin = None if image is None else open_picture(image)
     say(f"Loading {model} ...")
     pipe = open_pipeline(model, choices, gates, device)
+    say_composition(pipe, chosen, names)
+    say_unnamed(pipe, prompt, names)
+    if begin is not None:
+        pipe, pixels = _from_picture(pipe, begin, pixels, denoising)
+    if gates is None and model == STARTER and not experts:
+        gates = starter_dir() / "experts" / "gates.safetensors"
     settings: dict[str, Any] = {} if guidance is None else {"guidance_scale": guidance}
+    call = {
+        "prompt": prompt,
+        "negative_prompt": negative or None,
+        "num_inference_steps": steps,
+        "active_experts": names,
+        "mixture": chosen,
+        **settings,
+        **pixels,
+    }
+    known = PictureSettings(
+        prompt=prompt,
+        negative=negative,
+        steps=steps,
+        guidance=float(pipe.call_defaults.get("guidance_scale", 7.5) if guidance is None else guidance),
+        mixture=mixture if mixture in _words() else Path(mixture).name,
+        model=model,
+        gates=_gates_state(pipe, mixture),
+        gates_sha256="" if gates is None or mixture != "gates" else _sha256(gates),
+        experts=tuple(_use(expert, names) for expert in pipe.experts.values()),
+        sampler=sampler,
+        image_sha256="" if image is None else _sha256(image),
+        denoising=1.0 if image is None else denoising,
+    )
+    drawn = [_draw(pipe, call, replace(known, seed=one), out) for one in seeds]
+    if as_json:
+        first, weights = drawn[0]
+        pictures = [{"picture": str(path), "seed": one} for (path, _), one in zip(drawn, seeds, strict=True)]
+        result = {"picture": str(first), "prompt": prompt, "seed": seeds[0], "experts": list(pipe.experts)}
+        typer.echo(json.dumps({**result, "weights": weights, "pictures": pictures}, indent=2))
+        return
+    for path, weights in drawn:
+        show({"picture": str(path), **({"mean weights": shares(weights)} if weights else {})})
+
+
+def _draw(
+    pipe: Any, call: dict[str, Any], settings: PictureSettings, out: Path
+) -> tuple[Path, dict[str, float]]:
+    """Draw and write one picture; returns its path and the experts' mean weights, none where no gate ran."""
     import torch
 
-    with progress("drawing", steps) as done:
+    with progress("drawing", settings.steps) as done, sampling(pipe, settings.sampler):
 
         def step_end(_: Any, step: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
             done(step + 1)
             return values
 
-        picture = pipe(
-            prompt,
-            num_inference_steps=steps,
-            generator=torch.Generator().manual_seed(seed),
-            active_experts=names,
-            mixture=chosen,
-            callback_on_step_end=step_end,
-            **settings,
-            **pixels,
-        ).images[0]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(out)
-    # Empty where no gate ran.
+        draws = torch.Generator().manual_seed(settings.seed)
+        picture = pipe(**call, generator=draws, callback_on_step_end=step_end).images[0]
+        settings = replace(settings, width=picture.width, height=picture.height, sampled=sampler_of(pipe))
+    path = free_path(out)
+    if path.suffix.lower() == ".png":
+        save_picture(picture, path, settings)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
     weights = {expert: weight for (expert,), weight in pipe.gate_weights().mean("expert").items()}
-    if as_json:
-        result = {"picture": str(out), "prompt": prompt, "seed": seed, "experts": list(pipe.experts)}
-        typer.echo(json.dumps({**result, "weights": weights}, indent=2))
-        return
-    show({"picture": str(out), **({"mean weights": shares(weights)} if weights else {})})
+    return path, weights
+
+
+def _from_picture(
+    pipe: Any, picture: Image.Image, pixels: dict[str, Any], denoising: float
+) -> tuple[Any, dict[str, Any]]:
+    """The pipeline that begins from a picture, with the same experts, and its arguments for that.
+
+    Raises:
+        ConfigError: there is none of this family.
+    """
+    from mole_diffusion.pictures import pipelines
+
+    name = type(pipe).__name__.replace("MoLEPipeline", "MoLEImg2ImgPipeline")
+    kind = getattr(pipelines, name, None)
+    if kind is None:
+        raise ConfigError(f"a {type(pipe).__name__} does not begin from a picture: leave --image out")
+    from mole_diffusion.pictures.denoisers import own_size
+
+    height, width = own_size(pipe)
+    made = kind.from_pipe(pipe, torch_dtype=None)
+    made.set_progress_bar_config(disable=True)
+    size = (pixels.get("width", width), pixels.get("height", height))
+    return made, {"image": ImageOps.fit(picture, size), "strength": denoising}
+
+
+def _use(expert: Any, names: Sequence[str] | None) -> ExpertUse:
+    """How an expert takes part."""
+    path = expert.path
+    return ExpertUse(
+        name=expert.name,
+        sha256=expert.sha256,
+        strength=expert.scale,
+        active=names is None or expert.name in names,
+        lora_hash="" if path is None else lora_hash(path),
+    )
+
+
+def _gates_state(pipe: Any, mixture: str) -> str:
+    if mixture != "gates" or not pipe.experts:
+        return ""
+    return "trained" if any(one.is_trained for one in pipe.mixtures.values()) else "fresh"
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _words() -> Sequence[str]:
+    from mole_diffusion.methods import MIXTURES
+
+    return tuple(MIXTURES)
+
+
+def _parse_seeds(text: str) -> tuple[int, ...]:
+    """`"0,1,2"` as numbers.
+
+    Raises:
+        typer.BadParameter: something else, or a seed that no generator takes.
+    """
+    try:
+        seeds = tuple(int(part) for part in split_names(text, "--seed") or ())
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r}; write 5, or 0,1,2 for several", param_hint="--seed") from error
+    if any(not 0 <= seed < 2**32 for seed in seeds):
+        raise typer.BadParameter(f"{text!r}; seeds are from 0 to {2**32 - 1}", param_hint="--seed")
+    return seeds
 
 
 def _read_mixture(text: str) -> Any:

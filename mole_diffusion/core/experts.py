@@ -8,7 +8,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -93,6 +93,7 @@ class Expert:
         architectures: slot -> name of the kind of network whose matrices these are.
         provisional: slot -> canonical matrix name -> name in the file, for matrices whose name means another
             one in some networks of this kind: it is read again when the network is known.
+        path: where it was read from; None if it did not come from a file.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Expert:
     embeddings: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict, repr=False)
     architectures: Mapping[str, str] = field(default_factory=dict, repr=False)
     provisional: Mapping[str, Mapping[str, str]] = field(default_factory=dict, repr=False)
+    path: Path | None = field(default=None, compare=False, repr=False)
 
     @property
     def triggers(self) -> tuple[str, ...]:
@@ -198,7 +200,8 @@ def read_expert(
     table = tables[0] if len(tables) == len(files) == 1 else KeyTable.of(content.tensors)
     used = [*table.embeddings, *(key for roles in table.modules.values() for key in roles.values())]
     copy = _size(content, used) < _WORTH_KEEPING * _size(content, content.tensors)
-    return _expert(content, options, table, name=name, scale=scale, rank=rank, base=base, copy=copy)
+    found = _expert(content, options, table, name=name, scale=scale, rank=rank, base=base, copy=copy)
+    return replace(found, path=path)
 
 
 def _expert(

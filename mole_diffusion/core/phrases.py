@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from .errors import ConfigError
 
@@ -26,6 +26,26 @@ def class_words(phrase: str) -> str:
     article = _ARTICLE.match(phrase)
     words = without_article(phrase).split()
     return (article.group(0) if article else "") + (words[-1] if words else "")
+
+
+def names_phrase(text: str, phrase: str) -> bool:
+    """Whether a text has a phrase in it, with or without its article."""
+    wanted = re.escape(without_article(phrase.strip()))
+    return re.search(rf"(?<!\w){wanted}(?!\w)", text, re.IGNORECASE) is not None
+
+
+def unnamed(text: str, phrases: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """The experts that a prompt does not name: expert name -> the phrase to write for it.
+
+    Args:
+        text: the prompt.
+        phrases: expert name -> phrases that call it; an expert without any is not asked for.
+    """
+    return {
+        name: own[0]
+        for name, own in phrases.items()
+        if own and not any(names_phrase(text, phrase) for phrase in own)
+    }
 
 
 def read_concept(line: str) -> tuple[str, str, str]:

@@ -15,6 +15,7 @@ from PIL import Image, PngImagePlugin
 
 from mole_diffusion.app import charts, regions, tiles
 from mole_diffusion.app.composing import ComposeRequest, compose
+from mole_diffusion.app.infotext import read_infotext
 from mole_diffusion.app.jobs import Job, QueueFullError, Worker, duration
 from mole_diffusion.app.library import add_file, add_gates, add_source
 from mole_diffusion.app.metadata import (
@@ -99,6 +100,37 @@ def test_a_picture_carries_its_settings(tmp_path: Path) -> None:
     with Image.open(path) as picture:
         assert 'MoLE experts: "boot 0.5"' in picture.info["parameters"]
     assert [file.name for file in path.parent.iterdir()] == ["picture.png"]
+
+
+A1111 = (
+    'a zor boot, <lora:boot:0.8> on the "beach"\nin the sun\nNegative prompt: rain,\nfog\n'
+    "Steps: 12, Sampler: DPM++ 2M Karras, CFG scale: 6.5, Seed: 77, Size: 516x512, Model hash: 6ce0161689,"
+    ' Model: v1-5, Lora hashes: "boot: 3e4f, cat: 12", Version: v1.10.1'
+)
+
+
+def test_a_picture_of_a_web_ui_is_read(tmp_path: Path) -> None:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", A1111)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+    found = read_settings(tmp_path / "a.png")
+    assert found.prompt == 'a zor boot, on the "beach"\nin the sun'
+    assert found.negative == "rain,\nfog"
+    assert (found.steps, found.guidance, found.seed, found.sampler) == (12, 6.5, 77, "DPM++ 2M")
+    assert (found.width, found.height, found.model) == (512, 512, "v1-5")
+    assert [(use.name, use.strength) for use in found.experts] == [("boot", 0.8)]
+    own = PictureSettings(
+        prompt="p, q",
+        negative="n",
+        experts=(ExpertUse(name="a, b", sha256="", lora_hash="12"),),
+        sampled="DDIM",
+    )
+    again = PictureSettings.from_infotext(own.summary())
+    assert (again.prompt, again.negative, again.sampler, again.steps) == ("p, q", "n", "DDIM", 25)
+    assert read_infotext(own.summary()).parameters["MoLE experts"] == "a, b 1"
+    for text in ("no parameters", "Steps: many, Seed: 1", "Steps: 5, Seed: 9999999999999", ""):
+        with pytest.raises(ConfigError):
+            PictureSettings.from_infotext(text)
 
 
 @pytest.mark.parametrize(

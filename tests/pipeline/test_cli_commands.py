@@ -1,5 +1,6 @@
 """Commands that draw, train and export, on tiny networks in a folder of their own."""
 
+import hashlib
 import json
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from mole_diffusion import StableDiffusionMoLEPipeline, read_gates_header
+from mole_diffusion.app.metadata import read_settings
 from mole_diffusion.cli import app
 
 
@@ -73,6 +75,54 @@ def test_generate_draws_what_the_library_draws(ours, options, tmp_path):
     assert "boot 0.00, cat 1.00" in result.stdout
 
 
+def test_generate_keeps_its_settings_in_the_picture_and_writes_over_nothing(options, lora_files, tmp_path):
+    out = tmp_path / "p.png"
+    command = ("generate", "a boot", *options, "--steps", 1, "--negative", "rain", "--out", out)
+    result = run(*command, "--seed", "3,4", "--sampler", "Euler a", "--active", "boot", "--json")
+    assert result.exit_code == 0, result.output
+    assert "Composing boot, alone." in result.stderr
+    pictures = json.loads(result.stdout)["pictures"]
+    assert pictures == [
+        {"picture": str(out), "seed": 3},
+        {"picture": str(tmp_path / "p-2.png"), "seed": 4},
+    ]
+    settings = read_settings(out)
+    assert (settings.seed, settings.negative, settings.sampler) == (3, "rain", "Euler a")
+    assert [(use.name, use.strength, use.active) for use in settings.experts] == [
+        ("boot", 1.0, True),
+        ("cat", 0.5, False),
+    ]
+    with Image.open(out) as picture:
+        text, width = picture.info["parameters"], picture.width
+    # As A1111 computes it: the file without its header.
+    raw = lora_files["boot"].read_bytes()
+    digest = hashlib.sha256(raw[8 + int.from_bytes(raw[:8], "little") :]).hexdigest()
+    assert "Negative prompt: rain" in text
+    assert f"Lora hashes: boot: {digest[:12]}" in text.replace('"', "")
+    before = out.read_bytes()
+    begun = ("--seed", 3, "--image", out, "--denoising", 0.5)
+    assert "1 steps at --denoising 0.5 draw nothing" in run(*command, *begun).stderr
+    again = run(*command, *begun, "--steps", 2)
+    assert again.exit_code == 0, again.output
+    assert out.read_bytes() == before
+    drawn = read_settings(tmp_path / "p-3.png")
+    assert drawn.image_sha256 == hashlib.sha256(before).hexdigest()
+    assert (drawn.denoising, drawn.width) == (0.5, width)
+
+
+def test_commands_say_what_they_compose_with(options, tmp_path):
+    out = tmp_path / "p.png"
+    result = run("generate", "a boot", *options, "--steps", 1, "--out", out)
+    said = " ".join(result.stderr.split())
+    assert "Composing boot and cat x 0.5, without trained gates, so each at an equal share (NLA)" in said
+    result = run("generate", "a boot", *options, "--steps", 1, "--mixture", "la", "--out", out)
+    assert "each in full (LA)." in result.stderr
+    result = run("export", tmp_path / "both.safetensors", "a boot", *options, "--steps", 1)
+    assert result.exit_code == 0, result.output
+    assert "none were trained: the file is the experts' plain mean" in result.stdout
+    assert "0.0%" not in result.stdout
+
+
 def test_generate_says_that_nobody_reads_lora_tags(options, tmp_path, caplog):
     result = run("generate", "a cat <lora:cat:0.3>", *options, "--steps", 1, "--out", tmp_path / "p.png")
     assert result.exit_code == 0, result.output
@@ -84,6 +134,9 @@ def test_generate_says_that_nobody_reads_lora_tags(options, tmp_path, caplog):
     ("arguments", "code", "message"),
     [
         (("--size", "30"), 2, "multiples of 8"),
+        (("--seed", "1,x"), 2, "write 5, or 0,1,2 for several"),
+        (("--seed", "-1"), 2, "seeds are from 0 to"),
+        (("--sampler", "Eule"), 1, "sampler is 'Eule'; allowed are 'Euler'"),
         (("--out", "picture.txt"), 2, "ends in none of"),
         (("--mixture", "mean"), 2, "'mean' is none of"),
         (("-e", "cat=much"), 2, "'much' in 'cat=much' is no number"),
