@@ -15,6 +15,7 @@ from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.experts import load_expert
 from mole_diffusion.core.export import lora_header, write_lora
 from mole_diffusion.core.factors import LoraFactors
+from mole_diffusion.core.keys import factor_keys
 from mole_diffusion.core.matrices import MatrixSlot
 from mole_diffusion.core.mixture import Mixture
 from mole_diffusion.core.modules import kernel_size
@@ -104,12 +105,9 @@ def _merge_part(
     merged: dict[str, Tensor] = {}
     for key, slot in slots.items():
         layer = model.model[key]
-        merged[f"{part}.{slot.name}.lora_A.weight"] = (
-            layer.lora_A[_MERGED].weight.detach().clone().contiguous()
-        )
-        merged[f"{part}.{slot.name}.lora_B.weight"] = (
-            layer.lora_B[_MERGED].weight.detach().clone().contiguous()
-        )
+        keys = factor_keys(part, slot.name, "diffusers")
+        for role, factor in (("down", layer.lora_A), ("up", layer.lora_B)):
+            merged[keys[role]] = factor[_MERGED].weight.detach().clone().contiguous()
     return merged
 
 
