@@ -15,13 +15,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mole_diffusion.core.checkpoint import write_safetensors
 from mole_diffusion.core.phrases import without_article
 from mole_diffusion.methods.concept_training import ConceptTrainer
 from mole_diffusion.methods.job import ConceptRecipe, Job
 from mole_diffusion.methods.prepared import Prepared
 from mole_diffusion.methods.replaced import Wording, attention, embedding_of, new_words
-from mole_diffusion.methods.textual_inversion import NewWord, one_text_encoder, word_of
+from mole_diffusion.methods.textual_inversion import (
+    WORD,
+    NewWord,
+    Trained,
+    one_text_encoder,
+    train_words,
+    word_of,
+)
 from mole_diffusion.pictures.choosing import Request
 from mole_diffusion.pictures.denoisers import denoiser_of
 
@@ -31,7 +37,6 @@ if TYPE_CHECKING:
 FILE = "custom_diffusion.safetensors"
 #: The paper: 250 steps of batch 8 at 8e-5, with pictures of the class.
 RECIPE = ConceptRecipe(steps=300, rate=3e-3)
-_WORD = "word"
 #: Without it, weights grow without bound where no other text has a component, and longer prompts have some.
 RIDGE = 0.1
 #: Words of the texts whose keys and values the merge keeps, when there are no captions to take them from.
@@ -53,15 +58,13 @@ def train(method: str, job: Job) -> None:
     Raises:
         ConfigError: a concept has no pictures, or the pipeline has two text encoders.
     """
-    one_text_encoder(job.pipe, method)
-    trainer = ConceptTrainer(method, job, job.recipe(RECIPE))
-    found = trainer.results(_train_one)
-    with trainer.frozen(), torch.no_grad():
-        merged = merge(job.pipe, job.concepts, found, _other_texts(job))
-    words = {word_of(name): tensors[_WORD] for name, tensors in found.items()}
-    write_safetensors(job.folder / FILE, {**merged, **words}, {"format": "pt"})
+
+    def merged(trainer: ConceptTrainer, found: Trained) -> dict[str, Tensor]:
+        with trainer.frozen(), torch.no_grad():
+            return merge(job.pipe, job.concepts, found, _other_texts(job))
+
     wording = dict(map(wording_of, job.concepts.values()))
-    job.details.update(steps=trainer.recipe.steps, rate=trainer.recipe.rate, wording=wording)
+    train_words(method, job, RECIPE, _train_one, FILE, wording, merged)
 
 
 def _train_one(trainer: ConceptTrainer, concept: Concept) -> dict[str, Tensor]:
@@ -81,7 +84,7 @@ def _train_one(trainer: ConceptTrainer, concept: Concept) -> dict[str, Tensor]:
         for name, one in processors.items()
         for key, value in one.state_dict().items()
     }
-    return {**trained, _WORD: word.vector.detach().cpu()[None]}
+    return {**trained, WORD: word.vector.detach().cpu()[None]}
 
 
 def trained_processors(unet: Any) -> dict[str, Any]:
@@ -107,7 +110,7 @@ def trained_processors(unet: Any) -> dict[str, Any]:
 def merge(
     pipe: Any,
     concepts: Mapping[str, Concept],
-    trained: Mapping[str, Mapping[str, Tensor]],
+    trained: Trained,
     other_texts: Sequence[str],
 ) -> dict[str, Tensor]:
     """The keys and values of all concepts in one: section 3.2 of the paper.
@@ -118,7 +121,7 @@ def merge(
         trained: for each concept its word and, by key of diffusers' format, its weights.
         other_texts: texts whose keys and values are to change as little as possible.
     """
-    words = {word_of(name): tensors[_WORD] for name, tensors in trained.items()}
+    words = {word_of(name): tensors[WORD] for name, tensors in trained.items()}
     others = torch.cat([_tokens(pipe, text) for text in dict.fromkeys(other_texts)])
     wording = Wording(dict(map(wording_of, concepts.values())))
     with new_words(pipe, words, wording):

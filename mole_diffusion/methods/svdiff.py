@@ -21,6 +21,7 @@ from mole_diffusion.methods.job import ConceptRecipe, Job
 from mole_diffusion.methods.prepared import Prepared
 from mole_diffusion.methods.replaced import replaced_weights, weight_layers
 from mole_diffusion.pictures.choosing import Request
+from mole_diffusion.pictures.components import networks_of
 
 if TYPE_CHECKING:
     from mole_diffusion.pictures.training import Concept
@@ -152,7 +153,7 @@ def _layers(pipe: Any) -> dict[str, nn.Module]:
     """ "PART/NAME" -> layer, of all networks."""
     return {
         f"{part}/{name}": layer
-        for part, network in pipe._networks().items()
+        for part, network in networks_of(pipe).items()
         for name, layer in weight_layers(network, _KINDS).items()
     }
 

@@ -6,7 +6,7 @@ and is all that is trained. diffusers loads the words of several concepts side b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +22,16 @@ from mole_diffusion.methods.job import ConceptRecipe, Job
 from mole_diffusion.methods.prepared import Prepared
 from mole_diffusion.methods.replaced import Wording, embedding_of, new_words, replaced_weights, worded
 from mole_diffusion.pictures.choosing import Request
+from mole_diffusion.pictures.components import networks_of
 
 if TYPE_CHECKING:
     from mole_diffusion.pictures.training import Concept
 
 WORDS_FILE = "words.safetensors"
+#: Key of a concept's word among what is trained for it.
+WORD = "word"
+#: Concept -> key -> what was trained for it.
+Trained = Mapping[str, Mapping[str, Tensor]]
 #: The paper: 5000 steps of batch 4 at 5e-3 (5e-4 times batch and GPUs), without prior preservation.
 RECIPE = ConceptRecipe(steps=120, rate=3e-2, prior=0)
 
@@ -38,7 +43,8 @@ def word_of(name: str) -> str:
 
 def one_text_encoder(pipe: Any, method: str) -> None:
     """Raise ConfigError for pipelines whose text encoders are two: a word has an embedding in one."""
-    if "text_encoder" not in pipe._networks() or "text_encoder_2" in pipe._networks():
+    networks = networks_of(pipe)
+    if "text_encoder" not in networks or "text_encoder_2" in networks:
         raise ConfigError(f"{method!r} is for Stable Diffusion 1 and 2, whose text encoder is one")
 
 
@@ -48,16 +54,39 @@ def train(method: str, job: Job) -> None:
     Raises:
         ConfigError: a concept has no pictures, or the pipeline has two text encoders.
     """
+    wording = {without_article(c.text): word_of(name) for name, c in job.concepts.items()}
+    train_words(method, job, RECIPE, _train_one, WORDS_FILE, wording)
+
+
+def train_words(
+    method: str,
+    job: Job,
+    recipe: ConceptRecipe,
+    train_one: Callable[[ConceptTrainer, Concept], dict[str, Tensor]],
+    file: str,
+    wording: Mapping[str, str],
+    beside: Callable[[ConceptTrainer, Trained], Mapping[str, Tensor]] = lambda trainer, found: {},
+) -> None:
+    """Train a word, and what goes with it, for every concept of a job; writes them into one file.
+
+    Args:
+        method: its name.
+        job: what is prepared.
+        recipe: steps and rate, where the job says nothing else.
+        train_one: trains one concept; returns its word as "word" (1, d), and more.
+        file: name of the file.
+        wording: what replaces the concepts' phrases in a prompt.
+        beside: makes what the file holds beside the words, of what was trained.
+
+    Raises:
+        ConfigError: a concept has no pictures, or the pipeline has two text encoders.
+    """
     one_text_encoder(job.pipe, method)
-    trainer = ConceptTrainer(method, job, job.recipe(RECIPE))
-    found = trainer.results(_train_one)
-    words = {word_of(name): tensors["word"] for name, tensors in found.items()}
-    write_safetensors(job.folder / WORDS_FILE, words, {"format": "pt"})
-    job.details.update(
-        steps=trainer.recipe.steps,
-        rate=trainer.recipe.rate,
-        wording={without_article(c.text): word_of(name) for name, c in job.concepts.items()},
-    )
+    trainer = ConceptTrainer(method, job, job.recipe(recipe))
+    found = trainer.results(train_one)
+    words = {word_of(name): tensors[WORD] for name, tensors in found.items()}
+    write_safetensors(job.folder / file, {**beside(trainer, found), **words}, {"format": "pt"})
+    job.details.update(steps=trainer.recipe.steps, rate=trainer.recipe.rate, wording=dict(wording))
 
 
 def _train_one(trainer: ConceptTrainer, concept: Concept) -> dict[str, Tensor]:
@@ -67,7 +96,7 @@ def _train_one(trainer: ConceptTrainer, concept: Concept) -> dict[str, Tensor]:
         word = NewWord(pipe, word_of(concept.name), embedding_of(pipe, without_article(concept.class_text)))
         with word.known(wording):
             trainer.fit([word.vector], word.engaged, trainer.pictures(concept), None)
-    return {"word": word.vector.detach().cpu()[None]}
+    return {WORD: word.vector.detach().cpu()[None]}
 
 
 class NewWord:

@@ -11,7 +11,6 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
 
 import torch
-from torch import nn
 
 from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.ensemble import Choice, Ensemble, MixtureSet
@@ -452,9 +451,6 @@ class WithExperts:
             dtype=dtype,
             callback=callback,
         )
-
-    def _networks(self) -> dict[str, nn.Module]:
-        return networks_of(self)
 
     def _need_experts(self, what: str) -> None:
         if not self.ensemble.experts:

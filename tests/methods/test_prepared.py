@@ -147,10 +147,12 @@ def test_the_order_of_the_experts_does_not_matter(pipe, draw, concepts, tiny, lo
     )
 
 
-def test_the_same_base_in_half_precision_is_accepted(pipe, tmp_path) -> None:
+def test_the_same_base_in_half_precision_is_accepted_and_drawn_with(pipe, draw, tmp_path) -> None:
     prepared = prepare("svd", pipe, folder=tmp_path)
     pipe.to(torch.bfloat16)
-    prepared.check(pipe)
+    with_merge, base = draw(pipe, mixture=prepared), draw(pipe, mixture="none")
+    assert with_merge.isfinite().all()
+    assert (with_merge - base).abs().max() > 0.05
 
 
 def test_methods_and_needs(pipe, empty, tiny) -> None:

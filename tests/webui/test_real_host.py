@@ -193,6 +193,8 @@ def test_in_a_browser(host: Host) -> None:
         page.locator("#txt2img_gallery img").first.wait_for(timeout=600_000)
         panel.locator("#script_txt2img_mole_mole_show").click()
         page.locator("#script_txt2img_mole_mole_heat_map svg").first.wait_for(timeout=60_000)
+        assert page.locator("#txt2img_gallery img").count() >= 1
+        assert page.locator("#script_txt2img_mole_mole_heat_map svg title").count() > 2
         page.screenshot(path=shots / "txt2img.png")
         panel.screenshot(path=shots / "panel.png")
         _open_tab(page)
