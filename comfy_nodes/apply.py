@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from mole_diffusion.core.config import MoLEConfig
-from mole_diffusion.core.ensemble import Choice, Ensemble
+from mole_diffusion.core.ensemble import Ensemble
 from mole_diffusion.core.errors import NoExpertsError
+from mole_diffusion.core.mixture_set import Choice
 
 from .binding import KEY, Applied, Binding, LastRun, bare_weights, facts_of, networks_of
 from .experts import ExpertSet, GatesFile

@@ -21,11 +21,12 @@ from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
 
 from mole_diffusion.core.config import MoLEConfig
-from mole_diffusion.core.ensemble import PREDICTION_TYPE, Choice, Ensemble
+from mole_diffusion.core.ensemble import PREDICTION_TYPE, Ensemble
 from mole_diffusion.core.errors import NoExpertsError, TrainingError
 from mole_diffusion.core.experts import Expert
 from mole_diffusion.core.fixed import fixed_mixture
 from mole_diffusion.core.mixture import Mixture
+from mole_diffusion.core.mixture_set import Choice
 from mole_diffusion.core.networks.unet import UNET
 from mole_diffusion.core.records import Recorder
 from mole_diffusion.pictures.denoiser import Condition

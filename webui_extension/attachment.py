@@ -19,7 +19,8 @@ from mole_diffusion import (
     read_gates_header,
 )
 from mole_diffusion.core.bases import base_of_networks
-from mole_diffusion.core.ensemble import Choice, Ensemble
+from mole_diffusion.core.ensemble import Ensemble
+from mole_diffusion.core.mixture_set import Choice
 from mole_diffusion.core.records import Recorder
 
 from .host import bare_weights, facts_of, text_encoders_of, unet_of

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .bases import check_prediction
@@ -20,125 +19,17 @@ from .config import MoLEConfig
 from .dora import BaseWeight, own_weight
 from .errors import ConfigError, InjectionError
 from .experts import Expert
-from .mixture import Mixture, mixture_on, unwrapped
+from .mixture import Mixture, mixture_on
+from .mixture_set import Choice, Companion, Companions, MixtureSet
+from .modules import unwrapped
 from .networks import map_network
 from .records import Recorder
-from .routing import Route
 from .turns import OneThread
 
 logger = logging.getLogger(__name__)
 
 #: The fact of a base that experts and gates must agree with.
 PREDICTION_TYPE = "prediction_type"
-
-
-@dataclass(frozen=True, eq=False)
-class Choice:
-    """Which experts count, and how, in the forwards to come; see `Mixture.activate`.
-
-    Attributes:
-        active: names of the experts that count; None for all.
-        scales: factor per expert, in place of the one it was loaded with.
-        regions: (H, W) in 0..1 per expert; they hold in networks that have image tokens.
-        latent_size: (height, width) of the latent; None to read it off the network's input.
-        weights: fixed weights that replace the gates.
-        base_only: no expert counts, and nothing else of them either (their trigger words).
-        route: how each matrix weighs the experts by itself, in place of the gates.
-    """
-
-    active: Sequence[str] | None = None
-    scales: Mapping[str, float] | None = None
-    regions: Mapping[str, Tensor] | None = None
-    latent_size: tuple[int, int] | None = None
-    weights: Mapping[str, float] | None = None
-    base_only: bool = False
-    route: Route | None = None
-
-    def apply(self, mixtures: Iterable[Mixture]) -> None:
-        """Set mixtures to this.
-
-        Raises:
-            MoLEError: see `Mixture.activate`.
-        """
-        for mixture in mixtures:
-            if self.base_only:
-                mixture.disable()
-                continue
-            mixture.enable()
-            mixture.activate(
-                self.active,
-                expert_scales=self.scales,
-                region_masks=self.regions if mixture.in_picture else None,
-                latent_size=self.latent_size if mixture.in_picture else None,
-                weights=self.weights,
-                route=self.route,
-            )
-
-
-class Companion(Protocol):
-    """What experts bring along beside their matrices: trigger words in a tokenizer."""
-
-    def attach(self) -> None:
-        """Let it work."""
-
-    def detach(self) -> None:
-        """Take it away without a trace."""
-
-    def show(self, shown: bool) -> None:
-        """Let it be known, or for a while not."""
-
-
-#: Makes the companions of some experts; called when those of earlier experts are off.
-Companions = Callable[[Sequence[Expert]], Iterable[Companion]]
-
-
-@dataclass(eq=False)
-class MixtureSet:
-    """Experts, the form of their gates, and the mixture on each network that an expert changes.
-
-    Its hooks may be on the networks or not: `Ensemble.take` hands one over, and one may stand in for another.
-
-    Attributes:
-        experts: by name, in the order of the gates' rows.
-        config: the form of fresh gates.
-        configs: part -> form of its gates, where a gates file says another one.
-        networks: the networks, by part.
-        mixtures: by part.
-        companions: what the experts bring along.
-        choice: what counts in the forwards to come.
-    """
-
-    experts: dict[str, Expert] = field(default_factory=dict)
-    config: MoLEConfig = field(default_factory=MoLEConfig)
-    configs: dict[str, MoLEConfig] = field(default_factory=dict)
-    networks: dict[str, nn.Module] = field(default_factory=dict)
-    mixtures: dict[str, Mixture] = field(default_factory=dict)
-    companions: list[Companion] = field(default_factory=list)
-    choice: Choice = field(default_factory=Choice)
-
-    def attach(self) -> None:
-        """Put hooks and companions on, or nothing of them.
-
-        Raises:
-            InjectionError: a network carries another mixture.
-        """
-        try:
-            for mixture in self.mixtures.values():
-                mixture.attach()
-            for companion in self.companions:
-                companion.attach()
-        except BaseException:
-            self.detach()
-            raise
-        for companion in self.companions:
-            companion.show(not self.choice.base_only)
-
-    def detach(self) -> None:
-        """Take hooks and companions off; the networks are bitwise as before."""
-        for mixture in self.mixtures.values():
-            mixture.eject()
-        for companion in self.companions:
-            companion.detach()
 
 
 class Ensemble:

@@ -28,7 +28,7 @@ from .fitting import build_slots, fingerprint
 from .gates import build_groups
 from .hooks import BlockHook, MatrixHook, NetworkHook
 from .matrices import build_bundles
-from .modules import Arrangement, base_layer
+from .modules import Arrangement, base_layer, network_device, unwrapped
 from .networks import map_network
 from .networks.base import DENOISER, Architecture, NetworkMap, Role
 from .routing import Route
@@ -426,23 +426,6 @@ def mixture_on(network: nn.Module) -> Mixture | None:
     """The mixture whose hooks are on a network, or None."""
     found = _carried.get(unwrapped(network))
     return None if found is None else found()
-
-
-def unwrapped(network: nn.Module) -> nn.Module:
-    """The network inside what `torch.compile` made of it."""
-    inner = getattr(network, "_orig_mod", network)
-    return inner if isinstance(inner, nn.Module) else network
-
-
-def network_device(network: nn.Module) -> torch.device | None:
-    """Where a network computes; None if it does not say.
-
-    The weights of an offloaded network are elsewhere between two forwards: its hook (accelerate's) knows.
-    """
-    execution = getattr(getattr(network, "_hf_hook", None), "execution_device", None)
-    if execution is not None:
-        return torch.device(execution)
-    return next((p.device for p in network.parameters() if p.device.type != "meta"), None)
 
 
 def _module_key(name: str) -> str:

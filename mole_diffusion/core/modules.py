@@ -1,9 +1,10 @@
-"""What a module that holds a matrix is: the layer inside wrappers, its shape, its kernel."""
+"""What a module is: the layer inside wrappers, its shape, its kernel; where a network computes."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -65,3 +66,20 @@ class Arrangement:
             module.processor is not processor or getattr(module, "fused_projections", None) is not fused
             for module, processor, fused in self._seen
         )
+
+
+def unwrapped(network: nn.Module) -> nn.Module:
+    """The network inside what `torch.compile` made of it."""
+    inner = getattr(network, "_orig_mod", network)
+    return inner if isinstance(inner, nn.Module) else network
+
+
+def network_device(network: nn.Module) -> torch.device | None:
+    """Where a network computes; None if it does not say.
+
+    The weights of an offloaded network are elsewhere between two forwards: its hook (accelerate's) knows.
+    """
+    execution = getattr(getattr(network, "_hf_hook", None), "execution_device", None)
+    if execution is not None:
+        return torch.device(execution)
+    return next((p.device for p in network.parameters() if p.device.type != "meta"), None)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from mole_diffusion.core.config import MoLEConfig
-from mole_diffusion.core.ensemble import MixtureSet
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.experts import load_expert
 from mole_diffusion.core.export import lora_header, write_lora
@@ -18,6 +17,7 @@ from mole_diffusion.core.factors import LoraFactors
 from mole_diffusion.core.keys import factor_keys
 from mole_diffusion.core.matrices import MatrixSlot
 from mole_diffusion.core.mixture import Mixture
+from mole_diffusion.core.mixture_set import MixtureSet
 from mole_diffusion.core.modules import kernel_size
 from mole_diffusion.methods.prepared import Prepared, standing
 from mole_diffusion.pictures.choosing import Request

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from mole_diffusion.core.ensemble import MixtureSet
 from mole_diffusion.core.errors import ConfigError, GateMismatchError
 from mole_diffusion.core.files import replacing
 from mole_diffusion.core.fitting import fingerprint
+from mole_diffusion.core.mixture_set import MixtureSet
 from mole_diffusion.core.modules import base_layer
 from mole_diffusion.core.networks import map_network
 from mole_diffusion.methods.methods import METHODS

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from mole_diffusion.core.ensemble import MixtureSet
 from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.core.mixture_set import MixtureSet
 from mole_diffusion.methods.prepared import Prepared, standing
 from mole_diffusion.pictures.choosing import Request
 

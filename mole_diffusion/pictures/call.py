@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
 import torch
 
 from mole_diffusion.core.config import MoLEConfig
-from mole_diffusion.core.ensemble import Choice, Ensemble, MixtureSet
+from mole_diffusion.core.ensemble import Ensemble
 from mole_diffusion.core.errors import NoExpertsError
 from mole_diffusion.core.experts import Expert
 from mole_diffusion.core.export import ExportReport
 from mole_diffusion.core.fixed import fixed_mixture
-from mole_diffusion.core.mixture import Mixture, unwrapped
+from mole_diffusion.core.mixture import Mixture
+from mole_diffusion.core.mixture_set import Choice, MixtureSet
+from mole_diffusion.core.modules import unwrapped
 from mole_diffusion.core.networks.clip import TEXT_ENCODER
 from mole_diffusion.core.records import GateWeights, Placing, Recorder
 from mole_diffusion.pictures.calibration import Progress, export_lora

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mole_diffusion.core.config import MoLEConfig
-from mole_diffusion.core.ensemble import Choice, Ensemble
+from mole_diffusion.core.ensemble import Ensemble
 from mole_diffusion.core.errors import (
     ConfigError,
     ExpertLoadError,
@@ -24,6 +24,7 @@ from mole_diffusion.core.errors import (
 from mole_diffusion.core.experts import Expert, load_expert
 from mole_diffusion.core.fixed import FIXED, fixed_mixture
 from mole_diffusion.core.mixture import Mixture
+from mole_diffusion.core.mixture_set import Choice
 from mole_diffusion.core.networks import find_network
 from mole_diffusion.core.networks.t5 import READER, WRITER
 from mole_diffusion.core.records import GateWeights, MeanRecorder

@@ -27,8 +27,10 @@ from mole_diffusion import (
     UnknownExpertError,
     inject,
 )
-from mole_diffusion.core.ensemble import Choice, Ensemble
-from mole_diffusion.core.mixture import mixture_on, network_device
+from mole_diffusion.core.ensemble import Ensemble
+from mole_diffusion.core.mixture import mixture_on
+from mole_diffusion.core.mixture_set import Choice
+from mole_diffusion.core.modules import network_device
 from mole_diffusion.core.records import Recorder
 
 from .test_invariants import assert_close, differs
