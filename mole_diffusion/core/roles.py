@@ -14,8 +14,8 @@ _ROLES = (
     ("up", rf"\.lora_B{_ADAPTER}\.weight|\.lora_B|[._]lora\.up\.weight|\.lora_linear_layer\.up\.weight"),
     ("down", r"\.lora_down\.weight"),
     # XLabs' processors.
-    ("down", r"(?<=_lora)\.down\.weight|(?<=_lora[12])\.down\.weight"),
-    ("up", r"(?<=_lora)\.up\.weight|(?<=_lora[12])\.up\.weight"),
+    ("down", r"(?<=_lora[12])\.down\.weight"),
+    ("up", r"(?<=_lora[12])\.up\.weight"),
     ("up", r"\.lora_up\.weight"),
     ("mid", r"\.lora_mid\.weight"),
     ("up_bias", rf"\.lora_B{_ADAPTER}\.bias|\.(?:lora_up|lora\.up)\.bias"),

@@ -64,8 +64,9 @@ _NATIVE_SINGLE: dict[str, str | Mapping[str, int]] = {
     "linear1": {**_IMAGE, "proj_mlp": 4},
     "linear2": "proj_out",
     "modulation.lin": "norm.linear",
-    "qkv_lora": _IMAGE,
-    "proj_lora": "proj_out",
+    # XLabs' processors.
+    "qkv": _IMAGE,
+    "proj": "proj_out",
 }
 _EMBEDDERS = {"time_in": "timestep", "guidance_in": "guidance", "vector_in": "text"}
 _NATIVE_ROOT = {
