@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,8 @@ def export_lora(
     *,
     prompts: str | Sequence[str],
     steps: int,
-    guidance_scale: float,
+    guidance_scale: float | None,
+    size: tuple[int, int] | None,
     seed: int,
     rank: int | None,
     active_experts: Sequence[str] | None,
@@ -78,16 +79,19 @@ def export_lora(
     Args:
         pipe: draws the calibration prompts and says how far the result is from the gates.
         ensemble: the pipeline's.
-        path, format, prompts, steps, guidance_scale, seed, rank, active_experts, dtype, callback: see there.
+        path, format, prompts, steps, guidance_scale, size, seed, rank, active_experts, dtype, callback: see
+            there.
     """
     _need_text_to_image(pipe)
     target = check_target(path, format, rank)
     texts = _check_calibration(prompts, steps)
+    options: dict[str, Any] = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+    options |= {} if size is None else {"height": size[0], "width": size[1]}
     ticker = _Ticker(len(texts) * steps * _PASSES, callback)
     runs: list[_Calibration] = []
     records: list[GateRecord] = []
     for i, text in enumerate(texts):
-        run = _calibrate(pipe, text, steps, guidance_scale, seed + i, active_experts, ticker)
+        run = _calibrate(pipe, text, steps, options, seed + i, active_experts, ticker)
         runs.append(run)
         records += pipe.gate_weights().records
     names = tuple(name for name in ensemble.experts if active_experts is None or name in active_experts)
@@ -119,7 +123,7 @@ def _calibrate(
     pipe: Any,
     prompt: str,
     steps: int,
-    guidance: float,
+    options: Mapping[str, Any],
     seed: int,
     active: Sequence[str] | None,
     ticker: _Ticker,
@@ -138,7 +142,7 @@ def _calibrate(
         pipe(
             prompt,
             num_inference_steps=steps,
-            guidance_scale=guidance,
+            **options,
             generator=torch.Generator().manual_seed(seed),
             active_experts=active,
             output_type="latent",

@@ -22,6 +22,7 @@ from mole_diffusion.core.mixture import Mixture
 from mole_diffusion.core.mixture_set import Choice, MixtureSet
 from mole_diffusion.core.modules import unwrapped
 from mole_diffusion.core.networks.clip import TEXT_ENCODER
+from mole_diffusion.core.networks.unet import UNET
 from mole_diffusion.core.records import GateWeights, Placing, Recorder
 from mole_diffusion.pictures.calibration import Progress, export_lora
 from mole_diffusion.pictures.choosing import Engaging, Request, method_of
@@ -402,6 +403,7 @@ class WithExperts:
         prompts: str | Sequence[str],
         steps: int = 20,
         guidance_scale: float | None = None,
+        size: tuple[int, int] | None = None,
         seed: int = 0,
         rank: int | None = None,
         active_experts: Sequence[str] | None = None,
@@ -420,7 +422,9 @@ class WithExperts:
             format: names of the tensors: "diffusers" (PEFT) or "kohya" (web UIs, ComfyUI).
             prompts: calibration prompts, like those the LoRA will be used for.
             steps: denoising steps per prompt.
-            guidance_scale: classifier-free guidance while calibrating; None is 7.5, the starter's own for it.
+            guidance_scale: guidance while calibrating; None is 7.5 for UNets, the starter's own for it, and for
+                transformers what the pipeline draws with by itself.
+            size: height and width in pixels of what is drawn; None for the model's own.
             seed: of the first prompt's noise; the following ones count up.
             rank: largest rank to keep (by SVD, with the error in the report); None keeps everything.
             active_experts: which experts go into the file; None is all.
@@ -437,7 +441,7 @@ class WithExperts:
                 pictures (`StableDiffusionMoLEPipeline.from_pipe(pipe)` shares its experts and gates).
         """
         self._need_experts("export_lora")
-        if guidance_scale is None:
+        if guidance_scale is None and UNET in networks_of(self):
             guidance_scale = float(self.call_defaults.get("guidance_scale", 7.5))
         return export_lora(
             self,
@@ -447,6 +451,7 @@ class WithExperts:
             prompts=prompts,
             steps=steps,
             guidance_scale=guidance_scale,
+            size=size,
             seed=seed,
             rank=rank,
             active_experts=active_experts,

@@ -226,3 +226,26 @@ def test_pictures_that_are_shown_have_gates_and_no_regions(
     left = torch.zeros(32, 48)
     left[:, :24] = 1
     assert (draw(pipe, region_masks={"boot": left, "cat": 1 - left}, **shown) - free).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("form", ["diffusers", "kohya"])
+def test_an_export_is_one_lora(family: Family, form: str, tmp_path: Path) -> None:
+    """Of matrices and text encoders, at frozen weights; diffusers loads its own form."""
+    pipe = family.loaded()
+    pipe.configure(MoLEConfig(strength=1.0))
+    path = tmp_path / "static.safetensors"
+    report = pipe.export_lora(path, form, prompts="a boot and a cat", steps=2, size=(32, 48))
+    # Fresh gates are 1/N everywhere: the frozen mixture is the mixture.
+    assert report.noise_difference < 1e-4
+    assert report.effect_difference < 1e-2
+    expected = draw(pipe, mixture="nla")
+    ours = family.bare()
+    ours.load_expert(path, name="static")
+    torch.testing.assert_close(draw(ours), expected, **CLOSE)
+    if form == "diffusers":
+        torch.testing.assert_close(
+            draw(with_adapters(family.plain(), {"static": path}, {"static": 1.0})), expected, **CLOSE
+        )
+    train_a_little(pipe)
+    report = pipe.export_lora(path, form, prompts="a boot", steps=2, size=(32, 48), rank=2)
+    assert report.noise_difference > 1e-3
