@@ -130,7 +130,9 @@ def open_pipeline(
     if training and model == STARTER and not experts:
         # By name, which leaves their gates behind: a training begins with fresh ones.
         experts = [ExpertChoice(name) for name in default_experts()]
-    pipe = open_base(model, device, half=not training, starter_defaults=not experts)
+    pipe: StableDiffusionMoLEPipeline = open_base(
+        model, device, half=not training, starter_defaults=not experts
+    )
     for choice in experts:
         path, name = _locate(choice.source, model)
         pipe.load_expert(path, name=name, scale=choice.scale)

@@ -422,8 +422,8 @@ class WithExperts:
             format: names of the tensors: "diffusers" (PEFT) or "kohya" (web UIs, ComfyUI).
             prompts: calibration prompts, like those the LoRA will be used for.
             steps: denoising steps per prompt.
-            guidance_scale: guidance while calibrating; None is 7.5 for UNets, the starter's own for it, and for
-                transformers what the pipeline draws with by itself.
+            guidance_scale: guidance while calibrating; None is 7.5 for UNets (the starter's own for it), and
+                for transformers what the pipeline draws with by itself.
             size: height and width in pixels of what is drawn; None for the model's own.
             seed: of the first prompt's noise; the following ones count up.
             rank: largest rank to keep (by SVD, with the error in the report); None keeps everything.

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.pictures.single_file import is_xl, read_header
 from mole_diffusion.sources import is_hub_id, nearest_path
 
-if TYPE_CHECKING:
-    from mole_diffusion.pictures.pipelines import StableDiffusionMoLEPipeline
-
 STARTER = "starter"
+# What checkpoints of FLUX.1 and its kin have, which hold the transformer alone.
+_TRANSFORMER = "double_blocks.0."
 
 
-def open_base(
-    model: str, device: str = "auto", *, half: bool = False, starter_defaults: bool = False
-) -> StableDiffusionMoLEPipeline:
-    """A silent pipeline; SDXL is told from Stable Diffusion 1 and 2 by what the file or folder says.
+def open_base(model: str, device: str = "auto", *, half: bool = False, starter_defaults: bool = False) -> Any:
+    """A silent pipeline with experts, of the kind that the file or folder says.
 
     Args:
         model: "starter", a file, a folder or a hub id.
@@ -41,13 +39,15 @@ def open_base(
     if model == STARTER:
         pipe = pipelines.StableDiffusionMoLEPipeline.from_starter(None if starter_defaults else [])
     else:
-        dtype = torch.float16 if half and where.startswith("cuda") else torch.float32
         path = Path(model).expanduser()
         try:
             single = path.is_file()
-            xl = is_xl(read_header(path)) if single else _folder_is_xl(path if path.is_dir() else model)
-            name = "StableDiffusionXLMoLEPipeline" if xl else "StableDiffusionMoLEPipeline"
-            maker: Any = getattr(pipelines, name)
+            maker: Any = (
+                _class_of_file(path) if single else _class_of_folder(path if path.is_dir() else model)
+            )
+            # Transformers overflow in float16.
+            small = torch.float16 if issubclass(maker, pipelines.AROUND_A_UNET) else torch.bfloat16
+            dtype = small if half and where.startswith("cuda") else torch.float32
             build = maker.from_single_file if single else maker.from_pretrained
             pipe = build(str(path) if path.exists() else model, torch_dtype=dtype)
         except (OSError, ValueError) as error:
@@ -100,9 +100,33 @@ def hush_libraries() -> None:
     warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
 
 
-def _folder_is_xl(model: str | Path) -> bool:
-    """Whether a diffusers folder or hub id is SDXL's."""
+def _class_of_file(path: Path) -> type:
+    """The pipeline for a checkpoint in one file.
+
+    Raises:
+        ValueError: it holds a transformer alone.
+    """
+    from mole_diffusion.pictures import pipelines
+
+    header = read_header(path)
+    if any(_TRANSFORMER in name for name in header.shapes):
+        raise ValueError(
+            "the file holds a transformer, whose text encoders and autoencoder are files of their own; open "
+            "a folder of diffusers, or the file in Python with from_single_file(..., text_encoder=..., "
+            "vae=...)"
+        )
+    return pipelines.StableDiffusionXLMoLEPipeline if is_xl(header) else pipelines.StableDiffusionMoLEPipeline
+
+
+def _class_of_folder(model: str | Path) -> type:
+    """The pipeline for a diffusers folder or hub id.
+
+    Raises:
+        ValueError: it is no such folder, or of a kind that experts cannot be attached to.
+    """
     from diffusers import DiffusionPipeline
+
+    from mole_diffusion.pictures import pipelines
 
     index = Path(model) / "model_index.json"
     if index.is_file():
@@ -113,4 +137,10 @@ def _folder_is_xl(model: str | Path) -> bool:
         raise ValueError(f"no such file or folder, and no hub id such as 'owner/name'.{nearest_path(model)}")
     else:
         facts = DiffusionPipeline.load_config(model)
-    return "XL" in str(facts.get("_class_name", ""))
+    name = re.sub("Img2Img|Inpaint", "", str(facts.get("_class_name", "")))
+    known = pipelines.from_text()
+    if name in known:
+        return known[name]
+    if "transformer" in facts:
+        raise ValueError(f"it is a {name}, and experts are for {', '.join(known)}")
+    return pipelines.StableDiffusionXLMoLEPipeline if "XL" in name else pipelines.StableDiffusionMoLEPipeline

@@ -175,3 +175,18 @@ class ChromaMoLEImg2ImgPipeline(WithExperts, ChromaImg2ImgPipeline):
 
     diffusers_class = ChromaImg2ImgPipeline
     guided_in = "turns"
+
+
+#: What draws with a UNet.
+AROUND_A_UNET = (StableDiffusionPipeline, StableDiffusionXLPipeline)
+
+
+def from_text() -> dict[str, type]:
+    """Class of diffusers -> ours, of the pipelines that draw from text alone."""
+    ours = (
+        StableDiffusionMoLEPipeline,
+        StableDiffusionXLMoLEPipeline,
+        FluxMoLEPipeline,
+        ChromaMoLEPipeline,
+    )
+    return {one.diffusers_class.__name__: one for one in ours}
