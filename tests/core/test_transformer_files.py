@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny.networks import run, with_peft
+from tiny.transformers import make_chroma, make_flux
 from torch import Tensor, nn
 
 from mole_diffusion import Expert, InjectionError, MoLEConfig, inject, load_expert
 from mole_diffusion.core.inspection import describe_file
 from mole_diffusion.core.networks import map_network
 
-from .core_tools import run, with_peft
 from .test_invariants import assert_close, differs
-from .transformers import make_chroma, make_flux
 
 Native = Mapping[str, tuple[str, ...]]
 
