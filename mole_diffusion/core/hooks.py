@@ -240,6 +240,9 @@ class MatrixHook:
             self._check_tokens(value, tokens)
         key = (plan.layout, dtype, tokens if regions or joint else 0)
         expanded: Expanded = value.expanded_with(values[1]) if joint else value.expanded
+        if joint and torch.is_grad_enabled() and any(one.rows.requires_grad for one in values):
+            # A checkpoint that recomputes this matrix and not its gate must save the same tensors again.
+            expanded = {}
         if key not in expanded:
             if joint:
                 for (kind, _, _), one in zip(self._gates, values, strict=True):
