@@ -8,4 +8,7 @@ provide_core()
 
 from .extension import comfy_entrypoint  # noqa: E402 - the core must be found first
 
-__all__ = ["comfy_entrypoint"]
+#: Where ComfyUI finds what belongs into the browser.
+WEB_DIRECTORY = "./web"
+
+__all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.ensemble import Ensemble
-from mole_diffusion.core.errors import NoExpertsError
+from mole_diffusion.core.errors import InjectionError, NoExpertsError
 from mole_diffusion.core.mixture_set import Choice
 
 from .binding import KEY, Applied, Binding, LastRun, bare_weights, facts_of, networks_of
@@ -23,12 +23,20 @@ def apply_experts(model: Any, clip: Any, experts: ExpertSet, gates: GatesFile | 
         gates: None weighs all experts alike.
     Raises:
         NoExpertsError: there are no experts.
+        InjectionError: MODEL or CLIP have experts already.
         ExpertLoadError: an expert belongs to a base of another prediction type.
         InjectionError: an expert does not fit these networks.
         GateMismatchError: the gates were trained for other experts or another network.
     """
     if not experts.experts:
         raise NoExpertsError("There are no experts: connect at least one Load Expert.")
+    for patcher, what in ((model, "MODEL"), (clip.patcher, "CLIP")):
+        if isinstance(before := patcher.get_attachment(KEY), Applied):
+            raise InjectionError(
+                f"This {what} has the experts {', '.join(before.experts.names)} already, from a MoLE Apply "
+                "before this one. Gates share a picture among all experts they know: chain all Load Expert "
+                "nodes, and connect the last of them to one MoLE Apply."
+            )
     new_model, new_clip = model.clone(), clip.clone()
     networks = [networks_of(patcher.model) for patcher in (new_model, new_clip.patcher)]
     ensemble = Ensemble(
@@ -49,7 +57,8 @@ def apply_experts(model: Any, clip: Any, experts: ExpertSet, gates: GatesFile | 
     ensemble.record(LastRun())
     for patcher, own in zip((new_model, new_clip.patcher), networks, strict=True):
         Binding(ensemble, list(own)).install(patcher)
-    new_model.set_attachments(KEY, Applied(experts, ensemble))
+    for patcher in (new_model, new_clip.patcher):
+        patcher.set_attachments(KEY, Applied(experts, ensemble))
     return new_model, new_clip
 
 

@@ -36,6 +36,8 @@ KEY = "mole"
 _TEXT_ENCODERS = {"clip_l": TEXT_ENCODER, "clip_h": TEXT_ENCODER, "clip_g": TEXT_ENCODER_2}
 # Denoiser -> what gate files call it.
 _slots: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+#: Network -> the mixture that ran on it last, for which things may be ready on the device.
+_ready: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Mixture]] = weakref.WeakKeyDictionary()
 
 
 def networks_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -129,6 +131,7 @@ class Binding:
             if part in self.ensemble.mixtures:
                 self._renew(part, networks[part])
                 _take_over(networks[part], self.ensemble.mixtures[part])
+                _make_room(networks[part], self.ensemble.mixtures[part])
         self.ensemble.unpark(self.parts)
         self._owner = id(patcher)
 
@@ -146,9 +149,16 @@ class Binding:
             self._owner = None
             self.ensemble.park(self.parts)
 
-    def release(self, patcher: Any) -> None:
-        """Let go of memory on the device: the model goes back to where it waits."""
-        if sys.is_finalizing():  # ComfyUI's models go last, when nothing can be imported any more
+    def release(self, patcher: Any, everything: bool) -> None:
+        """Let go of memory on the device where the model goes back to where it waits.
+
+        Args:
+            patcher: the clone that goes.
+            everything: whether the model leaves the device. ComfyUI lets a clone go before every run of a
+                sampler, also before its own: what was made ready for it stays then.
+        """
+        # ComfyUI's models go last, when nothing can be imported any more.
+        if not everything or sys.is_finalizing():
             return
         for part, mixture in self.ensemble.mixtures.items():
             if part in self.parts and not mixture.injected:
@@ -163,7 +173,7 @@ class Binding:
         for event, callback in (
             (CallbacksMP.ON_CLONE, _forget_injection),
             (CallbacksMP.ON_PRE_RUN, lambda _: self._begin_run()),
-            (CallbacksMP.ON_DETACH, lambda patcher, _: self.release(patcher)),
+            (CallbacksMP.ON_DETACH, self.release),
         ):
             patcher.remove_callbacks_with_key(event, KEY)
             patcher.add_callback_with_key(event, KEY, callback)
@@ -205,6 +215,15 @@ def _take_over(network: nn.Module, mixture: Mixture) -> None:
     if isinstance(owner, Ensemble):
         owner.park([other.part])
     other.eject()
+
+
+def _make_room(network: nn.Module, mixture: Mixture) -> None:
+    """Let go of what was made ready on the device for the experts that were on this network before."""
+    before = _ready.get(network)
+    other = None if before is None else before()
+    if other is not None and other is not mixture:
+        other.release()
+    _ready[network] = weakref.ref(mixture)
 
 
 def _forget_injection(parent: Any, clone: Any) -> None:

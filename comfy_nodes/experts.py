@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -101,6 +102,23 @@ class GatesFile:
     def sha256(self) -> str:
         """Hash of the content."""
         return hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+    @property
+    def iterations(self) -> tuple[int, int] | None:
+        """Iterations of the training so far and in all; None where the file does not say."""
+        known = self.header.metadata
+        try:
+            return int(known["iterations"]), int(json.loads(known["training"])["iterations"])
+        except (KeyError, TypeError, ValueError):
+            return None
+
+    @property
+    def unfinished(self) -> str:
+        """A sentence where the training was not finished; else empty."""
+        done, of = self.iterations or (0, 0)
+        if done >= of:
+            return ""
+        return f"half trained: {done} of {of} iterations; the same training goes on when it is queued again"
 
     def copy_to(self, path: Path) -> None:
         """Write the file to another place; it appears there whole or not at all."""

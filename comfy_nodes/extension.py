@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import places
+from . import places, routes
 from .nodes_apply import ApplyMoLE, GateHeatMap, MaskExperts, RegionMasks
-from .nodes_load import ExportLoRA, LoadExpert, LoadGates, SaveGates, StarterLoader
+from .nodes_load import ExportLoRA, LoadExpert, LoadGates, SaveGates, StarterLoader, StarterPictures
 from .nodes_train import TrainGates
 
 NODES = [
     StarterLoader,
+    StarterPictures,
     LoadExpert,
     LoadGates,
     ApplyMoLE,
@@ -34,4 +35,5 @@ class MoLEExtension(ComfyExtension):  # type: ignore[misc]
 async def comfy_entrypoint() -> MoLEExtension:
     """Called by ComfyUI when it loads custom nodes."""
     places.register()
+    routes.register()
     return MoLEExtension()

@@ -9,11 +9,12 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import comfy.model_base
 import comfy.model_management
 import comfy.model_sampling
 import torch
@@ -35,9 +36,9 @@ from .binding import networks_of
 from .experts import ExpertSet
 from .weights import mean_weights_entry
 
-#: Height and width of the pictures of models that do not say.
-DEFAULT_SIZE = 512
-_TEXT = "context"
+#: Height and width of the pictures of models that do not say, and of SDXL.
+DEFAULT_SIZE, XL_SIZE = 512, 1024
+_TEXT, _ADDED = "context", "y"
 
 
 class NoiseLevels:
@@ -60,7 +61,7 @@ class NoiseLevels:
         if not known or isinstance(sampling, other) or not hasattr(sampling, "sigmas"):
             raise TrainingError(
                 f"A MODEL with the sampling {type(sampling).__name__} cannot be trained with; allowed are "
-                "models that predict noise or velocity (Stable Diffusion 1.x and 2.x)."
+                "models that predict noise or velocity (Stable Diffusion 1.x, 2.x and XL)."
             )
         with torch.inference_mode(False):
             sigmas = sampling.sigmas.detach().clone().double().cpu()
@@ -127,18 +128,23 @@ class ComfyDenoiser:
     dtype = torch.float32
 
     def __init__(self, model: Any, clip: Any, vae: Any, size: int | None = None) -> None:
-        if model.model.adm_channels:
+        if model.model.adm_channels and not isinstance(model.model, comfy.model_base.SDXL):
             raise TrainingError(
-                "Gates are trained on Stable Diffusion 1.x and 2.x here; this MODEL (SDXL, or one that reads "
-                "more than a text) can use gates that were trained elsewhere."
+                "Gates are trained on Stable Diffusion 1.x, 2.x and XL here; this MODEL reads more than a "
+                "text (SDXL's refiner, or one for variations of pictures): train on its base."
             )
+        # SDXL is told the size of the picture, and what its second text encoder makes of the whole text.
+        self._added: Callable[..., Tensor] | None = (
+            model.model.encode_adm if model.model.adm_channels else None
+        )
         self.levels = NoiseLevels(model.get_model_object("model_sampling"))
         self.device: torch.device = model.load_device
         self.network: Any = _copy(model, model.model.diffusion_model, self.device)
         self.text_encoder = _copy(clip.patcher, clip.cond_stage_model, self.device)
         self._autoencoder = _copy(vae.patcher, vae.first_stage_model, self.device)
         self._clip, self._format = clip, model.model.latent_format
-        configured: int = getattr(model.model.model_config, "mole_picture_size", DEFAULT_SIZE)
+        usual = DEFAULT_SIZE if self._added is None else XL_SIZE
+        configured: int = getattr(model.model.model_config, "mole_picture_size", usual)
         self._size = configured if size is None else size
         self._factor = int(vae.spacial_compression_encode())
         _free_inputs(self.text_encoder)
@@ -196,15 +202,17 @@ class ComfyDenoiser:
         model.reset_clip_options()
         if self._clip.layer_idx is not None:
             model.set_clip_options({"layer": self._clip.layer_idx})
-        # Long texts have several sections of equal length; all sections of all texts are one batch.
-        sections = [self._clip.tokenize(text, disable_weights=True)[model.clip_name] for text in texts]
-        counts = [len(own) for own in sections]
-        if any(max(counts) % count for count in counts):
-            raise TrainingError("The prompts have too different lengths; write prompts of similar length.")
-        batch = [[token for token, _ in section] for own in sections for section in own]
-        encoded = getattr(model, model.clip)(batch)[0].split(counts)
-        rows = [own.flatten(0, 1).repeat(max(counts) // len(own), 1) for own in encoded]
-        return Condition({_TEXT: torch.stack(rows)})
+        tokens = [self._clip.tokenize(text, disable_weights=True) for text in texts]
+        encoded = [
+            _encode(encoder, [one[name] for one in tokens]) for name, encoder in _encoders(model).items()
+        ]
+        # As ComfyUI does it for SDXL: as many tokens as both have, and the last one's pooled text.
+        length = min(rows.shape[1] for rows, _ in encoded)
+        told = {_TEXT: torch.cat([rows[:, :length] for rows, _ in encoded], dim=-1)}
+        if self._added is not None:
+            height, width = self.picture_size
+            told[_ADDED] = self._added(pooled_output=encoded[-1][1], height=height, width=width)
+        return Condition(told)
 
     def predict(self, latents: Tensor, times: Tensor, condition: Condition) -> Tensor:
         """See `Denoiser.predict`; without gradient it stops with ComfyUI's own exception when asked to."""
@@ -212,8 +220,9 @@ class ComfyDenoiser:
             comfy.model_management.throw_exception_if_processing_interrupted()
         times = torch.as_tensor(times, device=latents.device).float().expand(len(latents))
         options = {"optimized_attention_override": _plain_attention}
+        told = condition.tensors
         prediction: Tensor = self.network(
-            latents, times, context=condition.tensors[_TEXT], transformer_options=options
+            latents, times, context=told[_TEXT], y=told.get(_ADDED), transformer_options=options
         )
         return prediction
 
@@ -321,6 +330,33 @@ class TrainingCopy:
             recorder.note(mixture)
         noted = mean_weights_entry(tuple(self.experts), recorder.weights.means())
         self.ensemble.save_gates(path, {**noted, **(metadata or {})})
+
+
+def _encoders(model: Any) -> dict[str, Any]:
+    """The text encoders inside a CLIP's model, by the name that its tokenizer gives to their tokens."""
+    if hasattr(model, "clip_name"):
+        return {model.clip_name: getattr(model, model.clip)}
+    return {"l": model.clip_l, "g": model.clip_g}
+
+
+def _encode(encoder: Any, texts: Sequence[Sequence[Sequence[tuple[Any, float]]]]) -> tuple[Tensor, Tensor]:
+    """Token embeddings (texts, length, d) and pooled texts (texts, p) of one text encoder.
+
+    Args:
+        encoder: ComfyUI's.
+        texts: each in sections of equal length, as the tokenizer makes them of long texts.
+
+    Raises:
+        TrainingError: the texts are of too different lengths.
+    """
+    counts = [len(sections) for sections in texts]
+    if any(max(counts) % count for count in counts):
+        raise TrainingError("The prompts have too different lengths; write prompts of similar length.")
+    # All sections of all texts are one batch; shorter texts are repeated.
+    batch = [[token for token, _ in section] for sections in texts for section in sections]
+    embedded, pooled = encoder(batch)[:2]
+    rows = [own.flatten(0, 1).repeat(max(counts) // len(own), 1) for own in embedded.split(counts)]
+    return torch.stack(rows), torch.stack([own[0] for own in pooled.split(counts)])
 
 
 def _plain_attention(_: Any, *args: Any, **kwargs: Any) -> Tensor:

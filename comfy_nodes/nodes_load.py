@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
+from mole_diffusion.core.bases import told_base
 from mole_diffusion.core.experts import load_expert
 from mole_diffusion.core.peft_folder import expert_facts
 
@@ -15,7 +16,7 @@ from .apply import applied_to
 from .experts import ExpertSet, GatesFile
 from .export import export_lora
 from .notes import show_text
-from .starter import load_starter
+from .starter import load_starter, starter_pictures
 
 CATEGORY = "MoLE"
 Experts = io.Custom("MOLE_EXPERTS")
@@ -44,6 +45,30 @@ class StarterLoader(io.ComfyNode):  # type: ignore[misc]
     @classmethod
     def execute(cls) -> io.NodeOutput:
         return io.NodeOutput(*load_starter())
+
+
+class StarterPictures(io.ComfyNode):  # type: ignore[misc]
+    """The pictures that an expert of the starter was trained on."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MoLEStarterPictures",
+            display_name="MoLE Starter Pictures",
+            category=CATEGORY,
+            description="The reference pictures of one of the starter's experts, for MoLE Train Gates: with "
+            "them an expert need not draw any before its training. For your own experts use Load Image.",
+            inputs=[
+                io.Combo.Input(
+                    "expert", options=places.starter_names(), tooltip="Whose pictures: all of one size."
+                )
+            ],
+            outputs=[io.Image.Output(display_name="IMAGE")],
+        )
+
+    @classmethod
+    def execute(cls, expert: str) -> io.NodeOutput:
+        return io.NodeOutput(starter_pictures(expert))
 
 
 class LoadExpert(io.ComfyNode):  # type: ignore[misc]
@@ -114,7 +139,10 @@ class LoadExpert(io.ComfyNode):  # type: ignore[misc]
             f"triggers: {', '.join(expert.triggers)}" if expert.triggers else "the file names no trigger"
         )
         dialects = ", ".join(expert.report.dialects) or "unknown"
-        report = f"{expert.name}: {expert.report.summary()}; written by {dialects}; {triggers}"
+        report = (
+            f"{expert.name}: {expert.report.summary()}; for {told_base(expert)}; written by {dialects}; "
+            f"{triggers}"
+        )
         show_text(cls.hidden.unique_id, report)
         return io.NodeOutput((experts or ExpertSet()).with_expert(expert, check_base=check_base), report)
 
@@ -150,7 +178,8 @@ class LoadGates(io.ComfyNode):  # type: ignore[misc]
         parts = "; ".join(
             f"{part}: {', '.join(file.header.expert_names(part))}" for part in file.header.parts
         )
-        show_text(cls.hidden.unique_id, f"gates of {parts}")
+        lines = [f"gates of {parts}", *filter(None, [file.unfinished])]
+        show_text(cls.hidden.unique_id, "; ".join(lines))
         return io.NodeOutput(file)
 
 

@@ -64,8 +64,8 @@ class TrainGates(io.ComfyNode):  # type: ignore[misc]
             display_name="MoLE Train Gates",
             category=CATEGORY,
             description="Trains the gates of these experts for a prompt that names all of them. Model and "
-            "experts stay as they are. Cancel stops at once and keeps what there is: queue again to go on. "
-            "Stable Diffusion 1.x and 2.x.",
+            "experts stay as they are. Cancel stops at once and keeps what there is: queue again to go on, "
+            "with more iterations too. Stable Diffusion 1.x, 2.x and XL.",
             inputs=[
                 io.Model.Input("model", tooltip="The bare model, without MoLE Apply."),
                 io.Clip.Input("clip"),
@@ -108,8 +108,8 @@ class TrainGates(io.ComfyNode):  # type: ignore[misc]
                     min=0,
                     max=2048,
                     step=8,
-                    tooltip="Height and width of the pictures in pixels. 0: 128 for the starter, 512 for "
-                    "others.",
+                    tooltip="Height and width of the pictures in pixels. 0: 128 for the starter, 1024 for "
+                    "SDXL, 512 for others.",
                 ),
                 io.Int.Input(
                     "pictures",
@@ -182,7 +182,7 @@ class TrainGates(io.ComfyNode):  # type: ignore[misc]
             result = train(pipe, prompts, known, config, folder, _say(cls.hidden.unique_id))
         comfy.model_management.throw_exception_if_processing_interrupted()
         losses = [row["loss"] for row in result.history]
-        return io.NodeOutput(GatesFile(folder / GATES_FILE), {"loss": losses})
+        return io.NodeOutput(finished_gates(folder, len(losses)), {"loss": losses})
 
 
 def train(
@@ -202,18 +202,31 @@ def train(
     bar = ProgressBar(config.iterations)
     done = 0
 
+    def preparing(batches: int, of: int) -> None:
+        bar.update_absolute(batches, of)
+        if batches < of:
+            say(f"drawing pictures to learn from: {batches} of {of} batches")
+        else:
+            say("cutting pictures out and mixing them ...")
+
     def report(event: TrainingEvent) -> bool:
         nonlocal done
         done = event.iteration
-        preview = None if event.preview is None else ("JPEG", event.preview, None)
-        bar.update_absolute(event.iteration, event.iterations, preview)
+        bar.update_absolute(event.iteration, event.iterations, _shown(event.preview))
         row = event.row
         say(f"iteration {event.iteration} of {event.iterations}, loss {row['loss']:.3f}")
         return not comfy.model_management.processing_interrupted()
 
-    say("drawing pictures of the experts ...")
+    say("drawing pictures to learn from ...")
     trainer = GateTrainer(
-        pipe, prompts, concepts, config, callback=report, checkpoint_dir=folder, denoiser=pipe.denoiser
+        pipe,
+        prompts,
+        concepts,
+        config,
+        callback=report,
+        checkpoint_dir=folder,
+        denoiser=pipe.denoiser,
+        preparing=preparing,
     )
     try:
         return trainer.train()
@@ -222,6 +235,11 @@ def train(
         if done:
             pipe.save_gates(folder / GATES_FILE, {"training": config.to_json(), "iterations": str(done)})
         raise
+
+
+def _shown(picture: Any) -> tuple[str, Any, None] | None:
+    """A picture as ComfyUI's progress bar takes it."""
+    return None if picture is None else ("JPEG", picture, None)
 
 
 def read_concepts(text: str, experts: ExpertSet, references: Mapping[str, Any]) -> dict[str, Concept]:
@@ -258,22 +276,44 @@ def read_clip(text: str) -> str | tuple[str, str] | None:
     return name, pretrained
 
 
+def finished_gates(folder: Path, iterations: int) -> GatesFile:
+    """The gates of a training under a name that it leaves alone when it is made longer."""
+    gates = GatesFile(folder / f"gates-{iterations}.safetensors")
+    GatesFile(folder / GATES_FILE).copy_to(gates.path)
+    return gates
+
+
 def training_folder(
     pipe: TrainingCopy, prompts: list[str], concepts: Mapping[str, Concept], config: TrainingConfig
 ) -> Path:
-    """Where this very training keeps its checkpoints: equal inputs go on where an earlier run stopped."""
+    """Where this very training keeps its checkpoints: equal inputs go on where an earlier run stopped.
+
+    More iterations go on with it too; fewer than it has done already are a training of their own.
+    """
     facts = {
         "base": pipe.denoiser.digest(),
         "prompts": prompts,
         "concepts": [[c.name, c.text, c.class_text] for c in concepts.values()],
         "pictures": {c.name: pictures_digest(c.references) for c in concepts.values()},
         "experts": [[e.name, e.sha256, e.scale] for e in pipe.experts.values()],
-        "config": {**config.to_dict(), "preview_every": 0},
+        "config": {**config.to_dict(), "preview_every": 0, "iterations": 0},
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
     name = "+".join(pipe.experts)[:60]
     safe = "".join(c if c.isalnum() or c in "+-_" else "_" for c in name)
-    return Path(os.path.join(folder_paths.get_output_directory(), GATES, "training", f"{safe}-{key}"))
+    home = Path(os.path.join(folder_paths.get_output_directory(), GATES, "training"))
+    folder = home / f"{safe}-{key}"
+    if iterations_done(folder) > config.iterations:
+        return home / f"{safe}-{key}-{config.iterations}"
+    return folder
+
+
+def iterations_done(folder: Path) -> int:
+    """How far the training in a folder is; 0 where there is none."""
+    gates = GatesFile(folder / GATES_FILE)
+    if not gates.path.is_file():
+        return 0
+    return (gates.iterations or (0, 0))[0]
 
 
 def _say(node: str | None) -> Callable[[str], None]:

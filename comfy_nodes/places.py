@@ -32,6 +32,11 @@ def expert_choices() -> list[str]:
     return [*files, *(f"{STARTER}{name}" for name in _starter_files())]
 
 
+def starter_names() -> list[str]:
+    """Names of the starter's experts."""
+    return list(_starter_files())
+
+
 def expert_file(choice: str) -> Path:
     """The file of one of `expert_choices`.
 

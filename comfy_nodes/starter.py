@@ -13,13 +13,16 @@ import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models
 import comfy.utils
+import numpy as np
 import torch
 from comfy.diffusers_convert import convert_vae_state_dict
 from comfy.latent_formats import SD15 as StableDiffusionLatents
 from comfy.model_base import ModelType
 from comfy.supported_models_base import ClipTarget
+from PIL import Image
 
-from mole_diffusion.starter import starter_dir
+from mole_diffusion.core.errors import UnknownExpertError
+from mole_diffusion.starter import starter_dir, starter_experts
 
 #: Height and width in pixels of what the starter was trained on.
 PICTURE_SIZE = 128
@@ -73,6 +76,19 @@ def load_starter() -> tuple[Any, Any, Any]:
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"The starter is missing: there is no model_index.json in {folder}.")
     return _load_model(folder), _load_clip(folder), _load_vae(folder)
+
+
+def starter_pictures(name: str) -> torch.Tensor:
+    """The reference pictures of one of the starter's experts, as ComfyUI's IMAGE (n, H, W, 3) in 0..1.
+
+    Raises:
+        UnknownExpertError: the starter has no such expert.
+    """
+    experts = starter_experts()
+    if name not in experts:
+        raise UnknownExpertError(name, list(experts))
+    pictures = [Image.open(path).convert("RGB") for path in experts[name].references]
+    return torch.stack([torch.from_numpy(np.asarray(one, dtype=np.float32) / 255) for one in pictures])
 
 
 def _config(folder: Path, part: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from torch import nn
@@ -12,7 +13,7 @@ from .factors import LoraFactors
 from .modules import base_layer, matrix_shape
 from .networks import by_name, find_network, of_matrices
 from .networks.base import DENOISER, Architecture, Base, NetworkMap
-from .networks.families import named_family
+from .networks.families import SDXL, named_family
 
 _PREDICTIONS = {
     "epsilon": "epsilon",
@@ -20,6 +21,15 @@ _PREDICTIONS = {
     "v": "v_prediction",
     "v_prediction": "v_prediction",
     "velocity": "v_prediction",
+}
+#: Entries of headers with the name of the model that a file was trained on.
+_MODEL_NAMES = ("ss_sd_model_name", "ss_base_model", "modelspec.base_model", "base_model", "sd_model_name")
+#: Descendants of SDXL whose LoRAs suit each other and plain SDXL only in part, by what their names have.
+_DESCENDANTS = {
+    "Illustrious": re.compile(r"illustrious", re.IGNORECASE),
+    "NoobAI": re.compile(r"noob", re.IGNORECASE),
+    "Pony": re.compile(r"pony(?!.?tail)", re.IGNORECASE),
+    "Animagine": re.compile(r"animagine", re.IGNORECASE),
 }
 # Mismatches that an error lists; a file for another base has hundreds.
 _LISTED = 3
@@ -41,6 +51,25 @@ def base_of_expert(expert: Expert) -> Base:
     if family is None and base.width is None and False in told:
         family = told[False].family
     return Base(family, base.width)
+
+
+def descendant(metadata: Mapping[str, str]) -> str | None:
+    """Which descendant of SDXL (Illustrious, Pony, ...) a header names as the model it was trained on.
+
+    Their matrices have SDXL's shapes, so that nothing else in a file tells them apart.
+    """
+    for key in _MODEL_NAMES:
+        for name, words in _DESCENDANTS.items():
+            if words.search(metadata.get(key, "")):
+                return name
+    return None
+
+
+def told_base(expert: Expert) -> str:
+    """The base model that a file was made for, in words, with the descendant that its header names."""
+    base = base_of_expert(expert)
+    named = descendant(expert.metadata) if base.family == SDXL else None
+    return str(base) if named is None else f"{base}; {named}, says its header"
 
 
 def base_of_networks(networks: Mapping[str, nn.Module]) -> Base | None:

@@ -211,7 +211,7 @@ class ForwardContext:
         """Drop what depends on the choice of experts alone."""
         self._fixed: GateValue | None = None
         self._pooled = (None, {})
-        self._alone: tuple[Tensor, Expanded] | None = None
+        self._equal: tuple[Tensor, Expanded] | None = None
 
     def release(self) -> None:
         """Let go of everything on a device that the next forward can make again."""
@@ -247,15 +247,15 @@ class ForwardContext:
             self._fixed = found
         return found
 
-    def alone(self, batch: int, device: torch.device) -> GateValue:
-        """The weights where one expert is active alone, the same in every forward."""
-        found = self._alone
+    def equal(self, batch: int, device: torch.device) -> GateValue:
+        """The weights where no gate has a say, the same in every forward: equal for active experts."""
+        found = self._equal
         if found is None or is_compiling():
             mask = self.activation.mask
-            rows = torch.ones(1, 1) if mask is None else mask.float().view(1, -1)
-            found = on_device(rows, device), {}
+            rows = torch.ones(1, self.experts) if mask is None else mask.float().view(1, -1)
+            found = on_device(rows / len(self.activation.active), device), {}
         if not is_compiling():
-            self._alone = found
+            self._equal = found
         return GateValue(found[0], batch, None, in_backward(), expanded=found[1])
 
     def store(self, label: str, value: GateValue) -> GateValue:

@@ -113,10 +113,7 @@ class Expert:
 
         In the header: `mole.trigger` (separated by "|"), `modelspec.trigger_phrase`, else kohya's top tag.
         """
-        named = self.metadata.get("mole.trigger", "") or self.metadata.get("modelspec.trigger_phrase", "")
-        texts = tuple(text.strip() for text in named.split("|") if text.strip())
-        texts = texts or _kohya_triggers(self.metadata.get("ss_tag_frequency", ""))
-        return tuple(dict.fromkeys((*self.embeddings, *texts)))
+        return tuple(dict.fromkeys((*self.embeddings, *named_triggers(self.metadata))))
 
     @classmethod
     def from_state_dict(
@@ -296,6 +293,13 @@ def _check_usable(table: KeyTable, name: str, metadata: Mapping[str, str], base:
 def _size(content: Content, keys: Iterable[str]) -> int:
     """Bytes of tensors."""
     return sum(content.tensors[key].numel() * content.tensors[key].element_size() for key in keys)
+
+
+def named_triggers(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """Trigger texts that the header of a LoRA file names, see `Expert.triggers`."""
+    named = metadata.get("mole.trigger", "") or metadata.get("modelspec.trigger_phrase", "")
+    texts = tuple(text.strip() for text in named.split("|") if text.strip())
+    return texts or _kohya_triggers(metadata.get("ss_tag_frequency", ""))
 
 
 def _kohya_triggers(tag_frequency: str) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from .matrices import MatrixPlan, MatrixSlot
 from .modules import base_layer, site_shape
 from .networks.base import CONTEXT, DENOISER, EMBEDDING, ENCODER, JOINT, ROW, TOKENS, NetworkMap, Role, Site
 from .ranks import GateFactors
-from .torch_state import in_backward, on_device
+from .torch_state import in_backward, is_compiling, on_device
 
 # `Group.solo` while a block runs without any expert.
 BASE = -1
@@ -105,6 +105,24 @@ class Gate(nn.Module):
     def temperature(self) -> Tensor:
         """tau, above 0."""
         return self.cache.get("temperature", [self.log_temperature], self.log_temperature.exp)
+
+    @property
+    def indifferent(self) -> bool:
+        """Whether it gives every active expert the same weight whatever it reads, as untrained gates of
+        strength 1 do; False while it may be trained.
+        """
+        own = [self.projection, self.context_projection, self.timestep_projection, self.strength]
+        read = [one for one in own if one is not None]
+        if self.config.gate_function != "softmax" or self.config.strength != 1.0 or is_compiling():
+            return False
+        if torch.is_grad_enabled() and any(one.requires_grad for one in read):
+            return False
+
+        def build() -> Tensor:
+            silent = not any(bool(one.any()) for one in read[:-1])
+            return torch.tensor(silent and float(self.strength) == 1.0)
+
+        return bool(self.cache.get("indifferent", read, build))
 
     def shares(self, plan: MatrixPlan, active: int, scales: Tensor | None) -> Tensor:
         """(N, R) what a gate weight of 1 gives to each rank of a matrix: its owner's strength and scale.
@@ -247,7 +265,7 @@ class Group:
         stream: str,
         real: Tensor | None = None,
     ) -> GateValue:
-        """Turn logits into gate weights and keep them; without logits one expert has all the weight.
+        """Turn logits into gate weights and keep them; without logits active experts have equal weights.
 
         Args:
             logits: over tau, (B, T, N), or one row per token of the batch (B * T, N); or None.
@@ -258,7 +276,7 @@ class Group:
         """
         batch = x.shape[0]
         if logits is None:
-            return context.store(self.label(stream), context.alone(batch, x.device))
+            return context.store(self.label(stream), context.equal(batch, x.device))
         gate, active = self.gate, context.activation.mask
         strength = on_device(gate.strength, logits.device)
         if gate.timestep_projection is not None:

@@ -163,7 +163,7 @@ class MatrixHook:
         if leader is None:
             return context.fetch(label, self.slot.name)
         logits = real = None
-        if len(activation.active) > 1:
+        if len(activation.active) > 1 and not self.group.gate.indifferent:
             logits, real = self._logits(stream, leader, x, output)
         return self.group.evaluate(logits, x, context, stream, real)
 

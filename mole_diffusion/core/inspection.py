@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .bases import base_of_expert, prediction_type
+from .bases import base_of_expert, prediction_type, told_base
 from .checkpoint import FORMAT as GATES_FORMAT
 from .checkpoint import GatesHeader, read_gates_header
 from .errors import ExpertLoadError
@@ -70,7 +70,7 @@ def describe_expert(expert: Expert) -> FileDescription:
     facts = {
         "kind": "LoRA expert",
         "dialect": "; ".join(report.dialects),
-        "base": str(base),
+        "base": told_base(expert),
         "prediction": prediction or "not named in the file",
         "sha256": expert.sha256,
         "triggers": ", ".join(expert.triggers) or "none named in the file",

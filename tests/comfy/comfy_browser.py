@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +28,96 @@ _CLOSE_BANNER = """() => {
   const buttons = boxes.length ? boxes.at(-1).querySelectorAll("button") : [];
   if (buttons.length) buttons[buttons.length - 1].click();
 }"""
-#: Lay the nodes out, and let seeds stay as they are from run to run.
-_TIDY = """() => {
-  const graph = window.app.graph;
-  for (const node of graph.nodes) {  // room for what they show when they have run
-    if (["SaveImage", "PreviewImage", "LossGraphNode"].includes(node.type)) node.setSize([240, 300]);
-    if (node.type === "MoLELoadExpert") node.setSize([270, 200]);
-  }
-  graph.arrange(70);
-  for (const node of graph.nodes)
-    for (const widget of node.widgets ?? [])
+#: Lay the nodes out: a note, a row of groups with what there is to change, and below the rest in columns, in
+#: the order in which it runs. Seeds stay as they are from run to run.
+_TIDY = """([groups, note, rest]) => {
+  const graph = window.app.graph, gap = 30, title = 34;
+  const node = id => graph.getNodeById(Number(id));
+  const wide = {SaveImage: [240, 300], PreviewImage: [240, 300], LossGraphNode: [240, 300]};
+  const texts = {MoLELoadGates: 75, MoLESaveGates: 75, MoLEExportLoRA: 75, MoLETrainGates: 260};
+  texts.MoLEMaskExperts = 40;
+  for (const one of graph.nodes) {  // room for what they show when they have run
+    const [width, height] = one.computeSize();
+    const [w, h] = wide[one.type] ?? [one.type.startsWith("MoLE") ? 270 : 210, 0];
+    one.setSize([Math.max(width, w), Math.max(height + (texts[one.type] ?? 0), h)]);
+    if (one.type === "MoLELoadExpert") one.setSize([one.size[0], 205]);
+    if (one.type === "CLIPTextEncode") one.setSize([240, 90]);
+    if (one.type === "PrimitiveStringMultiline") one.setSize([300, 130]);
+    for (const widget of one.widgets ?? [])
       if (widget.name === "control_after_generate") widget.value = "fixed";
+  }
+  const box = (name, nodes, colour) => {
+    const group = new LiteGraph.LGraphGroup(name);
+    const left = Math.min(...nodes.map(n => n.pos[0])), top = Math.min(...nodes.map(n => n.pos[1]));
+    const right = Math.max(...nodes.map(n => n.pos[0] + n.size[0]));
+    const bottom = Math.max(...nodes.map(n => n.pos[1] + n.size[1]));
+    group.pos = [left - 15, top - title - 45];
+    group.size = [right - left + 30, bottom - top + title + 60];
+    group.color = colour;
+    graph.add(group);
+    return group;
+  };
+  let right = 0, low = 0;
+  const chosen = new Set(Object.values(groups).flat());
+  for (const [name, ids] of Object.entries(groups)) {
+    let y = 0, end = 0;
+    for (let first = 0; first < ids.length; first += 3) {
+      let x = right, down = 0;
+      for (const one of ids.slice(first, first + 3).map(node)) {
+        one.pos = [x, y];
+        x += one.size[0] + gap;
+        down = Math.max(down, one.size[1]);
+      }
+      end = Math.max(end, x);
+      y += down + title + gap;
+    }
+    right = end + 40;
+    low = Math.max(low, y);
+    box(name, ids.map(node), "#3f789e");
+  }
+  const others = graph.nodes.filter(n => !chosen.has(String(n.id)));
+  const level = new Map(), deep = one => {
+    if (!others.includes(one)) return -1;
+    if (!level.has(one)) {
+      level.set(one, 0);
+      const before = one.inputs.map((_, i) => one.getInputNode(i)).filter(Boolean);
+      level.set(one, 1 + Math.max(-1, ...before.map(deep)));
+    }
+    return level.get(one);
+  };
+  others.forEach(deep);
+  let x = 0;
+  for (let column = 0; column <= Math.max(...level.values()); column++) {
+    let top = low + 90, broad = 0;
+    for (const one of others.filter(n => level.get(n) === column)) {
+      one.pos = [x, top];
+      top += one.size[1] + title + gap;
+      broad = Math.max(broad, one.size[0]);
+    }
+    x += broad + 50;
+  }
+  box(rest, others, "#444444");
+  const words = LiteGraph.createNode("MarkdownNote");
+  words.size = [900, 130];
+  words.pos = [0, -270];
+  graph.add(words);
+  words.widgets[0].value = note;
 }"""
+#: Title of the group that nobody needs to touch.
+_REST = "Works as it is"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a workflow is shown.
+
+    Attributes:
+        groups: what there is to change: title -> ids of nodes.
+        note: what the workflow does, in Markdown.
+    """
+
+    groups: dict[str, list[str]]
+    note: str
 
 
 @contextmanager
@@ -75,11 +154,15 @@ def api_prompt(page: Page) -> dict[str, Any]:
     return prompt
 
 
-def workflow_of(page: Page, prompt: dict[str, Any], name: str) -> dict[str, Any]:
-    """An API prompt as a workflow with the front end's layout."""
+def workflow_of(
+    page: Page, prompt: dict[str, Any], name: str, layout: Layout | None = None
+) -> dict[str, Any]:
+    """An API prompt as a workflow."""
     page.evaluate("([prompt, name]) => window.app.loadApiJson(prompt, name)", [prompt, name])
     page.wait_for_function(f"() => window.app.graph.nodes.length === {len(prompt)}")
-    page.evaluate(_TIDY)
+    page.wait_for_timeout(1000)  # the nodes have their sockets and lists
+    if layout is not None:
+        page.evaluate(_TIDY, [layout.groups, layout.note, _REST])
     # As text: the driver would turn what is undefined into null.
     workflow: dict[str, Any] = json.loads(page.evaluate("() => JSON.stringify(window.app.graph.serialize())"))
     return workflow

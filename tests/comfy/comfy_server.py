@@ -52,11 +52,13 @@ class ComfyServer:
         installation: from `comfy_environment.install`.
         base: folder for its input, output, user files and custom nodes.
         pack: what is linked into custom_nodes.
+        others: more node packs to link there.
     """
 
     installation: ComfyInstallation
     base: Path
     pack: Path
+    others: tuple[Path, ...] = ()
     port: int = field(init=False)
 
     def __enter__(self) -> ComfyServer:
@@ -68,7 +70,8 @@ class ComfyServer:
             "LiteGraph.Canvas.MinFontSizeForLOD": 0,
         }
         (self.base / "user" / "default" / "comfy.settings.json").write_text(json.dumps(settings))
-        (self.base / "custom_nodes" / "mole").symlink_to(self.pack, target_is_directory=True)
+        for name, pack in {"mole": self.pack, **{other.name: other for other in self.others}}.items():
+            (self.base / "custom_nodes" / name).symlink_to(pack, target_is_directory=True)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]

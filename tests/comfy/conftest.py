@@ -70,5 +70,6 @@ def sd15_folder(run_inside: Callable[..., None], tmp_path_factory: pytest.TempPa
 @pytest.fixture(scope="session")
 def server(comfyui: ComfyInstallation, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     """ComfyUI with our nodes as a symlink of `comfy_nodes/`, one for the whole run."""
-    with ComfyServer(comfyui, tmp_path_factory.mktemp("comfyui"), ROOT / "comfy_nodes") as running:
+    base, others = tmp_path_factory.mktemp("comfyui"), (Path(__file__).parent / "tiny_xl",)
+    with ComfyServer(comfyui, base, ROOT / "comfy_nodes", others) as running:
         yield running

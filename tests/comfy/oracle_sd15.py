@@ -17,7 +17,7 @@ NAMES = ("dog", "cat", "style")
 
 
 def write_sd15(folder: Path) -> None:
-    """Write `unet.safetensors`, LoRA files, `gates.safetensors` and `answers.safetensors`."""
+    """Write `unet.safetensors`, LoRA files, `answers.safetensors`, gates for three experts and for two."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8).eval()
     # Rounded to eight bits, so that the file is a quarter as large and exact.
@@ -41,6 +41,9 @@ def write_sd15(folder: Path) -> None:
         mixture.disable()
         base = unet(inputs["latents"], inputs["timesteps"], encoder_hidden_states=inputs["text"]).sample
     mixture.eject()
+    pair = inject(unet, experts[:2], MoLEConfig())
+    save_gates(folder / "dog+cat.safetensors", {"unet": pair})
+    pair.eject()
     save_file({**inputs, "noise": noise, "base_noise": base}, folder / "answers.safetensors")
     weights = {name: value.to(torch.float8_e4m3fn) for name, value in unet.state_dict().items()}
     save_file(weights, folder / "unet.safetensors")

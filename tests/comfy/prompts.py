@@ -33,7 +33,7 @@ def sampling(
     *,
     steps: int = 2,
     seed: int = 1,
-    text: str = TEXT,
+    text: Any = TEXT,
     at: int = 50,
 ) -> Prompt:
     """The prompt with sampler, decoder and picture (nodes `at` to `at + 5`)."""

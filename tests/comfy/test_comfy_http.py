@@ -18,11 +18,13 @@ from PIL import Image
 from prompts import TEXT, node, sampling, starter
 from safetensors.torch import load_file, save_file
 from workflows import EXAMPLES, RUNNABLE, WORKFLOWS
+from xl_lora import write_xl_lora
 
 from mole_diffusion import load_expert, read_gates_header
 
 NODES = """
-MoLEStarterLoader MoLELoadExpert MoLELoadGates MoLESaveGates MoLEApply MoLEMaskExperts MoLERegionMasks
+MoLEStarterLoader MoLEStarterPictures MoLELoadExpert MoLELoadGates MoLESaveGates MoLEApply MoLEMaskExperts
+MoLERegionMasks
 MoLETrainGates MoLEGateHeatMap MoLEExportLoRA
 """.split()
 THREE = ("boot", "monster", "clock")
@@ -133,6 +135,67 @@ def test_training_of_twenty_iterations_is_saved_loaded_and_applied(server: Comfy
     run = server.run(sampling(prompt, ["10", 0], ["10", 1]))
     assert np.abs(pixels(server, run, "55") - uniform).mean() > 1
     assert pixels(server, run, "71").std() > 5
+
+
+def test_more_iterations_go_on_with_a_training_and_fewer_are_another(server: ComfyServer) -> None:
+    folder = server.base / "output" / "mole_gates" / "training"
+    before = set(folder.glob("*"))
+
+    def trained(iterations: int) -> Path:
+        run = server.run(training(iterations, seed=21))
+        assert run.status == "success", run.error
+        return Path(run.outputs["11"]["text"][0])
+
+    def histories() -> dict[str, list[float]]:
+        found = (path / "history.jsonl" for path in set(folder.glob("*")) - before)
+        return {
+            path.parent.name: [json.loads(line)["loss"] for line in path.read_text().splitlines()]
+            for path in found
+        }
+
+    first = trained(2)
+    ((name, losses),) = histories().items()
+    longer = trained(4)
+    ((again, more),) = histories().items()
+    assert (again, more[:2], len(more)) == (name, losses, 4)
+    # What the first Run gave is what it was.
+    assert first.read_bytes() == (folder / name / "gates-2.safetensors").read_bytes() != longer.read_bytes()
+    assert read_gates_header(longer).metadata["iterations"] == "4"
+    trained(3)
+    assert {key: len(rows) for key, rows in histories().items()} == {name: 4, f"{name}-3": 3}
+
+
+def test_gates_for_both_text_encoders_of_an_sdxl_are_trained_and_applied(server: ComfyServer) -> None:
+    loras = server.base / "models" / "loras"
+    prompt: Prompt = {"1": node("MoLEStarterLoader"), "2": node("TinyXLLoader")}
+    before: dict[str, Any] = {}
+    for number, name in enumerate(("dog", "cat")):
+        write_xl_lora(loras, f"xl_{name}", number)
+        lora = {"lora": f"xl_{name}.safetensors", "strength": 1.0, "name": name}
+        prompt[str(3 + number)] = node("MoLELoadExpert", **lora, **before)
+        before = {"experts": [str(3 + number), 0]}
+    phrases = "dog = a sks dog | a dog\ncat = a sks cat | a cat"
+    text = "a sks dog and a sks cat"
+    values = training(3, prompt=text, concepts=phrases)["10"]["inputs"] | {
+        "model": ["2", 0],
+        "clip": ["2", 1],
+    }
+    prompt["10"] = node("MoLETrainGates", **values)
+    prompt["11"] = node("MoLESaveGates", gates=["10", 0], filename_prefix="mole_gates/xl")
+    links = {"model": ["2", 0], "clip": ["2", 1], "experts": ["4", 0], "gates": ["10", 0]}
+    prompt["12"] = node("MoLEApply", **links)
+    run = server.run(sampling(prompt, ["12", 0], ["12", 1], text=text))
+    assert run.status == "success", run.error
+    header = read_gates_header(Path(run.outputs["11"]["text"][0]))
+    assert set(header.parts) == {"unet", "text_encoder", "text_encoder_2"}
+    assert header.expert_names("text_encoder_2") == ("dog", "cat")
+
+
+def test_two_applications_in_a_row_are_refused(server: ComfyServer) -> None:
+    prompt = applied("boot", "clock")
+    prompt["11"] = node("MoLEApply", model=["10", 0], clip=["10", 1], experts=["2", 0])
+    error = server.run(sampling(prompt, ["11", 0], ["11", 1])).error
+    assert "This MODEL has the experts boot, clock already, from a MoLE Apply before this one." in error
 
 
 def test_exported_lora_goes_into_the_core_loader(server: ComfyServer) -> None:
@@ -318,6 +381,7 @@ def test_sd15_shaped_checkpoint_with_core_lora_and_controlnet(server: ComfyServe
         ("checkpoints", "sd15"),
         ("controlnet", "control"),
         *(("loras", name) for name in ("dog", "cat", "style")),
+        ("mole_gates", "dog+cat"),
     ):
         (models / folder).mkdir(exist_ok=True)
         (models / folder / f"{name}.safetensors").symlink_to(sd15_folder / f"{name}.safetensors")

@@ -13,7 +13,13 @@ from tiny.networks import make_clip, make_unet, run
 from torch import Tensor, nn
 
 from mole_diffusion import Expert, ExpertLoadError, InjectionError, MoLEConfig, inject, load_expert
-from mole_diffusion.core.bases import base_of_expert, base_of_networks, check_prediction, prediction_type
+from mole_diffusion.core.bases import (
+    base_of_expert,
+    base_of_networks,
+    check_prediction,
+    prediction_type,
+    told_base,
+)
 from mole_diffusion.core.inspection import describe_file
 from mole_diffusion.core.networks.base import Base
 from mole_diffusion.core.networks.families import FLUX1, SD1, SD2, SDXL
@@ -111,6 +117,35 @@ def test_prediction_type(header: dict[str, str], expected: str | None) -> None:
                 ExpertLoadError, match=f"predicts '{expected}' .* this base predicts '{prediction}'"
             ):
                 check_prediction(expert, prediction)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        ({"ss_sd_model_name": "Illustrious-XL-v1.0.safetensors"}, "; Illustrious, says its header"),
+        ({"ss_sd_model_name": "ponyDiffusionV6XL.safetensors"}, "; Pony, says its header"),
+        ({"modelspec.base_model": "NoobAI-XL-Vpred"}, "; NoobAI, says its header"),
+        ({"ss_sd_model_name": "sd_xl_base_1.0.safetensors", "modelspec.title": "pony"}, ""),
+        ({"ss_sd_model_name": "ponytails-xl"}, ""),
+        ({}, ""),
+    ],
+)
+def test_descendants_of_sdxl_are_told_where_the_header_names_them(
+    metadata: dict[str, str], said: str
+) -> None:
+    """Their matrices are SDXL's."""
+
+    def expert(width: int) -> Expert:
+        name = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
+        tensors = {
+            f"{name}.lora_down.weight": torch.ones(4, width),
+            f"{name}.lora_up.weight": torch.ones(640, 4),
+        }
+        return Expert.from_state_dict(tensors, name="style", metadata=metadata)
+
+    assert told_base(expert(2048)) == f"{base_of_expert(expert(2048))}{said}"
+    # A word in the header of something else is not believed.
+    assert told_base(expert(768)) == str(base_of_expert(expert(768)))
 
 
 def test_inspection(tmp_path: Path) -> None:

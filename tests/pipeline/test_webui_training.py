@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from pipeline_helpers import build
 from safetensors import safe_open
@@ -91,6 +91,25 @@ def test_train_cancel_go_on_inspect_and_export(tab: Any) -> None:
     with safe_open(tab._options.lora_folder / "both.safetensors", framework="pt") as file:
         assert any(key.startswith("lora_unet_") for key in file.keys())  # noqa: SIM118 - not a mapping
     assert "both" in tab._library.experts()
+
+
+def test_sdxl_is_trained_in_the_tab(
+    xl_components: dict[str, Any], xl_lora_files: dict[str, Path], tab: Any, tmp_path: Path
+) -> None:
+    """Gates for the UNet and both text encoders, as the web UI has the checkpoint."""
+    checkpoint = tmp_path / "xl"
+    build(StableDiffusionXLPipeline, xl_components).save_pretrained(checkpoint)
+    for name, path in xl_lora_files.items():
+        shutil.copy(path, tab._options.lora_folder / f"{name}.safetensors")
+    tab._checkpoints = lambda: {"xl": str(checkpoint)}
+    status, _, _, log = _last(tab.train(*arguments(tab, 2, every=0, model="xl", name="xl")))
+    assert "Done: the gates" in status, log
+    header = read_gates_header(tab._library.gates_path("xl"))
+    assert set(header.parts) == {"unet", "text_encoder", "text_encoder_2"}
+    status, log = _last(tab.export("xl", "xl", "xl", PROMPT, 0))
+    assert "Wrote" in status, log
+    with safe_open(tab._options.lora_folder / "xl.safetensors", framework="pt") as file:
+        assert {key.split("_")[1] for key in file.keys()} == {"unet", "te1", "te2"}  # noqa: SIM118
 
 
 def _last(updates: Any) -> Any:

@@ -15,7 +15,7 @@ from conftest import part
 from mole_diffusion.core.experts import Expert, load_expert
 from mole_diffusion.core.export import lora_tensors
 from mole_diffusion.starter import starter_experts
-from tools import draw, hooks
+from tools import Operations, draw, encoded, hooks, sample
 
 PROMPT = "a zor boot and a kip clock on the beach"
 
@@ -64,7 +64,7 @@ def test_clones_with_different_experts_take_turns_and_leave_the_base_as_it_was(
     model, clip, _ = starter
     base = draw(model, clip, PROMPT)
     a = apply(model, clip, "boot", "clock")
-    b = apply(*a, "monster")
+    b = apply(model, clip, "monster")
     assert hooks(networks(model, clip)[0]) == 0
     pictures = [draw(*pair, PROMPT) for pair in (a, b, a, (model, clip), b, a)]
     assert torch.equal(pictures[0], pictures[2])
@@ -93,7 +93,7 @@ def test_collecting_unused_clones_leaves_the_hooks_of_the_loaded_one(starter: tu
     first = draw(mixed, mixed_clip, PROMPT)
     counts = [hooks(network) for network in networks(model, clip)]
     assert min(counts) > 0
-    unused = [mixed.clone(), mixed.clone().clone(), apply(mixed, mixed_clip, "monster"), model.clone()]
+    unused = [mixed.clone(), mixed.clone().clone(), apply(model, clip, "monster"), model.clone()]
     del unused
     gc.collect()
     assert [hooks(network) for network in networks(model, clip)] == counts
@@ -238,5 +238,51 @@ def test_errors_leave_the_models_alone_and_say_what_is_wrong(
         part("apply").apply_experts(model, clip, wrong, None)
     with pytest.raises(Exception, match="connect at least one Load Expert"):
         part("apply").apply_experts(model, clip, part("experts").ExpertSet(), None)
+    once = apply(model, clip, "boot", "clock")
+    for pair, what in (((once[0], clip), "MODEL"), ((model, once[1]), "CLIP")):
+        with pytest.raises(
+            Exception, match=f"This {what} has the experts boot, clock already, from a MoLE Apply"
+        ):
+            apply(*pair, "monster")
     assert hooks(model.model.diffusion_model) == 0
     assert not model.injections
+
+
+def test_experts_cost_nothing_per_run_and_least_without_gates(starter: tuple[Any, Any, Any]) -> None:
+    """What experts need is made ready once, although ComfyUI lets a model go before every run."""
+    model, clip, _ = starter
+    chosen = experts_named("boot", "monster", "clock")
+    gates = part("experts").GatesFile(part("places").gates_file(part("places").STARTER_GATES))
+    counts: dict[str, tuple[int, int]] = {}
+    for name, found in (("bare", None), ("gates", gates), ("alike", None)):
+        pair = (model, clip) if name == "bare" else part("apply").apply_experts(model, clip, chosen, found)
+        texts = encoded(pair[1], PROMPT)
+        sample(pair[0], texts, steps=1)
+        runs = []
+        for steps in (2, 4):
+            with Operations() as operations:
+                sample(pair[0], texts, steps=steps)
+            runs.append(operations.count)
+        step = (runs[1] - runs[0]) // 2
+        counts[name] = step, runs[0] - 2 * step
+    steps = {name: step for name, (step, _) in counts.items()}
+    assert steps["bare"] < steps["alike"] < steps["gates"] < 1.7 * steps["bare"]
+    for name, (_, fixed) in counts.items():
+        assert fixed <= counts["bare"][1] + 10, name
+
+
+def test_experts_that_lose_their_turn_keep_nothing_on_the_device(starter: tuple[Any, Any, Any]) -> None:
+    model, clip, _ = starter
+    (first, texts), (second, _) = apply(model, clip, "boot", "clock"), apply(model, clip, "monster")
+
+    def ready(pair: Any) -> int:
+        mixture = part("apply").applied_to(pair).ensemble.mixtures["unet"]
+        return sum(len(slot.plans.places) for bundle in mixture._bundles for slot in bundle.slots)
+
+    draw(first, texts, PROMPT)
+    assert ready(first) > 0
+    draw(first, texts, PROMPT)
+    draw(second, texts, PROMPT)
+    assert ready(first) == 0 < ready(second)
+    comfy.model_management.unload_all_models()
+    assert ready(second) == 0

@@ -185,7 +185,7 @@ def test_models_that_cannot_be_trained_are_refused(starter: Any, experts: Any) -
     model, clip, vae = starter
     model.model.adm_channels = 2816
     try:
-        with pytest.raises(TrainingError, match=r"1\.x and 2\.x"):
+        with pytest.raises(TrainingError, match=r"1\.x, 2\.x and XL"):
             part("native").TrainingCopy(model, clip, vae, experts, part("nodes_train").MoLEConfig())
     finally:
         model.model.adm_channels = 0
