@@ -160,8 +160,8 @@ class _Endpoints:
         )
         job = await self._finish(session, "export", export(self._studio, session, wanted, setup))
         # Without the path: clients take whatever has one for a file to download.
-        facts = {key: value for key, value in job.result.to_dict().items() if key != "path"}
-        return str(job.result.path), facts
+        report = job.result.report
+        return str(report.path), {key: value for key, value in report.to_dict().items() if key != "path"}
 
     @show.friendly
     def add_expert(self, file: str, name: str, request: gr.Request) -> dict[str, Any]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mole_diffusion.app.infotext import lora_hash
 from mole_diffusion.app.jobs import Job
@@ -19,6 +20,8 @@ from mole_diffusion.app.stopping import stoppable
 from mole_diffusion.app.studio import Studio, Work
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.pictures.denoisers import denoiser_of, own_size
+from mole_diffusion.pictures.opening import from_picture
+from mole_diffusion.pictures.samplers import SAMPLERS, sampler_of, sampling
 from mole_diffusion.pictures.training.workbench import tensor_picture
 from mole_diffusion.starter.location import GUIDANCE
 
@@ -26,6 +29,7 @@ from mole_diffusion.starter.location import GUIDANCE
 _PREVIEW_SHARE = 0.2
 MAX_STEPS = 150
 MAX_SIDE = 2048
+MAX_COUNT = 16
 _GRID = 8
 
 
@@ -39,6 +43,10 @@ class ComposeRequest:
         regions: expert -> mask, white where it counts; of any size.
         width, height: in pixels; 0 is the model's own size.
         mixture: a word of the pipeline's `mixture=`.
+        count: pictures, of one seed after the other.
+        sampler: a name of `SAMPLERS`; "" is the model's own.
+        image: a picture to begin from; None draws from noise alone.
+        denoising: how much of that picture is drawn anew.
 
     Raises:
         ConfigError: something is out of range.
@@ -55,6 +63,10 @@ class ComposeRequest:
     active: tuple[str, ...] | None = None
     strengths: Mapping[str, float] = field(default_factory=dict)
     regions: Mapping[str, Image.Image] = field(default_factory=dict)
+    count: int = 1
+    sampler: str = ""
+    image: Image.Image | None = None
+    denoising: float = 0.6
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -69,6 +81,14 @@ class ComposeRequest:
             raise ConfigError(f"seed is {self.seed}; allowed are 0 to {2**32 - 1}")
         if not 0 <= self.guidance <= 50:
             raise ConfigError(f"guidance is {self.guidance}; allowed are 0 to 50")
+        if not 1 <= self.count <= MAX_COUNT:
+            raise ConfigError(f"pictures is {self.count}; allowed are 1 to {MAX_COUNT}")
+        if self.sampler and self.sampler not in SAMPLERS:
+            raise ConfigError(f"sampler is {self.sampler!r}; allowed are {', '.join(SAMPLERS)}")
+        if self.image is not None and int(self.steps * self.denoising) < 1:
+            raise ConfigError(
+                f"{self.steps} steps of which {self.denoising:g} are drawn anew are none: raise one of both"
+            )
 
 
 def compose(
@@ -101,11 +121,13 @@ def compose(
     def work(job: Job) -> list[Picture]:
         job.report(0, 0, "Loading the model and its experts")
         with studio.opened(setup) as pipe, stoppable(pipe, job.check):
-            drawing = _Drawing(session, setup, request, pipe, job, len(wanted))
-            return [drawing.draw(i, name, prepared.get(name, name)) for i, name in enumerate(wanted)]
+            drawing = _Drawing(session, setup, pipe, job, len(wanted) * request.count)
+            seeds = [(request.seed + i) % 2**32 for i in range(request.count)]
+            every = [(replace(request, seed=seed), name) for seed in seeds for name in wanted]
+            return [drawing.draw(i, *one, prepared.get(one[1], one[1])) for i, one in enumerate(every)]
 
     area = (request.width * request.height) / (512 * 512) or 1.0
-    return Work(work, setup, units=request.steps * len(wanted) * area)
+    return Work(work, setup, units=request.steps * len(wanted) * request.count * area)
 
 
 def picture_size(pipe: Any, request: ComposeRequest) -> tuple[int, int]:
@@ -184,26 +206,35 @@ class _Drawing:
 
     session: Session
     setup: Setup
-    request: ComposeRequest
     pipe: Any
     job: Job
     count: int
 
-    def draw(self, index: int, name: str, mixture: Any) -> Picture:
+    def draw(self, index: int, request: ComposeRequest, name: str, mixture: Any) -> Picture:
         """Draw with one mixture and keep the picture."""
-        request, setup = self.request, self.setup
+        setup = self.setup
         note = "Drawing" if self.count == 1 else f"Drawing {index + 1} of {self.count}"
         first, total = index * request.steps, self.count * request.steps
         after = step_callback(self.pipe, self.job, request.steps, first, total, note)
-        settings = call_settings(setup, request, mixture, picture_size(self.pipe, request))
-        image: Image.Image = self.pipe(**settings, callback_on_step_end=after).images[0]
+        size = picture_size(self.pipe, request)
+        settings = call_settings(setup, request, mixture, size)
+        pipe = self.pipe
+        if request.image is not None:
+            pipe = from_picture(pipe)
+            begun = {"image": ImageOps.fit(request.image, size), "strength": request.denoising}
+            settings = {
+                key: value for key, value in settings.items() if key not in ("width", "height")
+            } | begun
+        with sampling(pipe, request.sampler):
+            image: Image.Image = pipe(**settings, callback_on_step_end=after).images[0]
+            sampled = sampler_of(pipe)
         if settings["mixture"] == "gates":
-            self.session.weights, self.session.weights_of = self.pipe.gate_weights(), setup.names
-        return self._keep(name, image)
+            self.session.weights, self.session.weights_of = pipe.gate_weights(), setup.names
+        return self._keep(request, name, image, sampled)
 
-    def _keep(self, mixture: str, image: Image.Image) -> Picture:
+    def _keep(self, request: ComposeRequest, mixture: str, image: Image.Image, sampled: str) -> Picture:
         """Save a picture with its settings, in the gallery."""
-        request, setup = self.request, self.setup
+        setup = self.setup
         active = active_names(setup, request)
         used = setup.gates_state if mixture == "gates" and active else ""
         settings = PictureSettings(
@@ -229,6 +260,10 @@ class _Drawing:
                 for card in setup.cards
             ),
             regions={name: mask_to_text(mask) for name, mask in request.regions.items() if name in active},
+            sampler=request.sampler,
+            sampled=sampled,
+            image_sha256="" if request.image is None else sha256(request.image.tobytes()).hexdigest(),
+            denoising=1.0 if request.image is None else request.denoising,
         )
         picture = Picture(self.session.new_path("picture", ".png"), settings)
         save_picture(image, picture.path, settings)

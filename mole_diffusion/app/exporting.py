@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +16,7 @@ from mole_diffusion.app.stopping import stoppable
 from mole_diffusion.app.studio import Studio, Work
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.export import ExportReport
+from mole_diffusion.core.files import replacing
 
 FORMATS = {"kohya": "kohya (web UIs, ComfyUI)", "diffusers": "diffusers (PEFT)"}
 MAX_RANK = 512
@@ -55,11 +58,25 @@ class ExportRequest:
             raise ConfigError(f"steps is {self.steps}; allowed are 1 to {MAX_STEPS}")
 
 
+@dataclass(frozen=True)
+class Exported:
+    """What an export made.
+
+    Attributes:
+        report: what was written, and how far it is from the gates.
+        before, after: pictures of the first prompt on one seed, with the gates and with the file.
+    """
+
+    report: ExportReport
+    before: Path
+    after: Path
+
+
 def export(studio: Studio, session: Session, request: ExportRequest, setup: Setup | None = None) -> Work:
     """The work of exporting the chosen experts as they are now, or those of a setup, for `Studio.submit`."""
     setup = setup or session.setup()
 
-    def work(job: Job) -> ExportReport:
+    def work(job: Job) -> Exported:
         job.report(0, 0, "Loading the model and its experts")
 
         def tell(done: int, total: int) -> None:
@@ -77,6 +94,26 @@ def export(studio: Studio, session: Session, request: ExportRequest, setup: Setu
                 dtype=torch.float16 if request.half else torch.float32,
                 callback=tell,
             )
-        return report
+            job.report(0, 0, "Drawing before and after")
+            before = _drawn(session, pipe, request, "before", active_experts=request.active)
+            held = pipe.detach_experts()
+            try:
+                pipe.load_expert(report.path, name="exported")
+                after = _drawn(session, pipe, request, "after")
+            finally:
+                pipe.detach_experts()
+                pipe.attach_experts(held)
+        return Exported(report, before, after)
 
-    return Work(work, setup, units=len(request.prompts) * request.steps)
+    return Work(work, setup, units=(len(request.prompts) + 1) * request.steps)
+
+
+def _drawn(session: Session, pipe: Any, request: ExportRequest, kind: str, **choice: Any) -> Path:
+    """A picture of the first prompt."""
+    draws = torch.Generator().manual_seed(0)
+    steps = request.steps
+    picture = pipe(request.prompts[0], num_inference_steps=steps, generator=draws, **choice).images[0]
+    path = session.new_path(kind, ".png")
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG")
+    return path

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from markupsafe import Markup
 
 from mole_diffusion.app import markup
@@ -34,13 +36,21 @@ def notice(session: Session) -> Markup:
     return markup.notice(markup.html(text))
 
 
+def not_named(missing: Mapping[str, str]) -> Markup:
+    """Which experts the prompt does not name; they hardly show then."""
+    if not missing:
+        return markup.NOTHING
+    phrases = ", ".join(f"“{phrase}”" for phrase in missing.values())
+    return markup.notice(markup.html("The prompt does not name <b>{}</b>: {}.", ", ".join(missing), phrases))
+
+
 def legend(session: Session) -> Markup:
     """Whose colour is which."""
     if not session.chosen:
         return markup.hint("Choose experts first.")
     text = (
-        "Take an expert's colour with the brush and paint its place."
-        " An expert without paint counts everywhere."
+        "Choose an expert and paint where it counts; one without paint counts everywhere. Regions place no"
+        " subjects: what stands there is up to prompt and seed."
     )
     return markup.html('{}<div class="legend">{}</div>', markup.hint(text), markup.dots(session.chosen))
 
@@ -59,6 +69,8 @@ def facts(settings: PictureSettings) -> Markup:
             "Mixture": f"{settings.mixture}{f' ({settings.gates} gates)' if settings.gates else ''}",
             "Experts": experts or "none",
             "Seed": settings.seed,
+            "Sampler": settings.sampled,
+            "Begun from": f"a picture, {settings.denoising:.0%} drawn anew" if settings.image_sha256 else "",
             "Steps, guidance": f"{settings.steps}, {settings.guidance:g}",
             "Size": f"{settings.width} × {settings.height}",
             "Regions": ", ".join(settings.regions),

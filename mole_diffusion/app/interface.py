@@ -40,6 +40,16 @@ _HOUR = 3600
 #: Where what was made stays, unless another folder is named.
 OUTPUTS = Path("outputs") / "app"
 
+#: Ctrl+Enter draws, wherever the keys are. A hidden overflow would make the page a scroll area of its own, in
+#: which nothing can stay in sight.
+_PAGE = """() => {
+  document.addEventListener('keydown', (event) => {
+    if (event.key !== 'Enter' || !(event.ctrlKey || event.metaKey)) return;
+    const button = document.querySelector('#draw');
+    if (button && button.offsetParent !== null) { event.preventDefault(); button.click(); }
+  });
+  document.querySelector('.gradio-container').style.setProperty('overflow', 'clip', 'important');
+}"""
 _HEAD = """
 <div class="masthead">
 <svg viewBox="0 0 48 48" aria-hidden="true"><rect width="48" height="48" rx="13" fill="#e4572e"/>
@@ -187,6 +197,7 @@ def _launch_options(options: AppOptions, hosts: Hosts) -> dict[str, Any]:
         "allowed_paths": [str(starter_dir() / "experts"), str(options.outputs.resolve())],
         "theme": theme(),
         "css_paths": [STYLE],
+        "js": _PAGE,
         "app_kwargs": {
             "middleware": guards,
             "docs_url": None,

@@ -16,6 +16,7 @@ from mole_diffusion.core.checkpoint import read_gates_header
 from mole_diffusion.core.errors import ConfigError, ExpertLoadError, GateMismatchError
 from mole_diffusion.core.experts import Expert, load_expert
 from mole_diffusion.core.peft_folder import expert_paths
+from mole_diffusion.core.phrases import without_article
 from mole_diffusion.pictures.training.concepts import concepts_from_experts
 from mole_diffusion.sources import find_expert_file
 
@@ -50,6 +51,32 @@ def _add(studio: Studio, session: Session, path: Path, name: str) -> ExpertCard:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)
     card = _card(expert, kept, _free_name(session, name))
+    session.add(card)
+    return card
+
+
+def add_made(
+    session: Session, path: Path, name: str, text: str, class_text: str, references: tuple[Path, ...]
+) -> ExpertCard:
+    """An expert that was trained here, and lies in the session's folder already.
+
+    Args:
+        session: whose.
+        path: the LoRA.
+        name: wanted; empty takes the words of the text.
+        text, class_text: what it knows, with its trigger and without.
+        references: the pictures it was trained on.
+    """
+    wanted = name.strip() or "-".join(without_article(text).split())
+    card = ExpertCard(
+        name=_free_name(session, wanted),
+        path=path,
+        text=text,
+        class_text=class_text,
+        picture=references[0] if references else None,
+        references=references,
+        own=True,
+    )
     session.add(card)
     return card
 

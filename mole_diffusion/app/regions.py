@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,12 @@ EMPTY: dict[str, Any] = {"background": None, "layers": [], "composite": None}
 # Less paint than this share of the canvas is a slip of the brush.
 _LEAST_SHARE = 0.002
 _OPAQUE = 96
+
+
+def title(painted: Sequence[str] = ()) -> str:
+    """The heading of the regions, which says also when they are closed whether there are any."""
+    named = f" · on for {', '.join(painted)}" if painted else ""
+    return f"Regions: paint where an expert counts{named}"
 
 
 def read_regions(session: Session, value: Mapping[str, Any] | None) -> dict[str, Image.Image]:

@@ -90,6 +90,8 @@ def progress_bar(job: Job | None, place: Place | None = None) -> Markup:
     now = job.progress
     if job.state == "waiting":
         return _bar(*_waiting(place), None)
+    if job.state == "running" and job.asked_to_stop:
+        return _bar("Cancelling: what is under way comes to its end first", "", None)
     if job.state == "running":
         if not now.total:
             return _bar(now.note or "Starting", "", None)

@@ -36,7 +36,7 @@ from mole_diffusion.commands.common import (
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.files import check_writable
 from mole_diffusion.pictures.files import PICTURES, open_picture
-from mole_diffusion.pictures.opening import STARTER
+from mole_diffusion.pictures.opening import STARTER, from_picture
 from mole_diffusion.pictures.samplers import SAMPLERS, sampler_of, sampling
 from mole_diffusion.starter.location import starter_dir
 
@@ -181,19 +181,11 @@ def _from_picture(
     Raises:
         ConfigError: there is none of this family.
     """
-    from mole_diffusion.pictures import pipelines
-
-    name = type(pipe).__name__.replace("MoLEPipeline", "MoLEImg2ImgPipeline")
-    kind = getattr(pipelines, name, None)
-    if kind is None:
-        raise ConfigError(f"a {type(pipe).__name__} does not begin from a picture: leave --image out")
     from mole_diffusion.pictures.denoisers import own_size
 
     height, width = own_size(pipe)
-    made = kind.from_pipe(pipe, torch_dtype=None)
-    made.set_progress_bar_config(disable=True)
     size = (pixels.get("width", width), pixels.get("height", height))
-    return made, {"image": ImageOps.fit(picture, size), "strength": denoising}
+    return from_picture(pipe), {"image": ImageOps.fit(picture, size), "strength": denoising}
 
 
 def _use(expert: Any, names: Sequence[str] | None) -> ExpertUse:

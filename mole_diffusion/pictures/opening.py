@@ -58,6 +58,23 @@ def open_base(model: str, device: str = "auto", *, half: bool = False, starter_d
     return pipe
 
 
+def from_picture(pipe: Any) -> Any:
+    """The pipeline that begins from a picture, on the same networks and with the same experts.
+
+    Raises:
+        ConfigError: there is none of this family.
+    """
+    from mole_diffusion.pictures import pipelines
+
+    kind = getattr(pipelines, type(pipe).__name__.replace("MoLEPipeline", "MoLEImg2ImgPipeline"), None)
+    if kind is None or isinstance(pipe, kind):
+        raise ConfigError(f"{type(pipe).__name__} does not begin from a picture")
+    # The networks' own types: the default would cast them.
+    made = kind.from_pipe(pipe, torch_dtype=None)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
 def pick_device(device: str) -> str:
     """The device for "auto": the first GPU that is there; any other text stays as it is.
 

@@ -86,9 +86,52 @@ def test_other_experts_start_without_gates_and_regions_are_kept(visit: Any) -> N
     page.mouse.move(box["x"] + box["width"] * 0.55, box["y"] + box["height"] * 0.6, steps=6)
     page.mouse.up()
     draw(visitor, steps=2)
-    page.locator("#gallery .thumbnail-item").first.click()
     page.locator("#details dt", has_text="Regions").wait_for()
     assert "boot" in page.locator("#details").inner_text()
+    page.locator("#regions-box > button", has_text="on for boot").wait_for()
+    page.click("#paint-over")
+    page.wait_for_timeout(1500)
+    page.click("#clear-regions")
+    page.wait_for_timeout(1500)
+    spinning = (
+        "[...document.querySelectorAll('#canvas .wrap')].filter((e) => getComputedStyle(e).opacity !== '0')"
+    )
+    assert not page.evaluate(f"{spinning}.filter((e) => e.querySelector('svg')).length")
+    assert "on for" not in page.locator("#regions-box > button").inner_text()
+
+
+def test_the_page_is_as_it_was_after_a_reload_and_the_prompt_goes_along(visit: Any) -> None:
+    visitor = visit()
+    page = visitor.page
+    visitor.unfold("#settings-box")
+    visitor.number("#steps", 2)
+    visitor.number("#seed", 5)
+    page.locator("#beside input").check()
+    page.locator("#prompt textarea").fill("a zor boot on the beach")
+    page.locator("#unnamed", has_text="a vek monster").wait_for()
+    page.locator("#mix input[data-tile=clock]").uncheck(force=True)
+    page.click("#insert-phrases")
+    wanted = "a vek monster, a zor boot on the beach"
+    page.wait_for_function("(text) => document.querySelector('#prompt textarea').value === text", arg=wanted)
+    page.locator("#prompt textarea").press("Control+Enter")
+    pictures = "(n) => document.querySelectorAll('#gallery .thumbnail-item').length === n"
+    page.wait_for_function(pictures, arg=2)
+    shown = page.locator("#picture img").get_attribute("src")
+    page.locator("#gallery .thumbnail-item").first.click()
+    page.locator("#details dd", has_text="nla").wait_for()
+    page.wait_for_function("(src) => document.querySelector('#picture img').src !== src", arg=shown)
+    visitor.reload()
+    page.wait_for_function(pictures, arg=2)
+    page.locator("#details dd", has_text="nla").wait_for()
+    assert page.locator("#prompt textarea").input_value() == wanted
+    assert not page.locator("#mix input[data-tile=clock]").is_checked()
+    assert page.locator("#beside input").is_checked()
+    visitor.unfold("#settings-box")
+    assert page.locator("#seed input").input_value() == "5"
+    visitor.tab("Export")
+    page.wait_for_function(
+        "(text) => document.querySelector('#export-prompt textarea').value === text", arg=wanted
+    )
 
 
 def test_a_drawing_can_be_cancelled(visit: Any) -> None:
@@ -123,9 +166,11 @@ def test_training_survives_a_reload_can_be_cancelled_and_goes_on(visit: Any) -> 
     page.locator("#train-progress", has_text="of 120").wait_for()
     page.click("#cancel-train")
     page.locator("#train-progress", has_text="Cancelled").wait_for()
+    page.locator("#train-said", has_text="The gates are kept and not in use").wait_for()
     page.wait_for_function("() => !document.querySelector('#resume-train').disabled")
     page.click("#resume-train")
     page.locator("#train-progress", has_text="Done").wait_for(timeout=400_000)
+    page.locator("#train-said", has_text="draws boot, clock with these gates now").wait_for()
     assert page.locator("#previews img").count() == 2
     with page.expect_download() as download:
         page.click("#gates-file")

@@ -12,9 +12,12 @@ import pytest
 import torch
 from app_tools import blocked
 from PIL import Image, PngImagePlugin
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from mole_diffusion.app import charts, regions, tiles
+from mole_diffusion.app import charts, page, regions, tiles
 from mole_diffusion.app.composing import ComposeRequest, compose
+from mole_diffusion.app.folders import loras_in
 from mole_diffusion.app.infotext import read_infotext
 from mole_diffusion.app.jobs import Job, QueueFullError, Worker, duration
 from mole_diffusion.app.library import add_file, add_gates, add_source
@@ -31,6 +34,7 @@ from mole_diffusion.app.session import MAX_EXPERTS, Picture, Session
 from mole_diffusion.app.setup import Gates
 from mole_diffusion.app.show import progress_bar
 from mole_diffusion.app.studio import Studio
+from mole_diffusion.app.teaching import TeachRequest, teach
 from mole_diffusion.app.uploads import check_upload
 from mole_diffusion.core.errors import ConfigError, ExpertLoadError, GateMismatchError, UnknownExpertError
 from mole_diffusion.core.experts import load_expert
@@ -255,6 +259,81 @@ def test_what_users_bring_is_copied_and_checked(studio: Studio, tmp_path: Path) 
     assert not card.path.exists()
     with pytest.raises(UnknownExpertError):
         session.remove("boot")
+
+
+def test_an_expert_is_trained_on_pictures(studio: Studio, tmp_path: Path) -> None:
+    session = studio.session("teacher")
+    pictures = starter_experts()["cat"].references[:2]
+    request = TeachRequest(pictures=pictures, text="a qix cat", steps=1)
+    job = studio.submit(session, "teach", teach(studio, session, request)).wait(300)
+    assert job.error is None, job.error
+    card = session.library["qix-cat"]
+    assert (job.result, card.text, card.class_text) == (card, "a qix cat", "a cat")
+    assert load_expert(card.path).triggers == ("a qix cat",)
+    assert len(card.references) == 2
+    assert "qix-cat" in session.chosen
+    for wrong in ({"pictures": ()}, {"text": "cat"}, {"steps": 0}):
+        with pytest.raises(ConfigError):
+            TeachRequest(**{"pictures": pictures, "text": "a qix cat", "steps": 1, **wrong})
+
+
+def test_a_folder_of_loras_says_what_is_in_it(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    with safe_open(starter_experts()["cat"].path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+    save_file(tensors, tmp_path / "deep" / "xl.safetensors", {"ss_base_model_version": "sdxl_base_v1-0"})
+    save_file(tensors, tmp_path / "Plain.safetensors")
+    Image.new("RGB", (8, 8)).save(tmp_path / "Plain.png")
+    (tmp_path / "broken.safetensors").write_bytes(b"nothing")
+    found = loras_in(tmp_path)
+    assert [lora.label for lora in found] == [
+        "broken · cannot be read",
+        "deep/xl · Stable Diffusion XL",
+        "Plain",
+    ]
+    assert [lora.preview is not None for lora in found] == [False, False, True]
+    with pytest.raises(ConfigError, match="there is no folder"):
+        loras_in(tmp_path / "none")
+
+
+def test_the_prompt_follows_the_experts_unless_the_user_wrote_one(tmp_path: Path) -> None:
+    session = Session(tmp_path)
+    first = page.controls(session)["prompt"]
+    assert first == "a zor boot, a vek monster and a kip clock on the beach"
+    assert page.carried(session, "train", "") == first
+    assert page.choose(session, ("boot", "cat"), first) == "a zor boot and a fen cat on the beach"
+    assert page.carried(session, "train", first) == "a zor boot and a fen cat on the beach"
+    assert page.carried(session, "export", "my own") == "my own"
+    assert page.choose(session, ("boot", "clock"), "a Boot at night") == "a Boot at night"
+    missing = page.missing_phrases(session, "a ZOR boot at night")
+    assert missing == {"clock": "a kip clock"}
+    assert page.missing_phrases(session, "a boot", ("boot",)) == {"boot": "a zor boot"}
+    assert (
+        page.with_phrases(", at night", ["a zor boot", "a kip clock"])
+        == "a zor boot and a kip clock, at night"
+    )
+    session.set_page(steps="many", seed=3)
+    assert (page.controls(session)["steps"], page.controls(session)["seed"]) == (25, 3)
+
+
+def test_several_pictures_another_sampler_and_from_a_picture(studio: Studio) -> None:
+    session = studio.session("several")
+    request = ComposeRequest(prompt="a zor boot", steps=2, seed=2**32 - 1, count=2, sampler="Euler")
+    job = studio.submit(session, "compose", compose(studio, session, request)).wait(300)
+    assert job.error is None, job.error
+    first, second = (picture.settings for picture in job.result)
+    assert (first.seed, second.seed) == (2**32 - 1, 0)
+    assert (first.sampler, first.sampled) == ("Euler", "Euler")
+    assert first.experts[0].lora_hash
+    with Image.open(job.result[0].path) as begin:
+        begun = ComposeRequest(prompt="a zor boot", steps=2, image=begin.convert("RGB"), denoising=0.5)
+    job = studio.submit(session, "compose", compose(studio, session, begun)).wait(300)
+    assert job.error is None, job.error
+    assert job.result[0].settings.image_sha256
+    assert job.result[0].settings.sampled == "DDIM"
+    for wrong in ({"count": 0}, {"sampler": "x"}, {"image": begun.image, "denoising": 0.1}):
+        with pytest.raises(ConfigError):
+            ComposeRequest(prompt="p", steps=2, **wrong)
 
 
 def test_a_folder_is_copied_with_what_lies_beside_the_file(studio: Studio, tmp_path: Path) -> None:

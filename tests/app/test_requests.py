@@ -145,7 +145,7 @@ def test_an_export_takes_the_experts_it_was_asked_for(studio: Studio, tmp_path: 
         job = studio.submit(session, "export", export(studio, session, request))
         session.choose(["dog", "robot"])
     assert job.wait(300).state == "done", job.error
-    assert list(job.result.experts) == ["boot", "cat"]
+    assert list(job.result.report.experts) == ["boot", "cat"]
 
 
 def test_cancel_does_not_wait_for_the_end_of_a_step(studio: Studio) -> None:

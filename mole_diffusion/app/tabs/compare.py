@@ -9,13 +9,12 @@ from typing import Any
 
 import gradio as gr
 
-from mole_diffusion.app import markup, show
+from mole_diffusion.app import markup, page, show
 from mole_diffusion.app.composing import MAX_STEPS, ComposeRequest, compose
 from mole_diffusion.app.jobs import Job
 from mole_diffusion.app.session import Picture, Session
 from mole_diffusion.app.stopping import stoppable
 from mole_diffusion.app.studio import Studio, Work
-from mole_diffusion.app.tabs.train import suggested_prompt
 from mole_diffusion.app.training import concept_of
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.methods import METHODS, prepare
@@ -93,7 +92,7 @@ class CompareTab:
     def refresh(self, prompt: str, chosen: list[str] | None, request: gr.Request) -> list[Any]:
         """The methods that there are for the session's experts."""
         session = show.session_of(self.studio, request)
-        return [prompt or suggested_prompt(session), *_lists(session, chosen)]
+        return [page.carried(session, "compare", prompt or ""), *_lists(session, chosen)]
 
     @show.friendly
     async def compare(

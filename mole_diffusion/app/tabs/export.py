@@ -9,12 +9,11 @@ from typing import Any
 import gradio as gr
 from markupsafe import Markup
 
-from mole_diffusion.app import markup, show
+from mole_diffusion.app import markup, page, show
 from mole_diffusion.app.composing import MAX_STEPS
 from mole_diffusion.app.exporting import FORMATS, MAX_RANK, ExportRequest, export
 from mole_diffusion.app.session import Session
 from mole_diffusion.app.studio import Studio
-from mole_diffusion.app.tabs.train import suggested_prompt
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.export import ExportReport
 
@@ -68,6 +67,16 @@ class ExportTab:
                 )
             with gr.Column(scale=6, min_width=320):
                 self.report = gr.HTML(_EMPTY, elem_id="export-report")
+                self.pair = gr.Gallery(
+                    label="Before and after, on one seed",
+                    elem_id="export-pair",
+                    elem_classes="strip",
+                    columns=2,
+                    height="auto",
+                    object_fit="contain",
+                    visible=False,
+                    buttons=["fullscreen"],
+                )
                 self.file = gr.DownloadButton(
                     "Download the LoRA", elem_id="export-file", interactive=False, variant="secondary"
                 )
@@ -79,7 +88,7 @@ class ExportTab:
         self.go.click(
             self.export,
             wanted,
-            [self.bar, self.report, self.file],
+            [self.bar, self.report, self.file, self.pair],
             show_progress="hidden",
             concurrency_limit=None,
             **_PRIVATE,
@@ -92,7 +101,7 @@ class ExportTab:
     def refresh(self, prompt: str, request: gr.Request) -> list[Any]:
         """Which experts go into the file."""
         session = show.session_of(self.studio, request)
-        return [_who(session), prompt or suggested_prompt(session)]
+        return [_who(session), page.carried(session, "export", prompt or "")]
 
     @show.friendly
     async def export(
@@ -103,10 +112,13 @@ class ExportTab:
         wanted = self._request(session, prompt, form, rank, steps, half)
         job = self.studio.submit(session, "export", export(self.studio, session, wanted))
         async for bar in show.watch(self.studio, job):
-            yield bar, gr.skip(), gr.skip()
+            yield bar, gr.skip(), gr.skip(), gr.skip()
         if job.state == "done":
-            file = gr.update(value=str(job.result.path), interactive=True)
-            yield show.progress_bar(job), report_html(job.result), file
+            made = job.result
+            file = gr.update(value=str(made.report.path), interactive=True)
+            pair = [(str(made.before), "with the gates"), (str(made.after), "with the exported LoRA")]
+            shown = gr.update(value=pair, visible=True)
+            yield show.progress_bar(job), report_html(made.report), file, shown
         show.raise_if_failed(job)
 
     def stop(self, request: gr.Request) -> None:

@@ -10,13 +10,20 @@ from typing import Any
 import gradio as gr
 
 from mole_diffusion.app import markup, show
+from mole_diffusion.app.folders import LoraFile, loras_in
 from mole_diffusion.app.library import add_file, add_gates, add_source
 from mole_diffusion.app.session import Session
 from mole_diffusion.app.setup import Setup
 from mole_diffusion.app.studio import Studio, Work
+from mole_diffusion.app.teaching import TeachRequest, teach
+from mole_diffusion.app.uploads import PICTURE_SUFFIXES
+from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.pictures.files import open_picture
 from mole_diffusion.pictures.opening import STARTER
 
 _PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+#: Files of a folder whose pictures are shown.
+_PREVIEWS = 60
 _OWN, _OTHER = "The starter that ships with the project", "Another Stable Diffusion"
 
 
@@ -68,6 +75,43 @@ class ModelsTab:
             self.remove = gr.Button(
                 "Remove", size="sm", elem_id="remove-lora", elem_classes="slim", scale=1, min_width=90
             )
+        with gr.Accordion("A folder of LoRAs on this machine", open=False, elem_id="folder-box"):
+            with gr.Row(equal_height=True):
+                self.folder = gr.Textbox(
+                    label="Folder", placeholder="/models/loras", scale=3, elem_id="folder"
+                )
+                self.look = gr.Button("Look", size="sm", elem_id="look", scale=1, min_width=90)
+            self.found = gr.Dropdown(
+                [], label="LoRAs in it (type to search)", multiselect=True, elem_id="found-loras"
+            )
+            self.previews = gr.Gallery(
+                label="Pictures beside them",
+                elem_id="lora-previews",
+                elem_classes="thumbs",
+                columns=5,
+                height="auto",
+                allow_preview=False,
+                buttons=[],
+            )
+            self.take = gr.Button("Add these", size="sm", elem_id="add-found")
+        with gr.Accordion("Train an expert on pictures", open=False, elem_id="teach-box"):
+            self.photos = gr.File(
+                label="Pictures of one subject (png, jpg, webp)",
+                file_count="multiple",
+                file_types=list(PICTURE_SUFFIXES),
+                height=130,
+                elem_id="teach-pictures",
+            )
+            with gr.Row():
+                self.text = gr.Textbox(
+                    label="Words for it, with a trigger", placeholder="a sks dog", elem_id="teach-text"
+                )
+                self.called = gr.Textbox(label="Name", placeholder="from the words", elem_id="teach-name")
+            self.steps = gr.Slider(10, 2000, 300, step=10, label="Steps", elem_id="teach-steps")
+            with gr.Row(equal_height=True):
+                self.teach = gr.Button("Train this expert", size="sm", elem_id="teach")
+                self.stop_teaching = gr.Button("Cancel", size="sm", elem_id="cancel-teach")
+            self.taught = gr.HTML(show.progress_bar(None), elem_id="teach-progress")
         self.gates = gr.File(
             label="Load trained gates (safetensors)",
             file_types=[".safetensors"],
@@ -91,8 +135,21 @@ class ModelsTab:
         self.add.click(self.add_named, [self.lora, self.name], [*state, self.lora, self.name], **quick)
         self.remove.click(self.remove_own, self.own, state, **quick)
         self.gates.upload(self.load_gates, self.gates, [*state, self.gates], **quick)
+        folder = [self.folder, self.found, self.previews]
+        self.look.click(self.look_into, self.folder, folder, **quick)
+        self.folder.submit(self.look_into, self.folder, folder, **quick)
+        self.take.click(self.add_found, self.found, [*state, self.found], **quick)
+        self.teach.click(
+            self.train_expert,
+            [self.photos, self.text, self.called, self.steps],
+            [self.taught, *state, self.photos],
+            concurrency_limit=None,
+            **quick,
+        )
+        self.stop_teaching.click(self.cancel_teaching, None, None, **quick)
         self.refreshed: tuple[Any, list[Any], list[Any]] = (self.refresh, [], state)
         demo.load(self.refresh, None, state, **quick)
+        demo.load(self.look_again, None, folder, **quick)
 
     @show.friendly
     def refresh(self, request: gr.Request) -> list[Any]:
@@ -136,6 +193,54 @@ class ModelsTab:
         return [*_state(session, f"Added: {card.name}."), "", ""]
 
     @show.friendly
+    def look_into(self, folder: str, request: gr.Request) -> list[Any]:
+        """What a folder of LoRAs has; it is remembered."""
+        session = show.session_of(self.studio, request)
+        found = loras_in(self.studio.check_source(folder))
+        session.set_page(folder=folder)
+        return _folder(folder, found)
+
+    def look_again(self, request: gr.Request) -> list[Any]:
+        """The folder that was named before."""
+        folder = show.session_of(self.studio, request).page.get("folder")
+        if not isinstance(folder, str) or not self.studio.trusted:
+            return [gr.skip()] * 3
+        try:
+            return _folder(folder, loras_in(folder))
+        except ConfigError:  # it is gone
+            return _folder(folder, [])
+
+    @show.friendly
+    def add_found(self, paths: list[str] | None, request: gr.Request) -> list[Any]:
+        """LoRAs of the folder."""
+        session = show.session_of(self.studio, request)
+        names = []
+        for path in paths or ():
+            with show.warned():
+                names.append(add_source(self.studio, session, path).name)
+        return [*_state(session, f"Added: {', '.join(names)}." if names else ""), []]
+
+    @show.friendly
+    async def train_expert(
+        self, request: gr.Request, files: list[str] | None, text: str, name: str, steps: Any
+    ) -> AsyncIterator[Any]:
+        """Train an expert on pictures, into the library."""
+        session = show.session_of(self.studio, request)
+        wanted = TeachRequest(
+            pictures=tuple(map(Path, files or ())), text=text or "", name=name or "", steps=int(steps)
+        )
+        job = self.studio.submit(session, "teach", teach(self.studio, session, wanted))
+        async for bar in show.watch(self.studio, job):
+            yield bar, gr.skip(), gr.skip(), gr.skip(), gr.skip()
+        said = f"Trained and added: {job.result.name}." if job.state == "done" else ""
+        yield show.progress_bar(job), *_state(session, said), None
+        show.raise_if_failed(job)
+
+    def cancel_teaching(self, request: gr.Request) -> None:
+        """Stop the training of an expert."""
+        show.session_of(self.studio, request).cancel("teach")
+
+    @show.friendly
     def remove_own(self, name: str | None, request: gr.Request) -> list[Any]:
         """Take an expert out."""
         session = show.session_of(self.studio, request)
@@ -154,6 +259,12 @@ class ModelsTab:
         with show.warned():
             said = f"Gates for {', '.join(add_gates(session, Path(path)))} are in use."
         return [*_state(session, said), None]
+
+
+def _folder(folder: str, found: list[LoraFile]) -> list[Any]:
+    choices = [(lora.label, str(lora.path)) for lora in found]
+    shown = [(open_picture(lora.preview), lora.name) for lora in found[:_PREVIEWS] if lora.preview]
+    return [folder, gr.update(choices=choices, value=[]), gr.update(value=shown, visible=bool(shown))]
 
 
 def _state(session: Session, said: str = "") -> list[Any]:

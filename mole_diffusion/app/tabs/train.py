@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 from markupsafe import Markup
 
-from mole_diffusion.app import charts, markup, show, tiles
+from mole_diffusion.app import charts, markup, page, show, tiles
 from mole_diffusion.app.jobs import Job, QueueFullError
 from mole_diffusion.app.session import Session, Training
 from mole_diffusion.app.setup import COLOURS
@@ -24,8 +24,7 @@ from mole_diffusion.app.training import (
     uniform_entropy,
 )
 from mole_diffusion.app.uploads import PICTURE_SUFFIXES, check_upload
-from mole_diffusion.core.errors import ConfigError, MoLEError
-from mole_diffusion.core.phrases import listed
+from mole_diffusion.core.errors import ConfigError
 
 OBJECTIVES = {
     "Collages of the reference pictures": "collage",
@@ -144,12 +143,16 @@ class TrainTab:
             object_fit="contain",
             buttons=["fullscreen"],
         )
-        self.file = gr.DownloadButton(
-            "Download the gates", elem_id="gates-file", interactive=False, size="sm"
-        )
+        self.said = gr.HTML(elem_id="train-said")
+        with gr.Row(equal_height=True):
+            self.file = gr.DownloadButton(
+                "Download the gates", elem_id="gates-file", interactive=False, size="sm"
+            )
+            self.use = gr.Button("Use these gates", elem_id="use-gates", interactive=False, size="sm")
 
     def _connect(self, demo: gr.Blocks) -> None:
-        results = [self.bar, self.view, self.previews, self.file, self.more]
+        results = [self.bar, self.view, self.previews, self.file, self.more, self.said, self.use]
+        self.use.click(self.use_gates, None, results, **_PRIVATE)
         wanted = [self.prompt, self.iterations, self.objective, self.batch, self.seed, self.backgrounds]
         live: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, **_PRIVATE}
         quick: dict[str, Any] = {"show_progress": "hidden", **_PRIVATE}
@@ -176,12 +179,9 @@ class TrainTab:
     def choose(self, values: Any, prompt: str, concept: str | None, request: gr.Request) -> list[Any]:
         """Other experts."""
         session = show.session_of(self.studio, request)
-        before = suggested_prompt(session)
-        try:
-            session.choose(tiles.active(tiles.read(values)))
-        except MoLEError as error:
-            gr.Warning(show.plain(error))
-        return self._shown(session, "" if prompt == before else prompt, concept)
+        with show.warned():
+            page.choose(session, tiles.active(tiles.read(values)), page.controls(session)["prompt"])
+        return self._shown(session, prompt, concept)
 
     @show.friendly
     def show_concept(self, name: str | None, request: gr.Request) -> list[Any]:
@@ -261,6 +261,16 @@ class TrainTab:
         """Cancel the training; what it has is kept."""
         show.session_of(self.studio, request).cancel("train")
 
+    @show.friendly
+    def use_gates(self, request: gr.Request) -> tuple[Any, ...]:
+        """Draw with the gates of the last training, also where it was stopped before its end."""
+        session = show.session_of(self.studio, request)
+        training = session.training
+        if training is None or training.gates is None:
+            raise ConfigError("there are no trained gates yet")
+        session.set_gates(training.setup.cards, training.gates)
+        return self._view(session, training, training.job)
+
     def _request(
         self, prompt: str, iterations: float, objective: str, batch: Any, seed: Any, backgrounds: bool
     ) -> TrainRequest:
@@ -289,25 +299,41 @@ class TrainTab:
             list(training.previews) if training is not None else None,
             gr.update(value=str(gates.path) if gates else None, interactive=gates is not None),
             gr.update(interactive=can_resume(training)),
+            _what_now(session, training, job),
+            gr.update(interactive=gates is not None and not in_use(session, training)),
         )
 
     def _shown(self, session: Session, prompt: str, concept: str | None) -> list[Any]:
         name = concept if concept in session.chosen else next(iter(session.chosen), None)
         return [
             tiles.library_tiles(session),
-            prompt or suggested_prompt(session),
+            page.carried(session, "train", prompt or ""),
             gr.update(choices=list(session.chosen), value=name),
             *_concept(session, name),
         ]
 
 
-def suggested_prompt(session: Session) -> str:
-    """ "a zor boot, a vek monster and a kip clock on the beach", for the chosen experts."""
-    texts = [card.text for card in session.cards if card.text and card.kind == "concept"]
-    styles = [card.text for card in session.cards if card.text and card.kind == "style"]
-    if not texts:
-        return " ".join(styles)
-    return " ".join([listed(texts), "on the beach", *styles])
+def in_use(session: Session, training: Training | None) -> bool:
+    """Whether pictures are drawn with the gates of a training."""
+    return training is not None and session.gates(training.names) == training.gates
+
+
+def _what_now(session: Session, training: Training | None, job: Job | None) -> Markup:
+    """What there is after a training, and what can be done with it."""
+    if training is None or job is None or not job.finished:
+        return markup.NOTHING
+    if training.gates is None:
+        again = " <b>Resume</b> goes on with what was prepared." if can_resume(training) else ""
+        return markup.notice(markup.html("No iteration was made; there are no gates yet." + again))
+    done = len(training.history)
+    if in_use(session, training):
+        text = "<b>Compose</b> draws {} with these gates now ({} iterations)."
+        return markup.notice(markup.html(text, ", ".join(training.names), done))
+    text = (
+        "Stopped after {} of {} iterations. The gates are kept and not in use: <b>Resume</b> goes on,"
+        " <b>Use these gates</b> draws with them as they are."
+    )
+    return markup.notice(markup.html(text, done, training.iterations))
 
 
 def _concept(session: Session, name: str | None) -> list[Any]:

@@ -1,0 +1,110 @@
+"""The state of a visitor's page: what its controls hold, kept with the session for the next load."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mole_diffusion.app.session import Picture, Session
+from mole_diffusion.core.phrases import listed, unnamed
+from mole_diffusion.starter.location import GUIDANCE
+
+#: Control -> what it holds at first. The prompt is that of all tabs.
+FIRST: dict[str, Any] = {
+    "prompt": "",
+    "negative": "",
+    "mixture": "gates",
+    "seed": 0,
+    "steps": 25,
+    "guidance": GUIDANCE,
+    "width": 0,
+    "height": 0,
+    "sampler": "",
+    "count": 1,
+    "denoising": 0.6,
+    "beside": False,
+}
+
+
+def controls(session: Session) -> dict[str, Any]:
+    """What the controls of Compose hold; of the right kinds, whatever was kept."""
+    kept = {name: session.page.get(name, first) for name, first in FIRST.items()}
+    found = {
+        name: value if isinstance(value, type(FIRST[name])) or _number(value, FIRST[name]) else FIRST[name]
+        for name, value in kept.items()
+    }
+    return {**found, "prompt": found["prompt"] or suggested_prompt(session)}
+
+
+def suggested_prompt(session: Session) -> str:
+    """ "a zor boot, a vek monster and a kip clock on the beach", for the chosen experts."""
+    texts = [card.text for card in session.cards if card.text and card.kind == "concept"]
+    styles = [card.text for card in session.cards if card.text and card.kind == "style"]
+    if not texts:
+        return " ".join(styles)
+    return " ".join([listed(texts), "on the beach", *styles])
+
+
+def choose(session: Session, names: tuple[str, ...], prompt: str) -> str:
+    """Choose experts; a prompt that was suggested for those from before is suggested anew, others stay.
+
+    Returns:
+        The prompt.
+
+    Raises:
+        MoLEError: see `Session.choose`.
+    """
+    before = suggested_prompt(session)
+    session.choose(names)
+    renewed = suggested_prompt(session) if prompt.strip() in ("", before) else prompt
+    session.set_page(prompt=renewed)
+    return renewed
+
+
+def carried(session: Session, tab: str, current: str) -> str:
+    """The prompt for another tab: that of Compose, unless the user wrote another one there.
+
+    Args:
+        session: whose.
+        tab: the tab's name.
+        current: what stands there now.
+    """
+    known = dict(session.page.get("carried", {}))
+    if current.strip() and current != known.get(tab):
+        return current
+    found = str(controls(session)["prompt"])
+    session.set_page(carried={**known, tab: found})
+    return found
+
+
+def missing_phrases(session: Session, prompt: str, active: tuple[str, ...] | None = None) -> dict[str, str]:
+    """The chosen experts that a prompt does not name: expert -> the phrase to write for it."""
+    phrases = {
+        card.name: [card.text]
+        for card in session.cards
+        if card.text and (active is None or card.name in active)
+    }
+    return unnamed(prompt, phrases)
+
+
+def with_phrases(prompt: str, phrases: list[str]) -> str:
+    """The prompt with these phrases at its beginning."""
+    rest = prompt.strip().lstrip(",").strip()
+    return ", ".join([listed(phrases), rest] if rest else [listed(phrases)])
+
+
+def show_pictures(session: Session, pictures: list[Picture]) -> None:
+    """These are shown from now on: one, and another of the same seed beside it."""
+    session.set_page(shown=[picture.path.name for picture in pictures[:2]])
+
+
+def shown_pictures(session: Session) -> list[Picture]:
+    """The picture that is shown, and the one beside it; the newest where nothing was chosen."""
+    names = session.page.get("shown")
+    by_name = {picture.path.name: picture for picture in session.pictures}
+    found = [by_name[name] for name in names if name in by_name] if isinstance(names, list) else []
+    return found or session.pictures[:1]
+
+
+def _number(value: Any, first: Any) -> bool:
+    numbers = (int, float)
+    return isinstance(first, numbers) and isinstance(value, numbers) and not isinstance(first, bool)
