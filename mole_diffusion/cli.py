@@ -19,7 +19,7 @@ from mole_diffusion.commands.evaluate import evaluate
 from mole_diffusion.commands.export import export
 from mole_diffusion.commands.generate import generate
 from mole_diffusion.commands.inspect import inspect
-from mole_diffusion.commands.text import text
+from mole_diffusion.commands.text_baseline import text
 from mole_diffusion.commands.train_expert import train_expert
 from mole_diffusion.commands.train_gates import train_gates
 

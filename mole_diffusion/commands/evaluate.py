@@ -14,13 +14,14 @@ from mole_diffusion.commands.diagnosis import need_extra
 
 def evaluate(
     protocol: Annotated[
-        str, typer.Argument(help='A protocol that ships ("starter", "paper") or a YAML file.')
+        str, typer.Argument(help='A protocol that ships ("starter", "paper", "text-table3") or a YAML file.')
     ] = "starter",
     out: Annotated[
         Path | None, typer.Option(file_okay=False, help="Folder; default: outputs/evaluation/PROTOCOL.")
     ] = None,
     sets: Annotated[
-        str | None, typer.Option(help="Only these sets, such as boot+monster+clock, separated by commas.")
+        str | None,
+        typer.Option(help="Only these sets, such as boot+monster+clock, or tasks; separated by commas."),
     ] = None,
     methods: Annotated[str | None, typer.Option(help="Only these methods, separated by commas.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Only the first so many seeds.")] = None,
@@ -43,6 +44,10 @@ def evaluate(
     Example: [bold]mole evaluate starter --methods nla,gates --sets boot+monster+clock --seeds 4[/]
     """
     need_extra("evaluate", "mole evaluate")
+    if is_of_texts(protocol):
+        names = split_names(sets, "--sets"), split_names(methods, "--methods")
+        _texts(protocol, out, names, seeds, device, rescore=rescore, report=report, as_json=as_json)
+        return
     import torch
 
     from mole_diffusion.evaluation.pictures import run
@@ -68,6 +73,47 @@ def evaluate(
             table = run.rescore(wanted, folder, device=where, say=say)
         else:
             table = run.evaluate(wanted, folder, device=where, say=say, shown=not as_json)
+    except KeyboardInterrupt:
+        errors.print("Stopped. The same command goes on where it was.")
+        raise typer.Exit(1) from None
+    _show(folder, table, as_json)
+
+
+def is_of_texts(protocol: str) -> bool:
+    """Whether a protocol is about language models: those that ship are, and files, if their names say so."""
+    return Path(protocol).stem.startswith("text-")
+
+
+def _texts(
+    protocol: str,
+    out: Path | None,
+    names: tuple[tuple[str, ...] | None, tuple[str, ...] | None],
+    seeds: int | None,
+    device: str | None,
+    *,
+    rescore: bool,
+    report: bool,
+    as_json: bool,
+) -> None:
+    """The same for language models."""
+    import torch
+
+    from mole_diffusion.evaluation.results import Results
+    from mole_diffusion.evaluation.text.domain import TEXTS, Texts, evaluate_texts
+    from mole_diffusion.evaluation.text.protocol import load_text_protocol
+    from mole_diffusion.pictures.opening import pick_device
+
+    if rescore:
+        raise typer.BadParameter("goes with pictures alone", param_hint="--rescore")
+    wanted = load_text_protocol(protocol).restricted(*names, seeds)
+    folder = out or Path("outputs") / "evaluation" / Path(protocol).stem
+    where = torch.device(pick_device(device or "auto"))
+    try:
+        if report:
+            domain = Texts(wanted, folder, where)
+            table = domain.report(Results(folder, TEXTS).read())
+        else:
+            table = evaluate_texts(wanted, folder, device=where, say=say, shown=not as_json)
     except KeyboardInterrupt:
         errors.print("Stopped. The same command goes on where it was.")
         raise typer.Exit(1) from None

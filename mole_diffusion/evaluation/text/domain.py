@@ -1,0 +1,331 @@
+"""An evaluation of texts: the same items answered by every method."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mole_diffusion.core.config import MoLEConfig
+from mole_diffusion.core.experts import Expert
+from mole_diffusion.evaluation import run
+from mole_diffusion.evaluation.results import write_text
+from mole_diffusion.evaluation.run import Say
+from mole_diffusion.evaluation.schema import Heading, Row, Schema
+from mole_diffusion.evaluation.table import ALL, Table, make_table, to_csv, to_grid
+from mole_diffusion.evaluation.text.protocol import STARTER, TextProtocol, TextTask, Variant, plain
+from mole_diffusion.evaluation.text.scorers import scores_of
+from mole_diffusion.starter.text.location import text_experts
+from mole_diffusion.text import MoLEForSeq2SeqLM, TextTrainingConfig
+from mole_diffusion.text.merging import Merged, alone, lorahub, mix_factors, pems, searched, tuned
+
+TEXTS = Schema(
+    items="answers",
+    verb="write",
+    key=("task", "method", "seed", "item"),
+    pair=("task", "item", "seed"),
+    n_unit=1,
+    headings={
+        "score": Heading("score", is_share=True),
+        "exact": Heading("exact", is_share=True),
+        "bleu": Heading("BLEU", is_share=True),
+        "rouge1": Heading("ROUGE-1", is_share=True),
+        "rouge2": Heading("ROUGE-2", is_share=True),
+        "rougeL": Heading("ROUGE-L", is_share=True),
+        "ends": Heading("ends", is_share=True),
+    },
+    wins=("score",),
+)
+#: What does not depend on a seed is made once.
+_SEEDED = ("gates", "lorahub", "searched", "oracle")
+_BATCH = 50
+# A step of training is a forward and a backward pass, which is worth two.
+_PASSES = 3
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """All items of a task by one method and seed.
+
+    Attributes:
+        place: the task.
+        maker: the method.
+        seed: of what is trained.
+        items: how many.
+    """
+
+    place: str
+    maker: str
+    seed: int
+    items: int
+
+    def rows(self) -> list[Row]:
+        """What identifies each of them."""
+        return [
+            {"task": self.place, "method": self.maker, "seed": self.seed, "item": item}
+            for item in range(self.items)
+        ]
+
+
+class Texts:
+    """The domain of texts; see `evaluation.run.Domain`.
+
+    Args:
+        protocol: what to do.
+        out: folder of the evaluation.
+        device: where.
+    """
+
+    schema = TEXTS
+
+    def __init__(self, protocol: TextProtocol, out: Path, device: torch.device) -> None:
+        self._protocol, self._out, self._device = protocol, out, device
+        self._tasks: dict[str, TextTask] = {}
+        self._loaded: tuple[str, ...] = ()
+
+    def settings(self) -> dict[str, Any]:
+        """What the answers depend on."""
+        found = plain(self._protocol)
+        for name in ("tasks", "seeds", "items", "title", "baseline"):
+            found.pop(name)
+        return found
+
+    def identities(self) -> list[list[str]]:
+        """The measures are the same for all."""
+        return [
+            ["exact", "LoRAHub's normalisation"],
+            ["bleu", "sacreBLEU 13a, of a sentence"],
+            ["rouge", "F"],
+        ]
+
+    def batches(self) -> Iterator[TextBatch]:
+        """Task by task, method by method."""
+        for name in self._protocol.names:
+            items = len(self._task(name).test)
+            for method, variant in self._protocol.methods.items():
+                seeds = self._protocol.seeds if variant.kind in _SEEDED else 1
+                yield from (TextBatch(name, method, seed, items) for seed in range(seeds))
+
+    def needed(self, batch: TextBatch) -> Hashable | None:
+        """What is trained or searched is so for one task, method and seed."""
+        kind = self._variant(batch).kind
+        return (batch.place, batch.maker, batch.seed) if kind in (*_SEEDED, "alone", "tuned") else None
+
+    def is_ready(self, batch: TextBatch) -> bool:
+        """Whether what it needs is there."""
+        return self._kept(batch).exists()
+
+    def prepare(self, batch: TextBatch) -> None:
+        """Train gates or an oracle; search weights."""
+        if self.needed(batch) is None or self.is_ready(batch):
+            return
+        variant = self._variant(batch)
+        with self._experts(batch, variant):
+            if variant.kind == "gates":
+                self._train_gates(batch, variant)
+            elif variant.kind == "oracle":
+                self._train_oracle(batch)
+            else:
+                found = self._search(batch, variant)
+                write_text(self._kept(batch), json.dumps(found.to_dict(), indent=1) + "\n")
+
+    def make(self, batch: TextBatch, is_wanted: Callable[[Row], bool]) -> list[Row]:
+        """Answer all items and score them."""
+        self.prepare(batch)
+        task, variant, rows = self._task(batch.place), self._variant(batch), batch.rows()
+        start = time.monotonic()
+        with self._experts(batch, variant), self._mixed(batch, variant) as mixture:
+            texts = [one.source for one in task.test]
+            answers = self._model.answer(
+                texts, batch_size=_BATCH, mixture=mixture, max_new_tokens=self._protocol.tokens
+            )
+            weights = {label: w for (label,), w in self._model.gate_weights().mean("expert").items()}
+        seconds = (time.monotonic() - start) / len(rows)
+        made = []
+        for row, example, answer in zip(rows, task.test, answers, strict=True):
+            if is_wanted(row):
+                scores = scores_of(answer, [example.target, *example.also], task.metric)
+                # An answer that fills all its tokens never came to an end.
+                scores["ends"] = float(len(self._model.tokenizer(answer).input_ids) < self._protocol.tokens)
+                made.append(
+                    {**row, "scores": scores, "seconds": seconds, "answer": answer, "weights": weights}
+                )
+        return made
+
+    def extras(self) -> None:
+        """Nothing beside."""
+
+    def tables(self, rows: Sequence[Row]) -> Table:
+        """Write `table.md` and `table.csv`: all tasks, families, and every task."""
+        protocol = self._protocol
+        families: dict[str, list[str]] = {}
+        for name in protocol.names:
+            families.setdefault(self._task(name).family, []).append(name)
+        places = {ALL: list(protocol.names), **(families if len(families) > 1 else {})}
+        places |= {name: [name] for name in protocol.names}
+        table = make_table(TEXTS, rows, places, list(protocol.methods), protocol.baseline)
+        lines = [
+            f"# {protocol.title}",
+            "",
+            f"{len(protocol.names)} tasks, {protocol.items} held-out items each, {protocol.seeds} seeds.",
+            "",
+            *to_grid(TEXTS, table, "task"),
+            "",
+            "Mean and 95 % bootstrap interval over tasks (of one task: over items). *score*: exact match, "
+            "BLEU or ROUGE-L, as the paper has it for the task; *ends*: answers that came to an end; *wins* "
+            f"against {protocol.baseline} on the same item.",
+        ]
+        write_text(self._out / "table.md", "\n".join(lines) + "\n")
+        write_text(self._out / "table.csv", to_csv(TEXTS, table))
+        return table
+
+    def report(self, rows: Sequence[Row]) -> Table:
+        """The tables."""
+        return self.tables(rows)
+
+    @cached_property
+    def _model(self) -> MoLEForSeq2SeqLM:
+        source = self._protocol.model
+        model = (
+            MoLEForSeq2SeqLM.from_starter() if source == STARTER else MoLEForSeq2SeqLM.from_pretrained(source)
+        )
+        model.model.to(self._device)
+        return model
+
+    def _task(self, name: str) -> TextTask:
+        if name not in self._tasks:
+            self._tasks[name] = self._protocol.task(name)
+        return self._tasks[name]
+
+    def _variant(self, batch: TextBatch) -> Variant:
+        return self._protocol.methods[batch.maker]
+
+    def _kept(self, batch: TextBatch) -> Path:
+        """What was trained or searched for a batch."""
+        suffix = {"gates": "/gates.safetensors", "oracle": "/adapter_config.json"}
+        folder = self._out / "made" / batch.place / f"{batch.maker}-{batch.seed}"
+        return Path(f"{folder}{suffix.get(self._variant(batch).kind, '.json')}")
+
+    @contextmanager
+    def _experts(self, batch: TextBatch, variant: Variant) -> Iterator[None]:
+        """The task's experts are on the model, with fresh gates of the variant's form."""
+        names: tuple[str, ...] = ()
+        if variant.kind in ("own", "layers"):
+            names = (batch.place,)
+        elif variant.kind not in ("none", "oracle"):
+            names = self._protocol.experts_for(batch.place, variant)
+        form = MoLEConfig.from_dict({**self._protocol.gates, **variant.gates})
+        self._model.eject()
+        self._model.configure(form)
+        if names:
+            known = text_experts() if self._protocol.model == STARTER else {}
+            self._model.load_experts({Path(name).name: known.get(name, name) for name in names})
+        yield
+        self._model.eject()
+
+    @contextmanager
+    def _mixed(self, batch: TextBatch, variant: Variant) -> Iterator[Any]:
+        """What `mixture=` is to be, with gates or merged experts in place."""
+        kind, model = variant.kind, self._model
+        if kind == "gates":
+            model.load_gates(self._kept(batch))
+        elif kind in ("lorahub", "pems"):
+            weights = None if kind == "pems" else self._weights(batch)
+            merged = (
+                pems(model).expert
+                if weights is None
+                else mix_factors(list(model.experts.values()), weights, "lorahub")
+            )
+            assert merged is not None
+            model.eject()
+            model.add_expert(merged)
+        elif kind == "oracle":
+            model.load_expert(self._kept(batch).parent)
+        elif kind == "layers":
+            own = next(iter(model.experts.values()))
+            model.eject()
+            model.add_expert(in_blocks(own, *variant.layers))
+        # These leave one expert, or ask for all in full.
+        full = ("both", "own", "lorahub", "pems", "oracle", "layers")
+        if kind in ("alone", "tuned", "searched"):
+            yield self._weights(batch)
+        else:
+            yield "la" if kind in full else kind
+
+    def _weights(self, batch: TextBatch) -> dict[str, float]:
+        found: dict[str, float] = json.loads(self._kept(batch).read_text())["weights"]
+        return found
+
+    def _train_gates(self, batch: TextBatch, variant: Variant) -> None:
+        settings = {**self._protocol.training, **variant.training, "seed": batch.seed, "progress": False}
+        task = self._task(variant.trained_on or batch.place)
+        examples = [(one.source, one.target) for one in task.train]
+        folder = self._kept(batch).parent
+        # Not to be taken for finished while it is under way.
+        work = folder.with_name(f"{folder.name}.training")
+        result = self._model.train_gates(examples, TextTrainingConfig(**settings), checkpoint_dir=work)
+        write_text(folder / "history.json", json.dumps(result.history[:: max(1, len(result.history) // 100)]))
+        self._model.save_gates(self._kept(batch))
+
+    def _train_oracle(self, batch: TextBatch) -> None:
+        from mole_diffusion.text.expert_training import TextExpertConfig, train_expert
+
+        examples = [(one.source, one.target) for one in self._task(batch.place).train]
+        config = TextExpertConfig(rank=4, seed=batch.seed, progress=False)
+        train_expert(self._model.model, self._model.tokenizer, examples, self._kept(batch).parent, config)
+
+    def _search(self, batch: TextBatch, variant: Variant) -> Merged:
+        model, shots = self._model, [(one.source, one.target) for one in self._task(batch.place).shots]
+        if variant.kind == "alone":
+            return alone(model, model.tokenizer, shots)
+        if variant.kind == "tuned":
+            return tuned(model, model.tokenizer, shots)
+        options: dict[str, Any] = {"seed": batch.seed}
+        if variant.same_budget:
+            config = TextTrainingConfig(**self._protocol.training)
+            train = self._task(batch.place).train[: 4 * config.batch_size]
+            shots = [(one.source, one.target) for one in train]
+            options["budget"] = max(1, _PASSES * config.iterations * config.batch_size // len(shots))
+        if variant.kind == "lorahub":
+            return lorahub(model, model.tokenizer, shots, literal=not variant.same_budget, **options)
+        return searched(model, model.tokenizer, shots, **options)
+
+
+def in_blocks(expert: Expert, low: float, high: float) -> Expert:
+    """An expert in some of its blocks alone (Table 5).
+
+    Args:
+        expert: the whole.
+        low, high: shares of each stack's depth, from 0 to 1.
+    """
+    factors = {}
+    for part, own in expert.factors.items():
+        numbers = {name: int(name.split(".")[2]) for name in own}
+        depth = max(numbers.values()) + 1
+        factors[part] = {name: one for name, one in own.items() if low <= numbers[name] / depth < high}
+    return dataclasses.replace(
+        expert,
+        factors=factors,
+        sha256=f"{expert.sha256} {low} {high}",
+        name=f"{expert.name} {low:g}-{high:g}",
+    )
+
+
+def evaluate_texts(
+    protocol: TextProtocol, out: Path, *, device: torch.device, say: Say = print, shown: bool = True
+) -> Table:
+    """Answer and measure what is missing in `out`, then write tables; see `evaluation.run`.
+
+    Raises:
+        ConfigError: tasks or experts that do not exist, or a folder with answers of other settings.
+    """
+    state = run.processes(device.type == "cpu")
+    return run.evaluate(Texts(protocol, out, device), out, state, say=say, shown=shown)

@@ -1,0 +1,226 @@
+"""What is evaluated on texts: tasks, experts, methods."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.evaluation.protocol import Part, chosen, find_protocol, read_protocol, shipped
+from mole_diffusion.starter.text.tasks import EXPERTS, JOINT, UNSEEN
+from mole_diffusion.starter.text.words import Example
+
+FOLDER = Path(__file__).parent / "protocols"
+STARTER = "starter"
+#: Methods that every protocol may name.
+KINDS = (
+    *(
+        "none",
+        "la",
+        "nla",
+        "gates",
+        "arrow",
+        "energy",
+        "alone",
+        "tuned",
+        "searched",
+        "lorahub",
+        "pems",
+        "layers",
+    ),
+    *("own", "both", "oracle"),
+)
+
+
+class Variant(Part):
+    """A method, and what differs from the protocol's settings.
+
+    Attributes:
+        kind: one of `KINDS`: "own" is the task's own expert, "layers" the same in some blocks alone, "both"
+            all experts at 1 as "la", "oracle" a LoRA trained for the task.
+        gates, training: changes of the form of gates, and of their training.
+        drawn: another number of experts.
+        trained_on: another task that gates are trained on.
+        layers: for "layers", from which to which share of the blocks.
+        same_budget: for "lorahub" and "searched": as many passes as the gates' training.
+    """
+
+    kind: str
+    gates: dict[str, Any] = Field(default_factory=dict)
+    training: dict[str, Any] = Field(default_factory=dict)
+    drawn: int | None = None
+    trained_on: str | None = None
+    layers: tuple[float, float] = (0.0, 1.0)
+    same_budget: bool = False
+
+    @model_validator(mode="after")
+    def _known(self) -> Variant:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind {self.kind!r} is none of {', '.join(KINDS)}")
+        return self
+
+
+class TaskFiles(Part):
+    """A task that lies in files, JSONL as LoRAHub's.
+
+    Attributes:
+        test: what is measured.
+        train: what gates train on; None for the shots.
+        shots: what weights are searched on; None for the first of `train`.
+        metric: see `scorers`.
+    """
+
+    test: Path
+    train: Path | None = None
+    shots: Path | None = None
+    metric: Literal["exact", "bleu", "rouge"] = "exact"
+
+
+class TextProtocol(Part):
+    """An evaluation.
+
+    Attributes:
+        title: of its table.
+        model: "starter", a folder or a hub id.
+        tasks: names of the starter's tasks.
+        files: name -> a task in files.
+        experts: names or sources that are always there.
+        own: whether each task's own expert is there too.
+        drawn: how many experts there are in all: those missing are drawn from the starter, always the same
+            ones, and fewer are among more.
+        methods: name in the table -> what it is.
+        seeds: trainings of everything that is trained.
+        items: held-out items of each task.
+        train: examples that gates train on.
+        shots: examples that weights are searched on.
+        gates, training: form of the gates, and their training.
+        tokens: most tokens of an answer.
+        baseline: the method that win rates are against.
+    """
+
+    title: str
+    model: str = STARTER
+    tasks: tuple[str, ...] = ()
+    files: dict[str, TaskFiles] = Field(default_factory=dict)
+    experts: tuple[str, ...] = ()
+    own: bool = False
+    drawn: int = 0
+    methods: dict[str, Variant]
+    seeds: int = Field(3, ge=1)
+    items: int = Field(200, ge=1)
+    train: int = Field(9600, ge=1)
+    shots: int = Field(5, ge=1)
+    gates: dict[str, Any] = Field(default_factory=dict)
+    training: dict[str, Any] = Field(default_factory=dict)
+    tokens: int = Field(24, ge=1)
+    baseline: str = "nla"
+
+    def restricted(
+        self, tasks: tuple[str, ...] | None, methods: tuple[str, ...] | None, seeds: int | None
+    ) -> TextProtocol:
+        """The same for some of its tasks, methods and seeds."""
+        names = self.names if tasks is None else tasks
+        chosen("task", names, dict.fromkeys(self.names))
+        kept = tuple(self.methods) if methods is None else methods
+        chosen("method", kept, self.methods)
+        return self.model_copy(
+            update={
+                "tasks": tuple(name for name in self.tasks if name in names),
+                "files": {name: files for name, files in self.files.items() if name in names},
+                "methods": {name: self.methods[name] for name in kept},
+                "seeds": min(self.seeds, seeds or self.seeds),
+            }
+        )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All tasks."""
+        return (*self.tasks, *self.files)
+
+    def task(self, name: str) -> TextTask:
+        """A task by name.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if name in self.files:
+            return _from_files(name, self.files[name])
+        known = {**EXPERTS, **UNSEEN}
+        if name not in known:
+            raise ConfigError(f"no task is called {name!r}; known are {list(known)}")
+        task = known[name]
+        return TextTask(
+            name,
+            task.family,
+            task.metric,
+            task.examples(self.train, "training", held_out=False),
+            task.examples(self.items, "evaluation", held_out=True),
+            task.examples(self.shots, "shots", held_out=False),
+        )
+
+    def experts_for(self, task: str, variant: Variant) -> tuple[str, ...]:
+        """The experts of a task, in the order of the gates' rows."""
+        found = list(self.experts)
+        if self.own and task in EXPERTS and task not in found:
+            found.append(task)
+        wanted = self.drawn if variant.drawn is None else variant.drawn
+        pool = [name for name in EXPERTS if name not in found and name != JOINT.name]
+        if not self.own and task in pool:
+            pool.remove(task)
+        Random(f"experts beside {task if self.own else 'all'}").shuffle(pool)
+        return tuple(found + pool[: max(0, wanted - len(found))])
+
+
+@dataclass(frozen=True)
+class TextTask:
+    """A task with its examples.
+
+    Attributes:
+        name, family, metric: see `starter.text.tasks.Task`.
+        train, test, shots: what gates train on, what is measured, what weights are searched on.
+    """
+
+    name: str
+    family: str
+    metric: str
+    train: list[Example]
+    test: list[Example]
+    shots: list[Example]
+
+
+def _from_files(name: str, files: TaskFiles) -> TextTask:
+    from mole_diffusion.text.examples import pairs_of
+
+    def read(path: Path | None) -> list[Example]:
+        return [] if path is None else [Example(*pair) for pair in pairs_of(path)]
+
+    shots, train = read(files.shots), read(files.train)
+    return TextTask(name, "files", files.metric, train or shots, read(files.test), shots or train[:5])
+
+
+def load_text_protocol(source: str) -> TextProtocol:
+    """A protocol that ships, or a file.
+
+    Raises:
+        ConfigError: neither, or it says something impossible.
+    """
+    path = find_protocol(source, FOLDER, Path())
+    parts: Mapping[str, type[Part]] = {"methods": Variant, "files": TaskFiles}
+    return read_protocol(TextProtocol, parts, path, FOLDER)
+
+
+def text_protocols() -> list[str]:
+    """Names of those that ship."""
+    return shipped(FOLDER)
+
+
+def plain(protocol: TextProtocol) -> dict[str, Any]:
+    """As plain values."""
+    found: dict[str, Any] = json.loads(protocol.model_dump_json())
+    return found

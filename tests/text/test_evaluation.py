@@ -1,0 +1,132 @@
+"""Texts are evaluated by the runner that pictures have: a tiny model, tasks in files, every method."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.evaluation.text.domain import evaluate_texts, in_blocks
+from mole_diffusion.evaluation.text.protocol import Variant, load_text_protocol, text_protocols
+from mole_diffusion.evaluation.text.scorers import is_exact, scores_of
+from mole_diffusion.starter.text.tasks import EXPERTS, UNSEEN
+
+from .conftest import Make
+from .test_training import examples
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
+
+
+def lines(path: Path, pairs: list[tuple[str, str]]) -> Path:
+    path.write_text("".join(json.dumps({"context": a, "completion": b}) + "\n" for a, b in pairs))
+    return path
+
+
+@pytest.fixture
+def protocol(make: Make, adapters: list[Path], tmp_path: Path) -> Path:
+    model = make(2)
+    data = lines(tmp_path / "data.jsonl", examples(model, "two"))
+    model.eject()
+    model.model.save_pretrained(tmp_path / "base")
+    model.tokenizer.save_pretrained(tmp_path / "base")
+    kinds = ("none", "la", "nla", "gates", "arrow", "energy", "alone", "tuned", "searched", "lorahub", "pems")
+    settings = {
+        "title": "Tiny",
+        "model": str(tmp_path / "base"),
+        "experts": [str(path) for path in adapters[:2]],
+        "files": {"copying": {"test": str(data), "train": str(data)}},
+        "methods": {kind: {"kind": kind} for kind in kinds},
+        "training": {"iterations": 3, "batch_size": 2},
+        "seeds": 2,
+        "tokens": 6,
+    }
+    path = tmp_path / "text-tiny.yaml"
+    path.write_text(json.dumps(settings))
+    return path
+
+
+def test_every_method_answers_every_item_once(protocol: Path, tmp_path: Path) -> None:
+    found, cpu = load_text_protocol(str(protocol)), torch.device("cpu")
+    table = evaluate_texts(found, tmp_path / "out", device=cpu, say=lambda _: None, shown=False)
+    assert set(table["all"]) == set(found.methods)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert len(rows) == 6 * (8 + 3 * 2)
+    assert table["all"]["alone"]["score"].mean >= table["all"]["none"]["score"].mean
+    answers = {method: [r["answer"] for r in rows if r["method"] == method] for method in found.methods}
+    assert answers["la"] != answers["none"] != answers["pems"]
+    assert "Tiny" in (tmp_path / "out" / "table.md").read_text()
+    before = (tmp_path / "out" / "results.jsonl").read_bytes()
+    again = evaluate_texts(found, tmp_path / "out", device=cpu, say=lambda _: None, shown=False)
+    assert again == table
+    assert (tmp_path / "out" / "results.jsonl").read_bytes() == before
+    other = found.model_copy(update={"tokens": 7})
+    with pytest.raises(ConfigError, match="other settings"):
+        evaluate_texts(other, tmp_path / "out", device=cpu, say=lambda _: None, shown=False)
+
+
+def test_protocols_that_ship_name_what_there_is() -> None:
+    assert {f"text-table{n}" for n in range(3, 9)} <= set(text_protocols())
+    for name in text_protocols():
+        protocol = load_text_protocol(name)
+        assert set(protocol.tasks) <= {**EXPERTS, **UNSEEN}.keys()
+        assert protocol.baseline in protocol.methods or name == "text-table5"
+        for variant in protocol.methods.values():
+            assert variant.trained_on is None or variant.trained_on in EXPERTS
+    table3 = load_text_protocol("text-table3")
+    chosen = {task: table3.experts_for(task, table3.methods["gates"]) for task in table3.tasks}
+    assert all(len(set(own)) == 8 and own[0] == task for task, own in chosen.items())
+    table6 = load_text_protocol("text-table6")
+    small, large = (table6.experts_for("sorting", Variant(kind="gates", drawn=n)) for n in (8, 24))
+    assert large[:8] == small
+    with pytest.raises(ConfigError, match="kind 'magic' is none of"):
+        load_text_protocol_from({"title": "x", "methods": {"a": {"kind": "magic"}}})
+
+
+def load_text_protocol_from(values: dict[str, Any]) -> Any:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "text-x.yaml"
+        path.write_text(json.dumps(values))
+        return load_text_protocol(str(path))
+
+
+def test_scores() -> None:
+    assert is_exact(" Yes. ", ["yes"])
+    assert not is_exact("no", ["yes"])
+    assert scores_of("lauda", ["lindum", "lauda"], "exact") == {"exact": 1.0, "score": 1.0}
+
+
+def test_bleu_and_rouge() -> None:
+    pytest.importorskip("torchmetrics")
+    right = "today the cat sees the red hammer."
+    whole = scores_of(right, [right], "bleu")
+    part = scores_of("today the cat sees the hammer.", [right], "bleu")
+    assert whole["score"] == pytest.approx(1.0)
+    assert 0.0 < part["score"] < 0.8
+    rouge = scores_of("the cat sees the red pan", ["the cat sees the red hammer"], "rouge")
+    assert rouge["rouge1"] == pytest.approx(5 / 6)
+    assert rouge["score"] == rouge["rougeL"] == pytest.approx(5 / 6)
+
+
+def test_some_blocks_of_an_expert(make: Make) -> None:
+    expert = make(1).experts["one"]
+    low, high = in_blocks(expert, 0.0, 0.5), in_blocks(expert, 0.5, 1.0)
+    for part, own in expert.factors.items():
+        assert {*low.factors[part], *high.factors[part]} == set(own)
+        assert all(name.startswith(f"{part}.block.0.") for name in low.factors[part])
+    assert low.sha256 != high.sha256 != expert.sha256
+
+
+def test_tasks_keep_evaluation_apart() -> None:
+    for task in (*EXPERTS.values(), *UNSEEN.values()):
+        train = {one.source for one in task.examples(300, "training", held_out=False)}
+        test = [one.source for one in task.examples(40, "evaluation", held_out=True)]
+        assert not train & set(test)
+        assert [one.source for one in task.examples(40, "evaluation", held_out=True)] == test
