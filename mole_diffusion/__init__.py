@@ -37,6 +37,9 @@ if TYPE_CHECKING:
         FluxMoLEImg2ImgPipeline,
         FluxMoLEInpaintPipeline,
         FluxMoLEPipeline,
+        StableDiffusion3MoLEImg2ImgPipeline,
+        StableDiffusion3MoLEInpaintPipeline,
+        StableDiffusion3MoLEPipeline,
         StableDiffusionMoLEImg2ImgPipeline,
         StableDiffusionMoLEInpaintPipeline,
         StableDiffusionMoLEPipeline,
@@ -49,6 +52,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "StableDiffusion3MoLEPipeline": "mole_diffusion.pictures.pipelines",
+    "StableDiffusion3MoLEImg2ImgPipeline": "mole_diffusion.pictures.pipelines",
+    "StableDiffusion3MoLEInpaintPipeline": "mole_diffusion.pictures.pipelines",
     "ChromaMoLEImg2ImgPipeline": "mole_diffusion.pictures.pipelines",
     "ChromaMoLEPipeline": "mole_diffusion.pictures.pipelines",
     "FluxKontextMoLEPipeline": "mole_diffusion.pictures.pipelines",
@@ -92,6 +98,9 @@ __all__ = [
     "MoLEError",
     "NoExpertsError",
     "RegionMaskError",
+    "StableDiffusion3MoLEImg2ImgPipeline",
+    "StableDiffusion3MoLEInpaintPipeline",
+    "StableDiffusion3MoLEPipeline",
     "StableDiffusionMoLEImg2ImgPipeline",
     "StableDiffusionMoLEInpaintPipeline",
     "StableDiffusionMoLEPipeline",

@@ -18,7 +18,7 @@ from .collecting import Collector
 from .errors import ConfigError, ExpertLoadError
 from .factors import LoraFactors
 from .key_table import KeyTable
-from .networks import by_name, known_families, other_base
+from .networks import architectures, by_name, known_families, other_base
 from .networks.base import Base
 from .peft_folder import expert_files, own_name, read_files
 from .peft_options import PeftOptions
@@ -267,7 +267,10 @@ def _check_kind(table: KeyTable, name: str, base: Base | None) -> None:
     kinds = {kind.name: kind for kind in found if kind is not None}
     if base is None or base.family is None or not kinds:
         return
-    if not any(base.family in kind.families for kind in kinds.values()):
+    names = [meaning.flat for meaning in table.meanings.values() if meaning.denoises]
+    fitting = [kind for kind in architectures() if base.family in kind.families]
+    # Kinds share names: what the base's own kind reads as well is not another's.
+    if not any(all(kind.read(name) for name in names) for kind in fitting):
         theirs = " or ".join(family for kind in kinds.values() for family in kind.families)
         raise ExpertLoadError(f"Expert {name!r} was made for {theirs}; the base here is {base}.")
 

@@ -319,13 +319,17 @@ class BlockHook:
             inputs, self._inputs = self._inputs, ((), {})
             self.group.solo = None
         # Gates of blocks that return several tensors read none of them.
-        hidden = inputs[0][0] if inputs[0] else inputs[1].get("hidden_states", bases[0])
-        with without_autocast(bases[0].device):
-            mixed = [
-                self._mixed(stream, base, {i: own[k] for i, own in deltas.items()}, hidden)
-                for k, (stream, base) in enumerate(zip(self.group.returns, bases, strict=True))
-            ]
-        return mixed[0] if isinstance(output, Tensor) else (*mixed, *output[len(mixed) :])
+        first = next(iter(bases.values()))
+        hidden = inputs[0][0] if inputs[0] else inputs[1].get("hidden_states", first)
+        with without_autocast(first.device):
+            mixed = {
+                stream: self._mixed(stream, base, {i: own[stream] for i, own in deltas.items()}, hidden)
+                for stream, base in bases.items()
+            }
+        if isinstance(output, Tensor):
+            return mixed[self.group.returns[0]]
+        returns = self.group.returns
+        return (*(mixed.get(stream) for stream in returns), *output[len(returns) :])
 
     def _mixed(self, stream: str, base: Tensor, deltas: dict[int, Tensor], hidden: Tensor) -> Tensor:
         """One of the returned tensors (B, L, d); `deltas` are what each expert adds to it alone."""
@@ -339,8 +343,8 @@ class BlockHook:
         active = self.context.activation.active
         return base + sum(weights[..., i : i + 1].to(base.dtype) * deltas[i] for i in active)
 
-    def _deltas(self, module: nn.Module, bases: list[Tensor]) -> dict[int, list[Tensor]]:
-        """Expert index -> (B, L, d) for each returned tensor; of all experts if the gate reads them."""
+    def _deltas(self, module: nn.Module, bases: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+        """Expert index -> stream -> (B, L, d); of all experts if the gate reads them."""
         activation = self.context.activation
         reads_all = self.group.gate.config.gate_input != "hidden" and len(activation.active) > 1
         args, kwargs = self._inputs
@@ -352,7 +356,7 @@ class BlockHook:
             # Not module(...): hooks of others on the block, such as those by which transformers 5 collects
             # hidden states, are to see the mixed output, once.
             found = self._returned(module.forward(*fresh, **named))
-            deltas[i] = [one - base for one, base in zip(found, bases, strict=True)]
+            deltas[i] = {stream: found[stream] - base for stream, base in bases.items()}
         return deltas
 
     def _value(
@@ -372,13 +376,18 @@ class BlockHook:
             logits = gate.feature_logits(features, kind, real)
         return self.group.evaluate(logits, base, context, kind, real)
 
-    def _returned(self, output: Any) -> list[Tensor]:
-        """The tensors of known streams among what a block returns (older libraries return tuples)."""
+    def _returned(self, output: Any) -> dict[str, Tensor]:
+        """The tensors by stream among what a block returns (older libraries return tuples).
+
+        The last block for a stream returns None of it.
+        """
         returned = [output] if isinstance(output, Tensor) else list(output)[: len(self.group.returns)]
-        wrong = next((one for one in returned if not isinstance(one, Tensor)), None)
-        if wrong is not None:
-            raise InjectionError(f"A block returned {type(wrong).__name__}; expected a tensor or a tuple.")
-        return returned
+        found = dict(zip(self.group.returns, returned, strict=True))
+        kept = {stream: one for stream, one in found.items() if one is not None or len(found) == 1}
+        for one in kept.values():
+            if not isinstance(one, Tensor):
+                raise InjectionError(f"A block returned {type(one).__name__}; expected a tensor or a tuple.")
+        return kept
 
 
 class NetworkHook:

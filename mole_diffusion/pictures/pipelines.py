@@ -9,6 +9,7 @@ Each stands in for the pipeline of diffusers whose name it has without `MoLE`: f
 | SDXL | `StableDiffusionXLMoLEPipeline` |
 | FLUX.1 | `FluxMoLEPipeline`, and `FluxKontextMoLEPipeline` from pictures |
 | Chroma | `ChromaMoLEPipeline` |
+| SD 3 and 3.5 | `StableDiffusion3MoLEPipeline` |
 """
 
 from collections.abc import Sequence
@@ -23,6 +24,9 @@ from diffusers import (
     FluxInpaintPipeline,
     FluxKontextPipeline,
     FluxPipeline,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3InpaintPipeline,
+    StableDiffusion3Pipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
@@ -177,6 +181,24 @@ class ChromaMoLEImg2ImgPipeline(WithExperts, ChromaImg2ImgPipeline):
     guided_in = "turns"
 
 
+class StableDiffusion3MoLEPipeline(WithExperts, StableDiffusion3Pipeline):
+    """`StableDiffusion3Pipeline` whose transformer and CLIP text encoders mix LoRA experts by gates."""
+
+    diffusers_class = StableDiffusion3Pipeline
+
+
+class StableDiffusion3MoLEImg2ImgPipeline(WithExperts, StableDiffusion3Img2ImgPipeline):
+    """`StableDiffusion3Img2ImgPipeline` with experts; `from_pipe` shares those of another pipeline."""
+
+    diffusers_class = StableDiffusion3Img2ImgPipeline
+
+
+class StableDiffusion3MoLEInpaintPipeline(WithExperts, StableDiffusion3InpaintPipeline):
+    """`StableDiffusion3InpaintPipeline` with experts; `from_pipe` shares those of another pipeline."""
+
+    diffusers_class = StableDiffusion3InpaintPipeline
+
+
 #: What draws with a UNet.
 AROUND_A_UNET = (StableDiffusionPipeline, StableDiffusionXLPipeline)
 
@@ -188,5 +210,6 @@ def from_text() -> dict[str, type]:
         StableDiffusionXLMoLEPipeline,
         FluxMoLEPipeline,
         ChromaMoLEPipeline,
+        StableDiffusion3MoLEPipeline,
     )
     return {one.diffusers_class.__name__: one for one in ours}

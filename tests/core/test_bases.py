@@ -189,11 +189,6 @@ def test_inspection(tmp_path: Path) -> None:
             {},
             "HunyuanVideo (told by the names of its matrices)",
         ),
-        (
-            "lora_unet_joint_blocks_0_x_block_attn_qkv",
-            {"modelspec.architecture": "stable-diffusion-3-medium/lora"},
-            "Stable Diffusion 3 (its header says 'stable-diffusion-3-medium/lora')",
-        ),
         ("diffusion_model.blocks.0.self_attn.q", {"ss_base_model_version": "wan2.1"}, "Wan (its header"),
         (
             "unet.some.other.block.to_q",
@@ -231,6 +226,7 @@ def test_a_file_for_a_network_of_another_kind_names_both_bases(
         ("lora_unet_double_blocks_0_img_attn_qkv", "FLUX.1 or Chroma", SD1),
         ("transformer.single_transformer_blocks.0.attn.to_q", "FLUX.1 or Chroma", SDXL),
         (f"unet.{QUERY}", f"{SD1} or {SD2} or ", FLUX1),
+        ("lora_unet_joint_blocks_0_x_block_attn_qkv", "Stable Diffusion 3", FLUX1),
     ],
 )
 def test_a_file_for_a_known_network_of_another_kind_names_both_bases(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny.networks import run, with_peft
-from tiny.transformers import make_chroma, make_flux
+from tiny.transformers import make_chroma, make_flux, make_sd3
 from torch import Tensor, nn
 
 from mole_diffusion import Expert, InjectionError, MoLEConfig, inject, load_expert
@@ -304,3 +304,47 @@ def test_a_control_lora_is_refused_with_a_sentence() -> None:
     assert list(expert.report.ignored) == ["double_blocks.0.img_attn.norm.key_norm.scale"]
     with pytest.raises(InjectionError, match=r"'x_embedder': its delta is 32 x 32, the matrix 32 x 16"):
         inject(network, [expert], MoLEConfig())
+
+
+SD3_BLOCK: Native = {
+    "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "x_block.attn.proj": ("attn.to_out.0",),
+    "context_block.attn.proj": ("attn.to_add_out",),
+    "x_block.mlp.fc1": ("ff.net.0.proj",),
+    "context_block.mlp.fc2": ("ff_context.net.2",),
+    "x_block.adaLN_modulation.1": ("norm1.linear",),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_stable_diffusion_3(writer: str) -> None:
+    network, form = make_sd3(), WRITERS[writer]
+    if form.native:
+        names = {f"joint_blocks.0.{name}": leaves for name, leaves in SD3_BLOCK.items()}
+        names = {name: tuple(f"transformer_blocks.0.{leaf}" for leaf in own) for name, own in names.items()}
+    else:
+        names = {
+            site.name: (site.name,) for site in map_network(network).sites if site.name != "pos_embed.proj"
+        }
+    draws = torch.Generator().manual_seed(1)
+    state, deltas = {}, {}
+    for name, matrices in names.items():
+        rows = [network.get_submodule(matrix).weight.shape[0] for matrix in matrices]
+        fan_in = network.get_submodule(matrices[0]).weight.shape[1]
+        down = torch.randn(2, fan_in, generator=draws) * 0.2
+        up = torch.randn(sum(rows), 2, generator=draws) * 0.2
+        state |= {f"{form.module(name)}{form.down}": down, f"{form.module(name)}{form.up}": up}
+        if form.alpha:
+            state[f"{form.module(name)}.alpha"] = torch.tensor(2.0)
+        deltas |= dict(zip(matrices, (up @ down).split(rows), strict=True))
+    expert = Expert.from_state_dict(state, name="dog")
+    assert set(expert.report.loaded) == set(state)
+    found = expert.factors["transformer"]
+    assert set(found) == set(deltas)
+    for matrix, delta in deltas.items():
+        torch.testing.assert_close(found[matrix].delta(), delta, rtol=1e-5, atol=1e-6)
+    expected = run(with_peft(network, {"dog": as_peft(deltas)}, {"dog": 1.0}))
+    inject(network, [expert], MoLEConfig())
+    assert_close(run(network), expected)

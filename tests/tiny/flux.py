@@ -10,9 +10,10 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    SD3Transformer2DModel,
 )
 from torch import nn
-from transformers import CLIPTextModel, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
 
 from .sd import TEXT_TARGETS, WORDS, make_tokenizer, make_vae, random_lora, text_config
 
@@ -86,6 +87,39 @@ def make_chroma_components() -> dict[str, Any]:
         "text_encoder": t5_encoder(tokenizer),
         "tokenizer": tokenizer,
         "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    }
+
+
+def make_sd3_components(folder: Path) -> dict[str, Any]:
+    """A Stable Diffusion 3.5 medium."""
+    torch.manual_seed(0)
+    words, tokenizer = make_tokenizer(folder), t5_tokenizer()
+    clips = [filled(CLIPTextModelWithProjection(text_config(words, 12, 2, projection_dim=12))) for _ in "12"]
+    transformer = SD3Transformer2DModel(
+        sample_size=4,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=TEXT,
+        caption_projection_dim=32,
+        pooled_projection_dim=24,
+        pos_embed_max_size=8,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    return {
+        "transformer": filled(transformer),
+        "vae": make_vae(shift_factor=0.1, latent_channels=16).eval(),
+        "text_encoder": clips[0],
+        "text_encoder_2": clips[1],
+        "text_encoder_3": t5_encoder(tokenizer),
+        "tokenizer": words,
+        "tokenizer_2": words,
+        "tokenizer_3": tokenizer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
     }
 
 

@@ -87,7 +87,9 @@ def lora_state(network: nn.Module, rank: int, seed: int, leaves: Sequence[str] =
         if name in sites if sites and not leaves else name.endswith(targets):
             out, fan_in, *kernel = module.weight.shape
             state[f"{name}.lora_A.weight"] = torch.randn(rank, fan_in, *kernel, generator=generator) * 0.2
-            state[f"{name}.lora_B.weight"] = torch.randn(out, rank, *kernel, generator=generator) * 0.2
+            state[f"{name}.lora_B.weight"] = (
+                torch.randn(out, rank, *(1 for _ in kernel), generator=generator) * 0.2
+            )
     return state
 
 

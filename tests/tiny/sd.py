@@ -76,15 +76,15 @@ def make_components(folder: Path, words: Iterable[str] = ()) -> dict[str, Any]:
 
 def make_vae(**changes: Any) -> AutoencoderKL:
     """An autoencoder of random weights that halves three times, with other settings where `changes` says."""
+    settings: dict[str, Any] = {"latent_channels": 4, **changes}
     return AutoencoderKL(
         block_out_channels=(8, 8, 8, 8),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,
         norm_num_groups=4,
-        latent_channels=4,
         sample_size=PICTURE,
-        **changes,
+        **settings,
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import ChromaTransformer2DModel, FluxTransformer2DModel
+from diffusers import ChromaTransformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel
 from torch import Tensor, nn
 
 BLOCKS: dict[str, Any] = {
@@ -19,6 +19,18 @@ BLOCKS: dict[str, Any] = {
     "num_attention_heads": 2,
     "joint_attention_dim": 32,
     "axes_dims_rope": (4, 4, 8),
+}
+SD3_BLOCKS: dict[str, Any] = {
+    "patch_size": 2,
+    "num_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "caption_projection_dim": 32,
+    "pooled_projection_dim": 24,
+    "pos_embed_max_size": 16,
+    "dual_attention_layers": (0,),
+    "qk_norm": "rms_norm",
 }
 # Two texts, as long as pipelines pad them; Chroma's network is told where they end.
 TEXT = 512
@@ -48,6 +60,23 @@ def make_chroma(**settings: Any) -> ChromaTransformer2DModel:
         "approximator_layers": 1,
     }
     return filled(ChromaTransformer2DModel(**BLOCKS, **approximator, **settings))
+
+
+def make_sd3(**settings: Any) -> SD3Transformer2DModel:
+    """As 3.5 medium: the first blocks attend to the image alone too, the last one ends the text."""
+    torch.manual_seed(7)
+    given = {**SD3_BLOCKS, "sample_size": 16, "in_channels": 4, "out_channels": 4, **settings}
+    return filled(SD3Transformer2DModel(**given))
+
+
+def sd3_inputs(size: int = 8, text: int = 333) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return {
+        "hidden_states": torch.randn(2, 4, size, size, generator=generator),
+        "encoder_hidden_states": torch.randn(2, text, 32, generator=generator),
+        "pooled_projections": torch.randn(2, 24, generator=generator),
+        "timestep": torch.tensor([500.0, 250.0]),
+    }
 
 
 def places(rows: int, columns: int, picture: int = 0) -> Tensor:
@@ -127,4 +156,5 @@ def fused(network: nn.Module) -> nn.Module:
 KINDS: dict[type[nn.Module], Kind] = {
     FluxTransformer2DModel: Kind(make_flux, flux_inputs, fused),
     ChromaTransformer2DModel: Kind(make_chroma, chroma_inputs),
+    SD3Transformer2DModel: Kind(make_sd3, sd3_inputs),
 }

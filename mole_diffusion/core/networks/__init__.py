@@ -12,6 +12,7 @@ from .clip import CLIP
 from .families import header_name, named_family
 from .flux import FLUX
 from .foreign import foreign_family
+from .sd3 import SD3
 from .t5 import T5_DECODER, T5_ENCODER
 from .unet import UNet
 
@@ -125,5 +126,5 @@ def other_base(strangers: Iterable[str], metadata: Mapping[str, str]) -> str | N
     return f"{named} (its header says {header!r})"
 
 
-for _architecture in (UNet(), CLIP, FLUX, T5_ENCODER, T5_DECODER):
+for _architecture in (UNet(), CLIP, FLUX, SD3, T5_ENCODER, T5_DECODER):
     register(_architecture)

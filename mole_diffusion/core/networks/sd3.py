@@ -1,0 +1,117 @@
+"""Stable Diffusion 3 and 3.5: image and text apart in every block, the last of which ends the text.
+
+Names of diffusers, and of Stability AI as in ComfyUI and kohya's files. Latents are read as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from .base import CONTEXT, DENOISER, EMBEDDING, TOKENS, Base, Forward
+from .families import SD3 as FAMILY
+from .patches import grid_of, patched_grid
+from .stacks import Blocks, Leaf, Stack
+from .transformers import KOHYA, PREFIXES, TRANSFORMER
+
+# CLIP's tokens, and T5's as pipelines pad them.
+_TOKENS_OF_A_TEXT = 77 + 256
+# What the timestep counts to.
+_STEPS = 1000.0
+
+_LEAVES = (
+    *(Leaf("norm1.linear", EMBEDDING), Leaf("norm1_context.linear", EMBEDDING)),
+    *(Leaf(f"attn.to_{x}", source="attn") for x in "qkv"),
+    *(Leaf(f"attn.add_{x}_proj", CONTEXT, "attn.add") for x in "qkv"),
+    *(Leaf("attn.to_add_out", CONTEXT), Leaf("attn.to_out.0")),
+    *(Leaf(f"attn2.to_{x}", source="attn2") for x in "qkv"),
+    *(Leaf("attn2.to_out.0"), Leaf("ff.net.0.proj"), Leaf("ff.net.2")),
+    *(Leaf("ff_context.net.0.proj", CONTEXT), Leaf("ff_context.net.2", CONTEXT)),
+)
+_NATIVE: dict[str, str | Mapping[str, int]] = {
+    "x_block.attn.qkv": {f"attn.to_{x}": 1 for x in "qkv"},
+    "x_block.attn2.qkv": {f"attn2.to_{x}": 1 for x in "qkv"},
+    "context_block.attn.qkv": {f"attn.add_{x}_proj": 1 for x in "qkv"},
+    "x_block.attn.proj": "attn.to_out.0",
+    "x_block.attn2.proj": "attn2.to_out.0",
+    "context_block.attn.proj": "attn.to_add_out",
+    "x_block.mlp.fc1": "ff.net.0.proj",
+    "x_block.mlp.fc2": "ff.net.2",
+    "context_block.mlp.fc1": "ff_context.net.0.proj",
+    "context_block.mlp.fc2": "ff_context.net.2",
+    "x_block.adaLN_modulation.1": "norm1.linear",
+}
+_EMBEDDERS = {"t_embedder": "timestep", "y_embedder": "text"}
+
+
+def _read(args: tuple[Any, ...], kwargs: Mapping[str, Any], given: tuple[int, int] | None) -> Forward:
+    """Latents (B, C, H, W) and a timestep up to 1000, by diffusers' names or in ComfyUI's order."""
+    latent = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
+    time = kwargs.get("timestep", kwargs.get("timesteps"))
+    if time is None and len(args) > 1 and "encoder_hidden_states" not in kwargs:
+        time = args[1]
+    size = given
+    if size is None and isinstance(latent, Tensor) and latent.dim() == 4:
+        size = (latent.shape[-2], latent.shape[-1])
+    grid = None if size is None else grid_of(patched_grid(size))
+    return Forward(time=time, noise=_STEPS, size=size, grid=grid)
+
+
+def _count(network: nn.Module, stream: str, given: tuple[int, int] | int | None) -> int:
+    if stream == CONTEXT:
+        return _TOKENS_OF_A_TEXT
+    if not isinstance(given, (tuple, list)):
+        raise ConfigError("pooling='flatten' needs the latent's size: pass flatten_tokens=(height, width).")
+    rows, columns = patched_grid(given)
+    return rows * columns
+
+
+SD3 = Stack(
+    name="sd3",
+    role=DENOISER,
+    slots=(TRANSFORMER,),
+    prefixes=PREFIXES,
+    families=(FAMILY,),
+    before=(
+        Leaf("pos_embed.proj", TOKENS),
+        *(
+            Leaf(f"time_text_embed.{kind}_embedder.linear_{number}", EMBEDDING)
+            for kind in _EMBEDDERS.values()
+            for number in (1, 2)
+        ),
+        Leaf("context_embedder", CONTEXT),
+    ),
+    blocks=(
+        Blocks(
+            "transformer_blocks", _LEAVES, also=("joint_blocks",), names=_NATIVE, returns=(CONTEXT, TOKENS)
+        ),
+    ),
+    after=(Leaf("norm_out.linear", EMBEDDING), Leaf("proj_out")),
+    names={
+        "x_embedder.proj": "pos_embed.proj",
+        **{
+            f"{theirs}.mlp.{2 * layer}": f"time_text_embed.{ours}_embedder.linear_{layer + 1}"
+            for theirs, ours in _EMBEDDERS.items()
+            for layer in (0, 1)
+        },
+        "final_layer.adaLN_modulation.1": "norm_out.linear",
+        "final_layer.linear": "proj_out",
+    },
+    swapped=("final_layer.adaLN_modulation.1",),
+    marker=r"(?:^|\.)(?:transformer_blocks\.\d+\.attn\.add_q_proj|joint_blocks\.\d+\.context_block\.attn\.qkv)$",
+    stranger=r"single_(?:transformer_)?blocks|img_m(?:lp|od)|token_refiner",
+    refused=(
+        (
+            r"context_block_adaLN_modulation",
+            "the halves of this matrix stand in another order in the last block, and no name tells which",
+        ),
+    ),
+    inputs=_read,
+    counter=_count,
+    kohya=KOHYA,
+    tell=lambda slot, inputs: Base(FAMILY, None),
+    text_gates=True,
+)
