@@ -16,7 +16,7 @@ from mole_diffusion.app.stopping import stoppable
 from mole_diffusion.app.studio import Studio, Work
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.export import ExportReport
-from mole_diffusion.core.files import replacing
+from mole_diffusion.pictures.files import write_picture
 
 FORMATS = {"kohya": "kohya (web UIs, ComfyUI)", "diffusers": "diffusers (PEFT)"}
 MAX_RANK = 512
@@ -114,6 +114,5 @@ def _drawn(session: Session, pipe: Any, request: ExportRequest, kind: str, **cho
     steps = request.steps
     picture = pipe(request.prompts[0], num_inference_steps=steps, generator=draws, **choice).images[0]
     path = session.new_path(kind, ".png")
-    with replacing(path) as temporary:
-        picture.save(temporary, format="PNG")
+    write_picture(picture, path)
     return path

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from mole_diffusion.app.session import Picture, Session
+from mole_diffusion.app.setup import STARTER
 from mole_diffusion.core.phrases import listed, unnamed
 from mole_diffusion.starter.location import GUIDANCE
 
+#: What suits other models than the starter.
+_GUIDANCE = 7.5
 #: Control -> what it holds at first. The prompt is that of all tabs.
 FIRST: dict[str, Any] = {
     "prompt": "",
@@ -27,7 +30,8 @@ FIRST: dict[str, Any] = {
 
 def controls(session: Session) -> dict[str, Any]:
     """What the controls of Compose hold; of the right kinds, whatever was kept."""
-    kept = {name: session.page.get(name, first) for name, first in FIRST.items()}
+    firsts = {**FIRST, "guidance": GUIDANCE if session.model == STARTER else _GUIDANCE}
+    kept = {name: session.page.get(name, first) for name, first in firsts.items()}
     found = {
         name: value if isinstance(value, type(FIRST[name])) or _number(value, FIRST[name]) else FIRST[name]
         for name, value in kept.items()

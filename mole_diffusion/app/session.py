@@ -162,6 +162,9 @@ class Session:
                 self.model, self.library, self.chosen, self._gates = model, {}, (), {}
             self.weights = None
             self.prepared.clear()
+            # What suits one model suits no other.
+            for name in ("guidance", "width", "height", "regions", "tiles"):
+                self.page.pop(name, None)
             self.note()
 
     def note(self) -> None:

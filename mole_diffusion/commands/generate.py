@@ -35,7 +35,7 @@ from mole_diffusion.commands.common import (
 )
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.files import check_writable
-from mole_diffusion.pictures.files import PICTURES, open_picture
+from mole_diffusion.pictures.files import PICTURES, open_picture, write_picture
 from mole_diffusion.pictures.opening import STARTER, from_picture
 from mole_diffusion.pictures.samplers import SAMPLERS, sampler_of, sampling
 from mole_diffusion.starter.location import starter_dir
@@ -167,8 +167,7 @@ def _draw(
     if path.suffix.lower() == ".png":
         save_picture(picture, path, settings)
     else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+        write_picture(picture, path)
     weights = {expert: weight for (expert,), weight in pipe.gate_weights().mean("expert").items()}
     return path, weights
 

@@ -20,7 +20,7 @@ from mole_diffusion.core.phrases import listed
 from mole_diffusion.core.records import in_order
 from mole_diffusion.pictures.denoisers import own_size
 from mole_diffusion.pictures.drawing import draw
-from mole_diffusion.pictures.files import open_picture
+from mole_diffusion.pictures.files import open_picture, write_picture
 from mole_diffusion.pictures.grid import GridRow, picture_grid
 from mole_diffusion.pictures.opening import hush_libraries
 from mole_diffusion.pictures.pipelines import StableDiffusionMoLEPipeline
@@ -115,7 +115,7 @@ def run_demo(options: DemoOptions, say: Say = print) -> DemoResult:
         "entropy curve": out / "entropy.png",
         "gates": out / "gates.safetensors",
     }
-    picture_grid(rows, title=prompt).save(files["picture grid"])
+    write_picture(picture_grid(rows, title=prompt), files["picture grid"])
     heat_map = gate_heat_map(weights, list(chosen), title="Mean gate weights after training")
     heat_map.savefig(files["gate heat map"], dpi=120)
     _entropy_figure(history, len(chosen)).savefig(files["entropy curve"], dpi=120)

@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.core.files import replacing
 
 #: Endings of picture files that are read and written.
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -25,6 +26,17 @@ def open_picture(path: str | Path) -> Image.Image:
             return picture.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ConfigError(f"{str(path)!r} cannot be read as a picture: {error}") from error
+
+
+def write_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture in the format of its ending; it appears whole or not at all.
+
+    Raises:
+        WriteError: nothing can be written there.
+    """
+    kind = {".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}.get(path.suffix.lower(), "PNG")
+    with replacing(path) as temporary:
+        picture.save(temporary, format=kind)
 
 
 def pictures_in(folder: str | Path) -> list[Path]:

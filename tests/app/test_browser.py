@@ -221,6 +221,9 @@ def test_wrong_files_are_refused_and_right_ones_taken(visit: Any, tmp_path: Path
     # The browser itself logs the answer to the upload.
     assert all("415" in problem for problem in visitor.problems)
     visitor.problems.clear()
+    gates = starter_dir() / "experts" / "gates.safetensors"
+    page.locator("#lora-upload input[type=file]").set_input_files(gates)
+    visitor.message("gates")
     page.locator("#lora-upload input[type=file]").set_input_files(starter_experts()["car"].path)
     page.locator("#library-said", has_text="Added: car 2.").wait_for()
     gates = starter_experts()["car"].path

@@ -312,6 +312,9 @@ def test_the_prompt_follows_the_experts_unless_the_user_wrote_one(tmp_path: Path
         page.with_phrases(", at night", ["a zor boot", "a kip clock"])
         == "a zor boot and a kip clock, at night"
     )
+    assert page.controls(session)["guidance"] == 2.0
+    session.use_model("owner/other")
+    assert page.controls(session)["guidance"] == 7.5
     session.set_page(steps="many", seed=3)
     assert (page.controls(session)["steps"], page.controls(session)["seed"]) == (25, 3)
 

@@ -18,7 +18,7 @@ from mole_diffusion.app.studio import Studio, Work
 from mole_diffusion.app.training import concept_of
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.methods import METHODS, prepare
-from mole_diffusion.pictures.files import open_picture
+from mole_diffusion.pictures.files import open_picture, write_picture
 from mole_diffusion.pictures.grid import GridRow, picture_grid
 from mole_diffusion.pictures.training import TrainingConfig
 
@@ -182,6 +182,6 @@ def _results(
     images = [open_picture(picture.path) for picture in pictures]
     path: Path = session.new_path("comparison", ".png")
     row = GridRow(f"seed {wanted.seed}", images, f"{wanted.steps} steps", labels)
-    picture_grid([row], title=wanted.prompt).save(path)
+    write_picture(picture_grid([row], title=wanted.prompt), path)
     strip = [(str(picture.path), label) for picture, label in zip(pictures, labels, strict=True)]
     return strip, gr.update(value=str(path), interactive=True)

@@ -75,7 +75,11 @@ class ComposeTab(ComposeLayout):
         self.dropped.upload(self.use_dropped, self.dropped, [*filled, self.dropped], **_QUIET)
         demo.load(self.restore, None, [*filled, self.gallery], **_QUIET)
         demo.load(self.rejoin, None, results, **_LIVE)
-        self.refreshed = (self.refresh, [self.mix], [*shown, self.gallery, self.prompt, *named])
+        self.refreshed = (
+            self.refresh,
+            [self.mix],
+            [*shown, self.gallery, self.prompt, *named, self.guidance],
+        )
 
     @show.friendly
     def refresh(self, values: Any, request: gr.Request) -> list[Any]:
@@ -87,6 +91,7 @@ class ComposeTab(ComposeLayout):
             fragments.gallery(session),
             prompt,
             *_named(session, prompt, values),
+            page.controls(session)["guidance"],
         ]
 
     @show.friendly

@@ -27,7 +27,7 @@ from mole_diffusion.evaluation.results import Results, keep_metrics
 from mole_diffusion.evaluation.run import Say
 from mole_diffusion.evaluation.schema import Row
 from mole_diffusion.evaluation.table import Table
-from mole_diffusion.pictures.files import open_picture
+from mole_diffusion.pictures.files import open_picture, write_picture
 from mole_diffusion.pictures.opening import pick_device
 
 __all__ = ["Batch", "Pictures", "evaluate", "rescore", "write_report"]
@@ -280,9 +280,7 @@ class Pictures:
         limit = self._protocol.keep_seeds
         if limit is not None and seed not in self._protocol.seeds.all[:limit]:
             return None
-        path = self._out / batch.picture(seed)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+        write_picture(picture, self._out / batch.picture(seed))
         return batch.picture(seed)
 
 
