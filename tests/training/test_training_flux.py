@@ -159,3 +159,16 @@ def test_schedulers_of_diffusions_are_refused(make: Any, concepts: list[Concept]
     pipe.scheduler = DDIMScheduler()
     with pytest.raises(TrainingError, match="DDIMScheduler cannot be trained with"):
         GateTrainer(pipe, PROMPT, concepts, tiny())
+
+
+def test_recomputing_of_chroma_is_refused(make: Any, concepts: list[Concept], tiny: Tiny) -> None:
+    """diffusers forgets the mask of the text there; FLUX.1 has none."""
+    pipe = make()
+    config = tiny(iterations=1, resolution=32, gradient_checkpointing=True)
+    trainer = GateTrainer(pipe, PROMPT, concepts, config)
+    if isinstance(pipe, ChromaMoLEPipeline):
+        with pytest.raises(TrainingError, match="gradient_checkpointing cannot be used with Chroma"):
+            trainer.train()
+    else:
+        assert len(trainer.train().history) == 1
+    assert not pipe.transformer.is_gradient_checkpointing

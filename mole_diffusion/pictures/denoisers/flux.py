@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mole_diffusion.core.errors import TrainingError
 from mole_diffusion.pictures.denoiser import Condition, Replay
 from mole_diffusion.pictures.denoisers.flow import FlowDenoiser
 
@@ -64,6 +66,22 @@ class FluxDenoiser(FlowDenoiser):
 
 class ChromaDenoiser(FluxDenoiser):
     """A pipeline of Chroma as a `Denoiser`."""
+
+    @contextmanager
+    def training(self, *, checkpointing: bool, decodes: bool) -> Iterator[None]:
+        """See `Denoiser.training`.
+
+        Raises:
+            TrainingError: activations are to be recomputed, which diffusers' Chroma does without the mask of
+                the text.
+        """
+        if checkpointing:
+            raise TrainingError(
+                "gradient_checkpointing cannot be used with Chroma: diffusers recomputes its single blocks "
+                "without the mask of the text, so that gradients would be wrong; train without it"
+            )
+        with super().training(checkpointing=False, decodes=decodes):
+            yield
 
     def encode_texts(self, texts: Sequence[str]) -> Condition:
         """Encode texts as the pipeline does, and keep where they end."""
