@@ -60,7 +60,7 @@ def test_metadata_gives_the_script_and_what_the_demo_needs(wheel: zipfile.ZipFil
     metadata = message_from_bytes(wheel.read(f"{home}/METADATA"))
     requirements = [entry for entry in metadata.get_all("Requires-Dist", []) if "extra ==" not in entry]
     for name in (
-        "torch>=2.6",
+        "torch>=2.8",
         "safetensors",
         "diffusers",
         "transformers",

@@ -96,8 +96,9 @@ class Activation:
         return Activation(self.active, scales, fixed, self.regions, mask, self.route)
 
 
-#: Rank weights by layout of the matrix, data type and, where it matters, number of tokens.
-Expanded = dict[tuple[tuple[int, torch.device], torch.dtype, int], Tensor]
+#: Rank weights, and the matrix they were computed at, by layout of the matrix, data type and, where it
+#: matters, number of tokens.
+Expanded = dict[tuple[tuple[int, torch.device], torch.dtype, int], tuple[Tensor, str]]
 
 
 @dataclass(eq=False)

@@ -14,7 +14,7 @@ from .errors import InjectionError
 from .gates import BASE, Gate, Group
 from .matrices import Bundle, MatrixPlan, MatrixSlot, output_tokens
 from .networks.base import CONTEXT, EMBEDDING, JOINT, TOKENS, Architecture, streams_of
-from .torch_state import as_type, is_compiling, on_device, without_autocast
+from .torch_state import as_type, in_backward, is_compiling, on_device, without_autocast
 
 
 def mixing_weights(
@@ -243,7 +243,9 @@ class MatrixHook:
         if joint and torch.is_grad_enabled() and any(one.rows.requires_grad for one in values):
             # A checkpoint that recomputes this matrix and not its gate must save the same tensors again.
             expanded = {}
-        if key not in expanded:
+        # A recomputation (checkpointing) must save what the forward saved: the same matrix does it again.
+        known = expanded.get(key)
+        if known is None or (known[1] == self.slot.name and in_backward() and not value.in_backward):
             if joint:
                 for (kind, _, _), one in zip(self._gates, values, strict=True):
                     span = context.span(kind, tokens)
@@ -253,14 +255,18 @@ class MatrixHook:
                 weights = mixing_weights(value, context, stream, tokens) @ plan.owners
             else:
                 weights = rank_weights(value, self.group.gate, plan, context)
-            expanded[key] = as_type(weights, dtype)
-        weights = expanded[key]
-        if weights.dim() == 2 and weights.shape[0] not in (1, rows):
+            weights = as_type(weights, dtype)
+            if known is None:
+                expanded[key] = weights, self.slot.name
+        else:
+            weights = known[0]
+        # Not "in (1, rows)": torch.compile of 2.8 cannot tell for sizes that vary.
+        if weights.dim() == 2 and weights.shape[0] != 1 and weights.shape[0] != rows:
             weights = weights.view(value.batch, -1, weights.shape[-1])
         return weights
 
     def _check_tokens(self, value: GateValue, tokens: int) -> None:
-        if value.tokens not in (1, tokens):
+        if value.tokens != 1 and value.tokens != tokens:
             raise InjectionError(
                 f"{self.slot.name!r} has {tokens} tokens and its gate {value.tokens}: a gate per "
                 "token needs the same tokens in the whole group; use pooling='mean' where tokens are merged."

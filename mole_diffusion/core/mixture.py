@@ -283,7 +283,11 @@ class Mixture:
         if self._doras and not self._looked and not is_compiling():
             self._measure()
             self._looked = True
-        device = next((x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), self._device)
+        device = self._device
+        for x in (*args, *kwargs.values()):  # a generator in `next` does not compile in torch 2.8
+            if isinstance(x, Tensor):
+                device = x.device
+                break
         if device != self._device and device.type != "meta":
             self.to(device)
 

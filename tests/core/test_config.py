@@ -16,7 +16,7 @@ from mole_diffusion.core import errors
             {"granularity": "level"},
             "granularity='level' is not allowed; choose one of matrix, layer, block, network.",
         ),
-        ({"gate_input": "x"}, "gate_input='x' is not allowed; choose one of experts, hidden."),
+        ({"gate_input": "x"}, "gate_input='x' is not allowed; choose one of experts, own, hidden."),
         ({"pooling": "max"}, "pooling='max' is not allowed; choose one of mean, token, flatten."),
         ({"composition": "sum"}, "composition='sum' is not allowed; choose one of delta, output."),
         ({"temperature": 0}, "temperature=0 is not allowed; it must be a finite number above 0."),

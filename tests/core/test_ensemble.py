@@ -411,6 +411,10 @@ def test_gates_are_where_the_network_computes(networks, experts) -> None:
     from torch._subclasses import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True):
+        try:
+            torch.empty(1, device="cuda").uniform_()
+        except RuntimeError:
+            pytest.skip("this torch asks the real device for random numbers of fake tensors")
         with torch.device("cuda"):
             unet = make_unet()
         assert network_device(unet) == torch.device("cuda:0")

@@ -107,7 +107,7 @@ def test_tokens_of_shown_pictures_have_gates_and_no_regions(pooling: str) -> Non
         assert differs(network(**told).sample, free)
         image = mixture._context.values["single_transformer_blocks.1"]
         assert image.joint is not None
-        for weights in image.joint[1].values():
+        for weights, _ in image.joint[1].values():
             owners = torch.tensor([0, 0, 1, 1, 1])
             drawn = weights[:, 7:23].view(2, 4, 4, 5)
             assert torch.all(drawn[:, :, :2][..., owners == 1] == 0)

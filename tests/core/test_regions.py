@@ -48,7 +48,7 @@ def test_each_token_uses_the_expert_of_its_region(unet: nn.Module) -> None:
     checked = 0
     for group in mixture.groups:
         value = mixture._context.values[group.name]
-        for (_, _, tokens), weights in value.expanded.items():
+        for (_, _, tokens), (weights, _) in value.expanded.items():
             side = int(tokens**0.5)
             owner = [i for i in (0, 1) for _ in range((2, 3)[i])]
             grid = weights.view(2, side, side, len(owner))
@@ -71,7 +71,7 @@ def test_masks_of_a_picture_that_is_not_square(unet: nn.Module) -> None:
     with torch.no_grad():
         unet(x, torch.tensor(1), text)
     value = next(iter(mixture._context.values.values()))
-    weights = next(iter(value.expanded.values())).view(8, 12, 5)
+    weights = next(iter(value.expanded.values()))[0].view(8, 12, 5)
     assert torch.all(weights[:, :4] > 0)
     assert torch.all(weights[:, 4:, :2] == 0)
     torch.testing.assert_close(weights[:, 4:, 2:], torch.ones(8, 8, 3))
