@@ -23,7 +23,8 @@ _TOKENS_OF_A_TEXT = 77 + 256
 _STEPS = 1000.0
 
 _LEAVES = (
-    *(Leaf("norm1.linear", EMBEDDING), Leaf("norm1_context.linear", EMBEDDING)),
+    # The second is not found under Stability AI's names, see `refused`.
+    *(Leaf("norm1.linear", EMBEDDING), Leaf("norm1_context.linear", EMBEDDING, identifies=False)),
     *(Leaf(f"attn.to_{x}", source="attn") for x in "qkv"),
     *(Leaf(f"attn.add_{x}_proj", CONTEXT, "attn.add") for x in "qkv"),
     *(Leaf("attn.to_add_out", CONTEXT), Leaf("attn.to_out.0")),
