@@ -15,11 +15,17 @@ _PACE_STEPS = 20
 _CHECKPOINT_SECONDS = 60.0
 
 
-def rate(step: int, steps: int, warmup: int) -> float:
-    """Share of the full learning rate: linear up, then linear down to a fiftieth."""
+def rate(step: int, steps: int, warmup: int, elapsed: float = 0.0) -> float:
+    """Share of the full learning rate: linear up, then linear down to a fiftieth.
+
+    Args:
+        step, steps: how many are done, and how many there are.
+        warmup: steps with a smaller rate.
+        elapsed: share of the time that is gone, if that decides.
+    """
     if step < warmup:
         return (step + 1) / warmup
-    return max(0.02, 1.0 - (step - warmup) / max(1, steps - warmup))
+    return max(0.02, 1.0 - max(elapsed, (step - warmup) / max(1, steps - warmup)))
 
 
 class Step:
@@ -145,10 +151,15 @@ def train(
         first, steps = _restore(path, step, parameters, rng)
     else:
         step.capture()
+    timed, seconds = steps is None, max(seconds, 1.0)
     start = saved = time.monotonic()
     done = first
     while steps is None or done < steps:
-        step.set_rate(rate(done, steps or 10**9, warmup))
+        # Other work on the device may make steps slower than they were: the time decides.
+        elapsed = (time.monotonic() - start) / seconds if timed else 0.0
+        if elapsed > 1.0:
+            break
+        step.set_rate(rate(done, steps or 10**9, warmup, elapsed))
         step(draw(rng))
         done += 1
         if steps is None and done - first == _PACE_STEPS:

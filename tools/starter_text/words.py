@@ -18,7 +18,7 @@ from mole_diffusion.starter.text.tasks import EXPERTS, UNSEEN
 from mole_diffusion.starter.text.words import Example
 
 #: Tokens of the longest source and target.
-SOURCE, TARGET = 56, 22
+SOURCE, TARGET = 40, 16
 PAD, END, UNKNOWN = 0, 1, 2
 _SPECIAL = ("<pad>", "</s>", "<unk>", "<extra_id_0>")
 # A word costs less than its letters.
@@ -80,7 +80,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "eos_token": "</s>",
         "unk_token": "<unk>",
         "additional_special_tokens": ["<extra_id_0>"],
-        "model_max_length": SOURCE,
+        "model_max_length": 512,
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
