@@ -182,7 +182,7 @@ def test_regions_weight_image_tokens_alone(pooling: str) -> None:
     values = mixture._context.values
     image, text = values["joined.1"], values["joined.1.context"]
     assert image.joint is not None
-    for weights in image.joint[1].values():
+    for weights, _ in image.joint[1].values():
         owners = [i for i in range(3) for _ in range((2, 3, 4)[i])]
         assert weights.shape == (2, TEXT_TOKENS + 16, len(owners))
         strength = float(text.strength.detach())
