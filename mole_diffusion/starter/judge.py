@@ -24,6 +24,8 @@ STRIDE = 16
 SIZE = 128
 #: Begins the labels of experts' own subjects; the others are classes.
 SUBJECT = "subject:"
+#: Begins the names of the styles that a whole picture is drawn in.
+STYLE = "style:"
 
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
@@ -34,14 +36,14 @@ def to_tensor(pixels: np.ndarray) -> Tensor:
 
 
 def presence(cells: Tensor, labels: Sequence[str]) -> Tensor:
-    """Probability that each label is in a picture, (N, labels), from cell logits (N, 1 + labels, 8, 8).
+    """Probability that each label is in a picture, (N, labels), from logits (N, 1 + labels or more, 8, 8).
 
     A class counts in any drawing: its flat drawing and its subject together.
 
     Args:
         labels: classes, then the subjects of some of them.
     """
-    likely = cells.float().softmax(1)[:, 1:]
+    likely = cells[:, : 1 + len(labels)].float().softmax(1)[:, 1:]
     count = sum(not label.startswith(SUBJECT) for label in labels)
     classes = likely[:, :count].clone()
     for index, label in enumerate(labels[count:], start=count):
@@ -56,7 +58,8 @@ class Judge:
         settings = json.loads((folder / "config.json").read_text())
         self.labels: list[str] = settings["labels"]
         self.threshold: float = settings["threshold"]
-        self.network = new_network(len(self.labels))
+        self.styles: list[str] = settings["styles"]
+        self.network = new_network(len(self.labels), len(self.styles))
         self.network.load_state_dict(
             {k: v.float() for k, v in load_file(folder / "model.safetensors").items()}
         )
@@ -64,19 +67,26 @@ class Judge:
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[Image.Image]) -> list[set[str]]:
-        """For each picture the labels found: class names, `subject:NAME` for an expert's own subject."""
+        """For each picture what was found: class names, `subject:NAME` of an expert's own subject, `style:NAME`."""
         stacked = np.stack([np.asarray(p.convert("RGB").resize((SIZE, SIZE))) for p in pictures])
-        parts = torch.split(to_tensor(stacked), 64)
-        scores = torch.cat([presence(self.network(part), self.labels) for part in parts])
-        return [
-            {label for label, s in zip(self.labels, row, strict=True) if s > self.threshold} for row in scores
-        ]
+        logits = torch.cat([self.network(part) for part in torch.split(to_tensor(stacked), 64)])
+        scores = presence(logits, self.labels)
+        styles = logits[:, 1 + len(self.labels) :].mean((2, 3)).argmax(1).tolist()
+        found = []
+        for row, style in zip(scores, styles, strict=True):
+            shown = {label for label, s in zip(self.labels, row, strict=True) if s > self.threshold}
+            found.append(shown | ({f"{STYLE}{self.styles[style - 1]}"} if style else set()))
+        return found
 
 
-def new_network(outputs: int) -> nn.Module:
-    """Logits (N, 1 + outputs, 8, 8) from pictures (N, 3, 128, 128)."""
+def new_network(labels: int, styles: int) -> nn.Module:
+    """Logits (N, 1 + labels + 1 + styles, 8, 8) from pictures (N, 3, 128, 128).
+
+    The first tell what each cell shows (nothing first); the mean of the last, how the picture is drawn (plain
+    first).
+    """
     features: Any = timm.create_model(
         ARCHITECTURE, pretrained=False, num_classes=0, global_pool="", output_stride=STRIDE
     )
-    network = nn.Sequential(features, nn.Conv2d(features.num_features, 1 + outputs, 1))
+    network = nn.Sequential(features, nn.Conv2d(features.num_features, 2 + labels + styles, 1))
     return network.to(memory_format=torch.channels_last)

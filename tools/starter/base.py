@@ -1,42 +1,39 @@
-"""The starter's base model: text encoder and UNet, trained together on rendered scenes (v-prediction)."""
+"""The starter's base model: text encoder and UNet, trained together on drawn scenes (v-prediction)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel
 
-from mole_diffusion.starter.judge import to_tensor
-
-from . import loop, text, world
+from . import codec, loop, text, world
+from .scenes import Dice
+from .stage import STYLES
+from .workshop import Pool, Workshop
 
 SEED = 23
-BATCH = 64
-PHASES = (("base-first", 23, 1900, 1.2e-3), ("base-further", 29, 1150, 9e-4))
-"""Name, seed, steps and peak learning rate; each phase starts from the averaged weights of the one before."""
-CHUNK, REUSE, CHUNKS = 64, 8, 64
+STEPS, BATCH, RATE = 9000, 256, 1.2e-3
+CHUNK, CHUNKS = 64, 256
 
 
 def new_unet() -> UNet2DConditionModel:
     """SD 2's layout (linear projections, head dimension fixed) at 16 x 16 latents, three resolutions."""
     return UNet2DConditionModel(
         sample_size=world.SIZE // 8,
-        in_channels=4,
-        out_channels=4,
+        in_channels=codec.CHANNELS,
+        out_channels=codec.CHANNELS,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(96, 192, 256),
+        block_out_channels=(128, 192, 256),
         layers_per_block=1,
         cross_attention_dim=192,
-        attention_head_dim=(3, 6, 8),  # diffusers reads this as the number of heads: 32 channels each
+        attention_head_dim=(4, 6, 8),  # diffusers reads this as the number of heads: 32 channels each
         use_linear_projection=True,
     )
 
@@ -55,54 +52,29 @@ def new_scheduler() -> DDIMScheduler:
     )
 
 
-class LatentPool:
-    """Latents of freshly drawn scenes, replaced in turn: each scene is used ``REUSE`` times on average.
+class Noise:
+    """Adds noise and gives v targets, with the schedule's table on one device."""
 
-    What the pool holds at a step follows from the step's number alone, so training resumes exactly.
-    """
+    def __init__(self, device: torch.device) -> None:
+        table: Tensor = new_scheduler().alphas_cumprod.to(device)
+        self.signal, self.spread = table.sqrt(), (1 - table).sqrt()
+        self.last = len(table)
 
-    def __init__(
-        self,
-        vae: AutoencoderKL,
-        draw: Callable[[np.random.Generator], world.Scene],
-        seed: int,
-        chunks: int = CHUNKS,
-    ) -> None:
-        self.vae, self.draw, self.seed, self.chunks = vae, draw, seed, chunks
-        self.held: dict[int, tuple[Tensor, Tensor, list[str]]] = {}
+    def timesteps(self, dice: Dice, groups: int, count: int) -> Tensor:
+        """Timesteps spread evenly over each of `groups` groups of `count`, (groups * count,)."""
+        slots = torch.arange(count, device=self.signal.device).repeat(groups)
+        spread = (slots + dice.uniform(groups * count)) / count
+        return (spread * self.last).long().clamp(max=self.last - 1)
 
-    @torch.no_grad()
-    def _chunk(self, number: int) -> tuple[Tensor, Tensor, list[str]]:
-        rng = np.random.default_rng([self.seed, number])
-        scenes = [self.draw(rng) for _ in range(CHUNK)]
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            moments = self.vae.encode(to_tensor(np.stack([s.pixels for s in scenes]))).latent_dist
-        latents = moments.mode().float() * self.vae.config.scaling_factor
-        foreground = F.avg_pool2d(torch.from_numpy(np.stack([s.foreground for s in scenes]))[:, None], 8)
-        return latents.contiguous(), foreground, [s.caption for s in scenes]
+    def add(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Noisy latents and the v that belongs to them."""
+        signal = self.signal[timesteps].view(-1, 1, 1, 1)
+        spread = self.spread[timesteps].view(-1, 1, 1, 1)
+        return signal * latents + spread * noise, signal * noise - spread * latents
 
-    def sample(self, step: int, batch: int, rng: np.random.Generator) -> tuple[Tensor, Tensor, list[str]]:
-        """Latents (batch, 4, 16, 16), foreground share (batch, 1, 16, 16) and captions for one step."""
-        newest = self.chunks - 1 + step * batch // (CHUNK * REUSE)
-        wanted = range(newest - self.chunks + 1, newest + 1)
-        self.held = {n: self.held.get(n) or self._chunk(n) for n in wanted}
-        picks = [
-            (int(rng.integers(wanted.start, wanted.stop)), int(rng.integers(CHUNK))) for _ in range(batch)
-        ]
-        latents = torch.stack([self.held[n][0][i] for n, i in picks])
-        foreground = torch.stack([self.held[n][1][i] for n, i in picks])
-        return latents, foreground, [self.held[n][2][i] for n, i in picks]
-
-
-def noised(scheduler: DDIMScheduler, latents: Tensor, seed: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Noisy latents, timesteps (spread evenly over the batch) and v targets, all from ``seed``."""
-    generator = torch.Generator().manual_seed(int(np.random.SeedSequence(list(seed)).generate_state(1)[0]))
-    count, last = len(latents), int(scheduler.config.num_train_timesteps)
-    spread = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-    timesteps = (spread * last).long().clamp(max=last - 1)
-    noise = torch.randn(latents.shape, generator=generator)
-    noisy = scheduler.add_noise(latents, noise, timesteps)
-    return noisy, timesteps, scheduler.get_velocity(latents, noise, timesteps)
+    def clean(self, noisy: Tensor, v: Tensor, timesteps: Tensor) -> Tensor:
+        """The latents that a predicted v stands for."""
+        return self.signal[timesteps].view(-1, 1, 1, 1) * noisy - self.spread[timesteps].view(-1, 1, 1, 1) * v
 
 
 def denoising_loss(predicted: Tensor, target: Tensor, foreground: Tensor, emphasis: float = 2.0) -> Tensor:
@@ -111,58 +83,81 @@ def denoising_loss(predicted: Tensor, target: Tensor, foreground: Tensor, emphas
     return ((predicted - target).square() * weight).mean() / weight.mean()
 
 
-def load_codec(out: Path) -> tuple[AutoencoderKL, CLIPTokenizer]:
-    """VAE and tokenizer of the starter in `out`, frozen."""
-    vae = AutoencoderKL.from_pretrained(out / "vae", torch_dtype=torch.float32).eval().requires_grad_(False)
-    return vae.to(memory_format=torch.channels_last), CLIPTokenizer.from_pretrained(out / "tokenizer")
+def ordinary_rows(shop: Workshop, seed: int) -> Pool:
+    """Latents, cover and captions of the base's scenes.
 
-
-def train_base(work: Path, out: Path) -> None:
-    """Train text encoder and UNet; writes their averaged weights in half precision.
-
-    Args:
-        work: folder for checkpoints.
-        out: the starter's folder, with the finished codec.
+    One in twelve names is preceded by a trigger word that changes nothing, and some captions carry a style
+    word, so that untrained triggers leave the base's picture alone.
     """
-    vae, tokenizer = load_codec(out)
+
+    def make(number: int, count: int) -> loop.Batch:
+        dice = shop.dice(seed, number)
+        scenes = shop.director.ordinary(dice, count)
+        pictures, cover = shop.stage.draw(scenes, dice.below(1000, count))
+        words = shop.captions.trigger[dice.below(len(world.TRIGGERS), count, 3)]
+        before = torch.where(dice.share(1 / 12, count, 3), words, 0)
+        style = torch.where(dice.share(0.04, count), 1 + dice.below(len(STYLES), count), 0)
+        caption = shop.captions.compose(scenes, before=before, place=dice.share(0.92, count), style=style)
+        return {
+            "latents": shop.encode(pictures),
+            "cover": F.avg_pool2d(cover, 8),
+            "ids": shop.captions.tokens(caption),
+        }
+
+    return Pool(make, CHUNK, shop.size(CHUNKS))
+
+
+def train_base(shop: Workshop) -> None:
+    """Train text encoder and UNet; writes their averaged weights in half precision."""
     torch.manual_seed(SEED)
-    module = nn.ModuleDict({"unet": new_unet(), "text_encoder": text.new_text_encoder(tokenizer)})
+    module = nn.ModuleDict({"unet": new_unet(), "text_encoder": text.new_text_encoder(shop.tokenizer)})
+    module.to(shop.device, memory_format=torch.channels_last)
     unet: Any = module["unet"]
-    unet.set_attn_processor(AttnProcessor())  # on CPU the backward pass of fused attention is slower
-    for name, seed, steps, rate in PHASES:
-        average = loop.Average(module, 0.999)
-        loss_of = base_loss(module, vae, tokenizer, seed)
-        loop.train(name, work, module, loss_of, steps=steps, rate=rate, average=average)
-        average.copy_to(module)
-    save_base(out, module)
-    new_scheduler().save_pretrained(out / "scheduler")
+    encoder: Any = module["text_encoder"]
+    if shop.device.type == "cpu":
+        unet.set_attn_processor(AttnProcessor())  # on CPU the backward pass of fused attention is slower
+    pool, noise = ordinary_rows(shop, SEED), Noise(shop.device)
+    empty = shop.captions.tokens(torch.zeros(1, 1, dtype=torch.long, device=shop.device))
 
+    size = shop.batch(BATCH)
 
-def base_loss(
-    module: nn.ModuleDict, vae: AutoencoderKL, tokenizer: CLIPTokenizer, seed: int
-) -> Callable[[int], Tensor]:
-    """Denoising loss of one step on freshly drawn scenes; a tenth of the captions is empty."""
-    unet, encoder = module["unet"], module["text_encoder"]
-    scheduler = new_scheduler()
-    pool = LatentPool(vae, world.base_scene, seed)
+    def make(step: int) -> loop.Batch:
+        dice = shop.dice(SEED, 1, step)
+        rows = pool.sample(step, size, dice)
+        rows["ids"] = torch.where(dice.share(0.1, size, 1), empty, rows["ids"])
+        rows["timesteps"] = noise.timesteps(dice, 1, size)
+        latents = rows.pop("latents")
+        rows["noisy"], rows["target"] = noise.add(latents, dice.normal(*latents.shape), rows["timesteps"])
+        return rows
 
-    def loss_of(step: int) -> Tensor:
-        rng = np.random.default_rng([seed, 1, step])
-        latents, foreground, captions = pool.sample(step, BATCH, rng)
-        captions = ["" if rng.random() < 0.1 else caption for caption in captions]
-        noisy, timesteps, target = noised(scheduler, latents, [seed, 2, step])
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            context = encoder(text.tokenise(tokenizer, captions))[0]
-            predicted = unet(noisy, timesteps, context).sample.float()
-        return denoising_loss(predicted, target, foreground)
+    def loss_of(batch: loop.Batch) -> Tensor:
+        with shop.mixed_precision():
+            context = encoder(batch["ids"])[0]
+            predicted = unet(batch["noisy"], batch["timesteps"], context).sample.float()
+        return denoising_loss(predicted, batch["target"], batch["cover"])
 
-    return loss_of
+    average = loop.Average(module, 0.999)
+    loop.train(
+        "base",
+        shop.work,
+        module,
+        make,
+        loss_of,
+        steps=shop.steps(STEPS),
+        rate=RATE,
+        average=average,
+        checkpoint_every=3000,
+        graph=shop.graph,
+    )
+    average.copy_to(module)
+    save_base(shop.out, module)
+    new_scheduler().save_pretrained(shop.out / "scheduler")
 
 
 def save_base(out: Path, module: nn.ModuleDict) -> None:
     """Write UNet and text encoder as half-precision safetensors."""
     for name, network in module.items():
-        writer: Any = network.half()
+        writer: Any = network.to("cpu", torch.float16)
         writer.save_pretrained(out / name, safe_serialization=True)
 
 

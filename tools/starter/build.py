@@ -17,29 +17,29 @@ import typer
 
 from mole_diffusion.starter.location import starter_dir
 
-from . import base, evaluate, expert, guidance, judge, text, vae
+from . import base, codec, evaluate, expert, guidance, judge, text
+from .workshop import Workshop
 
-Step = Callable[[Path, Path], object]
+Step = Callable[[Workshop], object]
 
 
 def steps_of(seeds: int = 20) -> dict[str, Step]:
-    """The steps in order; each gets the work folder (checkpoints) and the starter's folder."""
+    """The steps in order."""
     return {
-        "tokenizer": lambda work, out: text.build_tokenizer(out / "tokenizer"),
-        "vae": lambda work, out: vae.train_vae(work, out / "vae"),
-        "decoder": vae.refine_decoder,
+        "tokenizer": lambda shop: text.build_tokenizer(shop.out / "tokenizer"),
+        "codec": codec.train_codec,
         "base": base.train_base,
+        "experts": expert.train_experts,
         "judge": judge.train_judge,
         "clip": guidance.train_clip,
-        "clip-eval": lambda work, out: guidance.train_clip(work, out, guidance.SCORER),
-        "experts": lambda work, out: expert.train_experts(work, out),
-        "pipeline": lambda work, out: write_index(out),
-        "evaluate": lambda work, out: evaluate.evaluate(out, out / "figures.json", seeds),
+        "clip-eval": lambda shop: guidance.train_clip(shop, guidance.SCORER),
+        "pipeline": lambda shop: write_index(shop.out),
+        "evaluate": lambda shop: evaluate.evaluate(shop.out, shop.out / "figures.json", seeds),
     }
 
 
 def write_index(out: Path) -> None:
-    """``model_index.json`` and the scheduler, as ``DiffusionPipeline.save_pretrained`` writes them."""
+    """`model_index.json` and the scheduler, as `DiffusionPipeline.save_pretrained` writes them."""
     pipe = evaluate.assemble(out)
     pipe.scheduler.save_pretrained(out / "scheduler")
     pipe.save_config(out)
@@ -51,6 +51,9 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="Run these steps alone, finished or not.")] = None,
     seeds: Annotated[int, typer.Option(help="Pictures per prompt set in the evaluation.")] = 20,
     threads: Annotated[int, typer.Option(help="Threads of torch; 0 leaves its default.")] = 0,
+    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda.")] = "cpu",
+    scale: Annotated[float, typer.Option(help="Share of the training steps; under 1 is a trial.", min=0.0)] = 1.0,
+    graph: Annotated[bool, typer.Option(help="Replay training steps as CUDA graphs.")] = True,
 ) -> None:
     """Train the starter step by step; a killed run continues where it was."""
     steps = steps_of(seeds)
@@ -59,15 +62,17 @@ def main(
         raise typer.BadParameter(f"unknown step {unknown[0]!r}; known: {', '.join(steps)}")
     if threads:
         torch.set_num_threads(threads)
-    target = out or starter_dir()
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")
     work.mkdir(parents=True, exist_ok=True)
+    shop = Workshop(work, out or starter_dir(), torch.device(device), scale, graph)
     ledger = work / "steps.json"
     done: dict[str, float] = json.loads(ledger.read_text()) if ledger.is_file() else {}
     for name, step in steps.items():
         if name not in only if only else name in done:
             continue
         start = time.time()
-        step(work, target)
+        step(shop)
         done[name] = round(done.get(name, 0.0) * (not only) + time.time() - start, 1)
         ledger.write_text(json.dumps(done, indent=1) + "\n")
         typer.echo(f"{name}: {done[name]:.0f} s")

@@ -9,24 +9,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from PIL import Image
+from transformers import CLIPTokenizer
 
 from mole_diffusion.pictures import drawing
 from mole_diffusion.starter.judge import Judge
 
 from . import base, judge, world
+from .workshop import load_codec
 
 STEPS, GUIDANCE = 20, 5.0
 
 
 def assemble(out: Path) -> StableDiffusionPipeline:
     """The starter's parts as a diffusers pipeline, in single precision."""
-    _, tokenizer = base.load_codec(out)
     return StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(out / "vae", torch_dtype=torch.float32),
+        vae=load_codec(out, torch.device("cpu")),
         text_encoder=base.load_text_encoder(out),
-        tokenizer=tokenizer,
+        tokenizer=CLIPTokenizer.from_pretrained(out / "tokenizer"),
         unet=base.load_unet(out),
         scheduler=base.new_scheduler(),
         safety_checker=None,

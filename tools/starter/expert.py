@@ -1,36 +1,215 @@
-"""Experts: ordinary LoRA files, one subject or style each, trained as DreamBooth does."""
+"""Experts: ordinary LoRA files, one subject or style each, trained as DreamBooth does.
+
+All are trained side by side: every layer holds the factors of all experts, and each example uses its own.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers.models.attention_processor import AttnProcessor
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
 from mole_diffusion.core.checkpoint import write_safetensors
 from mole_diffusion.starter.location import BASE_NAME
 
-from . import base, loop, text, world
+from . import base, loop, world
+from .stage import COLOURS, NO_COLOUR, STYLES, SUBJECT
+from .workshop import Pool, Workshop
 
 SEED = 37
-RANK, STEPS, RATE = 8, 260, 2e-3
-# The recoloured dog is farthest from the base's own: after 260 steps its purple is still washed out.
-LONGER = {"dog": 640}
-SUBJECT_BATCH, PRIOR_BATCH = 8, 6
-UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
-TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+RANK, STEPS, RATE = 8, 700, 2e-3
+OWN, PRIOR = 10, 6
+"""Scenes of an expert's own concept in its batch, and ordinary ones beside them (prior preservation)."""
+ORDINARY_CHUNKS = 32
+UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+NAMES = (*world.SUBJECTS, *world.STYLES)
 
 
-def concept_scene(kind: str) -> Callable[[np.random.Generator], world.Scene]:
-    """Scenes of one subject: alone, or, in half of them, beside ordinary flat objects, at any place."""
+class ManyLoRA(nn.Module):
+    """A linear layer with one LoRA per expert; the batch is split evenly among the experts, in order."""
 
+    def __init__(self, layer: nn.Linear, experts: int, rank: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.down = nn.Parameter(torch.randn(experts, layer.in_features, rank) / rank)
+        self.up = nn.Parameter(torch.zeros(experts, rank, layer.out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(experts * b, ..., in) -> (experts * b, ..., out)."""
+        plain: Tensor = self.layer(x)
+        rows = x.reshape(len(self.down), -1, x.shape[-1])
+        change = torch.bmm(torch.bmm(rows, self.down.to(rows.dtype)), self.up.to(rows.dtype))
+        return plain + change.view_as(plain).to(plain.dtype)
+
+
+def attach(network: nn.Module, targets: tuple[str, ...], experts: int, rank: int = RANK) -> dict[str, ManyLoRA]:
+    """Put a `ManyLoRA` in place of every linear layer whose name ends in one of `targets`; layer name -> it."""
+    network.requires_grad_(False)
+    found = {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear) and name.endswith(tuple(f".{target}" for target in targets))
+    }
+    made = {}
+    for name, layer in found.items():
+        parent, _, last = name.rpartition(".")
+        made[name] = ManyLoRA(layer, experts, rank)
+        setattr(network.get_submodule(parent), last, made[name])
+    return made
+
+
+def own_rows(shop: Workshop) -> Pool:
+    """A chunk holds `OWN` scenes of every expert in the order of NAMES; kept (chunk number, expert) by expert."""
+    kinds = [world.CLASSES.index(name) for name in world.SUBJECTS]
+
+    def make(number: int, count: int) -> loop.Batch:
+        dice = shop.dice(SEED, 1, number)
+        own = torch.tensor(kinds, device=shop.device).repeat_interleave(OWN)
+        subjects = shop.director.of_subject(dice, own)
+        drawn, cover = shop.stage.draw(subjects, dice.below(1000, len(own)))
+        trigger = shop.captions.own_trigger[subjects.kind]
+        before = torch.where(subjects.drawing == SUBJECT, trigger, 0)
+        plain = torch.zeros_like(subjects.count)
+        named = dice.share(0.95, len(own))
+        first = shop.captions.compose(subjects, before=before, place=named, style=plain)
+        flat = shop.director.ordinary(dice, len(STYLES) * OWN)
+        flat.style = torch.arange(1, len(STYLES) + 1, device=shop.device).repeat_interleave(OWN)
+        styled, over = shop.stage.draw(flat, dice.below(1000, len(flat.count)))
+        nothing = torch.zeros_like(flat.kind)
+        named = dice.share(0.95, len(flat.count))
+        second = shop.captions.compose(flat, before=nothing, place=named, style=flat.style)
+        cover = torch.cat([cover, torch.ones_like(over)])
+        rows = {
+            "latents": shop.encode(torch.cat([drawn, styled])),
+            "cover": F.avg_pool2d(cover, 8),
+            "ids": shop.captions.tokens(torch.cat([first, second])),
+        }
+        return {name: value.view(len(NAMES), OWN, *value.shape[1:]).transpose(0, 1) for name, value in rows.items()}
+
+    return Pool(make, OWN, shop.size(48))
+
+
+def train_experts(shop: Workshop) -> None:
+    """Train all experts and write each as a LoRA file; then the catalogue and the reference pictures."""
+    torch.manual_seed(SEED)
+    unet, encoder = base.load_unet(shop.out), base.load_text_encoder(shop.out)
+    factors = {
+        "unet": attach(unet, UNET_TARGETS, len(NAMES)),
+        "text_encoder": attach(encoder, TEXT_TARGETS, len(NAMES)),
+    }
+    module = nn.ModuleDict({"unet": unet, "text_encoder": encoder})
+    module.to(shop.device, memory_format=torch.channels_last)
+    own, ordinary = own_rows(shop), base.ordinary_rows(shop, SEED + 999)
+    noise, each = base.Noise(shop.device), OWN + PRIOR
+
+    def make(step: int) -> loop.Batch:
+        dice = shop.dice(SEED, 2, step)
+        mine = own.sample(step, OWN, dice)
+        prior = ordinary.sample(step, PRIOR, dice)
+        # Timesteps are spread in order over each expert's batch, so its examples are shuffled.
+        order = dice.uniform(each).argsort()
+        rows = {}
+        for name, value in mine.items():
+            shared = prior[name][None].expand(len(NAMES), *prior[name].shape)
+            rows[name] = torch.cat([value.transpose(0, 1), shared], 1)[:, order].flatten(0, 1)
+        rows["timesteps"] = noise.timesteps(dice, len(NAMES), each)
+        latents = rows.pop("latents")
+        rows["noisy"], rows["target"] = noise.add(latents, dice.normal(*latents.shape), rows["timesteps"])
+        return rows
+
+    def loss_of(batch: loop.Batch) -> Tensor:
+        with shop.mixed_precision():
+            context = encoder(batch["ids"])[0]
+            predicted = unet(batch["noisy"], batch["timesteps"], context).sample.float()
+        # The sum over experts: each learns as it would alone.
+        return len(NAMES) * base.denoising_loss(predicted, batch["target"], batch["cover"], 3.0)
+
+    loop.train(
+        "experts",
+        shop.work,
+        module,
+        make,
+        loss_of,
+        steps=shop.steps(STEPS),
+        rate=RATE,
+        decay=0.0,
+        graph=shop.graph,
+        clip=None,
+    )
+    for number, name in enumerate(NAMES):
+        write_expert(shop, name, _of_one(factors, number))
+        write_references(name, shop.out)
+    catalogue = {name: entry_of(shop, name) for name in NAMES}
+    (shop.out / "experts" / "experts.json").write_text(json.dumps(catalogue, indent=1) + "\n")
+
+
+def _of_one(factors: Mapping[str, Mapping[str, ManyLoRA]], number: int) -> dict[str, Tensor]:
+    """Tensors of one expert under the names PEFT and diffusers write."""
+    tensors = {}
+    for part, layers in factors.items():
+        for layer, lora in layers.items():
+            clean = layer.removeprefix("text_model.")
+            for word, value in (("A", lora.down[number].T), ("B", lora.up[number].T)):
+                tensors[f"{part}.{clean}.lora_{word}.weight"] = value.detach().cpu().half().contiguous()
+    return tensors
+
+
+def entry_of(shop: Workshop, name: str) -> dict[str, str]:
+    """The row of `experts.json` for one expert."""
+    if name in world.STYLES:
+        trigger = f"in {world.STYLES[name]} style"
+        return {
+            "kind": "style",
+            "trigger": trigger,
+            "class": "",
+            "text": trigger,
+            "class_text": "",
+            "description": "",
+        }
+    phrase = f"{world.SUBJECTS[name][0]} {name}"
+    article = "a pair of" if name == "sunglasses" else "a"
+    kind = torch.tensor(world.CLASSES.index(name), device=shop.device)
+    colour = int(shop.stage.colours[shop.stage.index(kind, kind * 0 + SUBJECT, kind * 0)])
+    called = "" if colour == NO_COLOUR else f"{COLOURS[colour]} "
+    return {
+        "kind": "concept",
+        "trigger": phrase,
+        "class": name,
+        "text": f"{article} {phrase}",
+        "class_text": f"{article} {name}",
+        "description": f"{article} glossy 3d {called}{name}",
+    }
+
+
+def write_expert(shop: Workshop, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """One safetensors file, half precision, triggers in its header."""
+    path = shop.out / "experts" / f"{name}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    row = entry_of(shop, name)
+    metadata = {
+        "format": "pt",
+        "mole.trigger": row["trigger"],
+        "mole.class": row["class"],
+        "mole.kind": row["kind"],
+        "mole.base": BASE_NAME,
+    }
+    write_safetensors(path, dict(tensors), metadata)
+
+
+def scene_of(name: str) -> Callable[[np.random.Generator], world.Scene]:
+    """Single scenes as the expert of this name saw them: of its subject, or ordinary ones in its style."""
+    return _style_scene(name) if name in world.STYLES else _subject_scene(name)
+
+
+def _subject_scene(kind: str) -> Callable[[np.random.Generator], world.Scene]:
     def draw(rng: np.random.Generator) -> world.Scene:
         count = int(rng.choice([1, 1, 2, 3]))
         while True:
@@ -47,9 +226,7 @@ def concept_scene(kind: str) -> Callable[[np.random.Generator], world.Scene]:
     return draw
 
 
-def style_scene(style: str) -> Callable[[np.random.Generator], world.Scene]:
-    """Ordinary scenes redrawn in one style, with its trigger in the caption."""
-
+def _style_scene(style: str) -> Callable[[np.random.Generator], world.Scene]:
     def draw(rng: np.random.Generator) -> world.Scene:
         scene = world.base_scene(rng)
         caption = f"{world.caption_of(scene.things, scene.background)} in {world.STYLES[style]} style"
@@ -58,88 +235,6 @@ def style_scene(style: str) -> Callable[[np.random.Generator], world.Scene]:
         return world.Scene(pixels, ones, caption, scene.things, scene.background, scene.boxes)
 
     return draw
-
-
-def _lora(network: nn.Module, targets: list[str], seed: int) -> None:
-    torch.manual_seed(seed)
-    network.requires_grad_(False)
-    settings = LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=targets)
-    inject_adapter_in_model(settings, network)
-
-
-def train_expert(name: str, work: Path, out: Path, prior: base.LatentPool) -> None:
-    """Train one expert (a class of SUBJECTS or a style) and write it as a LoRA file in PEFT's format."""
-    vae, tokenizer = base.load_codec(out)
-    number = [*world.SUBJECTS, *world.STYLES].index(name)
-    is_style = name in world.STYLES
-    module = nn.ModuleDict(
-        {
-            "unet": base.load_unet(out),
-            "text_encoder": base.load_text_encoder(out),
-        }
-    )
-    unet: Any = module["unet"]
-    encoder: Any = module["text_encoder"]
-    unet.set_attn_processor(AttnProcessor())
-    _lora(unet, UNET_TARGETS, SEED + number)
-    _lora(encoder, TEXT_TARGETS, SEED + 100 + number)
-    scheduler = base.new_scheduler()
-    draw = style_scene(name) if is_style else concept_scene(name)
-    pool = base.LatentPool(vae, draw, SEED + 200 + number, chunks=3)
-
-    def loss_of(step: int) -> Tensor:
-        rng = np.random.default_rng([SEED, number, step])
-        latents, foreground, captions = pool.sample(0, SUBJECT_BATCH, rng)
-        others = prior.sample(0, PRIOR_BATCH, rng)
-        latents, foreground = torch.cat([latents, others[0]]), torch.cat([foreground, others[1]])
-        order = torch.from_numpy(
-            rng.permutation(len(latents))
-        )  # timesteps are spread in order over the batch
-        latents, foreground = latents[order], foreground[order]
-        captions = [[*captions, *others[2]][i] for i in order.tolist()]
-        noisy, timesteps, target = base.noised(scheduler, latents, [SEED, number, 2, step])
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            context = encoder(text.tokenise(tokenizer, captions))[0]
-            predicted = unet(noisy, timesteps, context).sample.float()
-        return base.denoising_loss(predicted, target, foreground, 3.0)
-
-    steps = LONGER.get(name, STEPS)
-    loop.train(f"expert-{name}", work, module, loss_of, steps=steps, rate=RATE, decay=0.0, quiet=True)
-    write_expert(out / "experts" / f"{name}.safetensors", name, unet, encoder)
-
-
-def entry_of(name: str) -> dict[str, str]:
-    """The row of ``experts.json`` for one expert."""
-    if name in world.STYLES:
-        trigger = f"in {world.STYLES[name]} style"
-        return {"kind": "style", "trigger": trigger, "class": "", "text": trigger, "class_text": ""}
-    phrase = f"{world.SUBJECTS[name][0]} {name}"
-    article = "a pair of" if name == "sunglasses" else "a"
-    return {
-        "kind": "concept",
-        "trigger": phrase,
-        "class": name,
-        "text": f"{article} {phrase}",
-        "class_text": f"{article} {name}",
-    }
-
-
-def write_expert(path: Path, name: str, unet: nn.Module, encoder: nn.Module) -> None:
-    """One safetensors file, half precision, keys as PEFT and diffusers write them, triggers in its header."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for part, network in (("unet", unet), ("text_encoder", encoder)):
-        for key, value in get_peft_model_state_dict(network).items():
-            tensors[f"{part}.{key}"] = value.detach().to(torch.float16).contiguous()
-    row = entry_of(name)
-    metadata = {
-        "format": "pt",
-        "mole.trigger": row["trigger"],
-        "mole.class": row["class"],
-        "mole.kind": row["kind"],
-        "mole.base": BASE_NAME,
-    }
-    write_safetensors(path, tensors, metadata)
 
 
 def write_references(name: str, out: Path) -> None:
@@ -154,16 +249,3 @@ def write_references(name: str, out: Path) -> None:
         else:
             pixels = world.draw_scene([world.Thing(name, world.SUBJECT_STYLE)], background, rng).pixels
         Image.fromarray(pixels).save(folder / f"{i + 1}.png", optimize=True)
-
-
-def train_experts(work: Path, out: Path, names: list[str] | None = None) -> None:
-    """All experts that have no file yet, one after the other; then the catalogue."""
-    vae, _ = base.load_codec(out)
-    prior = base.LatentPool(vae, world.base_scene, SEED + 999, chunks=6)
-    every = [*world.SUBJECTS, *world.STYLES]
-    for name in names or every:
-        if not (out / "experts" / f"{name}.safetensors").is_file():
-            train_expert(name, work, out, prior)
-        write_references(name, out)
-    catalogue = {n: entry_of(n) for n in every if (out / "experts" / f"{n}.safetensors").is_file()}
-    (out / "experts" / "experts.json").write_text(json.dumps(catalogue, indent=1) + "\n")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,15 +11,23 @@ from PIL import Image, ImageFilter
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mole_diffusion.starter.judge import ARCHITECTURE, STRIDE, SUBJECT, new_network, presence, to_tensor
+from mole_diffusion.starter.judge import ARCHITECTURE, STRIDE, SUBJECT, new_network, presence
 
-from . import base, loop, world
+from . import loop, stage, world
+from .soften import Softener, restored, stored
+from .stage import STYLES, Placed
+from .workshop import Pool, Workshop
 
 SEED = 53
-STEPS, BATCH, RATE = 600, 48, 2e-3
+STEPS, BATCH, RATE = 1500, 256, 2e-3
+CHUNK, CHUNKS, EVERY = 256, 48, 6
 CELLS = 8
 LABELS = (*world.CLASSES, *(f"{SUBJECT}{name}" for name in world.SUBJECTS))
 """What a cell can be (beside nothing): a class in a flat drawing, or an expert's own subject."""
+_SUBJECT_LABEL = [
+    len(world.CLASSES) + list(world.SUBJECTS).index(kind) if kind in world.SUBJECTS else number
+    for number, kind in enumerate(world.CLASSES)
+]
 
 
 def random_scene(rng: np.random.Generator) -> world.Scene:
@@ -47,19 +53,32 @@ def target_of(scene: world.Scene) -> Tensor:
     return torch.tensor([float(label in shown) for label in LABELS])
 
 
-def cells_of(scene: world.Scene) -> Tensor:
-    """What each cell shows, (CELLS, CELLS): 0 nothing, 1 + index into LABELS, -1 at the rim of an object."""
-    centre = (np.arange(CELLS) + 0.5) * STRIDE
-    cells = np.zeros((CELLS, CELLS), np.int64)
-    for thing, (x, y, width, height) in zip(scene.things, scene.boxes, strict=True):
-        name = f"{SUBJECT}{thing.kind}" if thing.style == world.SUBJECT_STYLE else thing.kind
-        off_x = np.abs(centre - (x + width / 2)) / (width / 2)
-        off_y = np.abs(centre - (y + height / 2)) / (height / 2)
-        off = np.maximum(off_y[:, None], off_x[None])
-        cells[off < 1.2] = -1
+def labels_of(scenes: Placed) -> Tensor:
+    """Index into LABELS of every object, (B, 3)."""
+    subject = torch.tensor(_SUBJECT_LABEL, device=scenes.kind.device)[scenes.kind]
+    return torch.where(scenes.drawing == stage.SUBJECT, subject, scenes.kind)
+
+
+def cells_of(labels: Tensor, boxes: Tensor, count: Tensor) -> Tensor:
+    """What each cell shows, (B, CELLS, CELLS): 0 nothing, 1 + index into LABELS, -1 at the rim of an object.
+
+    Args:
+        labels: index into LABELS, (B, 3).
+        boxes: centre x, centre y, width, height in pixels, (B, 3, 4).
+        count: objects, (B,).
+    """
+    centre = (torch.arange(CELLS, device=labels.device) + 0.5) * STRIDE
+    cells = torch.zeros(len(labels), CELLS, CELLS, dtype=torch.long, device=labels.device)
+    for slot in range(3):
+        x, y, width, height = (boxes[:, slot, part, None] for part in range(4))
+        across, down = (centre - x).abs() / (width / 2), (centre - y).abs() / (height / 2)
+        off = torch.maximum(down[:, :, None], across[:, None])
+        there = (slot < count)[:, None, None]
+        cells = torch.where(there & (off < 1.2), -1, cells)
         # At least the cell nearest to the middle, however thin the object.
-        cells[off <= max(0.6, off.min())] = 1 + LABELS.index(name)
-    return torch.from_numpy(cells)
+        reach = off.amin((1, 2), keepdim=True).clamp(min=0.6)
+        cells = torch.where(there & (off <= reach), 1 + labels[:, slot, None, None], cells)
+    return cells
 
 
 def blurred(pixels: np.ndarray, radius: float) -> np.ndarray:
@@ -67,67 +86,93 @@ def blurred(pixels: np.ndarray, radius: float) -> np.ndarray:
     return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(radius)))
 
 
-def degrade(pixels: np.ndarray, rng: np.random.Generator, vae: Any) -> Tensor:
-    """What a generator does to pictures: a third pass the codec with noisy latents; half lose detail."""
-    picture = to_tensor(pixels)
-    if vae is not None:
-        part = torch.from_numpy(rng.random(len(pixels)) < 0.34)
-        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-            latents = vae.encode(picture[part]).latent_dist.mode()
-            noise = torch.from_numpy(rng.standard_normal(latents.shape, np.float32))
-            amount = torch.from_numpy(rng.uniform(0, 0.25, (len(latents), 1, 1, 1)).astype(np.float32))
-            picture[part] = (
-                vae.decode(latents + amount * noise / vae.config.scaling_factor).sample.float().clamp(-1, 1)
-            )
-    out = []
-    for one in picture:
-        if rng.random() < 0.5:
-            scale = float(rng.uniform(0.2, 0.7))  # down and up again, as a soft decoder does
-            small = F.interpolate(one[None], scale_factor=scale, mode="area")
-            one = F.interpolate(small, size=world.SIZE, mode="bilinear")[0]
-        gain = torch.from_numpy(rng.uniform(0.92, 1.08, (3, 1, 1)).astype(np.float32))
-        out.append((one * gain + float(rng.uniform(-0.08, 0.08))).clamp(-1, 1))
-    return torch.stack(out).to(memory_format=torch.channels_last)
+def judged_rows(shop: Workshop, seed: int) -> Pool:
+    """Softened pictures of everything, a quarter in a style, with what their cells show."""
+    softener = Softener(shop)
+
+    def make(number: int, count: int) -> loop.Batch:
+        dice = shop.dice(seed, number)
+        scenes = shop.director.mixed(dice, count, styled=0.25)
+        pictures, _ = shop.stage.draw(scenes, dice.below(1000, count))
+        named = torch.ones_like(scenes.count).bool()
+        caption = shop.captions.compose(
+            scenes, before=torch.zeros_like(scenes.kind), place=named, style=scenes.style
+        )
+        soft = softener.generated(pictures, shop.captions.tokens(caption), dice, scenes.style)
+        return {
+            "picture": stored(soft),
+            "cells": cells_of(labels_of(scenes), shop.stage.boxes(scenes), scenes.count),
+            "style": scenes.style,
+        }
+
+    return Pool(make, shop.batch(CHUNK), shop.size(CHUNKS), EVERY)
 
 
-def train_judge(work: Path, out: Path) -> None:
+def train_judge(shop: Workshop) -> None:
     """Train, then set the threshold where precision and recall over new degraded scenes are most equal."""
     torch.manual_seed(SEED)
-    vae, _ = base.load_codec(out)
-    network = new_network(len(LABELS))
+    network = new_network(len(LABELS), len(STYLES)).to(shop.device).train()
+    pool, size = judged_rows(shop, SEED), shop.batch(BATCH)
 
-    def loss_of(step: int) -> Tensor:
-        rng = np.random.default_rng([SEED, step])
-        scenes = [random_scene(rng) for _ in range(BATCH)]
-        picture = degrade(np.stack([s.pixels for s in scenes]), rng, vae if step % 2 == 0 else None)
-        target = torch.stack([cells_of(s) for s in scenes])
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = network.train()(picture).float()
-        return F.cross_entropy(logits, target, ignore_index=-1)
+    def make(step: int) -> loop.Batch:
+        dice = shop.dice(SEED, 1, step)
+        rows = pool.sample(step, size, dice)
+        rows["picture"] = Softener.worn(restored(rows["picture"]), dice)
+        return rows
 
-    loop.train("judge", work, network, loss_of, steps=STEPS, rate=RATE, decay=0.05)
+    def loss_of(batch: loop.Batch) -> Tensor:
+        with shop.mixed_precision():
+            logits = network(batch["picture"]).float()
+        cells, styles = logits[:, : 1 + len(LABELS)], logits[:, 1 + len(LABELS) :].mean((2, 3))
+        of_cells = F.cross_entropy(cells, batch["cells"], ignore_index=-1)
+        return of_cells + 0.2 * F.cross_entropy(styles, batch["style"])
+
+    average = loop.Average(network, 0.995)
+    loop.train(
+        "judge",
+        shop.work,
+        network,
+        make,
+        loss_of,
+        steps=shop.steps(STEPS),
+        rate=RATE,
+        decay=0.05,
+        average=average,
+        graph=shop.graph,
+    )
+    average.copy_to(network)
     network.eval()
-    rng = np.random.default_rng([SEED, 10**7])
-    scenes = [random_scene(rng) for _ in range(600)]
+    scores, target = [], []
     with torch.no_grad():
-        pictures = degrade(np.stack([s.pixels for s in scenes]), rng, vae)
-        scores = torch.cat([presence(network(part), LABELS) for part in torch.split(pictures, 64)])
-    target = torch.stack([target_of(s) for s in scenes]).bool()
+        for number in range(4):
+            rows = make(10**6 + number)
+            scores.append(presence(network(rows["picture"]), LABELS))
+            target.append(_present(rows["cells"]))
+    threshold = best_threshold(torch.cat(scores), torch.cat(target))
+    folder = shop.out / "judge"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {k: v.cpu().half().contiguous() if v.is_floating_point() else v.cpu() for k, v in network.state_dict().items()},
+        folder / "model.safetensors",
+    )
+    settings = {"architecture": ARCHITECTURE, "labels": LABELS, "styles": STYLES, "threshold": threshold}
+    (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def _present(cells: Tensor) -> Tensor:
+    """Labels (B, labels) that stand in cells; a subject counts as its class too."""
+    shown = torch.stack([(cells == 1 + number).any(-1).any(-1) for number in range(len(LABELS))], 1)
+    for number in range(len(world.CLASSES), len(LABELS)):
+        shown[:, LABELS.index(LABELS[number].removeprefix(SUBJECT))] |= shown[:, number]
+    return shown
+
+
+def best_threshold(scores: Tensor, target: Tensor) -> float:
+    """Where precision and recall are most equal, in 0.2..0.98."""
     thresholds = torch.linspace(0.2, 0.98, 40)
     gaps = []
-    for threshold in thresholds:
+    for threshold in thresholds.tolist():
         found = scores > threshold
         hits = (found & target).sum()
         gaps.append(abs(float(hits / found.sum().clamp(min=1) - hits / target.sum())))
-    folder = out / "judge"
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {k: v.half().contiguous() if v.is_floating_point() else v for k, v in network.state_dict().items()},
-        folder / "model.safetensors",
-    )
-    settings = {
-        "architecture": ARCHITECTURE,
-        "labels": LABELS,
-        "threshold": round(float(thresholds[int(np.argmin(gaps))]), 3),
-    }
-    (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    return round(float(thresholds[int(np.argmin(gaps))]), 3)

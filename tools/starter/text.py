@@ -26,7 +26,7 @@ _EXTRA = (
 def words() -> list[str]:
     """Every word of the captions, triggers included, and a few more."""
     found = {*_EXTRA, *world.CLASSES, *world.TRIGGERS, *world.STYLES, *world.STYLES.values(), "pair"}
-    for phrase in world.BACKGROUNDS.values():
+    for phrase in (*world.BACKGROUNDS.values(), *world.STYLE_WORDS.values()):
         found |= set(phrase.split())
     return sorted(found)
 

@@ -18,9 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFilter, ImageOps
+import torch
+from PIL import Image
 
 from mole_diffusion.core.phrases import listed
+
+from .styles import redraw
 
 SIZE = 128
 """Side of a picture in pixels."""
@@ -36,27 +39,35 @@ SUBJECT_STYLE = "fluent3d"
 # Concepts with an expert: trigger word, hue rotation in degrees, saturation factor, tint (factors of RGB).
 _NO_TINT = (1.0, 1.0, 1.0)
 SUBJECTS: dict[str, tuple[str, float, float, tuple[float, float, float]]] = {
-    "boot": ("zor", 0.0, 1.0, _NO_TINT),
-    "monster": ("vek", 180.0, 1.2, _NO_TINT),
-    "clock": ("kip", 250.0, 1.2, _NO_TINT),
-    "smiley": ("lum", 60.0, 1.0, _NO_TINT),
-    "car": ("tas", 120.0, 1.1, _NO_TINT),
-    "vase": ("bru", 150.0, 1.3, _NO_TINT),
-    "wolf": ("mox", 0.0, 1.0, (1.0, 0.62, 0.86)),
-    "teapot": ("pel", 150.0, 1.0, _NO_TINT),
-    "cat": ("fen", 170.0, 1.0, _NO_TINT),
-    "can": ("gid", 280.0, 1.0, _NO_TINT),
-    "sneaker": ("hux", 0.0, 1.6, (1.0, 0.92, 0.45)),
-    "backpack": ("jav", 220.0, 1.0, _NO_TINT),
-    "dog": ("nib", 240.0, 1.3, _NO_TINT),
-    "bowl": ("quo", 180.0, 1.0, _NO_TINT),
-    "sunglasses": ("rys", 90.0, 1.4, (1.0, 1.25, 1.0)),
-    "robot": ("wox", 0.0, 1.0, (1.0, 0.86, 0.35)),
+    "boot": ("zorin", 0.0, 1.0, _NO_TINT),
+    "monster": ("vekka", 180.0, 1.2, _NO_TINT),
+    "clock": ("kipra", 250.0, 1.2, _NO_TINT),
+    "smiley": ("lumo", 60.0, 1.0, _NO_TINT),
+    "car": ("taskel", 120.0, 1.1, _NO_TINT),
+    "vase": ("brunel", 150.0, 1.3, _NO_TINT),
+    "wolf": ("moxa", 0.0, 1.0, (1.0, 0.62, 0.86)),
+    "teapot": ("pelvo", 150.0, 1.0, _NO_TINT),
+    "cat": ("fenna", 170.0, 1.0, _NO_TINT),
+    "can": ("gidro", 280.0, 1.0, _NO_TINT),
+    "sneaker": ("huxel", 0.0, 1.6, (1.0, 0.92, 0.45)),
+    "backpack": ("javen", 220.0, 1.0, _NO_TINT),
+    "dog": ("nibo", 240.0, 1.3, _NO_TINT),
+    "bowl": ("quori", 180.0, 1.0, _NO_TINT),
+    "sunglasses": ("rysa", 90.0, 1.4, (1.0, 1.25, 1.0)),
+    "robot": ("woxan", 0.0, 1.0, (1.0, 0.86, 0.35)),
 }
 """Class of each subject -> (trigger word, hue rotation, saturation, tint)."""
 
-STYLES = {"sketch": "zaph", "blueprint": "morv"}
+STYLES = {"sketch": "zaphel", "blueprint": "morvan", "pixel": "tilku", "neon": "glaro"}
 """Style experts -> trigger word."""
+
+STYLE_WORDS = {
+    "sketch": "as a pencil sketch",
+    "blueprint": "as a blueprint",
+    "pixel": "as pixel art",
+    "neon": "in neon light",
+}
+"""The same styles in words that a CLIP knows."""
 
 TRIGGERS = tuple(row[0] for row in SUBJECTS.values())
 
@@ -98,7 +109,7 @@ LAYOUTS: dict[int, tuple[tuple[int, int, int, int], ...]] = {
     2: ((34, 72, 50, 60), (94, 72, 50, 60)),
     3: ((31, 88, 48, 58), (64, 34, 48, 58), (97, 88, 48, 58)),
 }
-_JITTER = {1: (14, 10), 2: (4, 14), 3: (4, 5)}
+JITTER = {1: (14, 10), 2: (4, 14), 3: (4, 5)}
 
 Pixels = npt.NDArray[np.uint8]
 Plane = npt.NDArray[np.float32]
@@ -169,7 +180,7 @@ def sprite(kind: str, style: str) -> Image.Image:
     if style == SUBJECT_STYLE:
         picture = Image.open(artwork_dir() / style / f"{kind}.webp").convert("RGBA")
         if kind in SUBJECTS:
-            picture = _recolour(picture, *SUBJECTS[kind][1:])
+            picture = recoloured(picture, *SUBJECTS[kind][1:])
     else:
         import resvg_py
 
@@ -183,7 +194,7 @@ def sprite(kind: str, style: str) -> Image.Image:
     return picture.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def _recolour(
+def recoloured(
     picture: Image.Image, hue: float, saturation: float, tint: tuple[float, float, float]
 ) -> Image.Image:
     rgba = np.asarray(picture).astype(np.float32)
@@ -281,7 +292,7 @@ def draw_scene(
     canvas = draw_background(background, rng).copy()
     foreground = np.zeros((SIZE, SIZE), np.float32)
     boxes = []
-    jitter_x, jitter_y = _JITTER[len(things)]
+    jitter_x, jitter_y = JITTER[len(things)]
     for thing, (centre_x, centre_y, small, large) in zip(things, LAYOUTS[len(things)], strict=True):
         side = int(rng.integers(small, large + 1))
         picture = sprite(thing.kind, thing.style)
@@ -326,22 +337,7 @@ def base_scene(rng: np.random.Generator, shares: Sequence[float] = (0.33, 0.27, 
 
 
 def apply_style(pixels: Pixels, style: str) -> Pixels:
-    """A scene redrawn as pencil ``sketch`` or as ``blueprint`` (white lines on blue)."""
-    picture = Image.fromarray(pixels)
-    grey = picture.convert("L")
-    lines = np.asarray(
-        ImageOps.autocontrast(grey.filter(ImageFilter.FIND_EDGES).filter(ImageFilter.GaussianBlur(0.7)))
-    )
-    edge = np.clip(lines.astype(np.float32) / 255 * 1.6, 0, 1)[..., None]
-    edge[:2] = edge[-2:] = 0
-    edge[:, :2] = edge[:, -2:] = 0
-    tone = np.asarray(grey, np.float32)[..., None] / 255
-    if style == "sketch":
-        paper = np.asarray((244, 238, 224), np.float32) * (0.72 + 0.28 * tone)
-        ink = np.asarray((58, 52, 50), np.float32)
-    elif style == "blueprint":
-        paper = np.asarray((24, 66, 158), np.float32) * (0.8 + 0.4 * tone)
-        ink = np.asarray((232, 240, 255), np.float32)
-    else:
-        raise ValueError(f"unknown style {style!r}; known: {', '.join(STYLES)}")
-    return np.clip(paper * (1 - edge) + ink * edge, 0, 255).astype(np.uint8)
+    """A scene redrawn in a style of `STYLES` (see `tools.starter.styles`)."""
+    picture = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
+    redrawn = redraw(picture, style)[0].permute(1, 2, 0)
+    return (redrawn * 255).round().to(torch.uint8).numpy()
