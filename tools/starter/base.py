@@ -19,7 +19,7 @@ from .workshop import Pool, Workshop
 
 SEED = 23
 STEPS, BATCH, RATE = 9000, 256, 1.2e-3
-CHUNK, CHUNKS = 64, 256
+CHUNK, CHUNKS, EVERY = 128, 160, 5
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -93,7 +93,7 @@ def ordinary_rows(shop: Workshop, seed: int) -> Pool:
     def make(number: int, count: int) -> loop.Batch:
         dice = shop.dice(seed, number)
         scenes = shop.director.ordinary(dice, count)
-        pictures, cover = shop.stage.draw(scenes, dice.below(1000, count))
+        pictures, cover = shop.stage.draw(scenes, dice.below(1000, count), plain=True)
         words = shop.captions.trigger[dice.below(len(world.TRIGGERS), count, 3)]
         before = torch.where(dice.share(1 / 12, count, 3), words, 0)
         style = torch.where(dice.share(0.04, count), 1 + dice.below(len(STYLES), count), 0)
@@ -104,7 +104,7 @@ def ordinary_rows(shop: Workshop, seed: int) -> Pool:
             "ids": shop.captions.tokens(caption),
         }
 
-    return Pool(make, CHUNK, shop.size(CHUNKS))
+    return Pool(make, CHUNK, shop.size(CHUNKS), EVERY)
 
 
 def train_base(shop: Workshop) -> None:

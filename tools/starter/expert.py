@@ -74,7 +74,7 @@ def own_rows(shop: Workshop) -> Pool:
         dice = shop.dice(SEED, 1, number)
         own = torch.tensor(kinds, device=shop.device).repeat_interleave(OWN)
         subjects = shop.director.of_subject(dice, own)
-        drawn, cover = shop.stage.draw(subjects, dice.below(1000, len(own)))
+        drawn, cover = shop.stage.draw(subjects, dice.below(1000, len(own)), plain=True)
         trigger = shop.captions.own_trigger[subjects.kind]
         before = torch.where(subjects.drawing == SUBJECT, trigger, 0)
         plain = torch.zeros_like(subjects.count)
@@ -94,7 +94,7 @@ def own_rows(shop: Workshop) -> Pool:
         }
         return {name: value.view(len(NAMES), OWN, *value.shape[1:]).transpose(0, 1) for name, value in rows.items()}
 
-    return Pool(make, OWN, shop.size(48))
+    return Pool(make, OWN, shop.size(48), 4)
 
 
 def train_experts(shop: Workshop) -> None:

@@ -168,12 +168,15 @@ class Stage:
         rgba = packed[..., None].view(torch.uint8).permute(0, 3, 1, 2).float() / 255
         return rgba[:, :3], rgba[:, 3:]
 
-    def draw(self, scenes: Placed, variety: Tensor, merged: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def draw(
+        self, scenes: Placed, variety: Tensor, merged: Tensor | None = None, *, plain: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Pictures (B, 3, SIZE, SIZE) in 0..1 and what objects cover, (B, 1, SIZE, SIZE).
 
         Args:
             variety: which of the stock's backgrounds, (B,).
             merged: scenes (B,) whose second object is drawn half over the first, as bad mixtures do.
+            plain: no scene has a style; asking the device would make it wait.
         """
         canvas = self.backdrops[scenes.background, variety % self.backdrops.shape[1]]
         canvas = canvas.permute(0, 3, 1, 2).float() / 255
@@ -185,8 +188,7 @@ class Stage:
                 rgb, alpha = rgb * strength, alpha * strength
             canvas = canvas * (1 - alpha) + rgb
             cover = torch.maximum(cover, alpha)
-        for number, style in enumerate(STYLES, start=1):
+        for number, style in enumerate(() if plain else STYLES, start=1):
             chosen = (scenes.style == number)[:, None, None, None]
-            if self.device.type == "cuda" or bool(chosen.any()):
-                canvas = torch.where(chosen, redraw(canvas, style), canvas)
+            canvas = torch.where(chosen, redraw(canvas, style), canvas)
         return canvas, cover
