@@ -75,14 +75,14 @@ class TrainGates(io.ComfyNode):  # type: ignore[misc]
                     "prompt",
                     multiline=True,
                     default="",
-                    placeholder="a zor boot and a kip clock on the beach",
+                    placeholder="a zorin boot and a kipra clock on the beach",
                     tooltip="One prompt per line; every concept must be in one of them.",
                 ),
                 io.String.Input(
                     "concepts",
                     multiline=True,
                     default="",
-                    placeholder="boot = a zor boot | a boot",
+                    placeholder="boot = a zorin boot | a boot",
                     tooltip="One line per expert: NAME = phrase with the trigger word | the same in words "
                     "the model knows. Empty: what the experts' files say.",
                 ),

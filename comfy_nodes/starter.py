@@ -15,8 +15,7 @@ import comfy.supported_models
 import comfy.utils
 import numpy as np
 import torch
-from comfy.diffusers_convert import convert_vae_state_dict
-from comfy.latent_formats import SD15 as StableDiffusionLatents
+from comfy.latent_formats import LatentFormat
 from comfy.model_base import ModelType
 from comfy.supported_models_base import ClipTarget
 from PIL import Image
@@ -133,9 +132,15 @@ def _unet_config(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _latent_format(config: dict[str, Any]) -> Any:
+    latents = LatentFormat()
+    latents.latent_channels, latents.scale_factor = config["latent_channels"], config["scaling_factor"]
+    return latents
+
+
 def _load_model(folder: Path) -> Any:
     config = StarterModel(_unet_config(_config(folder, "unet")))
-    config.latent_format = StableDiffusionLatents(_config(folder, "vae")["scaling_factor"])
+    config.latent_format = _latent_format(_config(folder, "vae"))
     load_device = comfy.model_management.get_torch_device()
     dtype = comfy.model_management.unet_dtype(supported_dtypes=config.supported_inference_dtypes)
     config.set_inference_dtype(
@@ -198,22 +203,11 @@ def _load_clip(folder: Path) -> Any:
 
 
 def _load_vae(folder: Path) -> Any:
-    config = _config(folder, "vae")
-    widths = config["block_out_channels"]
-    details = {
-        "double_z": True,
-        "z_channels": config["latent_channels"],
-        "resolution": config["sample_size"],
-        "in_channels": config["in_channels"],
-        "out_ch": config["out_channels"],
-        "ch": widths[0],
-        "ch_mult": [width // widths[0] for width in widths],
-        "num_res_blocks": config["layers_per_block"],
-        "attn_resolutions": [],
-        "dropout": 0.0,
-    }
-    # ComfyUI's table of names fits: four levels.
-    weights = convert_vae_state_dict(_weights(folder, "vae", "diffusion_pytorch_model.safetensors"))
-    return comfy.sd.VAE(
-        weights, config={"params": {"ddconfig": details, "embed_dim": config["latent_channels"]}}
-    )
+    # ComfyUI knows this kind of codec under the names of TAESD; its decoder begins with a clamp.
+    named = {"taesd_encoder": 0, "taesd_decoder": 1}
+    weights = {"vae_scale": torch.tensor(1.0), "vae_shift": torch.tensor(0.0)}
+    for name, weight in _weights(folder, "vae", "diffusion_pytorch_model.safetensors").items():
+        part, _, place = name.partition(".layers.")
+        number, _, leaf = place.partition(".")
+        weights[f"taesd_{part}.{int(number) + named[f'taesd_{part}']}.{leaf}"] = weight
+    return comfy.sd.VAE(weights)

@@ -44,7 +44,7 @@ def write_lora(path: Path, seed: int = 0, rank: int = 4) -> Path:
         key = f"text_encoder.text_model.encoder.layers.0.self_attn.{matrix}"
         tensors[f"{key}.lora_A.weight"] = torch.randn(rank, WIDTH)
         tensors[f"{key}.lora_B.weight"] = torch.randn(WIDTH, rank)
-    save_file(tensors, path, metadata={"mole.trigger": "zor boot"})
+    save_file(tensors, path, metadata={"mole.trigger": "zorin boot"})
     return path
 
 
@@ -118,7 +118,7 @@ def test_entry_point_starts_without_the_model_libraries() -> None:
 def test_inspect_a_lora(lora: Path) -> None:
     result = run("inspect", lora)
     assert result.exit_code == 0, result.output
-    assert "zor boot" in result.output
+    assert "zorin boot" in result.output
     assert "text_encoder: 2 matrices, 2 of rank 4" in result.output
     assert "text_encoder.something_else.weight" in result.output
 
@@ -129,7 +129,7 @@ def test_inspect_a_lora_as_json(lora: Path) -> None:
     description = json.loads(result.stdout)
     assert description["kind"] == "expert"
     assert description["name"] == "boot"
-    assert description["triggers"] == ["zor boot"]
+    assert description["triggers"] == ["zorin boot"]
     assert description["networks"]["text_encoder"]["encoder.layers.0.self_attn.q_proj"] == {
         "rank": 4,
         "alpha": 4.0,
@@ -262,7 +262,7 @@ def test_inspect_prints_nothing_that_steers_a_terminal(tmp_path: Path) -> None:
     save_file(PAIR | {f"{evil}.x": torch.ones(1)}, path, metadata={evil: evil, "ss_tag_frequency": tags})
     result = run("inspect", path)
     assert result.exit_code == 0, result.output
-    assert "zor" in result.stdout
+    assert "zorin" in result.stdout
     assert not set(result.output) & {"\x1b", "\x07", "\u202e"}
     assert json.loads(run("inspect", path, "--json").stdout)["triggers"] == [evil]
 

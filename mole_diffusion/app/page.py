@@ -40,7 +40,7 @@ def controls(session: Session) -> dict[str, Any]:
 
 
 def suggested_prompt(session: Session) -> str:
-    """ "a zor boot, a vek monster and a kip clock on the beach", for the chosen experts."""
+    """ "a zorin boot, a vekka monster and a kipra clock on the beach", for the chosen experts."""
     texts = [card.text for card in session.cards if card.text and card.kind == "concept"]
     styles = [card.text for card in session.cards if card.text and card.kind == "style"]
     if not texts:

@@ -57,7 +57,7 @@ def export(
 
     The file works wherever LoRAs do; the output says how far it is from the gates.
 
-    Example: [bold]mole export both.safetensors "a zor boot and a kip clock" --gates gates.safetensors[/]
+    Example: [bold]mole export both.safetensors "a zorin boot and a kipra clock" --gates gates.safetensors[/]
     """
     choices, names = parse_experts(experts), split_names(active, "--active")
     check_writable(file.parent)

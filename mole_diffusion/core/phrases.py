@@ -17,12 +17,12 @@ def listed(phrases: Sequence[str]) -> str:
 
 
 def without_article(phrase: str) -> str:
-    """ "a zor boot" -> "zor boot"."""
+    """ "a zorin boot" -> "zorin boot"."""
     return _ARTICLE.sub("", phrase)
 
 
 def class_words(phrase: str) -> str:
-    """What a phrase with a trigger word says in words that a base knows: "a zor boot" -> "a boot"."""
+    """What a phrase with a trigger word says in words that a base knows: "a zorin boot" -> "a boot"."""
     article = _ARTICLE.match(phrase)
     words = without_article(phrase).split()
     return (article.group(0) if article else "") + (words[-1] if words else "")
@@ -49,7 +49,7 @@ def unnamed(text: str, phrases: Mapping[str, Sequence[str]]) -> dict[str, str]:
 
 
 def read_concept(line: str) -> tuple[str, str, str]:
-    """What a user says of an expert: "boot = a zor boot | a boot", with any spaces.
+    """What a user says of an expert: "boot = a zorin boot | a boot", with any spaces.
 
     Returns:
         The expert's name, its phrase with the trigger word, and the same in words that the base knows: as

@@ -44,7 +44,7 @@ _PLACES = ("on the beach", "in the snow", "on the grass", "on the floor", "at ni
 
 
 def wording_of(concept: Concept) -> tuple[str, str]:
-    """A concept's phrase and what replaces it: "zor boot" -> "<boot> boot"."""
+    """A concept's phrase and what replaces it: "zorin boot" -> "<boot> boot"."""
     known = without_article(concept.class_text).split()
     word = word_of(concept.name)
     words = [w if w in known else word for w in without_article(concept.text).split()]

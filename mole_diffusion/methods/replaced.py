@@ -59,7 +59,7 @@ class Wording:
     """What stands for the concepts in a prompt: phrases and what replaces them.
 
     Args:
-        phrases: phrase -> replacement, e.g. "zor boot" -> "<boot>".
+        phrases: phrase -> replacement, e.g. "zorin boot" -> "<boot>".
     """
 
     def __init__(self, phrases: Mapping[str, str]) -> None:

@@ -124,7 +124,7 @@ def run_demo(options: DemoOptions, say: Say = print) -> DemoResult:
 
 
 def default_prompt(experts: Mapping[str, StarterExpert]) -> str:
-    """ "a zor boot, a fen cat and a kip clock on the beach"."""
+    """ "a zorin boot, a fenna cat and a kipra clock on the beach"."""
     return f"{listed([expert.text for expert in experts.values()])} on the beach"
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers import (
+    AutoencoderTiny,
     ChromaImg2ImgPipeline,
     ChromaPipeline,
     FluxImg2ImgPipeline,
@@ -43,6 +44,13 @@ from mole_diffusion.starter.location import GUIDANCE, RESCALE
 
 class _StarterMixin(WithExperts):
     """For pipelines with the components of Stable Diffusion 1 and 2, which the starter has."""
+
+    @classmethod
+    def _get_signature_types(cls) -> dict[str, tuple[type, ...]]:
+        # diffusers warns of a codec of another class and does not hand it on in `from_pipe`, though it draws
+        # with it; the starter has one, and others take TAESD in place of their own.
+        types: dict[str, tuple[type, ...]] = super()._get_signature_types()
+        return {**types, "vae": (*types["vae"], AutoencoderTiny)}
 
     @classmethod
     def from_starter(

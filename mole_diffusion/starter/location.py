@@ -21,10 +21,12 @@ class StarterExpert:
     Attributes:
         name: expert name, also the file's name.
         kind: "concept" (a subject) or "style".
-        trigger: the words it was trained on, e.g. "zor boot".
+        trigger: the words it was trained on, e.g. "zorin boot".
         class_name: the same without the made-up word, e.g. "boot".
-        text: trigger as a phrase, e.g. "a zor boot".
+        text: trigger as a phrase, e.g. "a zorin boot".
         class_text: class as a phrase, e.g. "a boot".
+        description: the subject in words of the starter's CLIPs, e.g. "a glossy 3d
+            red boot"; "" for a style.
         path: the LoRA file.
         references: pictures of the subject or style, in order.
     """
@@ -35,15 +37,9 @@ class StarterExpert:
     class_name: str
     text: str
     class_text: str
+    description: str
     path: Path
     references: tuple[Path, ...]
-
-    @property
-    def description(self) -> str:
-        """The subject in words of the starter's CLIPs, e.g. "a glossy 3d boot"; "" for a style."""
-        if self.kind != "concept":
-            return ""
-        return self.class_text.removesuffix(self.class_name) + f"glossy 3d {self.class_name}"
 
 
 def starter_dir() -> Path:
@@ -77,6 +73,7 @@ def starter_experts(folder: Path | None = None) -> dict[str, StarterExpert]:
             class_name=entry["class"],
             text=entry["text"],
             class_text=entry["class_text"],
+            description=entry["description"],
             path=home / f"{name}.safetensors",
             references=tuple(
                 sorted((home / name).glob("*.png"), key=lambda path: (len(path.stem), path.stem))

@@ -11,14 +11,14 @@ from PIL import Image
 
 from mole_diffusion.starter.location import starter_dir
 
-#: Scenes that are drawn of the 192 that the experts saw.
+#: Scenes that are drawn, of the kind that the expert saw.
 COUNT = 96
-_BUILDERS = ("base", "expert", "world")
+_BUILDERS = ("expert", "world")
 
 
 @cache
 def expert_scenes(name: str, count: int = COUNT) -> list[tuple[Image.Image, str]] | None:
-    """Pictures with captions, the first that the expert of this name saw in its training.
+    """Pictures with captions, of the kind that the expert of this name saw in its training.
 
     Args:
         name: a subject or a style of the starter.
@@ -32,13 +32,11 @@ def expert_scenes(name: str, count: int = COUNT) -> list[tuple[Image.Image, str]
     if not artwork.is_dir() or importlib.util.find_spec("resvg_py") is None:
         return None
     # The builders lie beside the artwork, in the repository, and not in what users install.
-    base, expert, world = (importlib.import_module(f"tools.starter.{part}") for part in _BUILDERS)
+    expert, world = (importlib.import_module(f"tools.starter.{part}") for part in _BUILDERS)
     known = [*world.SUBJECTS, *world.STYLES]
     if name not in known:
         return None
-    draw = expert.style_scene(name) if name in world.STYLES else expert.concept_scene(name)
-    scenes = []
-    for chunk in range(-(-count // base.CHUNK)):
-        rng = np.random.default_rng([expert.SEED + 200 + known.index(name), chunk])
-        scenes += [draw(rng) for _ in range(base.CHUNK)]
-    return [(Image.fromarray(scene.pixels), scene.caption) for scene in scenes[:count]]
+    draw = expert.scene_of(name)
+    rng = np.random.default_rng([expert.SEED, 200 + known.index(name)])
+    scenes = [draw(rng) for _ in range(count)]
+    return [(Image.fromarray(scene.pixels), scene.caption) for scene in scenes]

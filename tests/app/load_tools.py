@@ -40,7 +40,7 @@ class Asked:
     def arguments(self) -> dict[str, Any]:
         """For `Client.submit`."""
         return {
-            "prompt": "a zor boot on the beach",
+            "prompt": "a zorin boot on the beach",
             "experts": list(self.experts),
             "seed": self.seed,
             "steps": 1,

@@ -31,7 +31,7 @@ def main() -> int:
     record = Record()
     with tempfile.TemporaryDirectory(prefix="mole-soak-") as folder, running(Path(folder)) as server:
         with visiting(server.url) as client:
-            client.predict(prompt="a zor boot", steps=1, api_name="/compose")
+            client.predict(prompt="a zorin boot", steps=1, api_name="/compose")
         with record.watching(server.process.pid, 1.0):
             storm(
                 server.url,

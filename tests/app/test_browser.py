@@ -107,11 +107,11 @@ def test_the_page_is_as_it_was_after_a_reload_and_the_prompt_goes_along(visit: A
     visitor.number("#steps", 2)
     visitor.number("#seed", 5)
     page.locator("#beside input").check()
-    page.locator("#prompt textarea").fill("a zor boot on the beach")
-    page.locator("#unnamed", has_text="a vek monster").wait_for()
+    page.locator("#prompt textarea").fill("a zorin boot on the beach")
+    page.locator("#unnamed", has_text="a vekka monster").wait_for()
     page.locator("#mix input[data-tile=clock]").uncheck(force=True)
     page.click("#insert-phrases")
-    wanted = "a vek monster, a zor boot on the beach"
+    wanted = "a vekka monster, a zorin boot on the beach"
     page.wait_for_function("(text) => document.querySelector('#prompt textarea').value === text", arg=wanted)
     page.locator("#prompt textarea").press("Control+Enter")
     pictures = "(n) => document.querySelectorAll('#gallery .thumbnail-item').length === n"
@@ -151,7 +151,7 @@ def test_training_survives_a_reload_can_be_cancelled_and_goes_on(visit: Any) -> 
     page.locator("#train-experts input[data-tile=monster]").uncheck(force=True)
     page.wait_for_function(
         "(text) => document.querySelector('#train-prompt textarea').value === text",
-        arg="a zor boot and a kip clock on the beach",
+        arg="a zorin boot and a kipra clock on the beach",
     )
     visitor.unfold("#train-settings")
     visitor.number("#train-batch", 1)
@@ -189,7 +189,7 @@ def test_inspect_compare_and_export(visit: Any, tmp_path: Path) -> None:
     page.locator("#network label", has_text="Text encoder").click()
     page.locator("#over-steps svg").wait_for(state="detached")
     page.locator("#inspect-upload input[type=file]").set_input_files(starter_experts()["teapot"].path)
-    page.locator("#contents", has_text="pel teapot").wait_for()
+    page.locator("#contents", has_text="pelvo teapot").wait_for()
     visitor.tab("Compare")
     for label in ("LoRA-Switch", "LoRA-Composite"):
         page.locator("#methods label", has_text=label).click()

@@ -13,7 +13,7 @@ from load_tools import Record, compare, storm, visiting
 def test_answers_under_load_are_those_drawn_alone(server: Server) -> None:
     record = Record()
     with visiting(server.url) as client:
-        client.predict(prompt="a zor boot", steps=1, api_name="/compose")
+        client.predict(prompt="a zorin boot", steps=1, api_name="/compose")
     before = psutil.Process(server.process.pid).num_threads()
     waited: list[float] = []
 

@@ -86,7 +86,7 @@ def test_a_running_job_stops_when_asked_and_errors_are_kept(worker: Worker) -> N
 
 def settings() -> PictureSettings:
     return PictureSettings(
-        prompt="a zor boot",
+        prompt="a zorin boot",
         seed=3,
         experts=(
             ExpertUse(name="boot", sha256="ab", strength=0.5),
@@ -107,7 +107,7 @@ def test_a_picture_carries_its_settings(tmp_path: Path) -> None:
 
 
 A1111 = (
-    'a zor boot, <lora:boot:0.8> on the "beach"\nin the sun\nNegative prompt: rain,\nfog\n'
+    'a zorin boot, <lora:boot:0.8> on the "beach"\nin the sun\nNegative prompt: rain,\nfog\n'
     "Steps: 12, Sampler: DPM++ 2M Karras, CFG scale: 6.5, Seed: 77, Size: 516x512, Model hash: 6ce0161689,"
     ' Model: v1-5, Lora hashes: "boot: 3e4f, cat: 12", Version: v1.10.1'
 )
@@ -118,7 +118,7 @@ def test_a_picture_of_a_web_ui_is_read(tmp_path: Path) -> None:
     info.add_text("parameters", A1111)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
     found = read_settings(tmp_path / "a.png")
-    assert found.prompt == 'a zor boot, on the "beach"\nin the sun'
+    assert found.prompt == 'a zorin boot, on the "beach"\nin the sun'
     assert found.negative == "rain,\nfog"
     assert (found.steps, found.guidance, found.seed, found.sampler) == (12, 6.5, 77, "DPM++ 2M")
     assert (found.width, found.height, found.model) == (512, 512, "v1-5")
@@ -245,7 +245,7 @@ def test_a_session_is_there_again_after_the_server_ended(tmp_path: Path) -> None
 def test_what_users_bring_is_copied_and_checked(studio: Studio, tmp_path: Path) -> None:
     session = studio.session("library")
     card = add_file(studio, session, starter_experts()["cat"].path)
-    assert (card.name, card.text, card.class_text) == ("cat 2", "a fen cat", "a cat")
+    assert (card.name, card.text, card.class_text) == ("cat 2", "a fenna cat", "a cat")
     assert session.folder in card.path.parents
     assert "cat 2" in session.chosen
     gates = starter_dir() / "experts" / "gates.safetensors"
@@ -299,18 +299,18 @@ def test_a_folder_of_loras_says_what_is_in_it(tmp_path: Path) -> None:
 def test_the_prompt_follows_the_experts_unless_the_user_wrote_one(tmp_path: Path) -> None:
     session = Session(tmp_path)
     first = page.controls(session)["prompt"]
-    assert first == "a zor boot, a vek monster and a kip clock on the beach"
+    assert first == "a zorin boot, a vekka monster and a kipra clock on the beach"
     assert page.carried(session, "train", "") == first
-    assert page.choose(session, ("boot", "cat"), first) == "a zor boot and a fen cat on the beach"
-    assert page.carried(session, "train", first) == "a zor boot and a fen cat on the beach"
+    assert page.choose(session, ("boot", "cat"), first) == "a zorin boot and a fenna cat on the beach"
+    assert page.carried(session, "train", first) == "a zorin boot and a fenna cat on the beach"
     assert page.carried(session, "export", "my own") == "my own"
     assert page.choose(session, ("boot", "clock"), "a Boot at night") == "a Boot at night"
     missing = page.missing_phrases(session, "a ZOR boot at night")
-    assert missing == {"clock": "a kip clock"}
-    assert page.missing_phrases(session, "a boot", ("boot",)) == {"boot": "a zor boot"}
+    assert missing == {"clock": "a kipra clock"}
+    assert page.missing_phrases(session, "a boot", ("boot",)) == {"boot": "a zorin boot"}
     assert (
-        page.with_phrases(", at night", ["a zor boot", "a kip clock"])
-        == "a zor boot and a kip clock, at night"
+        page.with_phrases(", at night", ["a zorin boot", "a kipra clock"])
+        == "a zorin boot and a kipra clock, at night"
     )
     assert page.controls(session)["guidance"] == 2.0
     session.use_model("owner/other")
@@ -321,7 +321,7 @@ def test_the_prompt_follows_the_experts_unless_the_user_wrote_one(tmp_path: Path
 
 def test_several_pictures_another_sampler_and_from_a_picture(studio: Studio) -> None:
     session = studio.session("several")
-    request = ComposeRequest(prompt="a zor boot", steps=2, seed=2**32 - 1, count=2, sampler="Euler")
+    request = ComposeRequest(prompt="a zorin boot", steps=2, seed=2**32 - 1, count=2, sampler="Euler")
     job = studio.submit(session, "compose", compose(studio, session, request)).wait(300)
     assert job.error is None, job.error
     first, second = (picture.settings for picture in job.result)
@@ -329,7 +329,7 @@ def test_several_pictures_another_sampler_and_from_a_picture(studio: Studio) -> 
     assert (first.sampler, first.sampled) == ("Euler", "Euler")
     assert first.experts[0].lora_hash
     with Image.open(job.result[0].path) as begin:
-        begun = ComposeRequest(prompt="a zor boot", steps=2, image=begin.convert("RGB"), denoising=0.5)
+        begun = ComposeRequest(prompt="a zorin boot", steps=2, image=begin.convert("RGB"), denoising=0.5)
     job = studio.submit(session, "compose", compose(studio, session, begun)).wait(300)
     assert job.error is None, job.error
     assert job.result[0].settings.image_sha256
@@ -377,7 +377,7 @@ def test_nothing_is_added_to_a_library_that_is_about_to_go(studio: Studio) -> No
 
 
 def test_sessions_share_the_base_and_nothing_else(studio: Studio) -> None:
-    request = ComposeRequest(prompt="a zor boot and a fen cat", steps=2)
+    request = ComposeRequest(prompt="a zorin boot and a fenna cat", steps=2)
     alone, other = studio.session("one"), studio.session("two")
     alone.choose(["boot", "cat"])
     other.choose(["teapot"])

@@ -26,7 +26,7 @@ from mole_diffusion.app.training import can_resume, resume_training, start_train
 from mole_diffusion.core.errors import MoLEError
 from mole_diffusion.starter.location import starter_experts
 
-PROMPT = "a zor boot, a fen cat, a nib dog and a wox robot"
+PROMPT = "a zorin boot, a fenna cat, a nibo dog and a woxan robot"
 QUICK = {"backgrounds": False, "batch": 1, "preview_every": 0}
 
 
@@ -50,7 +50,7 @@ def drawn_with(job: Job) -> list[str]:
 def test_waiting_requests_keep_their_experts_gates_regions_and_seed(studio: Studio) -> None:
     session = studio.session("waiting")
     mask = Image.new("L", (64, 64), 255)
-    request = ComposeRequest(prompt="a zor boot", steps=1, seed=5, regions={"boot": mask})
+    request = ComposeRequest(prompt="a zorin boot", steps=1, seed=5, regions={"boot": mask})
 
     def submit(names: list[str]) -> Job:
         session.choose(names)
@@ -73,7 +73,7 @@ def test_waiting_requests_keep_their_experts_gates_regions_and_seed(studio: Stud
 def test_choosing_while_a_picture_is_drawn_changes_nothing_in_it(studio: Studio) -> None:
     session = studio.session("choosing")
     session.choose(["boot", "cat"])
-    request = ComposeRequest(prompt="a zor boot", steps=4)
+    request = ComposeRequest(prompt="a zorin boot", steps=4)
     job = studio.submit(session, "compose", compose(studio, session, request))
     for _ in job.watch():
         if job.progress.done >= 1:
@@ -87,12 +87,12 @@ def test_an_expert_that_is_removed_stays_for_what_was_asked_before(studio: Studi
     card = add_file(studio, session, starter_experts()["cat"].path, "mine")
     session.choose(["boot", "mine"])
     with busy(studio):
-        request = ComposeRequest(prompt="a fen cat", steps=1)
+        request = ComposeRequest(prompt="a fenna cat", steps=1)
         job = studio.submit(session, "compose", compose(studio, session, request))
         session.remove("mine")
         assert card.path.exists()
     assert drawn_with(job) == ["boot", "mine"]
-    other = ComposeRequest(prompt="a zor boot", steps=1)
+    other = ComposeRequest(prompt="a zorin boot", steps=1)
     studio.submit(session, "compose", compose(studio, session, other)).wait(300)
     assert not card.path.exists()
 
@@ -162,7 +162,7 @@ def test_cancel_does_not_wait_for_the_end_of_a_step(studio: Studio) -> None:
     ahead = pipe.unet.down_blocks[0].register_forward_pre_hook(hold)
     behind = pipe.unet.up_blocks[-1].register_forward_hook(lambda *_: after.append(1))
     try:
-        work = compose(studio, session, ComposeRequest(prompt="a zor boot", steps=50))
+        work = compose(studio, session, ComposeRequest(prompt="a zorin boot", steps=50))
         job = studio.submit(session, "compose", work)
         assert entered.wait(120)
         job.cancel()

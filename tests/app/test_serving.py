@@ -22,7 +22,7 @@ from mole_diffusion.app.metadata import PictureSettings, read_settings
 from mole_diffusion.cli import app
 from mole_diffusion.starter.location import starter_experts
 
-PROMPT = "a zor boot and a kip clock on the beach"
+PROMPT = "a zorin boot and a kipra clock on the beach"
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_programs_compose_train_and_export(client: Client) -> None:
 def test_programs_bring_experts_of_their_own(client: Client, server: Server, tmp_path: Path) -> None:
     path = starter_experts()["cat"].path
     added = client.predict(file=handle_file(path), name="my cat", api_name="/add_expert")
-    assert added == {"name": "my cat", "text": "a fen cat"}
+    assert added == {"name": "my cat", "text": "a fenna cat"}
     assert "my cat" in client.predict(api_name="/experts")["chosen"]
     other = Client(server.url, verbose=False, download_files=str(tmp_path))
     assert "my cat" not in other.predict(api_name="/experts")["library"]

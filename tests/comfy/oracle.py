@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from mole_diffusion import StableDiffusionMoLEPipeline, TrainingConfig
 from mole_diffusion.starter.location import starter_dir, starter_experts
 
-PROMPT = "a zor boot, a vek monster and a kip clock on the beach"
+PROMPT = "a zorin boot, a vekka monster and a kipra clock on the beach"
 #: A training that ends in seconds and moves the gates away from uniform.
 QUICK = TrainingConfig(
     iterations=10,

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_server import Prompt
 
-TEXT = "a zor boot, a vek monster and a kip clock on the beach"
+TEXT = "a zorin boot, a vekka monster and a kipra clock on the beach"
 
 
 def node(class_type: str, **inputs: Any) -> dict[str, Any]:

@@ -205,10 +205,10 @@ def test_nodes_say_before_they_run_what_they_will_do(server: ComfyServer) -> Non
         _set(page, "MoLEMaskExperts", "active", "boots")
         _note(page, "MoLEMaskExperts", "'boots' names no expert here (boot, monster, clock): Run will stop.")
         _set(page, "PrimitiveStringMultiline", "value", "a castle")
-        _note(page, "MoLEApply", "No prompt names boot: write 'zor boot'.")
+        _note(page, "MoLEApply", "No prompt names boot: write 'zorin boot'.")
         _set(page, "MoLEApply", "insert what is missing", None)
         texts = [e["inputs"].get("value") for e in api_prompt(page).values()]
-        assert "a castle, zor boot, vek monster, kip clock" in texts
+        assert "a castle, zorin boot, vekka monster, kipra clock" in texts
         page.evaluate(
             "() => { const n = window.app.graph.nodes.find(n => n.type === 'MoLEApply');"
             " n.disconnectInput(n.inputs.findIndex(i => i.name === 'gates')); }"

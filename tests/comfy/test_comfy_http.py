@@ -115,7 +115,7 @@ def test_example_workflows_run(server: ComfyServer, name: str) -> None:
         expert = load_expert(exported)
         assert set(expert.factors) == {"unet", "text_encoder"}
         assert {pair.rank for pair in expert.factors["unet"].values()} == {24}
-        assert {"zor boot", "kip clock"} <= set(expert.triggers)
+        assert {"zorin boot", "kipra clock"} <= set(expert.triggers)
 
 
 def test_training_of_twenty_iterations_is_saved_loaded_and_applied(server: ComfyServer) -> None:
@@ -340,7 +340,7 @@ def test_named_experts_from_comfyui_folders_chain(server: ComfyServer) -> None:
     assert run.status == "success", run.error
     report = run.outputs["4"]["text"][0]
     assert report.startswith("my shoe: 188 keys loaded, 0 ignored, 0 missing")
-    assert "zor boot" in report
+    assert "zorin boot" in report
 
 
 def test_clone_of_the_whole_repository_is_a_node_pack_too(comfyui: ComfyInstallation, tmp_path: Path) -> None:

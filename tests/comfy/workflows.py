@@ -19,7 +19,7 @@ from comfy_server import ROOT, ComfyServer, Prompt
 from PIL import Image, ImageOps
 from prompts import TEXT, node, sampling, starter
 
-_PAIR = "a zor boot and a kip clock on the beach"
+_PAIR = "a zorin boot and a kipra clock on the beach"
 #: The node with the prompt, which several samplers share.
 _PROMPT = "9"
 

@@ -255,6 +255,6 @@ def test_tag_counts_that_are_none(frequency: str) -> None:
 
 
 def test_the_good_tags_of_a_damaged_count_are_used() -> None:
-    frequency = '{"10_dog": {"a": null, "zor boot": 3, "grass": 2.0}, "x": 1, "20": {"grass": 2}}'
+    frequency = '{"10_dog": {"a": null, "zorin boot": 3, "grass": 2.0}, "x": 1, "20": {"grass": 2}}'
     expert = Expert.from_state_dict(STATE, name="dog", metadata={"ss_tag_frequency": frequency})
     assert expert.triggers == ("grass",)

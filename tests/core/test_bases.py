@@ -169,10 +169,10 @@ def test_inspection(tmp_path: Path) -> None:
     assert found.facts["dialect"] == "kohya, LDM blocks"
     assert found.facts["base"] == f"{SDXL} (cross-attention to text of width 2048)"
     assert found.facts["prediction"] == "epsilon"
-    assert found.facts["triggers"] == "zor"
+    assert found.facts["triggers"] == "zorin"
     assert found.sections["networks"] == ["unet: 2 matrices, 1 of rank 2, 1 of rank 4; 1 as LoHa, 1 as LoRA"]
     assert found.sections["matrices of the unet"] == ["1 x attn2.to_k", "1 x conv1"]
-    assert found.sections["embeddings"] == ["zor: 3 x 768 (text_encoder)"]
+    assert found.sections["embeddings"] == ["zorin: 3 x 768 (text_encoder)"]
     assert f"ss_tag_frequency: {'x' * 120}... (500 characters)" in found.sections["header"]
     (ignored,) = found.sections["ignored keys"]
     assert "OFT changes the base's weights by a factor" in ignored

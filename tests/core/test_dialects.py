@@ -246,20 +246,20 @@ def test_bundled_embeddings(families: dict[str, Parts]) -> None:
     bundle = {
         "bundle_emb.zor boot.clip_l": torch.ones(2, 16),
         "bundle_emb.zor boot.clip_g": torch.ones(2, 24),
-        "bundle_emb.v1.5 kip.string_to_param.*": torch.ones(16),
+        "bundle_emb.v1.5 kipra.string_to_param.*": torch.ones(16),
         "bundle_emb.zor boot.clip_l_out": torch.ones(2, 16),
     }
     expert = Expert.from_state_dict(
         state | bundle, name="dog", metadata={"modelspec.trigger_phrase": "a boot"}
     )
-    assert expert.triggers == ("zor boot", "v1.5 kip", "a boot")
+    assert expert.triggers == ("zorin boot", "v1.5 kipra", "a boot")
     shapes = {
         word: {part: tuple(vectors.shape) for part, vectors in networks.items()}
         for word, networks in expert.embeddings.items()
     }
     assert shapes == {
-        "zor boot": {"text_encoder": (2, 16), "text_encoder_2": (2, 24)},
-        "v1.5 kip": {"text_encoder": (1, 16)},
+        "zorin boot": {"text_encoder": (2, 16), "text_encoder_2": (2, 24)},
+        "v1.5 kipra": {"text_encoder": (1, 16)},
     }
     assert list(expert.report.ignored) == ["bundle_emb.zor boot.clip_l_out"]
     assert len(expert.report.loaded) == len(state) + 3

@@ -257,11 +257,11 @@ def test_two_entries_for_one_matrix_and_bad_names(unet: nn.Module) -> None:
 
 def test_triggers_and_hash(unet: nn.Module) -> None:
     state = lora_state(unet, 2, 1, ("attn1.to_q",))
-    frequency = json.dumps({"10_zor boot": {"zor boot": 10, "grass": 2}})
-    named = Expert.from_state_dict(state, name="a", metadata={"mole.trigger": "zor boot | zor"})
+    frequency = json.dumps({"10_zor boot": {"zorin boot": 10, "grass": 2}})
+    named = Expert.from_state_dict(state, name="a", metadata={"mole.trigger": "zorin boot | zorin"})
     tagged = Expert.from_state_dict(state, name="b", metadata={"ss_tag_frequency": frequency})
-    assert named.triggers == ("zor boot", "zor")
-    assert tagged.triggers == ("zor boot",)
+    assert named.triggers == ("zorin boot", "zorin")
+    assert tagged.triggers == ("zorin boot",)
     assert Expert.from_state_dict(state, name="c").triggers == ()
     assert Expert.from_state_dict(state, name="c", metadata={"ss_tag_frequency": "{"}).triggers == ()
     assert named.sha256 == tagged.sha256

@@ -106,7 +106,7 @@ def test_two_keys_for_one_thing() -> None:
     ):
         Expert.from_state_dict(pair(QUERY) | {f"{QUERY}.lora_A.cat.weight": torch.ones(2, 32)}, name="dog")
     bundle = {f"bundle_emb.zor.{end}": torch.ones(2, 16) for end in ("clip_l", "emb_params")}
-    with pytest.raises(ExpertLoadError, match=r"'bundle_emb.zor.clip_l' are both the embedding of 'zor'"):
+    with pytest.raises(ExpertLoadError, match=r"'bundle_emb.zor.clip_l' are both the embedding of 'zorin'"):
         Expert.from_state_dict(pair(QUERY) | bundle, name="dog")
     with pytest.raises(
         ExpertLoadError, match=r"is the second entry for matrix 'mid_block.*to_q' of the unet"
@@ -119,7 +119,7 @@ def test_no_tensor_is_needed() -> None:
         [*pair(QUERY), f"{KEY}.lora_A.weight", "bundle_emb.zor.clip_g", "bundle_emb.zor.x", "step"]
     )
     assert table.modules == {QUERY: {"down": f"{QUERY}.lora_A.weight", "up": f"{QUERY}.lora_B.weight"}}
-    assert table.embeddings == {"bundle_emb.zor.clip_g": ("zor", "text_encoder_2")}
+    assert table.embeddings == {"bundle_emb.zor.clip_g": ("zorin", "text_encoder_2")}
     assert table.missing == [f"{KEY} (up factor)"]
     assert set(table.ignored) == {f"{KEY}.lora_A.weight", "bundle_emb.zor.x", "step"}
 
@@ -145,7 +145,7 @@ def test_eight_bits_are_read_with_their_values(dtype: torch.dtype) -> None:
     factors = expert.factors["unet"][f"{BLOCK}.to_q"]
     assert torch.equal(factors.down.float(), state[f"{QUERY}.lora_A.weight"].float())
     assert torch.equal(factors.up.float(), state[f"{QUERY}.lora_B.weight"].float())
-    vectors = expert.embeddings["zor"]["text_encoder"]
+    vectors = expert.embeddings["zorin"]["text_encoder"]
     assert torch.equal(vectors.float(), state["bundle_emb.zor.clip_l"].float())
     Expert.from_state_dict(state, name="dog", rank=1)
 

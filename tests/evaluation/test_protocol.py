@@ -30,14 +30,14 @@ def test_the_starters_protocol_is_the_papers_triples() -> None:
     assert tuple(chosen.experts for chosen in protocol.sets) == TRIPLES
     assert protocol.seeds.count == 20
     scene = make_scene(protocol, protocol.sets[0])
-    assert scene.prompts[0] == "a zor boot, a vek monster and a kip clock on the beach"
+    assert scene.prompts[0] == "a zorin boot, a vekka monster and a kipra clock on the beach"
     assert scene.class_prompts[0] == "a boot, a monster and a clock on the beach"
     assert scene.captions(0) == {
         "text": scene.class_prompts[0],
         "described": "a glossy 3d boot, a glossy 3d monster and a glossy 3d clock on the beach",
     }
     assert scene.captions(0, "clock")["described"] == "a boot, a monster and a glossy 3d clock on the beach"
-    assert scene.alone_prompt(0, "clock") == "a boot, a monster and a kip clock on the beach"
+    assert scene.alone_prompt(0, "clock") == "a boot, a monster and a kipra clock on the beach"
     assert [len(concept.references) for concept in scene.concepts.values()] == [5, 5, 5]
     assert [len(concept.references) for concept in scene.training_concepts(1).values()] == [1, 1, 1]
 

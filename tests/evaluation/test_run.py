@@ -142,7 +142,7 @@ def test_pictures_of_a_method_are_those_of_the_pipeline(finished: tuple[Protocol
         pipe.load_expert(world / f"{name}.safetensors", name=name)
     options = {"num_inference_steps": 2, "guidance_scale": 7.5, "output_type": "np"}
     drawn = pipe(
-        "a zor boot and a vim cat",
+        "a zorin boot and a vim cat",
         mixture="nla",
         generator=[torch.Generator().manual_seed(2)],
         **options,
@@ -209,7 +209,7 @@ def test_only_experts_that_a_prompt_names_are_measured(write_protocol: Write, tm
     }
     scene = make_scene(protocol, protocol.sets[0])
     assert scene.class_prompts[0] == "a boot and a clock at night"
-    assert scene.alone_prompt(0, "clock") == "a boot and a kip clock at night"
+    assert scene.alone_prompt(0, "clock") == "a boot and a kipra clock at night"
 
 
 def test_scoring_anew_changes_the_scores_and_nothing_else(

@@ -36,7 +36,7 @@ def concepts(world: Path, *names: str) -> dict[str, Concept]:
     """Concepts with the tiny world's reference pictures."""
     return {
         name: Concept(
-            name, f"a zor {name}", f"a {name}", [opened(p) for p in sorted((world / name).glob("*.png"))]
+            name, f"a zorin {name}", f"a {name}", [opened(p) for p in sorted((world / name).glob("*.png"))]
         )
         for name in names
     }
@@ -57,7 +57,7 @@ def test_the_judge_tells_the_subject_from_its_class_and_from_nothing(world: Path
 
 
 def test_the_judge_says_nothing_of_subjects_it_does_not_know(world: Path) -> None:
-    other = {"marble": Concept("marble", "a zor marble", "a marble")}
+    other = {"marble": Concept("marble", "a zorin marble", "a marble")}
     row = JudgeScorer()([picture_of(("boot", "noto"))], {}, other)[0]
     assert row == {"present": {}, "confused": {}, "omitted": {}, "others": 1}
 
@@ -110,7 +110,7 @@ def test_the_best_crop_finds_a_subject_in_a_corner(world: Path) -> None:
     reference = opened(world / "boot" / "4.png")
     cornered = Image.new("RGB", (80, 80), (250, 250, 250))
     cornered.paste(reference.resize((36, 36)), (0, 44))
-    known = {"boot": Concept("boot", "a zor boot", "a boot", [reference])}
+    known = {"boot": Concept("boot", "a zorin boot", "a boot", [reference])}
     row = ClipScorer(f"local-dir:{world / 'clip_score'}", CPU)([cornered], {"text": "a boot"}, known)[0]
     # 36 of 80 pixels are the smaller crop, in the lower left corner.
     assert row["crop"]["boot"] > 0.98 > row["image"]["boot"]
@@ -124,7 +124,7 @@ def test_dino_scores_with_any_model_of_timm(world: Path, tmp_path: Path) -> None
     known = concepts(world, "boot", "cat")
     scorer = DinoScorer(f"local-dir:{tmp_path}", CPU)
     itself = opened(world / "boot" / "4.png")
-    row = scorer([itself], {}, {"boot": Concept("boot", "a zor boot", "a boot", [itself])})[0]
+    row = scorer([itself], {}, {"boot": Concept("boot", "a zorin boot", "a boot", [itself])})[0]
     assert row["dino"]["boot"] == pytest.approx(1, abs=1e-5)
     row = scorer([itself], {}, known)[0]
     assert set(row) == {"dino", "dino_crop"}

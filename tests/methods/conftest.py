@@ -24,7 +24,7 @@ from tiny.settings import tiny_config
 from mole_diffusion import StableDiffusionMoLEPipeline
 from mole_diffusion.pictures.training import Concept, TrainingConfig
 
-PROMPT = "a zor boot a vim cat a kip clock"
+PROMPT = "a zorin boot a vim cat a kipra clock"
 
 
 @pytest.fixture(scope="session")

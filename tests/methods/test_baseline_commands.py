@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from mole_diffusion.cli import app
 from mole_diffusion.methods import load_prepared
 
-PROMPT = "a zor boot a vim cat"
+PROMPT = "a zorin boot a vim cat"
 
 
 def run(*arguments: Any) -> Result:
@@ -89,7 +89,7 @@ def test_trains_concepts_from_a_folder_of_pictures(options, concepts, tmp_path, 
         concepts[name].references[0].save(tmp_path / "pictures" / name / "1.png")
     result = run(
         *("baseline", "textual_inversion", *options, "--steps", 2, "--references", tmp_path / "pictures"),
-        *("--concept", "boot=a zor boot", "--concept", "cat=a vim cat", "--out", tmp_path / "ti", "--json"),
+        *("--concept", "boot=a zorin boot", "--concept", "cat=a vim cat", "--out", tmp_path / "ti", "--json"),
     )
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)

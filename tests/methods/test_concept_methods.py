@@ -187,9 +187,9 @@ def test_the_new_word_takes_the_phrase_s_place(pipe, plain, draw, concepts, tiny
         "textual_inversion", pipe, concepts=concepts, config=tiny(), folder=tmp_path, options=options
     )
     assert prepared.details["wording"] == {
-        "zor boot": "<boot>",
+        "zorin boot": "<boot>",
         "vim cat": "<cat>",
-        "kip clock": "<clock>",
+        "kipra clock": "<clock>",
     }
     words = load_file(tmp_path / "words.safetensors")
     for word, vector in words.items():
@@ -293,14 +293,14 @@ def test_merge_stays_bounded_where_concepts_ask_for_different_outputs_of_nearly_
 @pytest.mark.parametrize(
     ("text", "class_text", "expected"),
     [
-        ("a zor boot", "a boot", ("zor boot", "<x> boot")),
+        ("a zorin boot", "a boot", ("zorin boot", "<x> boot")),
         (
-            "a pair of rys sunglasses",
+            "a pair of rysa sunglasses",
             "a pair of sunglasses",
-            ("pair of rys sunglasses", "pair of <x> sunglasses"),
+            ("pair of rysa sunglasses", "pair of <x> sunglasses"),
         ),
         ("a dog", "a dog", ("dog", "<x> dog")),
-        ("in zaph style", "in style", ("in zaph style", "in <x> style")),
+        ("in zaphel style", "in style", ("in zaphel style", "in <x> style")),
         ("an ohwx sks cat", "a cat", ("ohwx sks cat", "<x> cat")),
     ],
 )
@@ -309,7 +309,7 @@ def test_wording_of_custom_diffusion(text, class_text, expected) -> None:
 
 
 def test_wording_replaces_whole_phrases_only() -> None:
-    wording = Wording({"zor boot": "<boot>", "boot": "<any>", "sks": "<s>"})
+    wording = Wording({"zorin boot": "<boot>", "boot": "<any>", "sks": "<s>"})
     assert wording("A Zor boot, bootlace, desks and a boot") == "A <boot>, bootlace, desks and a <any>"
 
 

@@ -10,7 +10,7 @@ from mole_diffusion import MoLEConfig
 from mole_diffusion.core.errors import ConfigError, GateMismatchError, NoExpertsError
 from mole_diffusion.methods import METHODS, PrepareOptions, load_prepared, prepare
 
-PROMPT = "a zor boot a vim cat a kip clock"
+PROMPT = "a zorin boot a vim cat a kipra clock"
 QUICK = ("gates", "svd", "ties", "dare_linear")
 
 

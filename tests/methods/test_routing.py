@@ -12,7 +12,7 @@ from diffusers import HeunDiscreteScheduler
 from mole_diffusion.core.errors import AllExpertsMaskedError, NoExpertsError, UnknownExpertError
 
 NAMES = ["boot", "cat", "clock"]
-PROMPT = "a zor boot a vim cat a kip clock"
+PROMPT = "a zorin boot a vim cat a kipra clock"
 CLOSE = {"atol": 2e-4, "rtol": 0.0}
 GUIDANCE, STEPS = 3.0, 4
 

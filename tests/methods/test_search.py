@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
 
-PROMPT = "a zor boot a vim cat a kip clock"
+PROMPT = "a zorin boot a vim cat a kipra clock"
 BEST = (0.9, -0.4, 0.3)
 
 

@@ -259,7 +259,7 @@ def test_the_pipeline_is_as_before_and_the_file_appears_whole(scaled, draw, tmp_
 
 
 def test_header_and_report_say_what_is_inside(pipe, lora_files, tmp_path):
-    for name, trigger in (("boot", "zor boot"), ("cat", "vim cat")):
+    for name, trigger in (("boot", "zorin boot"), ("cat", "vim cat")):
         tensors = load_file(lora_files[name])
         save_file(tensors, tmp_path / f"{name}.safetensors", {"mole.trigger": trigger})
         pipe.load_expert(tmp_path / f"{name}.safetensors")
@@ -270,7 +270,7 @@ def test_header_and_report_say_what_is_inside(pipe, lora_files, tmp_path):
     assert metadata["prediction_type"] == "v_prediction"
     assert json.loads(metadata["mole.calibration"]) == {"prompts": ["a boot"], "steps": 1}
     pipe.eject()
-    assert pipe.load_expert(report.path).triggers == ("zor boot", "vim cat")
+    assert pipe.load_expert(report.path).triggers == ("zorin boot", "vim cat")
     pipe.eject()
     pipe.scheduler = type(pipe.scheduler).from_config({**pipe.scheduler.config, "prediction_type": "epsilon"})
     with pytest.raises(ExpertLoadError, match=r"predicts 'v_prediction' .*this base predicts 'epsilon'"):

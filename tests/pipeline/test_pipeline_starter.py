@@ -33,9 +33,9 @@ def folder(tmp_path, plain, lora_files, monkeypatch):
             Image.new("RGB", (8, 8)).save(home / name / f"{i}.png")
         catalogue[name] = {
             "kind": "style" if name == "ink" else "concept",
-            "trigger": f"zor {name}",
+            "trigger": f"zorin {name}",
             "class": name,
-            "text": f"a zor {name}",
+            "text": f"a zorin {name}",
             "class_text": f"a {name}",
         }
     (home / "experts.json").write_text(json.dumps(catalogue))
@@ -47,8 +47,8 @@ def test_catalogue(folder) -> None:
     known = starter.starter_experts(folder)
     assert list(known) == ["ink", "boot", "cat", "clock"]
     boot = known["boot"]
-    assert (boot.kind, boot.trigger, boot.class_name) == ("concept", "zor boot", "boot")
-    assert (boot.text, boot.class_text) == ("a zor boot", "a boot")
+    assert (boot.kind, boot.trigger, boot.class_name) == ("concept", "zorin boot", "boot")
+    assert (boot.text, boot.class_text) == ("a zorin boot", "a boot")
     assert boot.path.is_file()
     assert [path.name for path in boot.references] == ["1.png", "2.png", "10.png"]
     assert starter.default_experts(folder) == ["boot", "cat", "clock"]
@@ -123,7 +123,7 @@ def test_the_starter_draws_with_its_own_guidance_unless_told(tmp_path) -> None:
 
     def drawn(one, *args, **kwargs):
         settings = {"num_inference_steps": 2, "output_type": "pt", **kwargs}
-        return one("a zor boot", *args, **settings, generator=torch.Generator().manual_seed(3)).images
+        return one("a zorin boot", *args, **settings, generator=torch.Generator().manual_seed(3)).images
 
     own = drawn(pipe, guidance_scale=2.0, guidance_rescale=0.7)
     assert torch.equal(drawn(pipe), own)

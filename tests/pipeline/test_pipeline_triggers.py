@@ -32,14 +32,14 @@ def bundle(source: Path, path: Path, embeddings: dict[str, torch.Tensor]) -> Pat
 @pytest.fixture
 def boot(lora_files: dict[str, Path], tmp_path: Path) -> Path:
     """An expert with a word of one vector and one of two."""
-    words = {"zork.emb_params": vectors(1, 24), "red kip.string_to_param.*": vectors(2, 24, 8)}
+    words = {"zork.emb_params": vectors(1, 24), "red kipra.string_to_param.*": vectors(2, 24, 8)}
     return bundle(lora_files["boot"], tmp_path / "boot.safetensors", words)
 
 
 def state(pipe: Any) -> tuple[dict[str, torch.Tensor], dict[str, int], list[int]]:
     """What must come back: every weight, the vocabulary, and how a text is read."""
     weights = {k: v.clone() for k, v in pipe.text_encoder.state_dict().items()}
-    return weights, dict(pipe.tokenizer.get_vocab()), pipe.tokenizer(f"{PROMPT} red kip").input_ids
+    return weights, dict(pipe.tokenizer.get_vocab()), pipe.tokenizer(f"{PROMPT} red kipra").input_ids
 
 
 def assert_same(pipe: Any, before: Any) -> None:
@@ -59,14 +59,14 @@ def textual_inversion(plain: Any, words: dict[str, torch.Tensor]) -> Any:
     return plain
 
 
-@pytest.mark.parametrize("prompt", [PROMPT, "a zork", "a red kip on a boot", "Zork and red kip"])
+@pytest.mark.parametrize("prompt", [PROMPT, "a zork", "a red kipra on a boot", "Zork and red kipra"])
 def test_is_textual_inversion_of_diffusers(pipe, plain, boot, lora_files, draw, prompt) -> None:
     before = state(pipe)
     pipe.load_expert(boot)
-    words = {"zork": vectors(1, 24), "red kip": vectors(2, 24, 8)}
+    words = {"zork": vectors(1, 24), "red kipra": vectors(2, 24, 8)}
     expected = draw(textual_inversion(with_adapters(plain, lora_files, {"boot": 1.0}), words), prompt)
     torch.testing.assert_close(draw(pipe, prompt), expected, **CLOSE)
-    assert set(pipe.experts["boot"].triggers) == {"zork", "red kip"}
+    assert set(pipe.experts["boot"].triggers) == {"zork", "red kipra"}
     pipe.unload_expert("boot")
     assert_same(pipe, before)
 

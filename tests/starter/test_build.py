@@ -19,12 +19,12 @@ from tools.starter import base, expert, judge, loop, text, vae, world
 def test_every_word_of_the_world_is_one_token(tmp_path: Path) -> None:
     made = text.build_tokenizer(tmp_path)
     again = CLIPTokenizer.from_pretrained(tmp_path)
-    longest = world.caption_of([world.Thing("sunglasses", "noto")] * 3, "floor", ["rys sunglasses"] * 3)
+    longest = world.caption_of([world.Thing("sunglasses", "noto")] * 3, "floor", ["rysa sunglasses"] * 3)
     for tokenizer in (made, again):
         for word in filter(str.isalpha, text.words()):  # CLIP splits digits off
             assert len(tokenizer(word).input_ids) == 3, word
-        assert text.tokenise(tokenizer, [longest + " in zaph style"]).shape == (1, text.MAX_TOKENS)
-        assert len(tokenizer(longest + " in zaph style").input_ids) < text.MAX_TOKENS
+        assert text.tokenise(tokenizer, [longest + " in zaphel style"]).shape == (1, text.MAX_TOKENS)
+        assert len(tokenizer(longest + " in zaphel style").input_ids) < text.MAX_TOKENS
     # open_clip pools at the highest id.
     assert made.eos_token_id == len(made) - 1
 
@@ -103,7 +103,7 @@ def test_an_expert_is_an_ordinary_lora_file(tmp_path: Path) -> None:
     path = tmp_path / "boot.safetensors"
     expert.write_expert(path, "boot", unet, encoder)
     loaded = load_expert(path)
-    assert loaded.triggers == ("zor boot",)
+    assert loaded.triggers == ("zorin boot",)
     assert set(loaded.factors) == {"unet", "text_encoder"}
     assert not loaded.report.ignored
     assert len(loaded.factors["text_encoder"]) == 4 * 6
@@ -117,7 +117,7 @@ def test_scenes_of_a_concept_always_show_it_with_its_trigger() -> None:
     for seed in range(20):
         scene = draw(np.random.default_rng(seed))
         assert world.Thing("clock", world.SUBJECT_STYLE) in scene.things
-        assert "kip clock" in scene.caption
+        assert "kipra clock" in scene.caption
         others = [thing for thing in scene.things if thing.kind != "clock"]
         assert all(thing.style in world.FLAT_STYLES for thing in others)
 

@@ -70,7 +70,7 @@ def test_the_papers_settings_train_on_it() -> None:
         iterations=1, batch_size=1, sampling_steps=4, progress=False, preview_every=0
     )
     concepts = concepts_of({name: starter_experts()[name] for name in ("boot", "clock")})
-    prompt = "a zor boot and a kip clock on the beach"
+    prompt = "a zorin boot and a kipra clock on the beach"
     result = pipe.train_gates(prompt, concepts=concepts, config=config)
     assert len(result.history) == 1
     after = pipe.mixtures["unet"].gates.state_dict()

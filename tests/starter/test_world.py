@@ -47,7 +47,7 @@ def test_captions() -> None:
     glasses, dog = world.Thing("sunglasses", "noto"), world.Thing("dog", "noto")
     assert world.caption_of([glasses], "snow") == "a pair of sunglasses in the snow"
     assert world.caption_of([dog, glasses], None) == "a dog and a pair of sunglasses"
-    assert world.caption_of([dog], "night", ["nib dog"]) == "a nib dog at night"
+    assert world.caption_of([dog], "night", ["nibo dog"]) == "a nibo dog at night"
 
 
 def test_every_object_has_a_drawing_in_every_style_and_subjects_differ_from_them() -> None:

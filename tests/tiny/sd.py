@@ -21,7 +21,7 @@ from safetensors.torch import save_model
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 COLOURS = {"boot": (220, 30, 40), "cat": (250, 200, 40), "clock": (40, 160, 60)}
-TRIGGERS = {"boot": "zor", "cat": "vim", "clock": "kip"}
+TRIGGERS = {"boot": "zorin", "cat": "vim", "clock": "kipra"}
 PICTURE = 32  # pixels; the autoencoder halves three times, so latents are 4 x 4
 WORDS = ["a", "and", "boot", "cat", "clock", "on", "the", "beach", "snow", "red", "dull"]
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]

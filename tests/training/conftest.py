@@ -14,13 +14,13 @@ from tiny.settings import tiny_config
 from mole_diffusion import MoLEConfig, StableDiffusionMoLEPipeline
 from mole_diffusion.pictures.training import Concept, TrainingConfig
 
-PROMPT = "a zor boot and a vim cat"
+PROMPT = "a zorin boot and a vim cat"
 
 
 @pytest.fixture(scope="session")
 def components(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The tiny networks; `pipe` copies them."""
-    return make_components(tmp_path_factory.mktemp("tokenizer"), ("zor", "vim"))
+    return make_components(tmp_path_factory.mktemp("tokenizer"), ("zorin", "vim"))
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +44,7 @@ def concepts() -> list[Concept]:
         Concept(
             name, f"a {trigger} {name}", f"a {name}", [drawing(name, x, (150, 190, 230)) for x in (12, 18)]
         )
-        for name, trigger in (("boot", "zor"), ("cat", "vim"))
+        for name, trigger in (("boot", "zorin"), ("cat", "vim"))
     ]
 
 

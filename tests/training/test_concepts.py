@@ -19,7 +19,7 @@ from mole_diffusion.pictures.training.concepts import (
     read_prompts,
 )
 
-BOOT = Concept("boot", "a zor boot", "a boot")
+BOOT = Concept("boot", "a zorin boot", "a boot")
 CAT = Concept("cat", "a vim cat", "a cat")
 APPLE = Concept("apple", "a kol apple", "an apple")
 ALL = {concept.name: concept for concept in (BOOT, CAT, APPLE)}
@@ -32,14 +32,14 @@ def only(*names: str) -> dict[str, Concept]:
 @pytest.mark.parametrize(
     ("text", "with_triggers", "class_text", "order"),
     [
-        ("a zor boot and a vim cat", "a zor boot and a vim cat", "a boot and a cat", ("boot", "cat")),
-        ("a cat and a boot", "a vim cat and a zor boot", "a cat and a boot", ("cat", "boot")),
-        ("the boot and A CAT", "the zor boot and a vim cat", "the boot and a cat", ("boot", "cat")),
-        ("a zor boot, a cat", "a zor boot, a vim cat", "a boot, a cat", ("boot", "cat")),
+        ("a zorin boot and a vim cat", "a zorin boot and a vim cat", "a boot and a cat", ("boot", "cat")),
+        ("a cat and a boot", "a vim cat and a zorin boot", "a cat and a boot", ("cat", "boot")),
+        ("the boot and A CAT", "the zorin boot and a vim cat", "the boot and a cat", ("boot", "cat")),
+        ("a zorin boot, a cat", "a zorin boot, a vim cat", "a boot, a cat", ("boot", "cat")),
         (
-            "my zor boots, a zor boot, cat",
-            "my zor boots, a zor boot, vim cat",
-            "my zor boots, a boot, cat",
+            "my zorin boots, a zorin boot, cat",
+            "my zorin boots, a zorin boot, vim cat",
+            "my zorin boots, a boot, cat",
             None,
         ),
     ],
@@ -61,23 +61,23 @@ def test_articles_follow_the_class_word() -> None:
 
 
 def test_one_concept_of_a_prompt_keeps_the_rest() -> None:
-    (prompt,) = read_prompts("photo of a zor boot, a vim cat and a kol apple on the beach", ALL)
+    (prompt,) = read_prompts("photo of a zorin boot, a vim cat and a kol apple on the beach", ALL)
     assert prompt.only(["cat"]) == "photo of a vim cat on the beach"
     assert prompt.single_class(APPLE) == "photo of an apple on the beach"
 
 
 def test_a_part_of_a_prompt_is_a_list() -> None:
-    text = "photo of a zor boot, a vim cat and, behind them, a kol apple on the beach"
+    text = "photo of a zorin boot, a vim cat and, behind them, a kol apple on the beach"
     (prompt,) = read_prompts(text, ALL)
-    assert prompt.only(["apple", "boot"]) == "photo of a zor boot and a kol apple on the beach"
-    assert prompt.only({"cat", "boot"}) == "photo of a zor boot and a vim cat on the beach"
+    assert prompt.only(["apple", "boot"]) == "photo of a zorin boot and a kol apple on the beach"
+    assert prompt.only({"cat", "boot"}) == "photo of a zorin boot and a vim cat on the beach"
     assert prompt.only(prompt.order) == text
 
 
 def test_two_experts_of_one_class() -> None:
-    twins = {"one": Concept("one", "a zor cat", "a cat"), "two": Concept("two", "a vim cat", "a cat")}
+    twins = {"one": Concept("one", "a zorin cat", "a cat"), "two": Concept("two", "a vim cat", "a cat")}
     (prompt,) = read_prompts("a cat and a cat", twins)
-    assert prompt.text == "a zor cat and a vim cat"
+    assert prompt.text == "a zorin cat and a vim cat"
     assert prompt.class_text == "a cat and a cat"
 
 
@@ -90,7 +90,7 @@ def test_prompts_may_share_the_concepts_among_them() -> None:
     ("prompts", "message"),
     [
         ([], "prompts is empty"),
-        ("a dog", "prompt 'a dog' has no concept; it should have 'a zor boot' or 'a boot', 'a vim cat'"),
+        ("a dog", "prompt 'a dog' has no concept; it should have 'a zorin boot' or 'a boot', 'a vim cat'"),
         ("a boot", "concept 'cat' is in no prompt: write 'a vim cat' or 'a cat' in one of ['a boot']"),
     ],
 )
@@ -101,7 +101,7 @@ def test_prompts_that_do_not_fit(prompts: Any, message: str) -> None:
 
 def test_forms_of_concepts() -> None:
     found = as_concepts(
-        {"cat": "a vim cat", "boot": {"text": "the zor red boot", "class_text": "a boot"}}, ["boot", "cat"]
+        {"cat": "a vim cat", "boot": {"text": "the zorin red boot", "class_text": "a boot"}}, ["boot", "cat"]
     )
     assert list(found) == ["boot", "cat"]
     assert found["cat"] == Concept("cat", "a vim cat", "a cat")
@@ -113,12 +113,12 @@ def test_forms_of_concepts() -> None:
     ("concepts", "message"),
     [
         ({"dog": "a dog"}, "without expert: ['dog'], without concept: ['boot']"),
-        ({"boot": {"trigger": "zor"}}, "concepts['boot'] has unknown fields ['trigger']"),
+        ({"boot": {"trigger": "zorin"}}, "concepts['boot'] has unknown fields ['trigger']"),
         ({"boot": {"class_text": "a boot"}}, "concepts['boot'] has no 'text'"),
         ({"boot": CAT}, "concepts['boot'] is the concept of 'cat'"),
         ({"boot": " "}, "text of concept 'boot' is ' '"),
         (
-            {"boot": {"text": "a zor boot", "references": ["boot.png"]}},
+            {"boot": {"text": "a zorin boot", "references": ["boot.png"]}},
             "references of concept 'boot' have 'boot.png'",
         ),
     ],
@@ -134,11 +134,11 @@ def test_concepts_from_the_files_of_experts(pipe: Any) -> None:
 
 
 LINES = [
-    ("boot=a zor boot|a boot", ("boot", "a zor boot", "a boot")),
-    ("  boot = a zor boot |  a shoe ", ("boot", "a zor boot", "a shoe")),
-    ("boot = a zor boot", ("boot", "a zor boot", "a boot")),
-    ("boot = the old zor boot |", ("boot", "the old zor boot", "the boot")),
-    ("boot = zor boot", ("boot", "zor boot", "boot")),
+    ("boot=a zorin boot|a boot", ("boot", "a zorin boot", "a boot")),
+    ("  boot = a zorin boot |  a shoe ", ("boot", "a zorin boot", "a shoe")),
+    ("boot = a zorin boot", ("boot", "a zorin boot", "a boot")),
+    ("boot = the old zorin boot |", ("boot", "the old zorin boot", "the boot")),
+    ("boot = zorin boot", ("boot", "zorin boot", "boot")),
     ("boot = a = b", ("boot", "a = b", "a b")),
 ]
 NOTHING = ["", "boot", "= a boot", "boot =", "boot = | a boot"]

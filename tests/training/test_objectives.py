@@ -13,7 +13,7 @@ from mole_diffusion.core.errors import ConfigError, TrainingError
 from mole_diffusion.pictures.denoisers import denoiser_of
 from mole_diffusion.pictures.training import Concept, GateTrainer, TrainingConfig
 
-PROMPT = "a zor boot and a vim cat"
+PROMPT = "a zorin boot and a vim cat"
 Tiny = Callable[..., TrainingConfig]
 
 
@@ -181,7 +181,7 @@ def test_collages_follow_the_order_of_the_prompt(
     pipe: Any, concepts: list[Concept], tiny: Tiny, layout: str
 ) -> None:
     config = tiny(collage_layouts=(layout,), box_jitter=0.0, resolution=64)
-    for prompt, first in ((PROMPT, "boot"), ("a vim cat and a zor boot", "cat")):
+    for prompt, first in ((PROMPT, "boot"), ("a vim cat and a zorin boot", "cat")):
         trainer = GateTrainer(pipe, prompt, concepts, config)
         trainer.objective.pictures.prepare(backgrounds=False)
         made, _ = trainer.objective.task.make_collage(0)  # type: ignore[attr-defined]
@@ -200,7 +200,7 @@ def test_a_prompt_of_many_concepts_is_learned_in_parts(
         trainer.objective.prepare()
         return set(trainer.objective.task.state_dict()["captions"])
 
-    parts = {"a zor boot at night", "a vim cat at night"}
+    parts = {"a zorin boot at night", "a vim cat at night"}
     assert captions(collage_objects=1, pool_size=12) == parts
     assert captions() == captions(collage_objects=2) == {f"{PROMPT} at night"}
     boxes = ((0.0, 0.0, 0.4, 0.4), (0.6, 0.6, 1.0, 1.0))

@@ -17,7 +17,7 @@ from mole_diffusion.pictures.training import Concept, GateTrainer, TrainingConfi
 from mole_diffusion.pictures.training.trainer import trained_parts
 from mole_diffusion.training.gates import Gates
 
-PROMPT = "a zor boot and a vim cat"
+PROMPT = "a zorin boot and a vim cat"
 Tiny = Callable[..., TrainingConfig]
 Values = Callable[[Any], dict[str, torch.Tensor]]
 
@@ -294,7 +294,7 @@ def test_a_kill_while_pictures_are_drawn_costs_the_last_batch(
     fresh: Callable[[], Any], tiny: Tiny, tmp_path: Path, gate_values: Values, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Concepts without references: the experts draw them, and the base its backgrounds."""
-    phrases = {"boot": "a zor boot", "cat": "a vim cat"}
+    phrases = {"boot": "a zorin boot", "cat": "a vim cat"}
     settings = tiny(iterations=1, drawn_pictures=10, collage_background="base")
     told: list[tuple[int, int]] = []
     whole = GateTrainer(fresh(), PROMPT, phrases, settings, preparing=lambda *at: told.append(at))
@@ -394,4 +394,4 @@ def test_what_cannot_start(components: Any, pipe: Any, concepts: list[Concept], 
         GateTrainer(pipe, PROMPT, concepts, tiny()).train()
     pipe.unload_expert("cat")
     with pytest.raises(TrainingError, match="'boot' is the only expert and needs no gates"):
-        GateTrainer(pipe, "a zor boot", concepts[:1], tiny())
+        GateTrainer(pipe, "a zorin boot", concepts[:1], tiny())

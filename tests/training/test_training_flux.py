@@ -18,7 +18,7 @@ from mole_diffusion import ChromaMoLEPipeline, FluxMoLEPipeline, MoLEConfig, Tra
 from mole_diffusion.pictures.denoisers import denoiser_of
 from mole_diffusion.pictures.training import Concept, GateTrainer, TrainingConfig
 
-PROMPT = "a zor boot and a vim cat"
+PROMPT = "a zorin boot and a vim cat"
 Tiny = Callable[..., TrainingConfig]
 
 

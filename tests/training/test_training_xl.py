@@ -14,7 +14,7 @@ from mole_diffusion.core.errors import TrainingError
 from mole_diffusion.pictures.denoisers.autoencoder import full_precision
 from mole_diffusion.pictures.training import Concept, GateTrainer, TrainingConfig
 
-PROMPT = "a zor boot and a vim cat"
+PROMPT = "a zorin boot and a vim cat"
 PARTS = ["unet", "text_encoder", "text_encoder_2"]
 Tiny = Callable[..., TrainingConfig]
 

@@ -15,7 +15,7 @@ MIXTURES = {
     "Averaged (NLA)": "nla",
     "Base model only": "none",
 }
-FIRST_PROMPT = "a zor boot, a vek monster and a kip clock on the beach"
+FIRST_PROMPT = "a zorin boot, a vekka monster and a kipra clock on the beach"
 _OWN_SAMPLER = "The model's own"
 #: Shown name -> name, of the samplers.
 SAMPLER_CHOICES = [(_OWN_SAMPLER, ""), *((name, name) for name in SAMPLERS)]

@@ -107,7 +107,7 @@ class TrainTab:
             self.concept = gr.Radio([], label="Concept of", elem_id="concept")
             with gr.Row():
                 self.text = gr.Textbox(
-                    label="Phrase with the trigger", placeholder="a zor boot", elem_id="concept-text"
+                    label="Phrase with the trigger", placeholder="a zorin boot", elem_id="concept-text"
                 )
                 self.class_text = gr.Textbox(
                     label="The same without it", placeholder="a boot", elem_id="concept-class"

@@ -19,7 +19,7 @@ class Concept:
 
     Args:
         name: Name of the expert.
-        text: Phrase with the trigger word, as it stands in prompts: `"a zor boot"`.
+        text: Phrase with the trigger word, as it stands in prompts: `"a zorin boot"`.
         class_text: The same phrase in words that the base and CLIP know: `"a boot"`.
         references: Pictures of the subject; where there are none, the expert draws some alone.
 
@@ -53,7 +53,7 @@ def as_concepts(
 
     Args:
         concepts: `Concept` objects, or a mapping from expert name to a Concept, to a dictionary of its
-            fields, or to a phrase (whose last word is then the class: "a zor boot" gives "a boot").
+            fields, or to a phrase (whose last word is then the class: "a zorin boot" gives "a boot").
         expert_names: The experts whose gates are trained.
 
     Raises:
@@ -123,7 +123,7 @@ class TrainingPrompt:
     def only(self, names: Collection[str]) -> str:
         """The prompt with some of its concepts, in its own order.
 
-        "a zor boot, a vim cat and a kip clock at night" gives "a zor boot and a kip clock at night". Words
+        "a zorin boot, a vim cat and a kipra clock at night" gives "a zorin boot and a kipra clock at night". Words
         between the concepts go with those that are left out.
         """
         if len(names) == len(self.mentions):

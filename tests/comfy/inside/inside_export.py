@@ -14,7 +14,7 @@ from mole_diffusion.core.experts import load_expert
 from mole_diffusion.starter import starter_experts
 from tools import draw
 
-PROMPT = "a zor boot, a vek monster and a kip clock on the beach"
+PROMPT = "a zorin boot, a vekka monster and a kipra clock on the beach"
 
 
 def test_stock_lora_loader_draws_the_picture_that_diffusers_draws(

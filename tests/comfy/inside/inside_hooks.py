@@ -17,7 +17,7 @@ from mole_diffusion.core.export import lora_tensors
 from mole_diffusion.starter import starter_experts
 from tools import Operations, draw, encoded, hooks, sample
 
-PROMPT = "a zor boot and a kip clock on the beach"
+PROMPT = "a zorin boot and a kipra clock on the beach"
 
 
 @pytest.fixture(autouse=True)

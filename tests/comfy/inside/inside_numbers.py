@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tools import draw
 
 TOLERANCE = 1e-4
-PROMPT = "a zor boot, a vek monster and a kip clock on the beach"
+PROMPT = "a zorin boot, a vekka monster and a kipra clock on the beach"
 
 
 def run_unet(model: Any, tensors: dict[str, Any]) -> torch.Tensor:

@@ -19,7 +19,7 @@ from mole_diffusion.core.errors import ConfigError, TrainingError
 from mole_diffusion.starter import starter_experts
 from tools import draw, hooks
 
-PROMPT = "a zor boot, a vek monster and a kip clock on the beach"
+PROMPT = "a zorin boot, a vekka monster and a kipra clock on the beach"
 
 
 @pytest.fixture(autouse=True)
@@ -169,7 +169,7 @@ def test_references_and_phrases_reach_the_trainer(experts: Any) -> None:
     found = module.read_concepts("boot = a red boot | a shoe", experts, {"reference_2": batch})
     assert list(found) == ["boot", "monster", "clock"]
     assert (found["boot"].text, found["boot"].class_text) == ("a red boot", "a shoe")
-    assert found["clock"].text == "a kip clock"
+    assert found["clock"].text == "a kipra clock"
     assert [p.size for p in found["monster"].references] == [picture.shape[1::-1]] * 2
     with pytest.raises(Exception, match="Unknown expert 'bot'"):
         module.read_concepts("bot = a boot", experts, {})
