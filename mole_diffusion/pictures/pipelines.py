@@ -13,6 +13,7 @@ Each stands in for the pipeline of diffusers whose name it has without `MoLE`: f
 """
 
 from collections.abc import Sequence
+from functools import wraps
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -40,6 +41,10 @@ from mole_diffusion.core.errors import UnknownExpertError
 from mole_diffusion.pictures.call import P, WithExperts
 from mole_diffusion.starter import default_experts, starter_dir, starter_experts
 from mole_diffusion.starter.location import GUIDANCE, RESCALE
+
+
+_WITHOUT_MASK = 4
+"""Channels that a network without a mask among its inputs has, for diffusers."""
 
 
 class _StarterMixin(WithExperts):
@@ -119,7 +124,26 @@ class StableDiffusionMoLEImg2ImgPipeline(_StarterMixin, StableDiffusionImg2ImgPi
     diffusers_class = StableDiffusionImg2ImgPipeline
 
 
-class StableDiffusionMoLEInpaintPipeline(_StarterMixin, StableDiffusionInpaintPipeline):
+class _AnyLatents(StableDiffusionInpaintPipeline):  # type: ignore[misc]
+    """Diffusers' inpainting for networks whose latents have any number of channels.
+
+    Diffusers takes four input channels as the sign of a network without a mask among its inputs, and refuses
+    every number but four and nine.
+    """
+
+    @wraps(StableDiffusionInpaintPipeline.__call__)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        channels = self.unet.config.in_channels
+        if channels != self.vae.config.latent_channels or channels == _WITHOUT_MASK:
+            return super().__call__(*args, **kwargs)
+        self.unet.register_to_config(in_channels=_WITHOUT_MASK)
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            self.unet.register_to_config(in_channels=channels)
+
+
+class StableDiffusionMoLEInpaintPipeline(_StarterMixin, _AnyLatents):
     """`StableDiffusionInpaintPipeline` with experts; `from_pipe` shares those of another pipeline."""
 
     diffusers_class = StableDiffusionInpaintPipeline
