@@ -18,7 +18,7 @@ from .stage import STYLES
 from .workshop import Pool, Workshop
 
 SEED = 23
-STEPS, BATCH, RATE = 9000, 256, 1.2e-3
+STEPS, BATCH, RATE = 3403, 256, 1.2e-3
 CHUNK, CHUNKS, EVERY = 128, 160, 5
 
 

@@ -14,7 +14,7 @@ from . import loop, world
 from .workshop import Workshop
 
 SEED = 11
-STEPS, BATCH, RATE = 3000, 64, 1.5e-3
+STEPS, BATCH, RATE = 2941, 64, 1.5e-3
 CHANNELS = 16
 NOISE = 0.2
 """Largest deviation of the noise the decoder learns to overlook, beside latents of deviation one or so."""

@@ -41,12 +41,12 @@ class Recipe:
 
 
 GUIDE = Recipe(
-    "clip", 71, 3000, 384, 8e-4, 3, {"layers": 6, "width": 192, "head_width": 32, "patch_size": 8}
+    "clip", 71, 238, 384, 8e-4, 3, {"layers": 6, "width": 192, "head_width": 32, "patch_size": 8}
 )
 SCORER = Recipe(
     "clip_eval",
     72,
-    2500,
+    305,
     384,
     1e-3,
     2,
