@@ -94,7 +94,7 @@ def generate(
 
     A PNG carries its settings: dropped into the app they return, and web UIs read them.
 
-    Example: [bold]mole generate "a zorin boot, a vekka monster and a kipra clock on the beach" --seed 0,1,2[/]
+    Example: [bold]mole generate "a zorin boot, a vekka monster and a kipra clock" --seed 0,1,2[/]
     """
     choices, names, pixels = parse_experts(experts), split_names(active, "--active"), _parse_size(size)
     seeds = _parse_seeds(seed)

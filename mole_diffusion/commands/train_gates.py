@@ -101,7 +101,7 @@ def train_gates(
     Two runs with one seed are equal to the bit on one machine with one thread (OMP_NUM_THREADS=1); with more,
     libraries add numbers up in another order each time.
 
-    Example: [bold]mole train-gates "a zorin boot and a kipra clock" -e boot -e clock --out outputs/boot+clock[/]
+    Example: [bold]mole train-gates "a zorin boot and a kipra clock" -e boot -e clock --out outputs/pair[/]
     """
     from mole_diffusion.pictures.training import TrainingConfig
 

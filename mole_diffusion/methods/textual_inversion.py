@@ -1,6 +1,6 @@
 """Textual Inversion (Gal et al. 2022, arXiv 2208.01618): a concept is the embedding of a new word.
 
-The word stands for the concept's whole phrase ("zorin boot"), begins as the mean embedding of its class words,
+The word stands for the concept's phrase ("zorin boot"), begins as the mean embedding of its class words,
 and is all that is trained. diffusers loads the words of several concepts side by side.
 """
 

@@ -42,7 +42,6 @@ from mole_diffusion.pictures.call import P, WithExperts
 from mole_diffusion.starter import default_experts, starter_dir, starter_experts
 from mole_diffusion.starter.location import GUIDANCE, RESCALE
 
-
 _WITHOUT_MASK = 4
 """Channels that a network without a mask among its inputs has, for diffusers."""
 
@@ -54,7 +53,8 @@ class _StarterMixin(WithExperts):
     def _get_signature_types(cls) -> dict[str, tuple[type, ...]]:
         # diffusers warns of a codec of another class and does not hand it on in `from_pipe`, though it draws
         # with it; the starter has one, and others take TAESD in place of their own.
-        types: dict[str, tuple[type, ...]] = super()._get_signature_types()
+        parent: Any = super()
+        types: dict[str, tuple[type, ...]] = parent._get_signature_types()
         return {**types, "vae": (*types["vae"], AutoencoderTiny)}
 
     @classmethod
@@ -124,7 +124,7 @@ class StableDiffusionMoLEImg2ImgPipeline(_StarterMixin, StableDiffusionImg2ImgPi
     diffusers_class = StableDiffusionImg2ImgPipeline
 
 
-class _AnyLatents(StableDiffusionInpaintPipeline):  # type: ignore[misc]
+class _AnyLatents(StableDiffusionInpaintPipeline):
     """Diffusers' inpainting for networks whose latents have any number of channels.
 
     Diffusers takes four input channels as the sign of a network without a mask among its inputs, and refuses
@@ -143,7 +143,7 @@ class _AnyLatents(StableDiffusionInpaintPipeline):  # type: ignore[misc]
             self.unet.register_to_config(in_channels=channels)
 
 
-class StableDiffusionMoLEInpaintPipeline(_StarterMixin, _AnyLatents):
+class StableDiffusionMoLEInpaintPipeline(_StarterMixin, _AnyLatents):  # type: ignore[misc]
     """`StableDiffusionInpaintPipeline` with experts; `from_pipe` shares those of another pipeline."""
 
     diffusers_class = StableDiffusionInpaintPipeline

@@ -52,7 +52,9 @@ def main(
     seeds: Annotated[int, typer.Option(help="Pictures per prompt set in the evaluation.")] = 20,
     threads: Annotated[int, typer.Option(help="Threads of torch; 0 leaves its default.")] = 0,
     device: Annotated[str, typer.Option(help="Where to train: cpu, cuda.")] = "cpu",
-    scale: Annotated[float, typer.Option(help="Share of the training steps; under 1 is a trial.", min=0.0)] = 1.0,
+    scale: Annotated[
+        float, typer.Option(help="Share of the training steps; under 1 is a trial.", min=0.0)
+    ] = 1.0,
     graph: Annotated[bool, typer.Option(help="Replay training steps as CUDA graphs.")] = True,
 ) -> None:
     """Train the starter step by step; a killed run continues where it was."""

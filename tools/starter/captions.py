@@ -96,7 +96,9 @@ class Captions:
         ids = ids.gather(1, order)[:, : text.MAX_TOKENS - 2]
         ids = torch.where(ids < 0, self.end, ids)
         ids = torch.nn.functional.pad(ids, (0, text.MAX_TOKENS - 2 - ids.shape[1]), value=self.end)
-        return torch.nn.functional.pad(torch.nn.functional.pad(ids, (1, 0), value=self.start), (0, 1), value=self.end)
+        return torch.nn.functional.pad(
+            torch.nn.functional.pad(ids, (1, 0), value=self.start), (0, 1), value=self.end
+        )
 
     def text(self, numbers: Tensor) -> list[str]:
         """The captions in words."""

@@ -1,4 +1,4 @@
-"""The starter's picture codec: an f8 AutoencoderTiny with sixteen latent channels, trained on drawn scenes."""
+"""The starter's picture codec: an f8 AutoencoderTiny with sixteen latent channels, for drawn scenes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measures the starter: judge on rendered scenes, base on held-out object sets, each expert alone."""
+"""Measures the starter: codec, judge, base on held-out object sets, each expert alone, both CLIPs."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from transformers import CLIPTokenizer
 
 from mole_diffusion.pictures import drawing
-from mole_diffusion.starter.judge import Judge
+from mole_diffusion.starter.judge import STYLE, Judge, to_tensor
+from mole_diffusion.starter.location import GUIDANCE, RESCALE
 
-from . import base, judge, world
-from .workshop import load_codec
+from . import base, guidance, judge, world
+from .workshop import Workshop, load_codec
 
-STEPS, GUIDANCE = 20, 5.0
+STEPS = 20
 
 
 def assemble(out: Path) -> StableDiffusionPipeline:
@@ -50,7 +52,7 @@ def draw(
             range(first_seed + start, first_seed + start + len(part)),
             num_inference_steps=STEPS,
             guidance_scale=GUIDANCE,
-            guidance_rescale=0.7,
+            guidance_rescale=RESCALE,
             height=world.SIZE,
             width=world.SIZE,
         )
@@ -125,14 +127,92 @@ def expert_scores(
     return result
 
 
+def codec_score(out: Path, count: int = 200) -> dict[str, float]:
+    """Signal to noise in dB of scenes that the codec has not seen: of whole pictures, and inside objects."""
+    codec = load_codec(out, torch.device("cpu"))
+    rng = np.random.default_rng([99, 4])
+    scenes = [judge.random_scene(rng) for _ in range(count)]
+    picture = to_tensor(np.stack([scene.pixels for scene in scenes]))
+    inside = torch.from_numpy(np.stack([scene.foreground for scene in scenes]))[:, None] > 0.5
+    with torch.no_grad():
+        made = torch.cat([codec.decode(codec.encode(part).latents).sample for part in picture.split(20)])
+    error = ((made.clamp(-1, 1) - picture) / 2).square()
+    objects = (error * inside).sum((1, 2, 3)) / (3 * inside.sum((1, 2, 3)))
+    return {
+        "whole": float(-10 * error.mean((1, 2, 3)).log10().mean()),
+        "objects": float(-10 * objects.log10().mean()),
+    }
+
+
+def style_scores(
+    out: Path, pipe: StableDiffusionPipeline, referee: Judge, seeds: int = 20
+) -> dict[str, dict[str, float]]:
+    """Share of pictures that the judge takes for the style, with the style's expert and without."""
+    rng = np.random.default_rng([99, 3])
+    result = {}
+    for name in world.STYLES:
+        if not (out / "experts" / f"{name}.safetensors").is_file():
+            continue
+        sets = [world.random_kinds(2, rng) for _ in range(seeds)]
+        backgrounds = [list(world.BACKGROUNDS)[i % len(world.BACKGROUNDS)] for i in range(seeds)]
+        things = [[world.Thing(kind, "noto") for kind in kinds] for kinds in sets]
+        prompts = [
+            f"{world.caption_of(t, b)} in {world.STYLES[name]} style"
+            for t, b in zip(things, backgrounds, strict=True)
+        ]
+        without = referee(draw(pipe, prompts))
+        pipe.load_lora_weights(str(out / "experts"), weight_name=f"{name}.safetensors")
+        alone = referee(draw(pipe, prompts))
+        pipe.unload_lora_weights()
+        label = f"{STYLE}{name}"
+        result[name] = {
+            "with": sum(label in f for f in alone) / seeds,
+            "without": sum(label in f for f in without) / seeds,
+        }
+    return result
+
+
+def clip_scores(out: Path, folder: str, count: int = 400) -> dict[str, float]:
+    """How often a CLIP prefers a scene's description to a wrong one.
+
+    Wrong is one object exchanged, or the colours of the first two objects, of scenes that have two.
+    """
+    shop = Workshop(out, out, torch.device("cpu"))
+    network = open_clip.create_model(f"local-dir:{out / folder}").eval()
+    dice = shop.dice(99, 5)
+    scenes = shop.director.mixed(dice, count, recoloured=0.5)
+    described = guidance.describe(shop, scenes, dice)
+    pictures, _ = shop.stage.draw(scenes, dice.below(1000, count), plain=True)
+    place = torch.ones(count, dtype=torch.bool)
+    told = {
+        "right": described,
+        "object": guidance.exchanged(described, dice),
+        "colours": guidance.colours_swapped(described),
+    }
+    with torch.no_grad():
+        image = torch.cat([network.encode_image(part * 2 - 1, normalize=True) for part in pictures.split(50)])
+        near = {
+            name: (image * network.encode_text(guidance.caption(shop, d, place), normalize=True)).sum(1)
+            for name, d in told.items()
+        }
+    two = guidance.two_colours(described)
+    return {
+        "object": float((near["right"] > near["object"]).float().mean()),
+        "colours": float((near["right"] > near["colours"])[two].float().mean()),
+    }
+
+
 def evaluate(out: Path, report: Path, seeds: int = 20) -> dict[str, Any]:
-    """All three measurements, written as JSON and as a Markdown table beside it."""
+    """All measurements, written as JSON and as a Markdown table beside it."""
     referee, pipe = Judge(out / "judge"), assemble(out)
     figures = {
         "seeds": seeds,
+        "codec": codec_score(out),
         "judge": {f"blur {radius} px": judge_score(referee, radius) for radius in (0, 1, 2)},
         "base": base_scores(pipe, referee, seeds=seeds),
         "experts": expert_scores(out, pipe, referee, seeds),
+        "styles": style_scores(out, pipe, referee, seeds),
+        "clips": {name: clip_scores(out, name) for name in ("clip", "clip_eval")},
     }
     report.parent.mkdir(parents=True, exist_ok=True)
     report.write_text(json.dumps(figures, indent=1) + "\n")
@@ -142,7 +222,13 @@ def evaluate(out: Path, report: Path, seeds: int = 20) -> dict[str, Any]:
 
 def table(figures: dict[str, Any]) -> str:
     """The figures as Markdown."""
-    rows = []
+    codec = figures["codec"]
+    rows = [
+        (
+            "codec on scenes not seen: whole picture / inside objects",
+            f"{codec['whole']:.1f} / {codec['objects']:.1f} dB",
+        )
+    ]
     for blur, kinds in figures["judge"].items():
         for kind, score in kinds.items():
             rows.append(
@@ -162,5 +248,11 @@ def table(figures: dict[str, Any]) -> str:
                 f"{score['with']:.2f} ({score['without']:.2f})",
             )
         )
+    for name, score in figures["styles"].items():
+        text = f"{score['with']:.2f} ({score['without']:.2f})"
+        rows.append((f"style {name}: found by the judge (without the expert)", text))
+    for name, score in figures["clips"].items():
+        text = f"{score['object']:.2f} / {score['colours']:.2f}"
+        rows.append((f"{name}: right caption over one object / two colours exchanged", text))
     lines = ["| measure | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
     return f"{figures['seeds']} seeds per set of objects.\n\n" + "\n".join(lines) + "\n"

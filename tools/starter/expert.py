@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +30,8 @@ ORDINARY_CHUNKS = 32
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 NAMES = (*world.SUBJECTS, *world.STYLES)
+SHIPPED = tuple(name for name in NAMES if name != "pixel")
+"""Pixel art was not learned in these steps: its pictures are the base's own."""
 
 
 class ManyLoRA(nn.Module):
@@ -50,8 +51,10 @@ class ManyLoRA(nn.Module):
         return plain + change.view_as(plain).to(plain.dtype)
 
 
-def attach(network: nn.Module, targets: tuple[str, ...], experts: int, rank: int = RANK) -> dict[str, ManyLoRA]:
-    """Put a `ManyLoRA` in place of every linear layer whose name ends in one of `targets`; layer name -> it."""
+def attach(
+    network: nn.Module, targets: tuple[str, ...], experts: int, rank: int = RANK
+) -> dict[str, ManyLoRA]:
+    """Put a `ManyLoRA` in place of each linear layer whose name ends in one of `targets`; by layer name."""
     network.requires_grad_(False)
     found = {
         name: module
@@ -67,7 +70,7 @@ def attach(network: nn.Module, targets: tuple[str, ...], experts: int, rank: int
 
 
 def own_rows(shop: Workshop) -> Pool:
-    """A chunk holds `OWN` scenes of every expert in the order of NAMES; kept (chunk number, expert) by expert."""
+    """A chunk holds `OWN` scenes of every expert in the order of NAMES, as rows (OWN, experts, ...)."""
     kinds = [world.CLASSES.index(name) for name in world.SUBJECTS]
 
     def make(number: int, count: int) -> loop.Batch:
@@ -92,7 +95,10 @@ def own_rows(shop: Workshop) -> Pool:
             "cover": F.avg_pool2d(cover, 8),
             "ids": shop.captions.tokens(torch.cat([first, second])),
         }
-        return {name: value.view(len(NAMES), OWN, *value.shape[1:]).transpose(0, 1) for name, value in rows.items()}
+        return {
+            name: value.view(len(NAMES), OWN, *value.shape[1:]).transpose(0, 1)
+            for name, value in rows.items()
+        }
 
     return Pool(make, OWN, shop.size(48), 4)
 
@@ -144,10 +150,10 @@ def train_experts(shop: Workshop) -> None:
         graph=shop.graph,
         clip=None,
     )
-    for number, name in enumerate(NAMES):
-        write_expert(shop, name, _of_one(factors, number))
+    for name in SHIPPED:
+        write_expert(shop, name, _of_one(factors, NAMES.index(name)))
         write_references(name, shop.out)
-    catalogue = {name: entry_of(shop, name) for name in NAMES}
+    catalogue = {name: entry_of(shop, name) for name in SHIPPED}
     (shop.out / "experts" / "experts.json").write_text(json.dumps(catalogue, indent=1) + "\n")
 
 

@@ -29,7 +29,7 @@ CHUNK, CHUNKS, EVERY = 256, 40, 6
 
 @dataclass(frozen=True)
 class Recipe:
-    """One CLIP: folder name in the starter, seed, steps, batch, rate, layers of text, open_clip's `vision_cfg`."""
+    """One CLIP: folder in the starter, seed, steps, batch, rate, layers of text, open_clip's `vision_cfg`."""
 
     name: str
     seed: int
@@ -40,9 +40,7 @@ class Recipe:
     vision: Mapping[str, object]
 
 
-GUIDE = Recipe(
-    "clip", 71, 238, 384, 8e-4, 3, {"layers": 6, "width": 192, "head_width": 32, "patch_size": 8}
-)
+GUIDE = Recipe("clip", 71, 238, 384, 8e-4, 3, {"layers": 6, "width": 192, "head_width": 32, "patch_size": 8})
 SCORER = Recipe(
     "clip_eval",
     72,
@@ -89,7 +87,8 @@ def describe(shop: Workshop, scenes: Placed, dice: Dice) -> Described:
     return Described(scenes, torch.where(told, own, NO_COLOUR), glossy)
 
 
-def _caption(shop: Workshop, described: Described, place: Tensor) -> Tensor:
+def caption(shop: Workshop, described: Described, place: Tensor) -> Tensor:
+    """Token ids (B, MAX_TOKENS) of a description; `place` (B,) tells whether the background is named."""
     scenes = described.scenes
     numbers = shop.captions.compose(
         scenes,
@@ -134,7 +133,7 @@ def colours_swapped(described: Described) -> Described:
 
 
 def wrongly_told(described: Described, dice: Dice) -> Described:
-    """A description of something else: colours of two objects exchanged where there are two, else an object."""
+    """A description of something else: two objects' colours exchanged where there are two, else an object."""
     swap = two_colours(described) & dice.share(0.6, len(described.scenes.count))
     other, swapped = exchanged(described, dice), colours_swapped(described)
     kind = torch.where(swap[:, None], described.scenes.kind, other.scenes.kind)
@@ -191,13 +190,16 @@ def described_rows(shop: Workshop, seed: int) -> Pool:
         scenes = shop.director.mixed(dice, count, recoloured=0.5, styled=0.12)
         described = describe(shop, scenes, dice)
         place, variety = dice.share(0.8, count), dice.below(1000, count)
-        ids, wrong_ids = (_caption(shop, d, place) for d in (described, wrongly_told(described, dice)))
+        ids, wrong_ids = (caption(shop, d, place) for d in (described, wrongly_told(described, dice)))
         pictures, _ = shop.stage.draw(scenes, variety)
         changed, merged = wrongly_drawn(described, dice)
         wrong, _ = shop.stage.draw(changed, variety, merged)
         base_ids = shop.captions.tokens(
             shop.captions.compose(
-                scenes, before=torch.zeros_like(scenes.kind), place=place, style=torch.zeros_like(scenes.style)
+                scenes,
+                before=torch.zeros_like(scenes.kind),
+                place=place,
+                style=torch.zeros_like(scenes.style),
             )
         )
         return {
@@ -211,7 +213,7 @@ def described_rows(shop: Workshop, seed: int) -> Pool:
 
 
 def train_clip(shop: Workshop, recipe: Recipe = GUIDE) -> None:
-    """Contrastive training (Radford et al. 2021) with wrong captions and wrong pictures as extra negatives."""
+    """Contrastive training (Radford et al. 2021) with wrong captions and pictures as extra negatives."""
     torch.manual_seed(recipe.seed)
     settings = model_config(recipe, len(shop.tokenizer))
     arguments = {k: v for k, v in settings["text_cfg"].items() if k != "hf_tokenizer_name"}
@@ -250,7 +252,10 @@ def train_clip(shop: Workshop, recipe: Recipe = GUIDE) -> None:
     folder = shop.out / recipe.name
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
-        {k: v.cpu().half().contiguous() if v.is_floating_point() else v.cpu() for k, v in clip.state_dict().items()},
+        {
+            k: v.cpu().half().contiguous() if v.is_floating_point() else v.cpu()
+            for k, v in clip.state_dict().items()
+        },
         folder / "open_clip_model.safetensors",
     )
     preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}

@@ -152,7 +152,10 @@ def train_judge(shop: Workshop) -> None:
     folder = shop.out / "judge"
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
-        {k: v.cpu().half().contiguous() if v.is_floating_point() else v.cpu() for k, v in network.state_dict().items()},
+        {
+            k: v.cpu().half().contiguous() if v.is_floating_point() else v.cpu()
+            for k, v in network.state_dict().items()
+        },
         folder / "model.safetensors",
     )
     settings = {"architecture": ARCHITECTURE, "labels": LABELS, "styles": STYLES, "threshold": threshold}

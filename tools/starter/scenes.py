@@ -64,7 +64,7 @@ class Director:
         return table.to(self.device)
 
     def _kinds(self, dice: Dice, count: Tensor, own: Tensor | None, *, free: bool) -> tuple[Tensor, Tensor]:
-        """Kinds (B, 3) and counts; `own` (B,) is put into a random slot; held-out sets unless `free` are avoided."""
+        """Kinds (B, 3) and counts; `own` (B,) is put into a random slot; no held-out sets unless `free`."""
         batch, kinds = len(count), len(world.CLASSES)
         tries = dice.uniform(batch, _TRIES, kinds).argsort(-1)[..., :3]
         allowed = torch.ones(batch, _TRIES, dtype=torch.bool, device=self.device)

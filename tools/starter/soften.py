@@ -29,7 +29,7 @@ class Softener:
 
     @torch.no_grad()
     def generated(self, pictures: Tensor, ids: Tensor, dice: Dice, style: Tensor) -> Tensor:
-        """A third of the pictures passes the codec with noisy latents, a third the base from a half noisy state.
+        """A third passes the codec with noisy latents, a third the base from a half noisy state.
 
         Args:
             pictures: (N, 3, H, W) in 0..1.

@@ -36,8 +36,8 @@ def edges(picture: Tensor) -> Tensor:
 def redraw(picture: Tensor, style: str) -> Tensor:
     """Pictures (N, 3, H, W) in 0..1 drawn anew in one style.
 
-    `sketch`: pencil on paper; `blueprint`: white lines on blue; `pixel`: blocks of four pixels in few colours;
-    `neon`: glowing lines in the colours of the picture, in the dark.
+    `sketch`: pencil on paper; `blueprint`: white lines on blue; `pixel`: blocks of four pixels in few
+    colours; `neon`: glowing lines in the colours of the picture, in the dark.
 
     Raises:
         ValueError: there is no such style.

@@ -1,4 +1,4 @@
-"""What the steps of the build share: the device, the stage, and pools of scenes that are used several times."""
+"""What the steps of the build share: device, stage, and pools of scenes that are used several times."""
 
 from __future__ import annotations
 
@@ -124,7 +124,9 @@ class Pool:
         fresh = self.make(number, self.chunk)
         if not self.rows:
             self.rows = {
-                name: torch.empty((self.chunk * self.chunks, *value.shape[1:]), dtype=value.dtype, device=value.device)
+                name: torch.empty(
+                    (self.chunk * self.chunks, *value.shape[1:]), dtype=value.dtype, device=value.device
+                )
                 for name, value in fresh.items()
             }
         first = number % self.chunks * self.chunk

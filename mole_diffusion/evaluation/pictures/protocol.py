@@ -162,8 +162,8 @@ class Protocol(Part):
         model: "starter", a file, a folder or a hub id.
         experts: experts by name; the starter's need no entry.
         sets: sets of experts.
-        prompts: templates; `{all}` is all phrases ("a zorin boot, a vekka monster and a kipra clock"), `{0}`, `{1}`
-            the single ones. Only experts that a prompt names are measured in its pictures.
+        prompts: templates; `{all}` is all phrases ("a zorin boot and a kipra clock"), `{0}`, `{1}` the single
+            ones. Only experts that a prompt names are measured in its pictures.
         training_prompts: templates that methods are trained with; by default `prompts`.
         seeds: seeds for every prompt, the same for every method.
         methods: rows of the table.

@@ -123,8 +123,8 @@ class TrainingPrompt:
     def only(self, names: Collection[str]) -> str:
         """The prompt with some of its concepts, in its own order.
 
-        "a zorin boot, a vim cat and a kipra clock at night" gives "a zorin boot and a kipra clock at night". Words
-        between the concepts go with those that are left out.
+        "a zorin boot, a vim cat and a kipra clock at night" gives "a zorin boot and a kipra clock at night".
+        Words between the concepts go with those that are left out.
         """
         if len(names) == len(self.mentions):
             return self.text
