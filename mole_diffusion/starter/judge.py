@@ -67,7 +67,7 @@ class Judge:
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[Image.Image]) -> list[set[str]]:
-        """What was found in each picture: class names, `subject:NAME` of experts' own subjects, `style:NAME`."""
+        """What each picture shows: class names, `subject:NAME` of experts' own subjects, `style:NAME`."""
         stacked = np.stack([np.asarray(p.convert("RGB").resize((SIZE, SIZE))) for p in pictures])
         logits = torch.cat([self.network(part) for part in torch.split(to_tensor(stacked), 64)])
         scores = presence(logits, self.labels)

@@ -197,7 +197,7 @@ def sprite(kind: str, style: str) -> Image.Image:
 def recoloured(
     picture: Image.Image, hue: float, saturation: float, tint: tuple[float, float, float]
 ) -> Image.Image:
-    """A drawing with its hue turned by degrees, its saturation multiplied, and its RGB multiplied by `tint`."""
+    """A drawing with its hue turned by degrees, its saturation and its RGB multiplied."""
     rgba = np.asarray(picture).astype(np.float32)
     hsv = np.asarray(picture.convert("RGB").convert("HSV")).astype(np.float32)
     hsv[..., 0] = (hsv[..., 0] + hue / 360 * 256) % 256
