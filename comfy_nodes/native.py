@@ -143,6 +143,7 @@ class ComfyDenoiser:
         self.text_encoder = _copy(clip.patcher, clip.cond_stage_model, self.device)
         self._autoencoder = _copy(vae.patcher, vae.first_stage_model, self.device)
         self._clip, self._format = clip, model.model.latent_format
+        self._encoded_channels = int(vae.latent_channels)
         usual = DEFAULT_SIZE if self._added is None else XL_SIZE
         configured: int = getattr(model.model.model_config, "mole_picture_size", usual)
         self._size = configured if size is None else size
@@ -170,16 +171,21 @@ class ComfyDenoiser:
         return scale
 
     def check_trainable(self) -> None:
-        """Refuse UNets that read more than latents.
+        """Refuse UNets that read more than latents, and VAEs of other models.
 
         Raises:
-            TrainingError: it is one for inpainting.
+            TrainingError: it is one for inpainting, or the VAE makes latents that it cannot read.
         """
         channels, expected = self.network.in_channels, self.latent_shape[0]
         if channels != expected:
             raise TrainingError(
                 f"This MODEL reads {channels} channels, latents have {expected} (one for inpainting reads "
                 "mask and picture too); train on its base."
+            )
+        if self._encoded_channels != expected:
+            raise TrainingError(
+                f"This VAE makes latents of {self._encoded_channels} channels, this MODEL reads {expected}; "
+                "connect the MODEL's own VAE."
             )
 
     def training(self, *, checkpointing: bool, decodes: bool) -> AbstractContextManager[None]:

@@ -64,6 +64,10 @@ class StarterModel(comfy.supported_models.SD15):  # type: ignore[misc]
         """What the network predicts."""
         return ModelType.V_PREDICTION
 
+    def inpaint_model(self) -> bool:
+        """Whether the network reads mask and picture too: ComfyUI takes over four channels for a sign."""
+        return False
+
 
 def load_starter() -> tuple[Any, Any, Any]:
     """MODEL, CLIP and VAE of the starter.
@@ -74,7 +78,9 @@ def load_starter() -> tuple[Any, Any, Any]:
     folder = starter_dir()
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"The starter is missing: there is no model_index.json in {folder}.")
-    return _load_model(folder), _load_clip(folder), _load_vae(folder)
+    model, clip, vae = _load_model(folder), _load_clip(folder), _load_vae(folder)
+    _let_preview(model.model.latent_format, vae)
+    return model, clip, vae
 
 
 def starter_pictures(name: str) -> torch.Tensor:
@@ -211,3 +217,15 @@ def _load_vae(folder: Path) -> Any:
         number, _, leaf = place.partition(".")
         weights[f"taesd_{part}.{int(number) + named[f'taesd_{part}']}.{leaf}"] = weight
     return comfy.sd.VAE(weights)
+
+
+def _let_preview(latents: Any, vae: Any) -> None:
+    """Say how latents look: ComfyUI's previews are a linear map of them, here that of plain colours."""
+    levels = torch.linspace(0, 1, 3)
+    colours = torch.cartesian_prod(levels, levels, levels)
+    encoded = latents.process_in(vae.encode(colours[:, None, None].expand(-1, 32, 32, -1))).float().cpu()
+    places = torch.nn.functional.pad(encoded.movedim(1, -1), (0, 1), value=1.0)
+    wanted = (2 * colours[:, None, None] - 1).expand(*places.shape[:-1], -1)
+    # Sixteen channels hold more than colours: without a bound the map would be wild along the rest.
+    mapping = torch.linalg.lstsq(places.flatten(0, 2), wanted.flatten(0, 2), rcond=1e-3, driver="gelsd")
+    *latents.latent_rgb_factors, latents.latent_rgb_factors_bias = mapping.solution.tolist()

@@ -256,7 +256,7 @@ def test_inspect_a_peft_folder(tmp_path: Path) -> None:
 
 
 def test_inspect_prints_nothing_that_steers_a_terminal(tmp_path: Path) -> None:
-    evil = "\x1b]0;title\x07\x1b[2Jzor\nboot\u202e"
+    evil = "\x1b]0;title\x07\x1b[2Jzorin\nboot\u202e"
     tags = json.dumps({"10": {evil: 3}})
     path = tmp_path / "dog.safetensors"
     save_file(PAIR | {f"{evil}.x": torch.ones(1)}, path, metadata={evil: evil, "ss_tag_frequency": tags})

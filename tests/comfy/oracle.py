@@ -59,7 +59,8 @@ def _write_static(pipe: Any, folder: Path) -> None:
 
 def _draw(pipe: Any) -> torch.Tensor:
     """A picture of the noise that ComfyUI makes of seed 1."""
-    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    channels = pipe.unet.config.in_channels
+    noise = torch.randn(1, channels, 16, 16, generator=torch.Generator().manual_seed(1))
     # ComfyUI's sampler does not rescale guidance.
     chosen = {"num_inference_steps": 10, "guidance_scale": 5.0, "guidance_rescale": 0.0}
     drawn = pipe(PROMPT, latents=noise, **chosen, output_type="pt")
@@ -69,7 +70,7 @@ def _draw(pipe: Any) -> torch.Tensor:
 
 def _answers(pipe: Any) -> dict[str, torch.Tensor]:
     draws = torch.Generator().manual_seed(3)
-    latents = torch.randn(2, 4, 16, 16, generator=draws)
+    latents = torch.randn(2, pipe.unet.config.in_channels, 16, 16, generator=draws)
     timesteps = torch.tensor([801, 333])
     left = torch.zeros(128, 128)
     left[:, :64] = 1
@@ -82,7 +83,7 @@ def _answers(pipe: Any) -> dict[str, torch.Tensor]:
         tensors["clean"] = latents[:1] * 0.7
         pixels = pipe.vae.decode(tensors["clean"] / scale).sample
         tensors["pixels"] = (pixels / 2 + 0.5).clamp(0, 1)
-        tensors["encoded"] = pipe.vae.encode(tensors["pixels"] * 2 - 1).latent_dist.mode() * scale
+        tensors["encoded"] = pipe.vae.encode(tensors["pixels"] * 2 - 1).latents * scale
     with pipe.composing():
         tensors["text"] = _text(pipe, ["", PROMPT])
         tensors["noise"] = _noise(pipe, tensors, tensors["text"])

@@ -35,6 +35,7 @@ def sampling(
     seed: int = 1,
     text: Any = TEXT,
     at: int = 50,
+    vae: tuple[str, int] = ("1", 2),
 ) -> Prompt:
     """The prompt with sampler, decoder and picture (nodes `at` to `at + 5`)."""
     names = [str(at + i) for i in range(6)]
@@ -56,6 +57,6 @@ def sampling(
         scheduler="simple",
         denoise=1.0,
     )
-    prompt[decoded] = node("VAEDecode", samples=[sampler, 0], vae=["1", 2])
+    prompt[decoded] = node("VAEDecode", samples=[sampler, 0], vae=list(vae))
     prompt[saved] = node("SaveImage", images=[decoded, 0], filename_prefix="mole")
     return prompt

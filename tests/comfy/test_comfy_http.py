@@ -167,7 +167,7 @@ def test_more_iterations_go_on_with_a_training_and_fewer_are_another(server: Com
 
 def test_gates_for_both_text_encoders_of_an_sdxl_are_trained_and_applied(server: ComfyServer) -> None:
     loras = server.base / "models" / "loras"
-    prompt: Prompt = {"1": node("MoLEStarterLoader"), "2": node("TinyXLLoader")}
+    prompt: Prompt = {"2": node("TinyXLLoader")}
     before: dict[str, Any] = {}
     for number, name in enumerate(("dog", "cat")):
         write_xl_lora(loras, f"xl_{name}", number)
@@ -179,12 +179,13 @@ def test_gates_for_both_text_encoders_of_an_sdxl_are_trained_and_applied(server:
     values = training(3, prompt=text, concepts=phrases)["10"]["inputs"] | {
         "model": ["2", 0],
         "clip": ["2", 1],
+        "vae": ["2", 2],
     }
     prompt["10"] = node("MoLETrainGates", **values)
     prompt["11"] = node("MoLESaveGates", gates=["10", 0], filename_prefix="mole_gates/xl")
     links = {"model": ["2", 0], "clip": ["2", 1], "experts": ["4", 0], "gates": ["10", 0]}
     prompt["12"] = node("MoLEApply", **links)
-    run = server.run(sampling(prompt, ["12", 0], ["12", 1], text=text))
+    run = server.run(sampling(prompt, ["12", 0], ["12", 1], text=text, vae=("2", 2)))
     assert run.status == "success", run.error
     header = read_gates_header(Path(run.outputs["11"]["text"][0]))
     assert set(header.parts) == {"unet", "text_encoder", "text_encoder_2"}

@@ -75,7 +75,12 @@ def test_batches_are_drawn_with_one_attachment(world: World, monkeypatch: pytest
 
     made = []
     kind = attachment.Attachment
-    monkeypatch.setattr(attachment, "Attachment", lambda *args: made.append(kind(*args)) or made[-1])
+
+    def counted(*args: Any, **options: Any) -> Any:
+        made.append(kind(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr(attachment, "Attachment", counted)
     processed = world.draw(GATED, n_iter=3)
     assert len(made) == 1
     assert len(processed.images) == 3

@@ -172,8 +172,11 @@ def test_the_whole_repository_is_an_extension(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("start", ["webui_extension/install.py", "install.py"])
-def test_install_adds_the_core_and_nothing_else(start: str, tmp_path: Path) -> None:
+def test_install_adds_the_core_and_nothing_else(
+    start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A real pip in a fresh environment, on a small repository of the same shape."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # the core would be found there
     clone = tmp_path / "clone"
     (clone / "mole_diffusion").mkdir(parents=True)
     (clone / "mole_diffusion" / "__init__.py").write_text("__version__ = '1'\n")

@@ -3,7 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import comfy.cli_args
 import comfy.model_management
+import latent_preview
+import numpy as np
 import torch
 from conftest import part
 from safetensors.torch import load_file
@@ -78,3 +81,18 @@ def test_sampling_draws_the_picture_that_diffusers_draws(
     picture = vae.decode(draw(mixed, mixed_clip, PROMPT, seed=1, steps=10)).movedim(-1, 1)
     assert (picture - tensors["picture"]).abs().max() < 0.02
     assert (picture - tensors["picture"]).abs().mean() < 0.001
+
+
+def test_the_picture_is_seen_while_it_is_sampled(starter: tuple[Any, Any, Any]) -> None:
+    """ComfyUI's preview of the latents of a picture is the picture, an eighth as large."""
+    model, _, vae = starter
+    comfy.cli_args.args.preview_method = latent_preview.LatentPreviewMethod.Auto
+    previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+    picture = part("starter").starter_pictures("boot")[:1]
+    latents = model.model.process_latent_in(vae.encode(picture))
+    seen = torch.from_numpy(np.array(previewer.decode_latent_to_preview(latents)) / 255).flatten(0, 1)
+    small = torch.nn.functional.avg_pool2d(picture.movedim(-1, 1), 8)[0].movedim(0, -1).flatten(0, 1)
+    for channel in range(3):
+        both = torch.stack([seen[:, channel], small[:, channel].double()])
+        assert torch.corrcoef(both)[0, 1] > 0.9
+    assert (seen - small).abs().mean() < 0.1

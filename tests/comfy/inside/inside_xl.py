@@ -24,7 +24,7 @@ PROMPT = "a sks dog and a sks cat"
 
 
 @pytest.fixture(scope="module")
-def model() -> tuple[Any, Any]:
+def model() -> tuple[Any, Any, Any]:
     with torch.inference_mode():
         return tiny_xl.load()
 
@@ -39,9 +39,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return found
 
 
-def test_texts_and_predictions_are_those_of_the_sampler(model: Any, pair: Any, starter: Any) -> None:
-    unet, clip = model
-    vae = starter[2]
+def test_texts_and_predictions_are_those_of_the_sampler(model: Any, pair: Any) -> None:
+    unet, clip, vae = model
     mixed, mixed_clip = part("apply").apply_experts(unet, clip, pair, None)
     with torch.inference_mode(False), torch.no_grad():
         copy = part("native").TrainingCopy(unet, clip, vae, pair, MoLEConfig.uniform())
@@ -61,17 +60,15 @@ def test_texts_and_predictions_are_those_of_the_sampler(model: Any, pair: Any, s
     comfy.model_management.unload_all_models()
 
 
-def test_gates_of_all_three_networks_are_trained_and_applied(
-    model: Any, pair: Any, starter: Any, tmp_path: Path
-) -> None:
-    unet, clip = model
+def test_gates_of_all_three_networks_are_trained_and_applied(model: Any, pair: Any, tmp_path: Path) -> None:
+    unet, clip, vae = model
     before = [value.clone() for value in unet.model.state_dict().values()]
     config = TrainingConfig(
         iterations=3, batch=2, drawn_pictures=1, sampling_steps=2, guidance=2.0, progress=False
     )
     lines: list[str] = []
     with torch.inference_mode(False), torch.enable_grad():
-        copy = part("native").TrainingCopy(unet, clip, starter[2], pair, MoLEConfig())
+        copy = part("native").TrainingCopy(unet, clip, vae, pair, MoLEConfig())
         concepts = part("nodes_train").read_concepts(
             "dog = a sks dog | a dog\ncat = a sks cat | a cat", pair, {}
         )
@@ -98,12 +95,20 @@ def test_gates_of_all_three_networks_are_trained_and_applied(
     assert not torch.equal(*drawn)
 
 
-def test_what_reads_more_than_texts_and_sizes_is_refused(model: Any, pair: Any, starter: Any) -> None:
-    unet, clip = model
+def test_what_reads_more_than_texts_and_sizes_is_refused(model: Any, pair: Any) -> None:
+    unet, clip, vae = model
     kind = type(unet.model)
     unet.model.__class__ = kind.__base__
     try:
         with pytest.raises(TrainingError, match=r"1\.x, 2\.x and XL here"):
-            part("native").TrainingCopy(unet, clip, starter[2], pair, MoLEConfig())
+            part("native").TrainingCopy(unet, clip, vae, pair, MoLEConfig())
     finally:
         unet.model.__class__ = kind
+
+
+def test_the_vae_of_another_model_is_refused(model: Any, pair: Any, starter: Any) -> None:
+    unet, clip, _ = model
+    with torch.inference_mode(False):
+        copy = part("native").TrainingCopy(unet, clip, starter[2], pair, MoLEConfig())
+    with pytest.raises(TrainingError, match=r"VAE makes latents of 16 channels, this MODEL reads 4; connect"):
+        copy.denoiser.check_trainable()

@@ -18,7 +18,8 @@ def sample(
     model: Any, texts: tuple[Any, Any], *, seed: int = 1, steps: int = 2, size: int = 128, cfg: float = 5.0
 ) -> Tensor:
     """A latent as KSampler makes it."""
-    latent = torch.zeros(1, 4, size // 8, size // 8)
+    empty = torch.zeros(1, 4, size // 8, size // 8)
+    latent = comfy.sample.fix_empty_latent_channels(model, empty)
     noise = comfy.sample.prepare_noise(latent, seed)
     return comfy.sample.sample(
         model, noise, steps, cfg, "euler", "simple", *texts, latent, disable_pbar=True, seed=seed

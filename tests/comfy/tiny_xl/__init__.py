@@ -10,6 +10,7 @@ import comfy.sd
 import comfy.sd1_clip
 import comfy.sdxl_clip
 import comfy.supported_models
+import comfy.taesd.taesd
 import torch
 from comfy.supported_models_base import ClipTarget
 
@@ -72,8 +73,8 @@ class TinyTexts(comfy.sdxl_clip.SDXLClipModel):  # type: ignore[misc]
         self.dtypes = {dtype}
 
 
-def load() -> tuple[Any, Any]:
-    """MODEL and CLIP."""
+def load() -> tuple[Any, Any, Any]:
+    """MODEL, CLIP and VAE."""
     config = TinyXL(dict(_UNET))
     config.set_inference_dtype(torch.float32, None)
     device = comfy.model_management.get_torch_device()
@@ -82,7 +83,17 @@ def load() -> tuple[Any, Any]:
     for number, network in enumerate((model.diffusion_model, clip.cond_stage_model)):
         _fill(network, number)
     patcher = comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
-    return patcher, clip
+    return patcher, clip, _vae()
+
+
+def _vae() -> Any:
+    """A tiny codec for the four channels of SDXL."""
+    draws = torch.Generator().manual_seed(2)
+    weights = comfy.taesd.taesd.TAESD(latent_channels=_UNET["in_channels"]).state_dict()
+    for value in weights.values():
+        if value.dim():
+            value.copy_(torch.randn(value.shape, generator=draws) * max(value[0].numel(), 9) ** -0.5)
+    return comfy.sd.VAE(weights)
 
 
 def _fill(network: torch.nn.Module, seed: int) -> None:
@@ -98,7 +109,7 @@ def _fill(network: torch.nn.Module, seed: int) -> None:
 class TinyXLLoader:
     """The node."""
 
-    RETURN_TYPES = ("MODEL", "CLIP")
+    RETURN_TYPES = ("MODEL", "CLIP", "VAE")
     FUNCTION = "load"
     CATEGORY = "tests"
 
@@ -106,7 +117,7 @@ class TinyXLLoader:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {"required": {}}
 
-    def load(self) -> tuple[Any, Any]:
+    def load(self) -> tuple[Any, Any, Any]:
         return load()
 
 
