@@ -305,7 +305,7 @@ def test_the_prompt_follows_the_experts_unless_the_user_wrote_one(tmp_path: Path
     assert page.carried(session, "train", first) == "a zorin boot and a fenna cat on the beach"
     assert page.carried(session, "export", "my own") == "my own"
     assert page.choose(session, ("boot", "clock"), "a Boot at night") == "a Boot at night"
-    missing = page.missing_phrases(session, "a ZOR boot at night")
+    missing = page.missing_phrases(session, "a ZORIN boot at night")
     assert missing == {"clock": "a kipra clock"}
     assert page.missing_phrases(session, "a boot", ("boot",)) == {"boot": "a zorin boot"}
     assert (

@@ -79,8 +79,7 @@ def test_sampling_draws_the_picture_that_diffusers_draws(
     gates = part("experts").GatesFile(oracle / "gates.safetensors")
     mixed, mixed_clip = part("apply").apply_experts(model, clip, experts, gates)
     picture = vae.decode(draw(mixed, mixed_clip, PROMPT, seed=1, steps=10)).movedim(-1, 1)
-    assert (picture - tensors["picture"]).abs().max() < 0.02
-    assert (picture - tensors["picture"]).abs().mean() < 0.001
+    assert (picture - tensors["picture"]).abs().max() < 1e-3
 
 
 def test_the_picture_is_seen_while_it_is_sampled(starter: tuple[Any, Any, Any]) -> None:
