@@ -196,7 +196,7 @@ def step_callback(pipe: Any, job: Job, steps: int, first: int, total: int, note:
 
 @torch.no_grad()
 def decode(pipe: Any, latents: torch.Tensor) -> Image.Image:
-    """A picture of the latents (batch, 4, h, w) as they are; of the first in the batch."""
+    """A picture of the latents (batch, channels, h, w) as they are; of the first in the batch."""
     return tensor_picture(denoiser_of(pipe).decode(latents[:1])[0])
 
 

@@ -36,7 +36,7 @@ _VERSION = 2
 
 @dataclass(frozen=True)
 class Captioned:
-    """Latents (n, 4, h, w) and as many captions."""
+    """Latents (n, channels, h, w) and as many captions."""
 
     latents: Tensor
     captions: Sequence[str]

@@ -160,7 +160,7 @@ def test_inspection(tmp_path: Path) -> None:
         f"{conv}.hada_w2_a": torch.ones(8, 2),
         f"{conv}.hada_w2_b": torch.ones(2, 72),
         "lora_te2_text_model_encoder_layers_0_mlp_fc1.oft_blocks": torch.ones(2, 2, 2),
-        "bundle_emb.zor.clip_l": torch.ones(3, 768),
+        "bundle_emb.zorin.clip_l": torch.ones(3, 768),
     }
     header = {"ss_base_model_version": "sdxl_base_v1-0", "ss_tag_frequency": "x" * 500}
     header["modelspec.prediction_type"] = "epsilon"

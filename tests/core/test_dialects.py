@@ -244,10 +244,10 @@ def test_text_projection() -> None:
 def test_bundled_embeddings(families: dict[str, Parts]) -> None:
     state = kohya(make_factors({"unet": families["sd15"]["unet"]}, attention), families["sd15"])
     bundle = {
-        "bundle_emb.zor boot.clip_l": torch.ones(2, 16),
-        "bundle_emb.zor boot.clip_g": torch.ones(2, 24),
+        "bundle_emb.zorin boot.clip_l": torch.ones(2, 16),
+        "bundle_emb.zorin boot.clip_g": torch.ones(2, 24),
         "bundle_emb.v1.5 kipra.string_to_param.*": torch.ones(16),
-        "bundle_emb.zor boot.clip_l_out": torch.ones(2, 16),
+        "bundle_emb.zorin boot.clip_l_out": torch.ones(2, 16),
     }
     expert = Expert.from_state_dict(
         state | bundle, name="dog", metadata={"modelspec.trigger_phrase": "a boot"}
@@ -261,7 +261,7 @@ def test_bundled_embeddings(families: dict[str, Parts]) -> None:
         "zorin boot": {"text_encoder": (2, 16), "text_encoder_2": (2, 24)},
         "v1.5 kipra": {"text_encoder": (1, 16)},
     }
-    assert list(expert.report.ignored) == ["bundle_emb.zor boot.clip_l_out"]
+    assert list(expert.report.ignored) == ["bundle_emb.zorin boot.clip_l_out"]
     assert len(expert.report.loaded) == len(state) + 3
 
 

@@ -105,8 +105,8 @@ def test_two_keys_for_one_thing() -> None:
         ExpertLoadError, match=r"cat.weight' and '.*lora_A.weight' are both the down of one matrix"
     ):
         Expert.from_state_dict(pair(QUERY) | {f"{QUERY}.lora_A.cat.weight": torch.ones(2, 32)}, name="dog")
-    bundle = {f"bundle_emb.zor.{end}": torch.ones(2, 16) for end in ("clip_l", "emb_params")}
-    with pytest.raises(ExpertLoadError, match=r"'bundle_emb.zor.clip_l' are both the embedding of 'zorin'"):
+    bundle = {f"bundle_emb.zorin.{end}": torch.ones(2, 16) for end in ("clip_l", "emb_params")}
+    with pytest.raises(ExpertLoadError, match=r"'bundle_emb.zorin.clip_l' are both the embedding of 'zorin'"):
         Expert.from_state_dict(pair(QUERY) | bundle, name="dog")
     with pytest.raises(
         ExpertLoadError, match=r"is the second entry for matrix 'mid_block.*to_q' of the unet"
@@ -116,18 +116,18 @@ def test_two_keys_for_one_thing() -> None:
 
 def test_no_tensor_is_needed() -> None:
     table = KeyTable.of(
-        [*pair(QUERY), f"{KEY}.lora_A.weight", "bundle_emb.zor.clip_g", "bundle_emb.zor.x", "step"]
+        [*pair(QUERY), f"{KEY}.lora_A.weight", "bundle_emb.zorin.clip_g", "bundle_emb.zorin.x", "step"]
     )
     assert table.modules == {QUERY: {"down": f"{QUERY}.lora_A.weight", "up": f"{QUERY}.lora_B.weight"}}
-    assert table.embeddings == {"bundle_emb.zor.clip_g": ("zorin", "text_encoder_2")}
+    assert table.embeddings == {"bundle_emb.zorin.clip_g": ("zorin", "text_encoder_2")}
     assert table.missing == [f"{KEY} (up factor)"]
-    assert set(table.ignored) == {f"{KEY}.lora_A.weight", "bundle_emb.zor.x", "step"}
+    assert set(table.ignored) == {f"{KEY}.lora_A.weight", "bundle_emb.zorin.x", "step"}
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.uint8, torch.bool, torch.complex64])
-@pytest.mark.parametrize("key", [f"{QUERY}.lora_A.weight", f"{QUERY}.lora_B.weight", "bundle_emb.zor.clip_l"])
+@pytest.mark.parametrize("key", [f"{QUERY}.lora_A.weight", f"{QUERY}.lora_B.weight", "bundle_emb.zorin.clip_l"])
 def test_other_types_are_never_read_as_numbers(key: str, dtype: torch.dtype) -> None:
-    state = pair(QUERY) | {"bundle_emb.zor.clip_l": torch.ones(2, 16)}
+    state = pair(QUERY) | {"bundle_emb.zorin.clip_l": torch.ones(2, 16)}
     state[key] = state[key].to(dtype)
     name = str(dtype).removeprefix("torch.")
     with pytest.raises(ExpertLoadError, match=rf"'{key}' is of type {name}; allowed are float64, float32,"):
@@ -140,26 +140,26 @@ def test_eight_bits_are_read_with_their_values(dtype: torch.dtype) -> None:
     state = {
         key: torch.randn(value.shape, generator=generator).to(dtype) for key, value in pair(QUERY).items()
     }
-    state["bundle_emb.zor.clip_l"] = torch.randn(2, 16, generator=generator).to(dtype)
+    state["bundle_emb.zorin.clip_l"] = torch.randn(2, 16, generator=generator).to(dtype)
     expert = Expert.from_state_dict(state, name="dog")
     factors = expert.factors["unet"][f"{BLOCK}.to_q"]
     assert torch.equal(factors.down.float(), state[f"{QUERY}.lora_A.weight"].float())
     assert torch.equal(factors.up.float(), state[f"{QUERY}.lora_B.weight"].float())
     vectors = expert.embeddings["zorin"]["text_encoder"]
-    assert torch.equal(vectors.float(), state["bundle_emb.zor.clip_l"].float())
+    assert torch.equal(vectors.float(), state["bundle_emb.zorin.clip_l"].float())
     Expert.from_state_dict(state, name="dog", rank=1)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2])
 @pytest.mark.parametrize(
-    "key", [f"{QUERY}.lora_A.weight", f"{QUERY}.dora_scale", f"{QUERY}.diff_b", "bundle_emb.zor.clip_l"]
+    "key", [f"{QUERY}.lora_A.weight", f"{QUERY}.dora_scale", f"{QUERY}.diff_b", "bundle_emb.zorin.clip_l"]
 )
 def test_values_that_are_not_finite(key: str, dtype: torch.dtype, value: float) -> None:
     state = pair(QUERY) | {
         f"{QUERY}.dora_scale": torch.ones(32, 1),
         f"{QUERY}.diff_b": torch.ones(32),
-        "bundle_emb.zor.clip_l": torch.ones(2, 16),
+        "bundle_emb.zorin.clip_l": torch.ones(2, 16),
     }
     broken = state[key].clone()
     broken.view(-1)[7] = value
