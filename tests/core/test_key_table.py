@@ -125,7 +125,9 @@ def test_no_tensor_is_needed() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.uint8, torch.bool, torch.complex64])
-@pytest.mark.parametrize("key", [f"{QUERY}.lora_A.weight", f"{QUERY}.lora_B.weight", "bundle_emb.zorin.clip_l"])
+@pytest.mark.parametrize(
+    "key", [f"{QUERY}.lora_A.weight", f"{QUERY}.lora_B.weight", "bundle_emb.zorin.clip_l"]
+)
 def test_other_types_are_never_read_as_numbers(key: str, dtype: torch.dtype) -> None:
     state = pair(QUERY) | {"bundle_emb.zorin.clip_l": torch.ones(2, 16)}
     state[key] = state[key].to(dtype)
