@@ -26,8 +26,7 @@ def test_stock_lora_loader_draws_the_picture_that_diffusers_draws(
     loaded, loaded_clip = nodes.LoraLoader().load_lora(model, clip, "static.safetensors", 1.0, 1.0)
     expected = load_file(oracle / "static_picture.safetensors")
     picture = vae.decode(draw(loaded, loaded_clip, PROMPT, seed=1, steps=10)).movedim(-1, 1)
-    assert (picture - expected["picture"]).abs().max() < 0.02
-    assert (picture - expected["picture"]).abs().mean() < 0.001
+    assert (picture - expected["picture"]).abs().max() < 1e-3
     assert (picture - expected["base_picture"]).abs().mean() > 0.02
 
 
