@@ -19,6 +19,7 @@ from mole_diffusion.starter.judge import STYLE, Judge, to_tensor
 from mole_diffusion.starter.location import GUIDANCE, RESCALE
 
 from . import base, guidance, judge, world
+from .stage import HUES, NO_COLOUR
 from .workshop import Workshop, load_codec
 
 STEPS = 20
@@ -172,16 +173,21 @@ def style_scores(
     return result
 
 
-def clip_scores(out: Path, folder: str, count: int = 400) -> dict[str, float]:
+def clip_scores(out: Path, folder: str, count: int = 400, *, colours: bool = True) -> dict[str, float]:
     """How often a CLIP prefers a scene's description to a wrong one.
 
     Wrong is one object exchanged, or the colours of the first two objects, of scenes that have two.
+
+    Args:
+        colours: half of the scenes are recoloured, and descriptions name colours.
     """
-    shop = Workshop(out, out, torch.device("cpu"))
+    shop = Workshop(out, out, torch.device("cpu"), hues=HUES if colours else 1)
     network = open_clip.create_model(f"local-dir:{out / folder}").eval()
     dice = shop.dice(99, 5)
     scenes = shop.director.mixed(dice, count, recoloured=0.5)
     described = guidance.describe(shop, scenes, dice)
+    if not colours:
+        described.colour.fill_(NO_COLOUR)
     pictures, _ = shop.stage.draw(scenes, dice.below(1000, count), plain=True)
     place = torch.ones(count, dtype=torch.bool)
     told = {

@@ -151,13 +151,13 @@ def train_experts(shop: Workshop) -> None:
         clip=None,
     )
     for name in SHIPPED:
-        write_expert(shop, name, _of_one(factors, NAMES.index(name)))
+        write_expert(shop, name, of_one(factors, NAMES.index(name)))
         write_references(name, shop.out)
     catalogue = {name: entry_of(shop, name) for name in SHIPPED}
     (shop.out / "experts" / "experts.json").write_text(json.dumps(catalogue, indent=1) + "\n")
 
 
-def _of_one(factors: Mapping[str, Mapping[str, ManyLoRA]], number: int) -> dict[str, Tensor]:
+def of_one(factors: Mapping[str, Mapping[str, ManyLoRA]], number: int) -> dict[str, Tensor]:
     """Tensors of one expert under the names PEFT and diffusers write."""
     tensors = {}
     for part, layers in factors.items():
