@@ -15,7 +15,7 @@ from tools.starter import evaluate, world
 
 def test_everything_is_there_and_light() -> None:
     files = [path for path in starter_dir().rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 80e6
+    assert sum(path.stat().st_size for path in files) < 85e6  # the wheel has a bar of 95
     assert not [path for path in files if path.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
     kinds = [expert.kind for expert in starter_experts().values()]
     assert kinds.count("concept") >= 16
