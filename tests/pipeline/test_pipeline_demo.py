@@ -44,6 +44,7 @@ def starter(
             "class": name,
             "text": f"a red {name}",
             "class_text": f"a {name}",
+            "description": f"a glossy {name}",
         }
     (home / "experts.json").write_text(json.dumps(catalogue))
     monkeypatch.setattr(location, "starter_dir", lambda: folder)

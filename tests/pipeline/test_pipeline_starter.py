@@ -37,6 +37,7 @@ def folder(tmp_path, plain, lora_files, monkeypatch):
             "class": name,
             "text": f"a zorin {name}",
             "class_text": f"a {name}",
+            "description": f"a glossy {name}",
         }
     (home / "experts.json").write_text(json.dumps(catalogue))
     monkeypatch.setattr(pipeline_module, "starter_dir", lambda: tmp_path)
@@ -48,7 +49,7 @@ def test_catalogue(folder) -> None:
     assert list(known) == ["ink", "boot", "cat", "clock"]
     boot = known["boot"]
     assert (boot.kind, boot.trigger, boot.class_name) == ("concept", "zorin boot", "boot")
-    assert (boot.text, boot.class_text) == ("a zorin boot", "a boot")
+    assert (boot.text, boot.class_text, boot.description) == ("a zorin boot", "a boot", "a glossy boot")
     assert boot.path.is_file()
     assert [path.name for path in boot.references] == ["1.png", "2.png", "10.png"]
     assert starter.default_experts(folder) == ["boot", "cat", "clock"]
