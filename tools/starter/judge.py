@@ -19,7 +19,7 @@ from .stage import STYLES, Placed
 from .workshop import Pool, Workshop
 
 SEED = 53
-STEPS, BATCH, RATE = 100, 256, 2e-3
+STEPS, BATCH, RATE = 1500, 256, 2e-3
 CHUNK, CHUNKS, EVERY = 256, 48, 6
 CELLS = 8
 LABELS = (*world.CLASSES, *(f"{SUBJECT}{name}" for name in world.SUBJECTS))
