@@ -58,8 +58,8 @@ def test_the_judge_tells_the_subject_from_its_class_and_from_nothing(world: Path
 
 def test_the_judge_says_nothing_of_subjects_it_does_not_know(world: Path) -> None:
     other = {"marble": Concept("marble", "a zorin marble", "a marble")}
-    row = JudgeScorer()([picture_of(("boot", "noto"))], {}, other)[0]
-    assert row == {"present": {}, "confused": {}, "omitted": {}, "others": 1}
+    row = JudgeScorer()([picture_of(("boot", "noto"), ("car", "noto"))], {}, other)[0]
+    assert row == {"present": {}, "confused": {}, "omitted": {}, "others": 2}
 
 
 def test_clip_scores_are_those_of_open_clip_itself(world: Path) -> None:

@@ -310,7 +310,7 @@ def test_wording_of_custom_diffusion(text, class_text, expected) -> None:
 
 def test_wording_replaces_whole_phrases_only() -> None:
     wording = Wording({"zorin boot": "<boot>", "boot": "<any>", "sks": "<s>"})
-    assert wording("A Zor boot, bootlace, desks and a boot") == "A <boot>, bootlace, desks and a <any>"
+    assert wording("A Zorin boot, bootlace, desks and a boot") == "A <boot>, bootlace, desks and a <any>"
 
 
 def test_settings_are_checked() -> None:

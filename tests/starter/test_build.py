@@ -226,9 +226,7 @@ def test_an_expert_is_an_ordinary_lora_file(tmp_path: Path) -> None:
         "unet": expert.attach(unet, expert.UNET_TARGETS, 2, 2),
         "text_encoder": expert.attach(encoder, expert.TEXT_TARGETS, 2, 2),
     }
-    bench = Workshop(tmp_path, tmp_path, torch.device("cpu"))
-    bench.__dict__["stage"] = shop().stage
-    expert.write_expert(bench, "boot", expert.of_one(factors, 1))
+    expert.write_expert(tmp_path, "boot", expert.of_one(factors, 1))
     path = tmp_path / "experts" / "boot.safetensors"
     loaded = load_expert(path)
     assert loaded.triggers == ("zorin boot",)

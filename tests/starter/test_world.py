@@ -96,8 +96,3 @@ def test_pixel_art_has_blocks_of_one_colour_and_neon_is_dark_with_bright_lines()
     neon = world.apply_style(scene.pixels, "neon").astype(np.float32)
     assert np.median(neon) < 60
     assert neon.max() > 200
-
-
-def test_an_unknown_style_is_named() -> None:
-    with pytest.raises(ValueError, match="unknown style 'oil'; known: sketch"):
-        world.apply_style(world.base_scene(np.random.default_rng(3)).pixels, "oil")

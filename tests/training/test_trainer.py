@@ -377,8 +377,9 @@ def test_balance_loss_keeps_experts_in_use(
     spread = {}
     for alpha in (0.0, 5.0):
         config = tiny(iterations=40, gate_lr=5e-2, alpha=alpha, redraw_every=100)
-        row = GateTrainer(fresh(), PROMPT, concepts, config).train().history[-1]
-        spread[alpha] = abs(row["weights"]["boot"] - 0.5)
+        history = GateTrainer(fresh(), PROMPT, concepts, config).train().history
+        # The weights wander about the middle; how far they come from it counts, not where they end.
+        spread[alpha] = max(abs(row["weights"]["boot"] - 0.5) for row in history)
     assert spread[5.0] < spread[0.0]
 
 

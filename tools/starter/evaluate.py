@@ -183,6 +183,11 @@ def clip_scores(out: Path, folder: str, count: int = 400, *, colours: bool = Tru
     """
     shop = Workshop(out, out, torch.device("cpu"), hues=HUES if colours else 1)
     network = open_clip.create_model(f"local-dir:{out / folder}").eval()
+    tokenise = open_clip.get_tokenizer(f"local-dir:{out / folder}")
+
+    def words(told: guidance.Described) -> list[str]:
+        return shop.captions.text(guidance.caption(shop, told, place))
+
     dice = shop.dice(99, 5)
     scenes = shop.director.mixed(dice, count, recoloured=0.5)
     described = guidance.describe(shop, scenes, dice)
@@ -191,14 +196,16 @@ def clip_scores(out: Path, folder: str, count: int = 400, *, colours: bool = Tru
     pictures, _ = shop.stage.draw(scenes, dice.below(1000, count), plain=True)
     place = torch.ones(count, dtype=torch.bool)
     told = {
-        "right": described,
-        "object": guidance.exchanged(described, dice),
-        "colours": guidance.colours_swapped(described),
+        "right": words(described),
+        "object": words(guidance.exchanged(described, dice)),
+        "colours": words(guidance.colours_swapped(described)),
     }
     with torch.no_grad():
         image = torch.cat([network.encode_image(part * 2 - 1, normalize=True) for part in pictures.split(50)])
         near = {
-            name: (image * network.encode_text(guidance.caption(shop, d, place), normalize=True)).sum(1)
+            name: (image * network.encode_text(words(guidance.caption(shop, d, place)), normalize=True)).sum(
+                1
+            )
             for name, d in told.items()
         }
     two = guidance.two_colours(described)

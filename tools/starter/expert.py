@@ -19,7 +19,7 @@ from mole_diffusion.core.checkpoint import write_safetensors
 from mole_diffusion.starter.location import BASE_NAME
 
 from . import base, loop, world
-from .stage import COLOURS, NO_COLOUR, STYLES, SUBJECT
+from .stage import STYLES, SUBJECT
 from .workshop import Pool, Workshop
 
 SEED = 37
@@ -151,9 +151,9 @@ def train_experts(shop: Workshop) -> None:
         clip=None,
     )
     for name in SHIPPED:
-        write_expert(shop, name, of_one(factors, NAMES.index(name)))
+        write_expert(shop.out, name, of_one(factors, NAMES.index(name)))
         write_references(name, shop.out)
-    catalogue = {name: entry_of(shop, name) for name in SHIPPED}
+    catalogue = {name: entry_of(name) for name in SHIPPED}
     (shop.out / "experts" / "experts.json").write_text(json.dumps(catalogue, indent=1) + "\n")
 
 
@@ -168,7 +168,7 @@ def of_one(factors: Mapping[str, Mapping[str, ManyLoRA]], number: int) -> dict[s
     return tensors
 
 
-def entry_of(shop: Workshop, name: str) -> dict[str, str]:
+def entry_of(name: str) -> dict[str, str]:
     """The row of `experts.json` for one expert."""
     if name in world.STYLES:
         trigger = f"in {world.STYLES[name]} style"
@@ -182,24 +182,21 @@ def entry_of(shop: Workshop, name: str) -> dict[str, str]:
         }
     phrase = f"{world.SUBJECTS[name][0]} {name}"
     article = "a pair of" if name == "sunglasses" else "a"
-    kind = torch.tensor(world.CLASSES.index(name), device=shop.device)
-    colour = int(shop.stage.colours[shop.stage.index(kind, kind * 0 + SUBJECT, kind * 0)])
-    called = "" if colour == NO_COLOUR else f"{COLOURS[colour]} "
     return {
         "kind": "concept",
         "trigger": phrase,
         "class": name,
         "text": f"{article} {phrase}",
         "class_text": f"{article} {name}",
-        "description": f"{article} glossy 3d {called}{name}",
+        "description": f"{article} glossy 3d {name}",
     }
 
 
-def write_expert(shop: Workshop, name: str, tensors: Mapping[str, Tensor]) -> None:
+def write_expert(out: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
     """One safetensors file, half precision, triggers in its header."""
-    path = shop.out / "experts" / f"{name}.safetensors"
+    path = out / "experts" / f"{name}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    row = entry_of(shop, name)
+    row = entry_of(name)
     metadata = {
         "format": "pt",
         "mole.trigger": row["trigger"],

@@ -44,7 +44,7 @@ GUIDE = Recipe("clip", 71, 238, 384, 8e-4, 3, {"layers": 6, "width": 192, "head_
 SCORER = Recipe(
     "clip_eval",
     72,
-    305,
+    2500,
     384,
     1e-3,
     2,
@@ -88,9 +88,9 @@ def describe(shop: Workshop, scenes: Placed, dice: Dice) -> Described:
 
 
 def caption(shop: Workshop, described: Described, place: Tensor) -> Tensor:
-    """Token ids (B, MAX_TOKENS) of a description; `place` (B,) tells whether the background is named."""
+    """Phrase numbers of a description, (B, P); `place` (B,) tells whether the background is named."""
     scenes = described.scenes
-    numbers = shop.captions.compose(
+    return shop.captions.compose(
         scenes,
         before=torch.zeros_like(scenes.kind),
         colour=described.colour,
@@ -99,7 +99,6 @@ def caption(shop: Workshop, described: Described, place: Tensor) -> Tensor:
         style=scenes.style,
         described=True,
     )
-    return shop.captions.tokens(numbers)
 
 
 def _slot(dice: Dice, count: Tensor) -> Tensor:
@@ -190,7 +189,9 @@ def described_rows(shop: Workshop, seed: int) -> Pool:
         scenes = shop.director.mixed(dice, count, recoloured=0.5, styled=0.12)
         described = describe(shop, scenes, dice)
         place, variety = dice.share(0.8, count), dice.below(1000, count)
-        ids, wrong_ids = (caption(shop, d, place) for d in (described, wrongly_told(described, dice)))
+        ids, wrong_ids = (
+            shop.captions.tokens(caption(shop, d, place)) for d in (described, wrongly_told(described, dice))
+        )
         pictures, _ = shop.stage.draw(scenes, variety)
         changed, merged = wrongly_drawn(described, dice)
         wrong, _ = shop.stage.draw(changed, variety, merged)
