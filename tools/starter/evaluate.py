@@ -203,10 +203,8 @@ def clip_scores(out: Path, folder: str, count: int = 400, *, colours: bool = Tru
     with torch.no_grad():
         image = torch.cat([network.encode_image(part * 2 - 1, normalize=True) for part in pictures.split(50)])
         near = {
-            name: (image * network.encode_text(words(guidance.caption(shop, d, place)), normalize=True)).sum(
-                1
-            )
-            for name, d in told.items()
+            name: (image * network.encode_text(tokenise(captions), normalize=True)).sum(1)
+            for name, captions in told.items()
         }
     two = guidance.two_colours(described)
     return {
