@@ -263,7 +263,7 @@ def test_injection_errors(unet: nn.Module, clip: nn.Module) -> None:
         inject(unet, [experts[0], experts[0]], MoLEConfig())
     with pytest.raises(
         InjectionError,
-        match="Linear has no matrices of a known unet or clip or flux or t5-encoder or t5-decoder or joint;",
+        match="Linear has no matrices of a known unet or clip or flux or sd3 or t5-encoder or t5-decoder",
     ):
         inject(nn.Linear(2, 2), experts, MoLEConfig())
     with pytest.raises(
