@@ -248,6 +248,7 @@ def test_only_the_pictures_of_the_first_seeds_are_kept(write_protocol: Write, tm
     assert kept == ["0-0.png", "1-0.png"]
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_table_of_one(
     finished: tuple[Protocol, Path], write_protocol: Write, tmp_path: Path
 ) -> None:
