@@ -18,6 +18,7 @@ from mole_diffusion.core.errors import NoExpertsError
 from mole_diffusion.core.experts import Expert
 from mole_diffusion.core.export import ExportReport
 from mole_diffusion.core.fixed import fixed_mixture
+from mole_diffusion.core.holding import HoldsExperts
 from mole_diffusion.core.mixture import Mixture
 from mole_diffusion.core.mixture_set import Choice, MixtureSet
 from mole_diffusion.core.modules import unwrapped
@@ -45,7 +46,7 @@ P = TypeVar("P", bound="WithExperts")
 GuidedIn = Literal["batch", "batch, prompt first", "turns"]
 
 
-class WithExperts:
+class WithExperts(HoldsExperts):
     """Experts for a diffusers pipeline; stands before the diffusers class among the bases.
 
     Attributes:
@@ -193,21 +194,6 @@ class WithExperts:
         config["_class_name"] = self.diffusers_class.__name__
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
-    @property
-    def experts(self) -> Mapping[str, Expert]:
-        """The loaded experts by name, in the order in which they were loaded."""
-        return MappingProxyType(self.ensemble.experts)
-
-    @property
-    def mixtures(self) -> Mapping[str, Mixture]:
-        """The mixture of each network that experts change: "unet" and perhaps "text_encoder"."""
-        return MappingProxyType(self.ensemble.mixtures)
-
-    @property
-    def mole_config(self) -> MoLEConfig:
-        """How gates are built; change it with `configure`."""
-        return self.ensemble.config
-
     def load_expert(
         self,
         source: str | Path,
@@ -343,36 +329,6 @@ class WithExperts:
         """
         return GateWeights() if self._recorder is None else self._recorder.weights
 
-    def save_gates(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-        """Write the gates, with the names and hashes of the experts they belong to (safetensors).
-
-        Raises:
-            NoExpertsError: there are no gates.
-        """
-        self._need_experts("save_gates")
-        self.ensemble.save_gates(path, metadata)
-
-    def load_gates(self, path: str | Path, strict: bool = True) -> dict[str, str]:
-        """Read gates that were trained for the loaded experts.
-
-        The pipeline takes over the file's configuration (granularity, pooling, ...), network by network.
-
-        Args:
-            path: a file of `save_gates`.
-            strict: refuse gates that were trained for other experts or another base. False loads them where
-                every number has a place, and a warning lists what was passed over; see
-                `checkpoint.load_gates`.
-
-        Returns:
-            The file's metadata.
-
-        Raises:
-            NoExpertsError: no experts are loaded.
-            GateMismatchError: the gates do not fit, `differences` lists why; the pipeline is as it was.
-        """
-        self._need_experts("load_gates")
-        return self.ensemble.load_gates(path, strict)
-
     def train_gates(
         self,
         prompts: str | Sequence[str],
@@ -388,7 +344,7 @@ class WithExperts:
         Raises:
             NoExpertsError: no experts are loaded.
         """
-        self._need_experts("train_gates")
+        self.need_experts("train_gates")
         from mole_diffusion.pictures.training import GateTrainer
 
         return GateTrainer(
@@ -440,7 +396,7 @@ class WithExperts:
             ConfigError: no prompt, an unknown format, a number out of range, or a pipeline that draws from
                 pictures (`StableDiffusionMoLEPipeline.from_pipe(pipe)` shares its experts and gates).
         """
-        self._need_experts("export_lora")
+        self.need_experts("export_lora")
         if guidance_scale is None and UNET in networks_of(self):
             guidance_scale = float(self.call_defaults.get("guidance_scale", 7.5))
         return export_lora(
@@ -458,12 +414,6 @@ class WithExperts:
             dtype=dtype,
             callback=callback,
         )
-
-    def _need_experts(self, what: str) -> None:
-        if not self.ensemble.experts:
-            raise NoExpertsError(
-                f"{what}: no experts are loaded, and gates belong to experts: call load_expert() first"
-            )
 
 
 def _guided(pipe: Any, given: Mapping[str, Any]) -> bool:

@@ -14,9 +14,8 @@ from torch import nn
 
 from mole_diffusion.core.bases import base_of_networks
 from mole_diffusion.core.ensemble import Ensemble
-from mole_diffusion.core.errors import ExpertLoadError, UnknownExpertError
 from mole_diffusion.core.experts import Expert, load_expert
-from mole_diffusion.core.mixture import Mixture
+from mole_diffusion.core.holding import check_new, unused, without
 from mole_diffusion.pictures.components import networks_of, tokenizers_of
 from mole_diffusion.pictures.triggers import TriggerWords, vectors_of
 from mole_diffusion.sources import find_expert_file
@@ -76,22 +75,15 @@ def add_expert(pipe: Any, ensemble: Ensemble, expert: Expert, *, check_base: boo
     Raises:
         ExpertLoadError, InjectionError: it cannot be had; everything is as before.
     """
-    experts = ensemble.experts
-    if expert.name in experts:
-        raise ExpertLoadError(
-            f"an expert named {expert.name!r} is loaded already (loaded: {list(experts)});"
-            " give the new one another name or unload the old one"
-        )
-    if not set(expert.factors) & set(ensemble.networks):
-        raise ExpertLoadError(
-            f"expert {expert.name!r} changes {sorted(expert.factors)};"
-            f" the networks of this pipeline are {sorted(ensemble.networks)}"
-        )
+    check_new(ensemble, [expert], "pipeline")
     unchecked = () if check_base else (expert.name,)
-    ensemble.set_experts([*experts.values(), expert], companions=trigger_words(pipe), unchecked=unchecked)
-    unused = _unused(expert, ensemble.mixtures, tokenizers_of(pipe))
-    if unused:
-        logger.warning("expert %r is used in part: %s", expert.name, "; ".join(unused))
+    ensemble.set_experts(
+        [*ensemble.experts.values(), expert], companions=trigger_words(pipe), unchecked=unchecked
+    )
+    sentences = unused(expert, ensemble.mixtures, "pipeline")
+    sentences += _unread(expert, tokenizers_of(pipe))
+    if sentences:
+        logger.warning("expert %r is used in part: %s", expert.name, "; ".join(sentences))
 
 
 def remove_expert(pipe: Any, ensemble: Ensemble, name: str) -> None:
@@ -100,10 +92,7 @@ def remove_expert(pipe: Any, ensemble: Ensemble, name: str) -> None:
     Raises:
         UnknownExpertError: no expert has this name.
     """
-    if name not in ensemble.experts:
-        raise UnknownExpertError(name, list(ensemble.experts))
-    left = [expert for expert in ensemble.experts.values() if expert.name != name]
-    ensemble.set_experts(left, companions=trigger_words(pipe))
+    ensemble.set_experts(without(ensemble, name), companions=trigger_words(pipe))
 
 
 def trigger_words(pipe: Any) -> Callable[[Sequence[Expert]], Iterable[TriggerWords]]:
@@ -134,22 +123,11 @@ def warn_of_lora_tags(texts: Iterable[Any]) -> None:
         )
 
 
-def _unused(expert: Expert, mixtures: Mapping[str, Mixture], tokenizers: Mapping[str, Any]) -> list[str]:
-    """What of an expert's file changes nothing here, as sentences; diffusers would not say."""
-    sentences = [expert.report.summary()] if expert.report.ignored else []
-    sentences += [
-        f"{part}: not part of this pipeline, {len(matrices)} matrices unused"
-        for part, matrices in expert.factors.items()
-        if part not in mixtures
-    ]
-    sentences += [
+def _unread(expert: Expert, tokenizers: Mapping[str, Any]) -> list[str]:
+    """The trigger words of an expert that no tokenizer here can learn, as sentences."""
+    return [
         f"{part}: not part of this pipeline, the embedding of {word!r} is unused"
         for word, found in expert.embeddings.items()
         for part in found
         if part not in tokenizers
     ]
-    for part, mixture in mixtures.items():
-        absent = mixture.unmatched.get(expert.name)
-        if absent:
-            sentences.append(f"{part}: {len(absent)} matrices are not in the network, e.g. {absent[0]!r}")
-    return sentences

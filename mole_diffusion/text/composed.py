@@ -23,7 +23,10 @@ class Composed(Protocol):
     """A model with experts; see `Seq2SeqExperts`."""
 
     model: Any
-    ensemble: Ensemble
+
+    @property
+    def ensemble(self) -> Ensemble:
+        """The experts on its stacks."""
 
     @property
     def experts(self) -> Mapping[str, Expert]:

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,14 +15,12 @@ from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.ensemble import Ensemble
 from mole_diffusion.core.errors import (
     ConfigError,
-    ExpertLoadError,
     InjectionError,
     NoExpertsError,
-    UnknownExpertError,
 )
 from mole_diffusion.core.experts import Expert, load_expert
 from mole_diffusion.core.fixed import FIXED, fixed_mixture
-from mole_diffusion.core.mixture import Mixture
+from mole_diffusion.core.holding import HoldsExperts, check_new, unused, without
 from mole_diffusion.core.mixture_set import Choice
 from mole_diffusion.core.networks import find_network
 from mole_diffusion.core.networks.t5 import READER, WRITER
@@ -38,7 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Seq2SeqExperts:
+class Seq2SeqExperts(HoldsExperts):
     """Experts and gates on a transformers model that reads a text and writes one.
 
     They are hooks on the model's encoder and decoder: the model is as it was, and `model.generate`,
@@ -54,7 +51,6 @@ class Seq2SeqExperts:
 
     Attributes:
         model: as given.
-        ensemble: the experts on its two stacks.
     """
 
     def __init__(
@@ -62,7 +58,7 @@ class Seq2SeqExperts:
     ) -> None:
         self.model: Any = model
         networks = stacks_of(model)
-        self.ensemble = Ensemble.carrying(networks) or Ensemble(
+        self._ensemble = Ensemble.carrying(networks) or Ensemble(
             networks,
             facts={},
             flatten_tokens=dict.fromkeys(networks, flatten_tokens),
@@ -71,19 +67,9 @@ class Seq2SeqExperts:
         self._recorder: MeanRecorder | None = None
 
     @property
-    def experts(self) -> Mapping[str, Expert]:
-        """The experts by name, in the order of the gates' rows."""
-        return MappingProxyType(self.ensemble.experts)
-
-    @property
-    def mixtures(self) -> Mapping[str, Mixture]:
-        """The mixture of each stack that experts change: "encoder", "decoder" or both."""
-        return MappingProxyType(self.ensemble.mixtures)
-
-    @property
-    def mole_config(self) -> MoLEConfig:
-        """How gates are built; change it with `configure`."""
-        return self.ensemble.config
+    def ensemble(self) -> Ensemble:
+        """The experts on the model's two stacks, "encoder" and "decoder"."""
+        return self._ensemble
 
     def load_expert(
         self,
@@ -143,21 +129,11 @@ class Seq2SeqExperts:
 
     def add_experts(self, experts: Sequence[Expert]) -> list[Expert]:
         """`load_experts` for those that are in memory already."""
-        present = self.ensemble.experts
-        for number, expert in enumerate(experts):
-            if expert.name in present or any(expert.name == other.name for other in experts[:number]):
-                raise ExpertLoadError(
-                    f"an expert named {expert.name!r} is loaded already (loaded: {list(present)});"
-                    " give the new one another name or unload the old one"
-                )
-            if not set(expert.factors) & set(self.ensemble.networks):
-                raise ExpertLoadError(
-                    f"expert {expert.name!r} changes {sorted(expert.factors)};"
-                    f" the networks of this model are {sorted(self.ensemble.networks)}"
-                )
-        self.ensemble.set_experts([*present.values(), *experts])
+        check_new(self.ensemble, experts, "model")
+        self.ensemble.set_experts([*self.experts.values(), *experts])
         for expert in experts:
-            self._tell_of_unused(expert)
+            if sentences := unused(expert, self.mixtures, "model"):
+                logger.warning("expert %r is used in part: %s", expert.name, "; ".join(sentences))
         return list(experts)
 
     def unload_expert(self, name: str) -> None:
@@ -166,9 +142,7 @@ class Seq2SeqExperts:
         Raises:
             UnknownExpertError: no expert has this name.
         """
-        if name not in self.ensemble.experts:
-            raise UnknownExpertError(name, list(self.ensemble.experts))
-        self.ensemble.set_experts([one for one in self.ensemble.experts.values() if one.name != name])
+        self.ensemble.set_experts(without(self.ensemble, name))
 
     def configure(self, config: MoLEConfig) -> None:
         """Give all experts fresh gates of another form; trained ones are lost.
@@ -227,28 +201,6 @@ class Seq2SeqExperts:
         """
         return GateWeights() if self._recorder is None else self._recorder.weights
 
-    def save_gates(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-        """Write the gates, with the names and hashes of the experts they belong to (safetensors).
-
-        Raises:
-            NoExpertsError: there are no gates.
-        """
-        self.need_experts("save_gates")
-        self.ensemble.save_gates(path, metadata)
-
-    def load_gates(self, path: str | Path, strict: bool = True) -> dict[str, str]:
-        """Read gates that were trained for these experts, and take over their form.
-
-        Returns:
-            The file's metadata.
-
-        Raises:
-            NoExpertsError: no experts are loaded.
-            GateMismatchError: the gates do not fit, `differences` lists why; everything is as it was.
-        """
-        self.need_experts("load_gates")
-        return self.ensemble.load_gates(path, strict)
-
     def train_gates(
         self,
         examples: Any,
@@ -274,26 +226,6 @@ class Seq2SeqExperts:
             self, tokenizer, examples, config,
             validation=validation, callback=callback, checkpoint_dir=checkpoint_dir, resume=resume,
         )  # fmt: skip
-
-    def need_experts(self, what: str) -> None:
-        """Raise NoExpertsError where none is loaded."""
-        if not self.ensemble.experts:
-            raise NoExpertsError(
-                f"{what}: no experts are loaded, and gates belong to experts: call load_expert() first"
-            )
-
-    def _tell_of_unused(self, expert: Expert) -> None:
-        sentences = [expert.report.summary()] if expert.report.ignored else []
-        sentences += [
-            f"{part}: not part of this model, {len(matrices)} matrices unused"
-            for part, matrices in expert.factors.items()
-            if part not in self.mixtures
-        ]
-        for part, mixture in self.mixtures.items():
-            if absent := mixture.unmatched.get(expert.name):
-                sentences.append(f"{part}: {len(absent)} matrices are not in the network, e.g. {absent[0]!r}")
-        if sentences:
-            logger.warning("expert %r is used in part: %s", expert.name, "; ".join(sentences))
 
     @property
     def device(self) -> torch.device:

@@ -131,7 +131,6 @@ def test_objects_stay_inside_the_picture() -> None:
 def _run(folder: Path, stop: int, total: int) -> nn.Module:
     torch.manual_seed(0)
     module = nn.Linear(3, 2)
-    average = loop.Average(module, 0.9)
 
     def rows(number: int, count: int) -> loop.Batch:
         return {"x": torch.randn(count, 3, generator=torch.Generator().manual_seed(number))}
@@ -147,9 +146,8 @@ def _run(folder: Path, stop: int, total: int) -> nn.Module:
         return (module(batch["x"]) - batch["x"][:, :2]).square().mean()
 
     with suppress(KeyboardInterrupt):
-        settings: Any = {"steps": total, "rate": 1e-2, "average": average, "checkpoint_every": 5}
+        settings: Any = {"steps": total, "rate": 1e-2, "average": 0.9, "checkpoint_every": 5}
         loop.train("toy", folder, module, make, loss_of, quiet=True, **settings)
-    average.copy_to(module)
     return module
 
 

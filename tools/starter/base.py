@@ -104,7 +104,7 @@ def ordinary_rows(shop: Workshop, seed: int) -> Pool:
             "ids": shop.captions.tokens(caption),
         }
 
-    return Pool(make, CHUNK, shop.size(CHUNKS), EVERY)
+    return Pool(make, CHUNK, shop.amount(CHUNKS), EVERY)
 
 
 def train_base(shop: Workshop) -> None:
@@ -119,7 +119,7 @@ def train_base(shop: Workshop) -> None:
     pool, noise = ordinary_rows(shop, SEED), Noise(shop.device)
     empty = shop.captions.tokens(torch.zeros(1, 1, dtype=torch.long, device=shop.device))
 
-    size = shop.batch(BATCH)
+    size = shop.amount(BATCH)
 
     def make(step: int) -> loop.Batch:
         dice = shop.dice(SEED, 1, step)
@@ -136,7 +136,6 @@ def train_base(shop: Workshop) -> None:
             predicted = unet(batch["noisy"], batch["timesteps"], context).sample.float()
         return denoising_loss(predicted, batch["target"], batch["cover"])
 
-    average = loop.Average(module, 0.999)
     loop.train(
         "base",
         shop.work,
@@ -145,11 +144,10 @@ def train_base(shop: Workshop) -> None:
         loss_of,
         steps=shop.steps(STEPS),
         rate=RATE,
-        average=average,
+        average=0.999,
         checkpoint_every=3000,
         graph=shop.graph,
     )
-    average.copy_to(module)
     save_base(shop.out, module)
     new_scheduler().save_pretrained(shop.out / "scheduler")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPTokenizer
 
@@ -95,10 +96,9 @@ class Captions:
         order = (ids < 0).to(torch.uint8).argsort(dim=1, stable=True)
         ids = ids.gather(1, order)[:, : text.MAX_TOKENS - 2]
         ids = torch.where(ids < 0, self.end, ids)
-        ids = torch.nn.functional.pad(ids, (0, text.MAX_TOKENS - 2 - ids.shape[1]), value=self.end)
-        return torch.nn.functional.pad(
-            torch.nn.functional.pad(ids, (1, 0), value=self.start), (0, 1), value=self.end
-        )
+        ids = F.pad(ids, (1, text.MAX_TOKENS - 1 - ids.shape[1]), value=self.end)
+        ids[:, 0] = self.start
+        return ids
 
     def text(self, numbers: Tensor) -> list[str]:
         """The captions in words."""

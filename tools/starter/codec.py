@@ -40,7 +40,7 @@ def reconstruction_loss(made: Tensor, wanted: Tensor, foreground: Tensor) -> Ten
 def scenes(shop: Workshop, seed: int) -> Callable[[int], loop.Batch]:
     """Batches of everything the codec must carry: all drawings, half of them recoloured, all styles."""
 
-    count = shop.batch(BATCH)
+    count = shop.amount(BATCH)
 
     def make(step: int) -> loop.Batch:
         dice = shop.dice(seed, step)
@@ -60,7 +60,6 @@ def train_codec(shop: Workshop) -> None:
     """Train on whole pictures; `scaling_factor` is 1 / the latents' deviation."""
     torch.manual_seed(SEED)
     codec = new_codec().to(shop.device, memory_format=torch.channels_last).train()
-    average = loop.Average(codec, 0.995)
 
     def loss_of(batch: loop.Batch) -> Tensor:
         with shop.mixed_precision():
@@ -79,10 +78,9 @@ def train_codec(shop: Workshop) -> None:
         loss_of,
         steps=shop.steps(STEPS),
         rate=RATE,
-        average=average,
+        average=0.995,
         graph=shop.graph,
     )
-    average.copy_to(codec)
     codec.eval()
     with torch.no_grad():
         latents = torch.cat([codec.encode(make(10**7 + i)["picture"]).latents for i in range(4)])

@@ -100,7 +100,7 @@ def own_rows(shop: Workshop) -> Pool:
             for name, value in rows.items()
         }
 
-    return Pool(make, OWN, shop.size(48), 4)
+    return Pool(make, OWN, shop.amount(48), 4)
 
 
 def train_experts(shop: Workshop) -> None:

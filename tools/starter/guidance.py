@@ -15,14 +15,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from open_clip import CLIP
-from safetensors.torch import save_file
 from torch import Tensor
 
 from . import loop, text, world
 from .scenes import Dice
 from .soften import Softener, restored, stored
 from .stage import NO_COLOUR, SUBJECT, Placed
-from .workshop import Pool, Workshop
+from .workshop import Pool, Workshop, save_half
 
 CHUNK, CHUNKS, EVERY = 256, 40, 6
 
@@ -210,7 +209,7 @@ def described_rows(shop: Workshop, seed: int) -> Pool:
             "wrong_ids": wrong_ids,
         }
 
-    return Pool(make, shop.batch(CHUNK), shop.size(CHUNKS), EVERY)
+    return Pool(make, shop.amount(CHUNK), shop.amount(CHUNKS), EVERY)
 
 
 def train_clip(shop: Workshop, recipe: Recipe = GUIDE) -> None:
@@ -219,7 +218,7 @@ def train_clip(shop: Workshop, recipe: Recipe = GUIDE) -> None:
     settings = model_config(recipe, len(shop.tokenizer))
     arguments = {k: v for k, v in settings["text_cfg"].items() if k != "hf_tokenizer_name"}
     clip = CLIP(embed_dim=128, vision_cfg=settings["vision_cfg"], text_cfg=arguments).to(shop.device).train()
-    pool, size = described_rows(shop, recipe.seed), shop.batch(recipe.batch)
+    pool, size = described_rows(shop, recipe.seed), shop.amount(recipe.batch)
     target = torch.arange(size, device=shop.device)
 
     def make(step: int) -> loop.Batch:
@@ -236,7 +235,6 @@ def train_clip(shop: Workshop, recipe: Recipe = GUIDE) -> None:
         logits = clip.logit_scale.exp().clamp(max=100) * image @ words.T
         return (F.cross_entropy(logits[:size], target) + F.cross_entropy(logits[:, :size].T, target)) / 2
 
-    average = loop.Average(clip, 0.998)
     loop.train(
         recipe.name,
         shop.work,
@@ -246,19 +244,12 @@ def train_clip(shop: Workshop, recipe: Recipe = GUIDE) -> None:
         steps=shop.steps(recipe.steps),
         rate=recipe.rate,
         decay=0.05,
-        average=average,
+        average=0.998,
         graph=shop.graph,
     )
-    average.copy_to(clip)
     folder = shop.out / recipe.name
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {
-            k: v.cpu().half().contiguous() if v.is_floating_point() else v.cpu()
-            for k, v in clip.state_dict().items()
-        },
-        folder / "open_clip_model.safetensors",
-    )
+    save_half(clip, folder / "open_clip_model.safetensors")
     preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
     document = {"model_cfg": settings, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(document, indent=1) + "\n")

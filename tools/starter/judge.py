@@ -8,7 +8,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mole_diffusion.starter.judge import ARCHITECTURE, STRIDE, SUBJECT, new_network, presence
@@ -16,7 +15,7 @@ from mole_diffusion.starter.judge import ARCHITECTURE, STRIDE, SUBJECT, new_netw
 from . import loop, stage, world
 from .soften import Softener, restored, stored
 from .stage import STYLES, Placed
-from .workshop import Pool, Workshop
+from .workshop import Pool, Workshop, save_half
 
 SEED = 53
 STEPS, BATCH, RATE = 1500, 256, 2e-3
@@ -105,14 +104,14 @@ def judged_rows(shop: Workshop, seed: int) -> Pool:
             "style": scenes.style,
         }
 
-    return Pool(make, shop.batch(CHUNK), shop.size(CHUNKS), EVERY)
+    return Pool(make, shop.amount(CHUNK), shop.amount(CHUNKS), EVERY)
 
 
 def train_judge(shop: Workshop) -> None:
     """Train, then set the threshold where precision and recall over new degraded scenes are most equal."""
     torch.manual_seed(SEED)
     network = new_network(len(LABELS), len(STYLES)).to(shop.device).train()
-    pool, size = judged_rows(shop, SEED), shop.batch(BATCH)
+    pool, size = judged_rows(shop, SEED), shop.amount(BATCH)
 
     def make(step: int) -> loop.Batch:
         dice = shop.dice(SEED, 1, step)
@@ -127,7 +126,6 @@ def train_judge(shop: Workshop) -> None:
         of_cells = F.cross_entropy(cells, batch["cells"], ignore_index=-1)
         return of_cells + 0.2 * F.cross_entropy(styles, batch["style"])
 
-    average = loop.Average(network, 0.995)
     loop.train(
         "judge",
         shop.work,
@@ -137,10 +135,9 @@ def train_judge(shop: Workshop) -> None:
         steps=shop.steps(STEPS),
         rate=RATE,
         decay=0.05,
-        average=average,
+        average=0.995,
         graph=shop.graph,
     )
-    average.copy_to(network)
     network.eval()
     scores, target = [], []
     with torch.no_grad():
@@ -151,13 +148,7 @@ def train_judge(shop: Workshop) -> None:
     threshold = best_threshold(torch.cat(scores), torch.cat(target))
     folder = shop.out / "judge"
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {
-            k: v.cpu().half().contiguous() if v.is_floating_point() else v.cpu()
-            for k, v in network.state_dict().items()
-        },
-        folder / "model.safetensors",
-    )
+    save_half(network, folder / "model.safetensors")
     settings = {"architecture": ARCHITECTURE, "labels": LABELS, "styles": STYLES, "threshold": threshold}
     (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
 

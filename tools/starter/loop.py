@@ -113,7 +113,7 @@ def train(
     steps: int,
     rate: float,
     decay: float = 0.01,
-    average: Average | None = None,
+    average: float | None = None,
     checkpoint_every: int = 1000,
     quiet: bool = False,
     graph: bool = True,
@@ -125,6 +125,7 @@ def train(
     `folder/NAME.pt`, which is written every `checkpoint_every` steps.
 
     Args:
+        average: decay of a moving average of the weights, which the module has at the end; None for none.
         make: tensors of a step; names and shapes are the same in every step.
         graph: on a CUDA device capture the step as a graph; `loss_of` must not wait for the device then.
         clip: largest norm of the gradient; None leaves it.
@@ -137,7 +138,8 @@ def train(
     on_cuda = trained[0].is_cuda
     speed = torch.tensor(rate, device=trained[0].device)
     optimiser = torch.optim.AdamW(groups, lr=speed, betas=(0.9, 0.99), fused=True, capturable=on_cuda)
-    first = _restore(path, module, optimiser, average) if path.is_file() else 0
+    smooth = None if average is None else Average(module, average)
+    first = _restore(path, module, optimiser, smooth) if path.is_file() else 0
     for group in optimiser.param_groups:
         group["lr"] = speed
     one = _Step(trained, optimiser, loss_of, graph and on_cuda, clip)
@@ -145,12 +147,14 @@ def train(
     for step in bar:
         speed.fill_(rate * cosine(step, steps))
         loss = one(make(step))
-        if average is not None:
-            average.update()
+        if smooth is not None:
+            smooth.update()
         if step % 100 == 0:
             bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
         if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
-            _save(path, module, optimiser, average, step + 1)
+            _save(path, module, optimiser, smooth, step + 1)
+    if smooth is not None:
+        smooth.copy_to(module)
 
 
 def _save(

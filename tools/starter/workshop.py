@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderTiny
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from .captions import Captions
@@ -42,12 +43,8 @@ class Workshop:
         """So many steps of `count` are taken."""
         return max(4, round(count * self.scale))
 
-    def size(self, count: int) -> int:
-        """So many of `count` chunks are held; trials hold fewer."""
-        return count if self.scale >= 1 else max(2, round(count * min(1.0, self.scale * 4)))
-
-    def batch(self, count: int) -> int:
-        """So many of `count` examples make a batch."""
+    def amount(self, count: int) -> int:
+        """So many of `count` examples of a batch or chunks of a pool are taken; trials take fewer."""
         return count if self.scale >= 1 else max(4, round(count * min(1.0, self.scale * 4)))
 
     @cached_property
@@ -100,6 +97,12 @@ def load_codec(out: Path, device: torch.device) -> AutoencoderTiny:
     """The codec of the starter in `out`, frozen, in single precision."""
     codec = AutoencoderTiny.from_pretrained(out / "vae", torch_dtype=torch.float32)
     return codec.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+
+
+def save_half(network: nn.Module, path: Path) -> None:
+    """Write a network's weights in half precision as safetensors."""
+    weights = {name: value.cpu() for name, value in network.state_dict().items()}
+    save_file({k: v.half().contiguous() if v.is_floating_point() else v for k, v in weights.items()}, path)
 
 
 class Pool:

@@ -10,14 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..errors import ConfigError
 from ..torch_state import is_compiling
 from .base import CONTEXT, DENOISER, EMBEDDING, JOINT, TOKENS, Base, Forward
 from .families import CHROMA, FLUX1
-from .patches import grid_of, packed_tokens, patched_grid
+from .patches import counting, grid_of, packed_tokens, patched_grid
 from .stacks import Blocks, Leaf, Stack
 from .transformers import KOHYA, PREFIXES, TRANSFORMER
 
@@ -159,16 +158,6 @@ def _forward(
     )
 
 
-def _count(network: nn.Module, stream: str, given: tuple[int, int] | int | None) -> int:
-    """Tokens of a text as pipelines pad it, or of a latent's picture."""
-    if stream == CONTEXT:
-        return TOKENS_OF_A_TEXT
-    if not isinstance(given, (tuple, list)):
-        raise ConfigError("pooling='flatten' needs the latent's size: pass flatten_tokens=(height, width).")
-    rows, columns = patched_grid(given)
-    return rows * columns
-
-
 def _tell(slot: str, inputs: Mapping[str, int]) -> Base | None:
     """Other families have double blocks of the same names; single ones are FLUX.1's and Chroma's."""
     return Base(FLUX1, None) if _has_single(inputs) else None
@@ -222,7 +211,7 @@ FLUX = Stack(
         ),
     ),
     inputs=_read,
-    counter=_count,
+    counter=counting(TOKENS_OF_A_TEXT),
     kohya=KOHYA,
     tell=_tell,
     text_gates=True,

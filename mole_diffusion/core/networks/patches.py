@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from .base import CONTEXT
 
 
 def patched_grid(size: Sequence[int]) -> tuple[int, int]:
@@ -16,6 +19,26 @@ def patched_grid(size: Sequence[int]) -> tuple[int, int]:
 def grid_of(grid: tuple[int, int]) -> Callable[[int], tuple[int, int] | None]:
     """The `Forward.grid` of networks with one grid alone."""
     return lambda tokens: grid if tokens == grid[0] * grid[1] else None
+
+
+def counting(tokens_of_a_text: int) -> Callable[[nn.Module, str, tuple[int, int] | int | None], int]:
+    """The `counter` of a network that reads texts and patched latents, for pooling "flatten".
+
+    Args:
+        tokens_of_a_text: as pipelines pad it.
+    """
+
+    def count(network: nn.Module, stream: str, given: tuple[int, int] | int | None) -> int:
+        if stream == CONTEXT:
+            return tokens_of_a_text
+        if not isinstance(given, (tuple, list)):
+            raise ConfigError(
+                "pooling='flatten' needs the latent's size: pass flatten_tokens=(height, width)."
+            )
+        rows, columns = patched_grid(given)
+        return rows * columns
+
+    return count
 
 
 def packed_tokens(ids: Tensor) -> tuple[int, tuple[int, int] | None]:

@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..errors import ConfigError
 from .base import CONTEXT, DENOISER, EMBEDDING, TOKENS, Base, Forward
 from .families import SD3 as FAMILY
-from .patches import grid_of, patched_grid
+from .patches import counting, grid_of, patched_grid
 from .stacks import Blocks, Leaf, Stack
 from .transformers import KOHYA, PREFIXES, TRANSFORMER
 
@@ -61,15 +60,6 @@ def _read(args: tuple[Any, ...], kwargs: Mapping[str, Any], given: tuple[int, in
     return Forward(time=time, noise=_STEPS, size=size, grid=grid)
 
 
-def _count(network: nn.Module, stream: str, given: tuple[int, int] | int | None) -> int:
-    if stream == CONTEXT:
-        return _TOKENS_OF_A_TEXT
-    if not isinstance(given, (tuple, list)):
-        raise ConfigError("pooling='flatten' needs the latent's size: pass flatten_tokens=(height, width).")
-    rows, columns = patched_grid(given)
-    return rows * columns
-
-
 SD3 = Stack(
     name="sd3",
     role=DENOISER,
@@ -111,7 +101,7 @@ SD3 = Stack(
         ),
     ),
     inputs=_read,
-    counter=_count,
+    counter=counting(_TOKENS_OF_A_TEXT),
     kohya=KOHYA,
     tell=lambda slot, inputs: Base(FAMILY, None),
     text_gates=True,

@@ -6,23 +6,21 @@ itself is set to: it is deterministic, differentiable, and knows all prediction 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mole_diffusion.core.errors import TrainingError
 from mole_diffusion.pictures.denoiser import Condition, Replay
-from mole_diffusion.pictures.denoisers import autoencoder
+from mole_diffusion.pictures.denoisers.pipeline import PipelineDenoiser
 
 _PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-_NETWORKS = ("unet", "text_encoder", "text_encoder_2", "vae")
 
 
-class DiffusionDenoiser:
+class DiffusionDenoiser(PipelineDenoiser):
     """A pipeline of Stable Diffusion 1, 2 or XL as a `Denoiser`.
 
     Args:
@@ -30,33 +28,7 @@ class DiffusionDenoiser:
         size: height and width of the pictures in pixels; None for the model's own.
     """
 
-    def __init__(self, pipe: Any, size: tuple[int, int] | None = None) -> None:
-        self._pipe = pipe
-        self._size = size
-
-    @property
-    def network(self) -> nn.Module:
-        """The UNet."""
-        network: nn.Module = self._pipe.unet
-        return network
-
-    @property
-    def networks(self) -> Mapping[str, nn.Module]:
-        """UNet, text encoders and VAE."""
-        found = {name: getattr(self._pipe, name, None) for name in _NETWORKS}
-        return {name: network for name, network in found.items() if network is not None}
-
-    @property
-    def device(self) -> torch.device:
-        """Where the UNet runs."""
-        device: torch.device = self._pipe.unet.device
-        return device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the UNet."""
-        dtype: torch.dtype = self._pipe.unet.dtype
-        return dtype
+    predicts = "unet"
 
     @property
     def picture_size(self) -> tuple[int, int]:
@@ -109,16 +81,6 @@ class DiffusionDenoiser:
                 f" {expected} (an inpainting UNet reads mask and picture too); train on the base"
             )
         _ = self.scheduler
-
-    @contextmanager
-    def training(self, *, checkpointing: bool, decodes: bool) -> Iterator[None]:
-        """See `Denoiser.training`."""
-        recomputed = [self._pipe.unet, *([self._pipe.vae] if decodes else [])] if checkpointing else []
-        with (
-            autoencoder.gradient_checkpointing(recomputed),
-            autoencoder.full_precision(self._pipe.vae),
-        ):
-            yield
 
     def encode_texts(self, texts: Sequence[str]) -> Condition:
         """Encode texts as the pipeline does; SDXL is told the size of the picture too.
@@ -228,12 +190,3 @@ class DiffusionDenoiser:
         """See `Denoiser.step`."""
         result = self.scheduler.step(prediction, int(time), latents)
         return result.prev_sample.to(latents.dtype), result.pred_original_sample.to(latents.dtype)
-
-    @torch.no_grad()
-    def encode(self, pictures: Tensor) -> Tensor:
-        """See `Denoiser.encode`; without gradient."""
-        return autoencoder.encode(self._pipe.vae, pictures)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """See `Denoiser.decode`."""
-        return autoencoder.decode(self._pipe.vae, latents)

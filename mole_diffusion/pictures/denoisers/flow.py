@@ -7,22 +7,19 @@ Euler's, as those of diffusers' flow-matching scheduler, with gradient.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mole_diffusion.core.errors import TrainingError
 from mole_diffusion.pictures.denoiser import Condition, Replay
-from mole_diffusion.pictures.denoisers import autoencoder
-
-_NETWORKS = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae")
+from mole_diffusion.pictures.denoisers.pipeline import PipelineDenoiser
 
 
-class FlowDenoiser(ABC):
+class FlowDenoiser(PipelineDenoiser, ABC):
     """A pipeline around a transformer as a `Denoiser`; what its family is told stands in a subclass.
 
     Args:
@@ -33,37 +30,13 @@ class FlowDenoiser(ABC):
         patch: side of the square of latent pixels that is one token; sizes are cut to multiples of it.
     """
 
+    predicts = "transformer"
     patch: ClassVar[int] = 2
 
     def __init__(self, pipe: Any, size: tuple[int, int] | None = None) -> None:
-        self._pipe = pipe
-        self._size = size
+        super().__init__(pipe, size)
         self._embedded = 1.0
         self._levels: Tensor | None = None
-
-    @property
-    def network(self) -> nn.Module:
-        """The transformer."""
-        network: nn.Module = self._pipe.transformer
-        return network
-
-    @property
-    def networks(self) -> Mapping[str, nn.Module]:
-        """Transformer, text encoders and VAE."""
-        found = {name: getattr(self._pipe, name, None) for name in _NETWORKS}
-        return {name: network for name, network in found.items() if network is not None}
-
-    @property
-    def device(self) -> torch.device:
-        """Where the transformer runs."""
-        device: torch.device = self._pipe.transformer.device
-        return device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the transformer."""
-        dtype: torch.dtype = self._pipe.transformer.dtype
-        return dtype
 
     @property
     def picture_size(self) -> tuple[int, int]:
@@ -102,13 +75,6 @@ class FlowDenoiser(ABC):
                 f"scheduler {type(scheduler).__name__} cannot be trained with; this model needs one of flow "
                 "matching, such as FlowMatchEulerDiscreteScheduler"
             )
-
-    @contextmanager
-    def training(self, *, checkpointing: bool, decodes: bool) -> Iterator[None]:
-        """See `Denoiser.training`."""
-        recomputed = [self._pipe.transformer, *([self._pipe.vae] if decodes else [])] if checkpointing else []
-        with autoencoder.gradient_checkpointing(recomputed), autoencoder.full_precision(self._pipe.vae):
-            yield
 
     @abstractmethod
     def encode_texts(self, texts: Sequence[str]) -> Condition:
@@ -170,12 +136,3 @@ class FlowDenoiser(ABC):
         lower = float(self._levels[int((self._levels - level).abs().argmin()) + 1])
         velocity = prediction.to(latents.dtype)
         return latents + (lower - level) * velocity, latents - level * velocity
-
-    @torch.no_grad()
-    def encode(self, pictures: Tensor) -> Tensor:
-        """See `Denoiser.encode`; without gradient."""
-        return autoencoder.encode(self._pipe.vae, pictures)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """See `Denoiser.decode`."""
-        return autoencoder.decode(self._pipe.vae, latents)
