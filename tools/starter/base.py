@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,14 @@ class Noise:
         spread = self.spread[timesteps].view(-1, 1, 1, 1)
         return signal * latents + spread * noise, signal * noise - spread * latents
 
+    def batch(self, rows: Mapping[str, Tensor], dice: Dice, groups: int) -> loop.Batch:
+        """What a training step reads, of rows of clean latents that stand in `groups` groups of one size."""
+        latents = rows["latents"]
+        timesteps = self.timesteps(dice, groups, len(latents) // groups)
+        noisy, target = self.add(latents, dice.normal(*latents.shape), timesteps)
+        rest = {name: value for name, value in rows.items() if name != "latents"}
+        return {**rest, "timesteps": timesteps, "noisy": noisy, "target": target}
+
     def clean(self, noisy: Tensor, v: Tensor, timesteps: Tensor) -> Tensor:
         """The latents that a predicted v stands for."""
         return self.signal[timesteps].view(-1, 1, 1, 1) * noisy - self.spread[timesteps].view(-1, 1, 1, 1) * v
@@ -81,6 +90,22 @@ def denoising_loss(predicted: Tensor, target: Tensor, foreground: Tensor, emphas
     """Mean squared error; objects count ``1 + emphasis`` times (backgrounds are easy, and large)."""
     weight = 1 + emphasis * foreground
     return ((predicted - target).square() * weight).mean() / weight.mean()
+
+
+def denoising(shop: Workshop, module: nn.ModuleDict, emphasis: float = 2.0) -> Callable[[loop.Batch], Tensor]:
+    """The loss of text encoder and UNet on a batch of `Noise.batch`; see `denoising_loss`."""
+    unet: Any = module["unet"]
+    encoder: Any = module["text_encoder"]
+    if shop.device.type == "cpu":
+        unet.set_attn_processor(AttnProcessor())  # on CPU the backward pass of fused attention is slower
+
+    def loss_of(batch: loop.Batch) -> Tensor:
+        with shop.mixed_precision():
+            context = encoder(batch["ids"])[0]
+            predicted = unet(batch["noisy"], batch["timesteps"], context).sample.float()
+        return denoising_loss(predicted, batch["target"], batch["cover"], emphasis)
+
+    return loss_of
 
 
 def ordinary_rows(shop: Workshop, seed: int) -> Pool:
@@ -112,10 +137,6 @@ def train_base(shop: Workshop) -> None:
     torch.manual_seed(SEED)
     module = nn.ModuleDict({"unet": new_unet(), "text_encoder": text.new_text_encoder(shop.tokenizer)})
     module.to(shop.device, memory_format=torch.channels_last)
-    unet: Any = module["unet"]
-    encoder: Any = module["text_encoder"]
-    if shop.device.type == "cpu":
-        unet.set_attn_processor(AttnProcessor())  # on CPU the backward pass of fused attention is slower
     pool, noise = ordinary_rows(shop, SEED), Noise(shop.device)
     empty = shop.captions.tokens(torch.zeros(1, 1, dtype=torch.long, device=shop.device))
 
@@ -125,23 +146,14 @@ def train_base(shop: Workshop) -> None:
         dice = shop.dice(SEED, 1, step)
         rows = pool.sample(step, size, dice)
         rows["ids"] = torch.where(dice.share(0.1, size, 1), empty, rows["ids"])
-        rows["timesteps"] = noise.timesteps(dice, 1, size)
-        latents = rows.pop("latents")
-        rows["noisy"], rows["target"] = noise.add(latents, dice.normal(*latents.shape), rows["timesteps"])
-        return rows
-
-    def loss_of(batch: loop.Batch) -> Tensor:
-        with shop.mixed_precision():
-            context = encoder(batch["ids"])[0]
-            predicted = unet(batch["noisy"], batch["timesteps"], context).sample.float()
-        return denoising_loss(predicted, batch["target"], batch["cover"])
+        return noise.batch(rows, dice, 1)
 
     loop.train(
         "base",
         shop.work,
         module,
         make,
-        loss_of,
+        denoising(shop, module),
         steps=shop.steps(STEPS),
         rate=RATE,
         average=0.999,

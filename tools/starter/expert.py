@@ -126,24 +126,17 @@ def train_experts(shop: Workshop) -> None:
         for name, value in mine.items():
             shared = prior[name][None].expand(len(NAMES), *prior[name].shape)
             rows[name] = torch.cat([value.transpose(0, 1), shared], 1)[:, order].flatten(0, 1)
-        rows["timesteps"] = noise.timesteps(dice, len(NAMES), each)
-        latents = rows.pop("latents")
-        rows["noisy"], rows["target"] = noise.add(latents, dice.normal(*latents.shape), rows["timesteps"])
-        return rows
+        return noise.batch(rows, dice, len(NAMES))
 
-    def loss_of(batch: loop.Batch) -> Tensor:
-        with shop.mixed_precision():
-            context = encoder(batch["ids"])[0]
-            predicted = unet(batch["noisy"], batch["timesteps"], context).sample.float()
-        # The sum over experts: each learns as it would alone.
-        return len(NAMES) * base.denoising_loss(predicted, batch["target"], batch["cover"], 3.0)
+    loss_of = base.denoising(shop, module, emphasis=3.0)
 
     loop.train(
         "experts",
         shop.work,
         module,
         make,
-        loss_of,
+        # The sum over experts: each learns as it would alone.
+        lambda batch: len(NAMES) * loss_of(batch),
         steps=shop.steps(STEPS),
         rate=RATE,
         decay=0.0,
