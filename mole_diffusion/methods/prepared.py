@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -77,7 +78,7 @@ def _close(a: float | None, b: float | None) -> bool:
     return a is None or b is None or math.isclose(a, b, rel_tol=_TOLERANCE, abs_tol=1e-5)
 
 
-class Prepared:
+class Prepared(ABC):
     """A method that is ready to draw with: `pipe(prompt, mixture=prepared)`.
 
     Args:
@@ -141,8 +142,9 @@ class Prepared:
         with self._engaged(pipe, request):
             yield
 
+    @abstractmethod
     def _engaged(self, pipe: Any, request: Request) -> AbstractContextManager[None]:
-        raise NotImplementedError
+        """Let the networks compute with this method inside the `with` block, which fits the pipeline."""
 
 
 def standing(pipe: Any, before: MixtureSet | None, build: Callable[[], MixtureSet]) -> MixtureSet:

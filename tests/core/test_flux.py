@@ -15,7 +15,6 @@ from mole_diffusion import ConfigError, Expert, InjectionError, MoLEConfig, Regi
 from mole_diffusion.core.bases import base_of_expert, base_of_networks
 from mole_diffusion.core.checkpoint import load_gates, save_gates
 from mole_diffusion.core.dora import Dora
-from mole_diffusion.core.export import lora_tensors, static_factors
 from mole_diffusion.core.keys import parse_key
 from mole_diffusion.core.networks import map_network
 from mole_diffusion.core.networks.families import FLUX1
@@ -172,23 +171,6 @@ def test_gates_of_one_form_of_a_network_fit_the_other(tmp_path: Path) -> None:
     for change in (network.fuse_qkv_projections, network.unfuse_qkv_projections):
         change()
         assert_close(run(network), expected)
-
-
-@pytest.mark.parametrize("dialect", ["diffusers", "kohya"])
-@kinds
-def test_an_exported_file_is_read_again(make: Any, dialect: str) -> None:
-    network = make()
-    mixture = inject(network, make_experts(3, network), MoLEConfig(strength=1.0))
-    nla = run(network)
-    weights = {label: dict.fromkeys(mixture.expert_names, 1 / 3) for label in mixture.live_weights()}
-    factors = static_factors({"transformer": mixture}, {"transformer": weights})
-    tensors = lora_tensors(factors, dialect, torch.float32)
-    expert = Expert.from_state_dict(tensors, name="mixed")
-    assert set(expert.report.loaded) == set(tensors)
-    mixture.eject()
-    assert differs(run(network), nla)
-    inject(network, [expert], MoLEConfig())
-    assert_close(run(network), nla)
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form.pooling != "flatten"], ids=form_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from tiny.networks import (
     twin,
     with_peft,
 )
+from tiny.transformers import make_chroma, make_flux
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -242,8 +244,9 @@ def test_gates_of_the_fused_network_fit_the_parted_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dialect", ["diffusers", "kohya"])
-def test_an_exported_file_is_read_again(dialect: str) -> None:
-    network = make_joint()
+@pytest.mark.parametrize("make", [make_joint, make_flux, make_chroma])
+def test_an_exported_file_is_read_again(make: Callable[[], nn.Module], dialect: str) -> None:
+    network = make()
     mixture = inject(network, make_experts(3, network), MoLEConfig(strength=1.0))
     nla = run(network)
     weights = {label: dict.fromkeys(mixture.expert_names, 1 / 3) for label in mixture.live_weights()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
@@ -74,7 +75,7 @@ def make_scorers(metrics: Metrics, device: torch.device) -> list[Scorer]:
     return scorers
 
 
-class _Features:
+class _Features(ABC):
     """Features of pictures, of their windows, and (remembered) of the references of concepts."""
 
     def __init__(self, model: Any, device: torch.device, preprocess: Any) -> None:
@@ -82,8 +83,9 @@ class _Features:
         self._preprocess = preprocess
         self._references: dict[str, tuple[Concept, Tensor]] = {}
 
+    @abstractmethod
     def _encode(self, batch: Tensor) -> Tensor:
-        raise NotImplementedError
+        """(N, d) of preprocessed pictures."""
 
     @cached_property
     def hashes(self) -> frozenset[str]:
