@@ -18,6 +18,8 @@ LOWEST_TESTS := tests/core tests/pipeline tests/methods tests/training tests/tes
 
 LOCK := $(UV) pip compile --quiet --universal --python-version 3.10 --no-annotate --custom-compile-command "make lock" $(UPGRADE)
 
+HOSTS := tests/app tests/comfy tests/webui
+
 .PHONY: demo app test test-slow test-newest test-lowest lock soak gpu-kit lint types format clean help
 
 help:
@@ -37,8 +39,15 @@ demo: $(STAMP)
 app: $(STAMP)
 	$(VENV)/bin/mole app $(ARGS)
 
+# Browsers and servers have the machine to themselves; all else runs on two processes of one thread each, which
+# do not get in each other's way. With ARGS it is one plain run of pytest.
 test: $(STAMP)
+ifdef ARGS
 	$(PY) -m pytest $(ARGS)
+else
+	$(PY) -m pytest $(HOSTS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist worksteal $(HOSTS:%=--ignore=%)
+endif
 
 test-slow: $(STAMP)
 	$(PY) -m pytest -m slow $(ARGS)
