@@ -14,46 +14,98 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForCo
 from mole_diffusion.starter.text.schooling import some_lesson
 from mole_diffusion.starter.text.tasks import EXPERTS, UNSEEN
 from tools.starter_text.build import Build, Recipe
-from tools.starter_text.network import T5, Shape, fresh, fresh_experts
+from tools.starter_text.network import (
+    T5,
+    Shape,
+    fresh,
+    fresh_experts,
+    named,
+    named_experts,
+    stacked,
+    stacked_experts,
+)
 from tools.starter_text.publish import publish
+from tools.starter_text.training import Step
 
 SHAPE = Shape(50, 16, 24, 2, 8, 2, 2)
 
 
-def test_the_network_is_transformers_t5() -> None:
-    weights = fresh(SHAPE, 0.5, seed=0)
+@pytest.mark.parametrize("mimetic", [False, True])
+def test_the_network_is_transformers_t5(mimetic: bool) -> None:
+    stacks = fresh(SHAPE, 0.5, seed=0, mimetic=mimetic)
+    weights = named(SHAPE, stacks)
     theirs = T5ForConditionalGeneration(T5Config(**SHAPE.config())).eval()
     missing, unexpected = theirs.load_state_dict(weights, strict=False)
     assert not unexpected
     assert set(missing) <= {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"}
-    ids, targets = torch.randint(3, 50, (3, 12)), torch.randint(3, 50, (3, 7))
+    ids, targets = torch.randint(3, 50, (6, 12)), torch.randint(3, 50, (6, 7))
     ids[1, 8:], targets[2, 4:] = 0, 0
+    ids[3:, 6:], targets[3:, 3:] = 0, 0
     ours = T5(SHAPE, 12, 7, torch.device("cpu"), torch.float32)
     labels = targets.masked_fill(targets == 0, -100)
     with torch.no_grad():
         expected = theirs(input_ids=ids, attention_mask=(ids != 0).long(), labels=labels).loss
-        assert_close(ours.loss(weights, None, ids, targets), expected, rtol=1e-4, atol=1e-5)
+        assert_close(ours.loss(stacks, None, [(ids, targets)]), expected, rtol=1e-4, atol=1e-5)
+        # The same in buckets of two lengths.
+        shorter = [(ids[:3], targets[:3]), (ids[3:, :6], targets[3:, :3])]
+        assert_close(ours.loss(stacks, None, shorter), expected, rtol=1e-4, atol=1e-5)
+        written = theirs.generate(ids, attention_mask=(ids != 0).long(), max_new_tokens=7, min_new_tokens=7)
+        greedy = ours.greedy(stacks, None, ids, 7)
+    ends = (written[:, 1:] == 1).long().cumsum(1) == 0
+    assert torch.equal(greedy[ends], written[:, 1:][ends])
+
+
+def test_weights_go_to_names_and_back() -> None:
+    stacks = fresh(SHAPE, 0.5, seed=0)
+    for name, value in stacked(SHAPE, named(SHAPE, stacks)).items():
+        assert torch.equal(value, stacks[name])
+    lora = fresh_experts(SHAPE, 3, 2, seed=1)
+    again = stacked_experts(SHAPE, [named_experts(SHAPE, lora, number) for number in range(3)])
+    assert set(again) == set(lora)
+    assert all(torch.equal(value, lora[name]) for name, value in again.items())
 
 
 def test_experts_side_by_side_are_each_alone() -> None:
-    weights, lora = fresh(SHAPE, 0.5, seed=0), fresh_experts(SHAPE, 3, 2, seed=1)
-    for down, up in lora.values():
-        down.normal_(0, 0.3)
-        up.normal_(0, 0.3)
+    stacks, lora = fresh(SHAPE, 0.5, seed=0), fresh_experts(SHAPE, 3, 2, seed=1)
+    for factor in lora.values():
+        factor.normal_(0, 0.3)
     ids, targets = torch.randint(3, 50, (6, 12)), torch.randint(3, 50, (6, 7))
-    cpu = torch.device("cpu")
-    together = T5(SHAPE, 12, 7, cpu, torch.float32, experts=3).loss(weights, lora, ids, targets)
-    single = T5(SHAPE, 12, 7, cpu, torch.float32, experts=1)
+    model = T5(SHAPE, 12, 7, torch.device("cpu"), torch.float32)
+    together = model.loss(stacks, lora, [(ids, targets)])
     each = [
-        single.loss(
-            weights,
-            {name: (down[k : k + 1], up[k : k + 1]) for name, (down, up) in lora.items()},
-            ids[2 * k : 2 * k + 2],
-            targets[2 * k : 2 * k + 2],
+        model.loss(
+            stacks,
+            {name: factor[k : k + 1] for name, factor in lora.items()},
+            [(ids[2 * k : 2 * k + 2], targets[2 * k : 2 * k + 2])],
         )
         for k in range(3)
     ]
     assert_close(together, torch.stack(each).sum(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_width_that_is_not_that_of_the_heads_is_refused() -> None:
+    with pytest.raises(ValueError, match="heads \\* head is 12; it has to be the width 16"):
+        Shape(50, 16, 24, 2, 6, 2, 2)
+
+
+def test_a_compiled_step_is_the_plain_one() -> None:
+    pytest.importorskip("torch._inductor")
+    ids, targets = torch.randint(3, 50, (4, 12)), torch.randint(3, 50, (4, 7))
+    model = T5(SHAPE, 12, 7, torch.device("cpu"), torch.float32)
+    found = []
+    for compiled in (False, True):
+        stacks = {name: value.requires_grad_(True) for name, value in fresh(SHAPE, 0.5, seed=0).items()}
+
+        def loss(batch: tuple[torch.Tensor, ...], stacks: dict[str, torch.Tensor] = stacks) -> torch.Tensor:
+            return model.loss(stacks, None, [(batch[0], batch[1])])
+
+        step = Step(loss, stacks, (ids, targets), 1e-2, 0.0, None, compiled=compiled)
+        step.capture()
+        step.set_rate(1.0)
+        step((ids, targets))
+        found.append(stacks["square"].detach())
+    assert not torch.equal(found[0], fresh(SHAPE, 0.5, seed=0)["square"])
+    assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,9 @@
-"""Makes the text starter: `python -m tools.starter_text.build --device cuda --out DIR --minutes 3`.
+"""Makes the text starter: `python -m tools.starter_text.build --device cuda --out DIR --minutes 4`.
 
 Needs torch, numpy, safetensors and tokenizers, and no network. Every step has a fixed seed; one that was cut
-goes on from its checkpoint in the work folder, and a finished one is skipped. `publish.py` makes the folders
-of `assets/starter/text` of what this writes.
+goes on from its checkpoint in the work folder, and a finished one is skipped. Weights and figures are written
+while it goes, so that a build that is cut leaves what it had. `publish.py` makes the folders of
+`assets/starter/text` of what this writes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,19 +22,20 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from mole_diffusion.core.files import replacing
 from mole_diffusion.starter.text.schooling import SCHOOLING
 from mole_diffusion.starter.text.tasks import EXPERTS, Task
 from mole_diffusion.starter.text.words import Example
 
-from . import data
-from .network import T5, Shape, fresh, fresh_experts
+from .data import Arrays, Lessons, Makers, beside, sources_of
+from .network import T5, Shape, fresh, fresh_experts, named, named_experts, stacked, stacked_experts
 from .training import Step, train
 from .words import SOURCE, TARGET, build_tokenizer, write_tokenizer
 
-Pair = tuple[Tensor, Tensor]
 BASE, ADAPTERS, REPORT = "base.safetensors", "experts.safetensors", "report.json"
-_RESERVED = 15.0
-_BASE_SHARE = 0.6
+# Seconds for the figures at the end, and the share of the rest that the base has.
+_RESERVED = 12.0
+_BASE_SHARE = 0.66
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Recipe:
         expert_examples, expert_batch, expert_rate: for each expert.
         rank: of the experts; their alpha is twice that.
         embedding: standard deviation of fresh embeddings.
+        warmup: steps of the base with a smaller rate.
         steps: of the base and the experts; None for those that fit the time.
         evaluated: held-out items per task.
     """
@@ -56,6 +60,7 @@ class Recipe:
     expert_rate: float = 3e-3
     rank: int = 4
     embedding: float = 0.3
+    warmup: int = 300
     steps: tuple[int | None, int | None] = (None, None)
     evaluated: int = 200
 
@@ -70,13 +75,23 @@ class Build:
         device: where it trains.
         seconds: how long everything may take.
         processes: that make examples.
+        compiled: whether `torch.compile` makes the step.
     """
 
     def __init__(
-        self, recipe: Recipe, shape: Shape, out: Path, work: Path, device: str, seconds: float, processes: int
+        self,
+        recipe: Recipe,
+        shape: Shape,
+        out: Path,
+        work: Path,
+        device: str,
+        seconds: float,
+        processes: int,
+        *,
+        compiled: bool = False,
     ) -> None:
         self.start = time.monotonic()
-        self.recipe, self.out, self.work = recipe, out, work
+        self.recipe, self.out, self.work, self.compiled = recipe, out, work, compiled
         self.device = torch.device(device)
         self.dtype = torch.bfloat16
         self.seconds, self.processes = seconds, processes
@@ -86,6 +101,7 @@ class Build:
         write_tokenizer(tokenizer, out)
         self.tokenizer: Tokenizer = tokenizer
         self.shape = Shape(**{**asdict(shape), "vocabulary": tokenizer.get_vocab_size()})
+        self.model = T5(self.shape, SOURCE, TARGET, self.device, self.dtype)
         report = out / REPORT
         self.report: dict[str, object] = json.loads(report.read_text()) if report.is_file() else {}
 
@@ -97,145 +113,154 @@ class Build:
         """Base, experts, figures."""
         self._note("recipe", asdict(self.recipe))
         self._note("shape", asdict(self.shape))
-        lessons, exercises = self.examples()
-        base = self.base(lessons)
-        lora = self.experts(base, exercises)
-        self.evaluate(base, lora)
-
-    def examples(self) -> tuple[Pair | None, Pair | None]:
-        """Examples for what is still to be trained, before any device is in use."""
-        tokenizer, recipe = self.out / "tokenizer.json", self.recipe
-        lessons, exercises = None, None
+        makers = Makers(self.out / "tokenizer.json", self.processes)
+        lessons: list[Future[Arrays]] = []
+        exercises: list[Future[Arrays]] = []
         if not (self.out / BASE).is_file():
-            lessons = data.lessons(tokenizer, recipe.base_examples, "base", self.processes)
-            self.log(f"base: {len(lessons[0])} examples")
+            lessons = makers.lessons(self.recipe.base_examples, "base")
         if not (self.out / ADAPTERS).is_file():
-            tasks = list(EXPERTS.values())
-            exercises = data.of_tasks(tokenizer, tasks, recipe.expert_examples, "experts", self.processes)
-            self.log(f"experts: {exercises[0].shape[1]} examples each")
-        return lessons, exercises
+            exercises = makers.exercises(list(EXPERTS.values()), self.recipe.expert_examples, "experts")
+        if lessons:
+            self.train_base(lessons)
+        base = self._base()
+        self._school(base)
+        if exercises:
+            self.train_experts(base, exercises)
+        makers.close()
+        self._compare(base)
+        self._note("seconds", round(time.monotonic() - self.start, 1))
 
-    def base(self, lessons: Pair | None) -> dict[str, Tensor]:
-        """The base's weights, trained if there are lessons."""
-        path, recipe = self.out / BASE, self.recipe
-        if lessons is not None:
-            sources, targets = (part.to(self.device) for part in lessons)
-            weights = {k: v.to(self.device) for k, v in fresh(self.shape, recipe.embedding, seed=1).items()}
-            for value in weights.values():
-                value.requires_grad_(True)
-            model = T5(self.shape, SOURCE, TARGET, self.device, self.dtype)
+    def train_base(self, chunks: list[Future[Arrays]]) -> None:
+        """Train the base on the lessons that these become."""
+        recipe = self.recipe
+        lessons = Lessons(chunks, self.device, recipe.base_batch, whole=recipe.steps[0] is not None)
+        self.log(f"base: starts with {len(lessons)} examples")
+        stacks = self._trainable(fresh(self.shape, recipe.embedding, seed=1))
+        step = Step(
+            lambda batch: self.model.loss(stacks, None, list(zip(batch[::2], batch[1::2], strict=True))),
+            stacks,
+            lessons.draw(torch.Generator(device=self.device).manual_seed(0)),
+            recipe.base_rate,
+            0.01,
+            1.0,
+            compiled=self.compiled,
+        )
 
-            def draw(rng: torch.Generator) -> tuple[Tensor, Tensor]:
-                chosen = torch.randint(len(sources), (recipe.base_batch,), generator=rng, device=self.device)
-                return sources[chosen].long(), targets[chosen].long()
+        left = self.seconds - (time.monotonic() - self.start) - _RESERVED
+        steps = train(
+            "base", step, stacks, lessons.draw, steps=recipe.steps[0], seconds=left * _BASE_SHARE,
+            work=self.work, seed=2, log=self.log, warmup=recipe.warmup,
+            meanwhile=lambda: self._save("base.partial.safetensors", named(self.shape, stacks)),
+        )  # fmt: skip
+        self._note("base_steps", steps)
+        self._note("base_lessons", len(lessons))
+        self._save(BASE, named(self.shape, stacks))
+        (self.out / "base.partial.safetensors").unlink(missing_ok=True)
 
-            batch = draw(torch.Generator(device=self.device).manual_seed(0))
-            step = Step(
-                lambda s, t: model.loss(weights, None, s, t), weights, batch, recipe.base_rate, 0.01, 1.0
-            )
-            left = self.seconds - (time.monotonic() - self.start) - _RESERVED
-            steps = train(
-                "base", step, weights, draw, steps=recipe.steps[0], seconds=left * _BASE_SHARE,
-                work=self.work, seed=2, log=self.log, warmup=300,
-            )  # fmt: skip
-            self._note("base_steps", steps)
-            self._save(path, {name: value.detach() for name, value in weights.items()})
-        return {name: value.to(self.device).float() for name, value in load_file(path).items()}
+    def train_experts(self, base: Mapping[str, Tensor], found: list[Future[Arrays]]) -> None:
+        """Train the experts of all tasks side by side."""
+        recipe, count = self.recipe, len(EXPERTS)
+        sources, targets = (part.to(self.device) for part in beside([one.result() for one in found]))
+        self.log(f"experts: {sources.shape[1]} examples each")
+        lora = self._trainable(fresh_experts(self.shape, count, recipe.rank, seed=3))
+        rows = torch.arange(count, device=self.device)[:, None]
 
-    def experts(self, base: Mapping[str, Tensor], exercises: Pair | None) -> dict[str, tuple[Tensor, Tensor]]:
-        """The factors of all experts, trained side by side if there are exercises."""
-        path, recipe, tasks = self.out / ADAPTERS, self.recipe, list(EXPERTS.values())
-        if exercises is not None:
-            sources, targets = (part.to(self.device) for part in exercises)
-            lora = {
-                name: (down.to(self.device).requires_grad_(True), up.to(self.device).requires_grad_(True))
-                for name, (down, up) in fresh_experts(self.shape, len(tasks), recipe.rank, seed=3).items()
+        def draw(rng: torch.Generator) -> tuple[Tensor, ...]:
+            size = (count, recipe.expert_batch)
+            chosen = torch.randint(sources.shape[1], size, generator=rng, device=self.device)
+            return sources[rows, chosen].flatten(0, 1).long(), targets[rows, chosen].flatten(0, 1).long()
+
+        step = Step(
+            lambda batch: self.model.loss(base, lora, [(batch[0], batch[1])]),
+            lora,
+            draw(torch.Generator(device=self.device).manual_seed(0)),
+            recipe.expert_rate,
+            0.0,
+            None,
+            compiled=self.compiled,
+        )
+        left = self.seconds - (time.monotonic() - self.start) - _RESERVED
+        steps = train(
+            "experts", step, lora, draw, steps=recipe.steps[1], seconds=left,
+            work=self.work, seed=4, log=self.log, warmup=min(50, recipe.warmup),
+            meanwhile=lambda: self._save_experts("experts.partial.safetensors", lora),
+        )  # fmt: skip
+        self._note("expert_steps", steps)
+        self._save_experts(ADAPTERS, lora)
+        (self.out / "experts.partial.safetensors").unlink(missing_ok=True)
+
+    def _trainable(self, stacks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.to(self.device).requires_grad_(True) for name, value in stacks.items()}
+
+    def _base(self) -> dict[str, Tensor]:
+        """The stacks of the base that is written."""
+        weights = {name: value.to(self.device).float() for name, value in load_file(self.out / BASE).items()}
+        return stacked(self.shape, weights)
+
+    def _experts(self) -> dict[str, Tensor]:
+        """The stacks of the experts that are written."""
+        saved = load_file(self.out / ADAPTERS)
+        each = [
+            {
+                key.removeprefix(f"{name}."): value
+                for key, value in saved.items()
+                if key.startswith(f"{name}.")
             }
-            flat = {f"{name}.{side}": pair[k] for name, pair in lora.items() for k, side in enumerate("AB")}
-            model = T5(self.shape, SOURCE, TARGET, self.device, self.dtype, experts=len(tasks))
-            rows = torch.arange(len(tasks), device=self.device)[:, None]
-
-            def draw(rng: torch.Generator) -> tuple[Tensor, Tensor]:
-                size = (len(tasks), recipe.expert_batch)
-                chosen = torch.randint(sources.shape[1], size, generator=rng, device=self.device)
-                return sources[rows, chosen].flatten(0, 1).long(), targets[rows, chosen].flatten(0, 1).long()
-
-            batch = draw(torch.Generator(device=self.device).manual_seed(0))
-            step = Step(lambda s, t: model.loss(base, lora, s, t), flat, batch, recipe.expert_rate, 0.0, None)
-            left = self.seconds - (time.monotonic() - self.start) - _RESERVED
-            steps = train(
-                "experts", step, flat, draw, steps=recipe.steps[1], seconds=left,
-                work=self.work, seed=4, log=self.log, warmup=50,
-            )  # fmt: skip
-            self._note("expert_steps", steps)
-            self._save(
-                path,
-                {
-                    f"{task.name}.{name}.lora_{side}.weight": pair[k][number].detach()
-                    for number, task in enumerate(tasks)
-                    for name, pair in lora.items()
-                    for k, side in enumerate("AB")
-                },
-            )
-        saved = load_file(path)
+            for name in EXPERTS
+        ]
         return {
-            name: (
-                torch.stack([saved[f"{task.name}.{name}.lora_A.weight"] for task in tasks])
-                .to(self.device)
-                .float(),
-                torch.stack([saved[f"{task.name}.{name}.lora_B.weight"] for task in tasks])
-                .to(self.device)
-                .float(),
-            )
-            for name in self.shape.linears()
+            key: value.to(self.device).float() for key, value in stacked_experts(self.shape, each).items()
         }
 
-    def evaluate(self, base: Mapping[str, Tensor], lora: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Share of exact answers to held-out items: of each expert on its task, and of the base alone."""
+    def _school(self, base: Mapping[str, Tensor]) -> None:
+        """Note what the base has learned of its lessons."""
+        figures = {}
+        for make in SCHOOLING:
+            items = Task(make.__name__, "", "exact", make).examples(100, "held out", held_out=True)
+            ids = sources_of(self.tokenizer, items, SOURCE).to(self.device)
+            figures[make.__name__] = _exact(self._answers(self.model.greedy(base, None, ids, TARGET)), items)
+        self._note("lessons", figures)
+        self.log(f"lessons: {figures}")
+
+    def _compare(self, base: Mapping[str, Tensor]) -> None:
+        """Note the share of exact answers to held-out items: of each expert on its task, and of the base."""
         tasks, count = list(EXPERTS.values()), self.recipe.evaluated
         items = {task.name: task.examples(count, "held out", held_out=True) for task in tasks}
-        ids = torch.cat([data.sources_of(self.tokenizer, items[task.name], SOURCE) for task in tasks]).to(
-            self.device
-        )
-        model = T5(self.shape, SOURCE, TARGET, self.device, self.dtype, experts=len(tasks))
-        alone = self._answers(model.greedy(base, None, ids, TARGET))
-        expert = self._answers(model.greedy(base, lora, ids, TARGET))
-        figures = {
-            task.name: {
-                "base": _exact(alone[k * count : (k + 1) * count], items[task.name]),
-                "expert": _exact(expert[k * count : (k + 1) * count], items[task.name]),
-                "example": [
-                    items[task.name][0].source,
-                    items[task.name][0].target,
-                    expert[k * count],
-                    alone[k * count],
-                ],
+        ids = torch.cat([sources_of(self.tokenizer, items[task.name], SOURCE) for task in tasks])
+        ids = ids.to(self.device)
+        alone = self._answers(self.model.greedy(base, None, ids, TARGET))
+        expert = self._answers(self.model.greedy(base, self._experts(), ids, TARGET))
+        figures = {}
+        for k, task in enumerate(tasks):
+            own, rows = items[task.name], slice(k * count, (k + 1) * count)
+            figures[task.name] = {
+                "base": _exact(alone[rows], own),
+                "expert": _exact(expert[rows], own),
+                "example": [own[0].source, own[0].target, expert[rows][0], alone[rows][0]],
             }
-            for k, task in enumerate(tasks)
-        }
         self._note("experts", figures)
         for name, one in figures.items():
             self.log(f"{name}: base {one['base']:.2f}, expert {one['expert']:.2f}")
-        lessons = {}
-        for make in SCHOOLING:
-            task = Task(make.__name__, "", "exact", make)
-            drawn = task.examples(50, "held out", held_out=True)
-            answers = self._answers(
-                model.greedy(
-                    base, None, data.sources_of(self.tokenizer, drawn, SOURCE).to(self.device), TARGET
-                )
-            )
-            lessons[make.__name__] = _exact(answers, drawn)
-        self._note("lessons", lessons)
-        self.log(f"lessons: {lessons}")
-        self._note("seconds", round(time.monotonic() - self.start, 1))
 
     def _answers(self, tokens: Tensor) -> list[str]:
         rows = [row[: row.index(1)] if 1 in row else row for row in tokens.tolist()]
         return [text.strip() for text in self.tokenizer.decode_batch(rows, skip_special_tokens=False)]
 
-    def _save(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        save_file({name: value.half().cpu().contiguous() for name, value in tensors.items()}, path)
+    def _save_experts(self, name: str, lora: Mapping[str, Tensor]) -> None:
+        self._save(
+            name,
+            {
+                f"{task}.{key}": value
+                for number, task in enumerate(EXPERTS)
+                for key, value in named_experts(self.shape, lora, number).items()
+            },
+        )
+
+    def _save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        with replacing(self.out / name) as temporary:
+            save_file(
+                {key: value.detach().half().cpu().contiguous() for key, value in tensors.items()}, temporary
+            )
 
     def _note(self, key: str, value: object) -> None:
         self.report[key] = value
@@ -256,7 +281,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=3.0, help="how long everything may take")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--width", type=int, default=192)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, nargs=2, default=(4, 3), help="of encoder and decoder")
+    parser.add_argument("--compile", action="store_true", help="let torch.compile make the steps")
     for name, value in asdict(Recipe()).items():
         if name == "steps":
             parser.add_argument("--steps", type=int, nargs=2, default=None, help="of base and experts")
@@ -268,9 +294,12 @@ def main() -> None:
         steps=tuple(given.steps) if given.steps else (None, None),
     )
     inner = given.width * 8 // 3
-    shape = Shape(0, given.width, inner, 4, given.width // 4, given.layers, given.layers)
+    shape = Shape(0, given.width, inner, 4, given.width // 4, *given.layers)
     work = given.work or given.out.parent / "work"
-    Build(recipe, shape, given.out, work, given.device, given.minutes * 60, given.processes).run()
+    Build(
+        recipe, shape, given.out, work, given.device, given.minutes * 60, given.processes,
+        compiled=given.compile,
+    ).run()  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,26 +1,36 @@
-"""T5 as functions of its weights, so that many experts train side by side in one batch.
+"""T5 as functions of its weights, made for speed: few large products, half precision, little padding.
 
-The weights have the names of transformers' `T5ForConditionalGeneration`; nothing here waits for the device,
-so that a whole training step can be a CUDA graph.
+The matrices of one shape lie in one tensor (`Stacks`), so that a step casts, adds and updates a handful of
+tensors; `named` and `stacked` go to and from the names of transformers' `T5ForConditionalGeneration`. Rows of
+different lengths come in buckets: linear maps and norms see the tokens of all of them at once, attention each
+bucket by itself. Nothing here waits for the device, so that a whole training step can be a CUDA graph.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Weights = Mapping[str, Tensor]
+#: Parameters by kind; see `fresh`.
+Stacks = Mapping[str, Tensor]
+#: (sources (G * rows, L), targets (G * rows, T)) of each bucket; G is the number of experts, or 1.
+Batch = Sequence[tuple[Tensor, Tensor]]
 _MASKED = -1e4
+_KINDS = ("square", "wide", "narrow")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a T5 with tied embeddings and gated GELU."""
+    """Sizes of a T5 with tied embeddings and gated GELU, whose heads together are as wide as the model.
+
+    Raises:
+        ValueError: they are not.
+    """
 
     vocabulary: int
     width: int = 192
@@ -31,6 +41,13 @@ class Shape:
     decoder: int = 4
     buckets: int = 32
     distance: int = 64
+
+    def __post_init__(self) -> None:
+        """Check the heads."""
+        if self.heads * self.head != self.width:
+            raise ValueError(
+                f"heads * head is {self.heads * self.head}; it has to be the width {self.width}."
+            )
 
     def config(self) -> dict[str, object]:
         """Arguments of transformers' `T5Config`."""
@@ -52,52 +69,162 @@ class Shape:
             "decoder_start_token_id": 0,
         }
 
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """Dotted name -> (out, in) of every matrix that experts change."""
-        inside = self.heads * self.head
-        found = {}
-        for part, layers in (("encoder", self.encoder), ("decoder", self.decoder)):
-            for block in range(layers):
-                at = f"{part}.block.{block}.layer"
-                attentions = ["0.SelfAttention"] + (["1.EncDecAttention"] if part == "decoder" else [])
-                for attention in attentions:
-                    found |= {f"{at}.{attention}.{name}": (inside, self.width) for name in "qkv"}
-                    found[f"{at}.{attention}.o"] = (self.width, inside)
-                feed = f"{at}.{len(attentions)}.DenseReluDense"
-                found |= {f"{feed}.{name}": (self.inner, self.width) for name in ("wi_0", "wi_1")}
-                found[f"{feed}.wo"] = (self.width, self.inner)
+    def linears(self) -> dict[str, list[str]]:
+        """Kind of stack -> names of its matrices, in their order.
+
+        "square" (width, width), "wide" (inner, width) and "narrow" (width, inner). What reads the same input
+        lies side by side: q, k and v; wi_0 and wi_1; k and v of all the decoder's readings of the encoder.
+        """
+        square = [
+            f"encoder.block.{block}.layer.0.SelfAttention.{one}"
+            for block in range(self.encoder)
+            for one in "qkvo"
+        ]
+        for block in range(self.decoder):
+            at = f"decoder.block.{block}.layer"
+            square += [f"{at}.0.SelfAttention.{one}" for one in "qkvo"]
+            square += [f"{at}.1.EncDecAttention.{one}" for one in "qo"]
+        square += [
+            f"decoder.block.{block}.layer.1.EncDecAttention.{one}"
+            for block in range(self.decoder)
+            for one in "kv"
+        ]
+        feeds = [f"encoder.block.{block}.layer.1.DenseReluDense" for block in range(self.encoder)]
+        feeds += [f"decoder.block.{block}.layer.2.DenseReluDense" for block in range(self.decoder)]
+        wide = [f"{feed}.{one}" for feed in feeds for one in ("wi_0", "wi_1")]
+        return {"square": square, "wide": wide, "narrow": [f"{feed}.wo" for feed in feeds]}
+
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Kind of stack -> (out, in) of its matrices."""
+        return {
+            "square": (self.width, self.width),
+            "wide": (self.inner, self.width),
+            "narrow": (self.width, self.inner),
+        }
+
+    def norms(self) -> list[str]:
+        """Names of the norms' weights, in their order."""
+        found = []
+        for part, layers, kinds in (("encoder", self.encoder, 2), ("decoder", self.decoder, 3)):
+            found += [
+                f"{part}.block.{block}.layer.{layer}.layer_norm.weight"
+                for block in range(layers)
+                for layer in range(kinds)
+            ]
+            found.append(f"{part}.final_layer_norm.weight")
         return found
 
 
-def fresh(shape: Shape, embedding: float, seed: int) -> dict[str, Tensor]:
-    """Weights before training, as transformers draws them but for the size of the embeddings."""
+def _bias_name(part: str) -> str:
+    return f"{part}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+
+
+def named(shape: Shape, stacks: Stacks) -> dict[str, Tensor]:
+    """The weights under transformers' names."""
+    weights = {"shared.weight": stacks["shared"]}
+    for kind, names in shape.linears().items():
+        weights |= {f"{name}.weight": stacks[kind][number] for number, name in enumerate(names)}
+    weights |= {name: stacks["norms"][number] for number, name in enumerate(shape.norms())}
+    return weights | {_bias_name(part): stacks["bias"][k] for k, part in enumerate(("encoder", "decoder"))}
+
+
+def stacked(shape: Shape, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The stacks of weights with transformers' names."""
+    stacks = {"shared": weights["shared.weight"]}
+    for kind, names in shape.linears().items():
+        stacks[kind] = torch.stack([weights[f"{name}.weight"] for name in names])
+    stacks["norms"] = torch.stack([weights[name] for name in shape.norms()])
+    stacks["bias"] = torch.stack([weights[_bias_name(part)] for part in ("encoder", "decoder")])
+    return stacks
+
+
+def fresh(shape: Shape, embedding: float, seed: int, *, mimetic: bool = True) -> dict[str, Tensor]:
+    """Weights before training.
+
+    Args:
+        shape: sizes.
+        embedding: standard deviation of the embeddings.
+        seed: of the draw.
+        mimetic: whether attention starts near what trained attention does (after Trockman and Kolter,
+            "Mimetic Initialization of Self-Attention Layers", 2023): q is near k, so that tokens look at
+            their like, o is near v transposed, so that they take over what they look at, and heads look at
+            neighbours. Copying and looking up are then learned in hundreds of steps. Otherwise
+            as transformers draws them.
+
+    Returns:
+        "shared" (vocabulary, width); "square", "wide" and "narrow" (matrices, out, in); "norms" (norms,
+        width); "bias" (2, buckets, heads), of the encoder and the decoder.
+    """
     rng = torch.Generator().manual_seed(seed)
 
     def normal(size: tuple[int, ...], std: float) -> Tensor:
         return torch.randn(size, generator=rng) * std
 
     weights = {"shared.weight": normal((shape.vocabulary, shape.width), embedding)}
-    for name, (out, inputs) in shape.linears().items():
-        std = (shape.width * shape.head) ** -0.5 if name.endswith(".q") else inputs**-0.5
-        weights[f"{name}.weight"] = normal((out, inputs), std)
-    for part, layers, kinds in (("encoder", shape.encoder, 2), ("decoder", shape.decoder, 3)):
-        for block in range(layers):
-            for layer in range(kinds):
-                weights[f"{part}.block.{block}.layer.{layer}.layer_norm.weight"] = torch.ones(shape.width)
-        weights[f"{part}.final_layer_norm.weight"] = torch.ones(shape.width)
-        bias = normal((shape.buckets, shape.heads), shape.width**-0.5)
-        weights[f"{part}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = bias
-    return weights
+    for kind, names in shape.linears().items():
+        for name in names:
+            size = shape.sizes()[kind]
+            std = (size[1] * (shape.head if name.endswith(".q") else 1)) ** -0.5
+            weights[f"{name}.weight"] = normal(size, std)
+    weights |= {name: torch.ones(shape.width) for name in shape.norms()}
+    for part in ("encoder", "decoder"):
+        weights[_bias_name(part)] = normal((shape.buckets, shape.heads), shape.width**-0.5)
+    if mimetic:
+        _mimic(shape, weights)
+    return stacked(shape, weights)
 
 
-def fresh_experts(shape: Shape, count: int, rank: int, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """(A (count, rank, in), B (count, out, rank)) of every matrix; all start from one A, and B = 0."""
+def _mimic(shape: Shape, weights: dict[str, Tensor]) -> None:
+    for name in shape.linears()["square"]:
+        if not name.endswith(".q"):
+            continue
+        q, k, v, o = (f"{name[:-1]}{one}.weight" for one in "qkvo")
+        weights[q] = 0.3 * weights[q] + weights[k] * shape.head**-0.5
+        weights[o] = 0.5 * weights[o] + 0.7 * weights[v].T
+    # Numbers of the positions one before, two before, one behind, and of the token itself; see `buckets`.
+    before, second, behind, itself = 1, 2, shape.buckets // 2 + 1, 0
+    for part, places in (("encoder", (before, behind, second)), ("decoder", (before, itself, second))):
+        table = torch.zeros(shape.buckets, shape.heads)
+        for head, place in enumerate(places[: shape.heads]):
+            table[place, head] = 4.0
+        weights[_bias_name(part)] = table
+
+
+def fresh_experts(shape: Shape, count: int, rank: int, seed: int) -> dict[str, Tensor]:
+    """Factors before training; all experts start from one A, and from B = 0.
+
+    Returns:
+        "square.A" (count, matrices, rank, in), "square.B" (count, matrices, out, rank), and so on.
+    """
     rng = torch.Generator().manual_seed(seed)
     found = {}
-    for name, (out, inputs) in shape.linears().items():
-        down = torch.randn(1, rank, inputs, generator=rng) * inputs**-0.5
-        found[name] = down.expand(count, -1, -1).contiguous(), torch.zeros(count, out, rank)
+    for kind, names in shape.linears().items():
+        out, inputs = shape.sizes()[kind]
+        down = torch.randn(1, len(names), rank, inputs, generator=rng) * inputs**-0.5
+        found[f"{kind}.A"] = down.expand(count, -1, -1, -1).contiguous()
+        found[f"{kind}.B"] = torch.zeros(count, len(names), out, rank)
     return found
+
+
+def named_experts(shape: Shape, lora: Stacks, number: int) -> dict[str, Tensor]:
+    """The factors of one expert under the names of its matrices, as PEFT has them."""
+    return {
+        f"{name}.lora_{side}.weight": lora[f"{kind}.{side}"][number, at]
+        for kind, names in shape.linears().items()
+        for at, name in enumerate(names)
+        for side in "AB"
+    }
+
+
+def stacked_experts(shape: Shape, experts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The stacks of several experts' factors; see `named_experts`."""
+    return {
+        f"{kind}.{side}": torch.stack(
+            [torch.stack([one[f"{name}.lora_{side}.weight"] for name in names]) for one in experts]
+        )
+        for kind, names in shape.linears().items()
+        for side in "AB"
+    }
 
 
 def buckets(shape: Shape, queries: int, keys: int, *, both: bool) -> Tensor:
@@ -116,6 +243,19 @@ def buckets(shape: Shape, queries: int, keys: int, *, both: bool) -> Tensor:
     return base + torch.where(relative < exact, relative, far.clamp_max(count - 1))
 
 
+@dataclass(frozen=True)
+class _Weights:
+    """What one forward reads: matrices by use, in the precision of products; (out, in) or (G, out, in)."""
+
+    shared: Tensor
+    encoder: list[tuple[Tensor, Tensor]]
+    decoder: list[tuple[Tensor, Tensor, Tensor, Tensor]]
+    readings: Tensor
+    feeds: list[tuple[Tensor, Tensor]]
+    norms: tuple[Tensor, ...]
+    bias: Tensor
+
+
 class T5:
     """A T5's forward on given weights.
 
@@ -123,9 +263,8 @@ class T5:
         shape: its sizes.
         source, target: tokens of the longest source and target.
         device: where it runs.
-        dtype: of matrix products; the rest is float32.
-        experts: how many experts a batch is for, each with an equal share of its rows; 0 for the base alone.
-        scaling: of the experts.
+        dtype: of everything but the last softmax.
+        scaling: of experts.
     """
 
     def __init__(
@@ -135,122 +274,185 @@ class T5:
         target: int,
         device: torch.device,
         dtype: torch.dtype,
-        experts: int = 0,
         scaling: float = 2.0,
     ) -> None:
-        self.shape, self.dtype, self.experts, self.scaling = shape, dtype, experts, scaling
+        self.shape, self.dtype, self.scaling = shape, dtype, scaling
         self._both = buckets(shape, source, source, both=True).to(device)
         self._past = buckets(shape, target, target, both=False).to(device)
-        self._causal = torch.full((target, target), _MASKED, device=device).triu(1)
+        self._causal = torch.full((target, target), _MASKED, device=device, dtype=dtype).triu(1)
 
-    def encode(
-        self, weights: Weights, lora: Mapping[str, tuple[Tensor, Tensor]] | None, ids: Tensor
-    ) -> Tensor:
-        """(B, L, width) of sources (B, L)."""
-        length = ids.shape[1]
-        bias = self._bias(weights, "encoder", self._both[:length, :length]) + self._padding(ids)
-        x = F.embedding(ids, weights["shared.weight"]).float()
-        for block in range(self.shape.encoder):
-            at = f"encoder.block.{block}.layer"
-            x = x + self._attention(weights, lora, f"{at}.0", "SelfAttention", x, None, bias)
-            x = x + self._feed(weights, lora, f"{at}.1", x)
-        return _norm(x, weights["encoder.final_layer_norm.weight"])
-
-    def decode(
-        self,
-        weights: Weights,
-        lora: Mapping[str, tuple[Tensor, Tensor]] | None,
-        given: Tensor,
-        memory: Tensor,
-        ids: Tensor,
-    ) -> Tensor:
-        """(B, T, vocabulary) logits after the tokens (B, T), from the encoder's states of sources `ids`."""
-        length = given.shape[1]
-        bias = self._bias(weights, "decoder", self._past[:length, :length]) + self._causal[:length, :length]
-        x = F.embedding(given, weights["shared.weight"]).float()
-        padding = self._padding(ids)
-        for block in range(self.shape.decoder):
-            at = f"decoder.block.{block}.layer"
-            x = x + self._attention(weights, lora, f"{at}.0", "SelfAttention", x, None, bias)
-            x = x + self._attention(weights, lora, f"{at}.1", "EncDecAttention", x, memory, padding)
-            x = x + self._feed(weights, lora, f"{at}.2", x)
-        x = _norm(x, weights["decoder.final_layer_norm.weight"]) * self.shape.width**-0.5
-        return (x.to(self.dtype) @ weights["shared.weight"].to(self.dtype).T).float()
-
-    def loss(
-        self, weights: Weights, lora: Mapping[str, tuple[Tensor, Tensor]] | None, ids: Tensor, targets: Tensor
-    ) -> Tensor:
-        """Mean cross entropy; the sum of the experts' means where there are several."""
-        memory = self.encode(weights, lora, ids)
-        logits = self.decode(weights, lora, F.pad(targets[:, :-1], (1, 0)), memory, ids)
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        real = (targets != 0).float().view(max(self.experts, 1), -1)
-        each = (losses.view(real.shape) * real).sum(1) / real.sum(1)
-        return each.sum()
+    def loss(self, stacks: Stacks, lora: Stacks | None, batch: Batch) -> Tensor:
+        """Mean cross entropy over the tokens of all buckets; the sum of the experts' means with experts."""
+        groups = _groups(lora)
+        weights = self._weights(stacks, lora)
+        memory = self._encode(weights, [ids for ids, _ in batch], groups)
+        given = [F.pad(targets[:, :-1], (1, 0)) for _, targets in batch]
+        logits = self._decode(weights, given, memory, [ids for ids, _ in batch], groups)
+        targets = torch.cat([targets.reshape(groups, -1) for _, targets in batch], 1)
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+        real = (targets != 0).float()
+        return ((losses.view(real.shape) * real).sum(1) / real.sum(1)).sum()
 
     @torch.no_grad()
-    def greedy(
-        self, weights: Weights, lora: Mapping[str, tuple[Tensor, Tensor]] | None, ids: Tensor, length: int
-    ) -> Tensor:
-        """(B, length) most likely tokens."""
-        memory = self.encode(weights, lora, ids)
+    def greedy(self, stacks: Stacks, lora: Stacks | None, ids: Tensor, length: int) -> Tensor:
+        """(G * rows, length) most likely tokens after sources (G * rows, L)."""
+        groups = _groups(lora)
+        weights = self._weights(stacks, lora)
+        memory = self._encode(weights, [ids], groups)
         given = torch.zeros(len(ids), 1, dtype=torch.long, device=ids.device)
         for _ in range(length):
-            following = self.decode(weights, lora, given, memory, ids)[:, -1].argmax(-1, keepdim=True)
+            logits = self._decode(weights, [given], memory, [ids], groups)
+            following = logits.view(len(ids), given.shape[1], -1)[:, -1].argmax(-1, keepdim=True)
             given = torch.cat([given, following], 1)
         return given[:, 1:]
 
-    def _bias(self, weights: Weights, part: str, numbers: Tensor) -> Tensor:
-        table = weights[f"{part}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
+    def _weights(self, stacks: Stacks, lora: Stacks | None) -> _Weights:
+        encoder, decoder = self.shape.encoder, self.shape.decoder
+        square, wide, narrow = (self._matrices(stacks, lora, kind) for kind in _KINDS)
+        # The matrices of a stack by use; see `Shape.linears`.
+        parts = _parts(square, [3, 1] * encoder + [3, 1, 1, 1] * decoder + [2 * decoder])
+        self_attention = [(parts[2 * k], parts[2 * k + 1]) for k in range(encoder)]
+        rest = parts[2 * encoder :]
+        feeds = list(
+            zip(
+                _parts(wide, [2] * (encoder + decoder)),
+                _parts(narrow, [1] * (encoder + decoder)),
+                strict=True,
+            )
+        )
+        return _Weights(
+            shared=stacks["shared"].to(self.dtype),
+            encoder=self_attention,
+            decoder=[
+                (rest[4 * k], rest[4 * k + 1], rest[4 * k + 2], rest[4 * k + 3]) for k in range(decoder)
+            ],
+            readings=rest[-1],
+            feeds=feeds,
+            norms=stacks["norms"].to(self.dtype).unbind(),
+            bias=stacks["bias"].to(self.dtype),
+        )
+
+    def _matrices(self, stacks: Stacks, lora: Stacks | None, kind: str) -> Tensor:
+        """(matrices, out, in), or (experts, matrices, out, in) with each expert's delta added."""
+        matrices = stacks[kind].to(self.dtype)
+        if lora is None:
+            return matrices
+        up, down = (lora[f"{kind}.{side}"].to(self.dtype) for side in "BA")
+        return torch.add(matrices, up @ down, alpha=self.scaling)
+
+    def _encode(self, weights: _Weights, ids: Sequence[Tensor], groups: int) -> Tensor:
+        """(G, N, width) of the N tokens of all sources of a group."""
+        x = _embedded(weights, ids, groups)
+        masks = [
+            self._bias(weights.bias[0], self._both[: one.shape[1], : one.shape[1]]) + self._padding(one)
+            for one in ids
+        ]
+        for block, (qkv, out) in enumerate(weights.encoder):
+            heads = _linear(self._norm(x, weights.norms[2 * block]), qkv)
+            x = x + self._attend(heads, heads, 0, ids, ids, masks, out)
+            x = x + self._feed(self._norm(x, weights.norms[2 * block + 1]), weights.feeds[block])
+        return self._norm(x, weights.norms[2 * self.shape.encoder])
+
+    def _decode(
+        self,
+        weights: _Weights,
+        given: Sequence[Tensor],
+        memory: Tensor,
+        ids: Sequence[Tensor],
+        groups: int,
+    ) -> Tensor:
+        """(G, M, vocabulary) logits after the M tokens of all `given` of a group; `memory` is of `ids`."""
+        x = _embedded(weights, given, groups)
+        lengths = [one.shape[1] for one in given]
+        pasts = [
+            self._bias(weights.bias[1], self._past[:length, :length]) + self._causal[:length, :length]
+            for length in lengths
+        ]
+        padding = [
+            self._padding(one).expand(-1, self.shape.heads, length, -1)
+            for one, length in zip(ids, lengths, strict=True)
+        ]
+        readings = _linear(memory, weights.readings)
+        for block, (qkv, out, query, read_out) in enumerate(weights.decoder):
+            norms = weights.norms[2 * self.shape.encoder + 1 + 3 * block :]
+            heads = _linear(self._norm(x, norms[0]), qkv)
+            x = x + self._attend(heads, heads, 0, given, given, pasts, out)
+            q = _linear(self._norm(x, norms[1]), query)
+            x = x + self._attend(q, readings, 2 * block - 1, given, ids, padding, read_out)
+            x = x + self._feed(self._norm(x, norms[2]), weights.feeds[self.shape.encoder + block])
+        x = self._norm(x, weights.norms[-1]) * self.shape.width**-0.5
+        logits: Tensor = x @ weights.shared.T
+        return logits
+
+    def _attend(
+        self,
+        queries: Tensor,
+        read: Tensor,
+        place: int,
+        asking: Sequence[Tensor],
+        told: Sequence[Tensor],
+        masks: Sequence[Tensor],
+        out: Tensor,
+    ) -> Tensor:
+        """(G, N, width) of attention in each bucket.
+
+        Args:
+            queries: (G, N, width or more): q comes first.
+            read: (G, M, ...): k and v are the parts `place` + 1 and `place` + 2 of its last dimension, in
+                widths.
+            place: see `read`.
+            asking, told: the tokens of the buckets, for their sizes.
+            masks: added to the scores of each bucket.
+            out: the last matrix.
+        """
+        groups, width = len(queries), self.shape.width
+        q = queries[..., :width]
+        k, v = (read[..., (place + part) * width : (place + part + 1) * width] for part in (1, 2))
+        found, at, read_at = [], 0, 0
+        for one, source, mask in zip(asking, told, masks, strict=True):
+            tokens, others = one.numel() // groups, source.numel() // groups
+            mixed = F.scaled_dot_product_attention(
+                self._heads(q[:, at : at + tokens], len(one)),
+                self._heads(k[:, read_at : read_at + others], len(one)),
+                self._heads(v[:, read_at : read_at + others], len(one)),
+                attn_mask=mask.expand(len(one), -1, -1, -1),
+                scale=1.0,
+            )
+            found.append(mixed.transpose(1, 2).reshape(groups, tokens, width))
+            at, read_at = at + tokens, read_at + others
+        return _linear(torch.cat(found, 1) if len(found) > 1 else found[0], out)
+
+    def _heads(self, x: Tensor, rows: int) -> Tensor:
+        return x.reshape(rows, -1, self.shape.heads, self.shape.head).transpose(1, 2)
+
+    def _feed(self, x: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
+        gate, value = _linear(x, weights[0]).chunk(2, -1)
+        return _linear(F.gelu(gate, approximate="tanh") * value, weights[1])
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, (self.shape.width,), weight, 1e-6)
+
+    def _bias(self, table: Tensor, numbers: Tensor) -> Tensor:
+        """(1, heads, queries, keys)."""
         return F.embedding(numbers, table).permute(2, 0, 1).unsqueeze(0)
 
     def _padding(self, ids: Tensor) -> Tensor:
-        return (ids == 0).float()[:, None, None, :] * _MASKED
-
-    def _linear(
-        self, weights: Weights, lora: Mapping[str, tuple[Tensor, Tensor]] | None, name: str, x: Tensor
-    ) -> Tensor:
-        out = x @ weights[f"{name}.weight"].to(self.dtype).T
-        if lora is None or name not in lora:
-            return out
-        down, up = (factor.to(self.dtype) for factor in lora[name])
-        rows = x.reshape(len(down), -1, x.shape[-1])
-        delta = torch.bmm(torch.bmm(rows, down.transpose(1, 2)), up.transpose(1, 2))
-        return out + self.scaling * delta.view(out.shape)
-
-    def _attention(
-        self,
-        weights: Weights,
-        lora: Mapping[str, tuple[Tensor, Tensor]] | None,
-        at: str,
-        kind: str,
-        x: Tensor,
-        memory: Tensor | None,
-        bias: Tensor,
-    ) -> Tensor:
-        x = _norm(x, weights[f"{at}.layer_norm.weight"]).to(self.dtype)
-        read = x if memory is None else memory.to(self.dtype)
-        q, k, v = (
-            self._linear(weights, lora, f"{at}.{kind}.{name}", tokens)
-            .view(len(x), -1, self.shape.heads, self.shape.head)
-            .transpose(1, 2)
-            for name, tokens in (("q", x), ("k", read), ("v", read))
-        )
-        scores = (q @ k.transpose(2, 3)).float() + bias
-        mixed = torch.softmax(scores, -1).to(self.dtype) @ v
-        mixed = mixed.transpose(1, 2).reshape(len(x), -1, self.shape.heads * self.shape.head)
-        return self._linear(weights, lora, f"{at}.{kind}.o", mixed).float()
-
-    def _feed(
-        self, weights: Weights, lora: Mapping[str, tuple[Tensor, Tensor]] | None, at: str, x: Tensor
-    ) -> Tensor:
-        x = _norm(x, weights[f"{at}.layer_norm.weight"]).to(self.dtype)
-        name = f"{at}.DenseReluDense"
-        gate = F.gelu(self._linear(weights, lora, f"{name}.wi_0", x), approximate="tanh")
-        return self._linear(
-            weights, lora, f"{name}.wo", gate * self._linear(weights, lora, f"{name}.wi_1", x)
-        ).float()
+        return (ids == 0)[:, None, None, :].to(self.dtype) * _MASKED
 
 
-def _norm(x: Tensor, weight: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
+def _groups(lora: Stacks | None) -> int:
+    return 1 if lora is None else len(lora["square.A"])
+
+
+def _parts(matrices: Tensor, counts: list[int]) -> list[Tensor]:
+    """A stack ((G,) matrices, out, in) as ((G,) count * out, in) of each count."""
+    return [part.flatten(-3, -2) for part in torch.split(matrices, counts, -3)]
+
+
+def _embedded(weights: _Weights, ids: Sequence[Tensor], groups: int) -> Tensor:
+    return F.embedding(torch.cat([one.reshape(groups, -1) for one in ids], 1), weights.shared)
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (G, N, in) by a weight (out, in) of all, or (G, out, in) of each."""
+    return x @ weight.transpose(-2, -1)

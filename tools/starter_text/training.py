@@ -11,8 +11,9 @@ from torch import Tensor
 
 from mole_diffusion.core.files import replacing
 
-_PACE_STEPS = 20
-_CHECKPOINT_SECONDS = 60.0
+Tensors = tuple[Tensor, ...]
+_AHEAD = 50
+_CHECKPOINT_SECONDS = 20.0
 
 
 def rate(step: int, steps: int, warmup: int, elapsed: float = 0.0) -> float:
@@ -32,23 +33,27 @@ class Step:
     """One step of AdamW on the loss of a static batch.
 
     Args:
-        loss: of (sources, targets).
+        loss: of the tensors of a batch.
         parameters: what trains, by name.
-        batch: an example of (sources, targets), whose shapes stay.
+        batch: an example of a batch, whose shapes stay.
         lr, decay: of AdamW.
         clip: largest norm of the gradient; None for any.
+        compiled: whether `torch.compile` makes the loss; what it cannot compile runs as it is.
     """
 
     def __init__(
         self,
-        loss: Callable[[Tensor, Tensor], Tensor],
+        loss: Callable[[Tensors], Tensor],
         parameters: Mapping[str, Tensor],
-        batch: tuple[Tensor, Tensor],
+        batch: Tensors,
         lr: float,
         decay: float,
         clip: float | None,
+        *,
+        compiled: bool = False,
     ) -> None:
         self._loss, self._clip, self._lr = loss, clip, lr
+        self._compiled = torch.compile(loss, dynamic=False) if compiled else None
         self._parameters = list(parameters.values())
         device = self._parameters[0].device
         self._cuda = device.type == "cuda"
@@ -66,8 +71,8 @@ class Step:
         self.last = torch.zeros((), device=device)
 
     def _eager(self) -> None:
-        self.optimiser.zero_grad(set_to_none=False)
-        loss = self._loss(self._batch[0], self._batch[1])
+        self.optimiser.zero_grad()
+        loss = self._loss(self._batch)
         loss.backward()  # type: ignore[no-untyped-call]
         if self._clip is not None:
             torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
@@ -75,10 +80,12 @@ class Step:
         self.last = loss.detach()
 
     def capture(self) -> None:
-        """Record the step; it has run a few times before, at a rate of zero."""
-        if not self._cuda:
-            return
+        """Compile and record the step; it has run a few times before, at a rate of zero."""
         self.set_rate(0.0)
+        self._compile()
+        if not self._cuda:
+            self._forget()
+            return
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -92,6 +99,19 @@ class Step:
             self._graph = graph
         except RuntimeError as error:
             print(f"no CUDA graph, every step is launched anew: {error}", flush=True)
+        self._forget()
+
+    def _compile(self) -> None:
+        if self._compiled is None:
+            return
+        plain, self._loss = self._loss, self._compiled
+        try:
+            self._eager()
+        except Exception as error:  # Whatever a compiler may meet, the step itself is known to run.
+            print(f"not compiled: {type(error).__name__}: {str(error)[:500]}", flush=True)
+            self._loss = plain
+
+    def _forget(self) -> None:
         for state in self.optimiser.state.values():
             for value in state.values():
                 value.zero_()
@@ -104,7 +124,7 @@ class Step:
             for group in self.optimiser.param_groups:
                 group["lr"] = self._lr * share
 
-    def __call__(self, batch: tuple[Tensor, Tensor]) -> None:
+    def __call__(self, batch: Tensors) -> None:
         """Train on a batch."""
         for static, part in zip(self._batch, batch, strict=True):
             static.copy_(part)
@@ -118,7 +138,7 @@ def train(
     name: str,
     step: Step,
     parameters: Mapping[str, Tensor],
-    draw: Callable[[torch.Generator], tuple[Tensor, Tensor]],
+    draw: Callable[[torch.Generator], Tensors],
     *,
     steps: int | None,
     seconds: float,
@@ -126,6 +146,7 @@ def train(
     seed: int,
     log: Callable[[str], None],
     warmup: int = 200,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> int:
     """Train for a number of steps, or for as many as fit a time; goes on from its checkpoint.
 
@@ -134,12 +155,13 @@ def train(
         step: what a step does.
         parameters: what trains, by name.
         draw: makes a batch.
-        steps: how many; None for those that fit `seconds` at the pace of the first ones.
+        steps: how many; None for those that fit `seconds`.
         seconds: see `steps`.
         work: folder of the checkpoint.
         seed: of the batches.
         log: is told how it goes.
         warmup: steps with a smaller rate.
+        meanwhile: is called before every checkpoint.
 
     Returns:
         The number of steps.
@@ -151,26 +173,26 @@ def train(
         first, steps = _restore(path, step, parameters, rng)
     else:
         step.capture()
-    timed, seconds = steps is None, max(seconds, 1.0)
     start = saved = time.monotonic()
+    seconds = max(seconds, 1.0)
     done = first
     while steps is None or done < steps:
         # Other work on the device may make steps slower than they were: the time decides.
-        elapsed = (time.monotonic() - start) / seconds if timed else 0.0
+        elapsed = (time.monotonic() - start) / seconds if steps is None else 0.0
         if elapsed > 1.0:
             break
         step.set_rate(rate(done, steps or 10**9, warmup, elapsed))
         step(draw(rng))
         done += 1
-        if steps is None and done - first == _PACE_STEPS:
+        if done % _AHEAD == 0:
+            # Steps are queued faster than they run; the clock is to see those that ran.
             _wait(device)
-            pace = (time.monotonic() - start) / _PACE_STEPS
-            steps = max(_PACE_STEPS, int(seconds / pace))
-            log(f"{name}: {pace * 1000:.1f} ms a step, {steps} steps")
         if done % 250 == 0:
-            log(f"{name}: step {done} of {steps}, loss {float(step.last):.3f}")
+            pace = (time.monotonic() - start) / (done - first)
+            log(f"{name}: step {done}, {1000 * pace:.1f} ms each, loss {float(step.last):.3f}")
         if time.monotonic() - saved > _CHECKPOINT_SECONDS:
             saved = time.monotonic()
+            meanwhile()
             _save(path, step, parameters, rng, (done, steps))
     _wait(device)
     return done
