@@ -56,7 +56,7 @@ class Recipe:
     base_batch: int = 768
     base_rate: float = 2e-3
     expert_examples: int = 20_000
-    expert_batch: int = 48
+    expert_batch: int = 32
     expert_rate: float = 3e-3
     rank: int = 4
     embedding: float = 0.3

@@ -349,7 +349,7 @@ class T5:
         ]
         for block, (qkv, out) in enumerate(weights.encoder):
             heads = _linear(self._norm(x, weights.norms[2 * block]), qkv)
-            x = x + self._attend(heads, heads, 0, ids, ids, masks, out)
+            x = x + self._attend(self._heads(heads, ids, 3), masks, out, groups)
             x = x + self._feed(self._norm(x, weights.norms[2 * block + 1]), weights.feeds[block])
         return self._norm(x, weights.norms[2 * self.shape.encoder])
 
@@ -372,58 +372,47 @@ class T5:
             self._padding(one).expand(-1, self.shape.heads, length, -1)
             for one, length in zip(ids, lengths, strict=True)
         ]
-        readings = _linear(memory, weights.readings)
+        readings = self._heads(_linear(memory, weights.readings), ids, 2 * self.shape.decoder)
         for block, (qkv, out, query, read_out) in enumerate(weights.decoder):
             norms = weights.norms[2 * self.shape.encoder + 1 + 3 * block :]
             heads = _linear(self._norm(x, norms[0]), qkv)
-            x = x + self._attend(heads, heads, 0, given, given, pasts, out)
-            q = _linear(self._norm(x, norms[1]), query)
-            x = x + self._attend(q, readings, 2 * block - 1, given, ids, padding, read_out)
+            x = x + self._attend(self._heads(heads, given, 3), pasts, out, groups)
+            asking = self._heads(_linear(self._norm(x, norms[1]), query), given, 1)
+            told = [one[2 * block : 2 * block + 2] for one in readings]
+            both = [(*one, *other) for one, other in zip(asking, told, strict=True)]
+            x = x + self._attend(both, padding, read_out, groups)
             x = x + self._feed(self._norm(x, norms[2]), weights.feeds[self.shape.encoder + block])
         x = self._norm(x, weights.norms[-1]) * self.shape.width**-0.5
         logits: Tensor = x @ weights.shared.T
         return logits
 
     def _attend(
-        self,
-        queries: Tensor,
-        read: Tensor,
-        place: int,
-        asking: Sequence[Tensor],
-        told: Sequence[Tensor],
-        masks: Sequence[Tensor],
-        out: Tensor,
+        self, heads: Sequence[tuple[Tensor, ...]], masks: Sequence[Tensor], out: Tensor, groups: int
     ) -> Tensor:
         """(G, N, width) of attention in each bucket.
 
         Args:
-            queries: (G, N, width or more): q comes first.
-            read: (G, M, ...): k and v are the parts `place` + 1 and `place` + 2 of its last dimension, in
-                widths.
-            place: see `read`.
-            asking, told: the tokens of the buckets, for their sizes.
+            heads: q, k and v of each bucket, (rows, heads, tokens, head).
             masks: added to the scores of each bucket.
             out: the last matrix.
+            groups: G.
         """
-        groups, width = len(queries), self.shape.width
-        q = queries[..., :width]
-        k, v = (read[..., (place + part) * width : (place + part + 1) * width] for part in (1, 2))
-        found, at, read_at = [], 0, 0
-        for one, source, mask in zip(asking, told, masks, strict=True):
-            tokens, others = one.numel() // groups, source.numel() // groups
-            mixed = F.scaled_dot_product_attention(
-                self._heads(q[:, at : at + tokens], len(one)),
-                self._heads(k[:, read_at : read_at + others], len(one)),
-                self._heads(v[:, read_at : read_at + others], len(one)),
-                attn_mask=mask.expand(len(one), -1, -1, -1),
-                scale=1.0,
-            )
-            found.append(mixed.transpose(1, 2).reshape(groups, tokens, width))
-            at, read_at = at + tokens, read_at + others
+        found = []
+        for (q, k, v), mask in zip(heads, masks, strict=True):
+            mask = mask.expand(len(q), -1, -1, -1)
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+            found.append(mixed.transpose(1, 2).reshape(groups, -1, self.shape.width))
         return _linear(torch.cat(found, 1) if len(found) > 1 else found[0], out)
 
-    def _heads(self, x: Tensor, rows: int) -> Tensor:
-        return x.reshape(rows, -1, self.shape.heads, self.shape.head).transpose(1, 2)
+    def _heads(self, x: Tensor, ids: Sequence[Tensor], count: int) -> list[tuple[Tensor, ...]]:
+        """`count` parts of the last dimension of x, (rows, heads, tokens, head) in each bucket of `ids`."""
+        sizes = [one.numel() // len(x) for one in ids]
+        return [
+            part.reshape(len(one), -1, count, self.shape.heads, self.shape.head)
+            .permute(2, 0, 3, 1, 4)
+            .unbind()
+            for part, one in zip(torch.split(x, sizes, 1), ids, strict=True)
+        ]
 
     def _feed(self, x: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
         gate, value = _linear(x, weights[0]).chunk(2, -1)
