@@ -352,6 +352,9 @@ class ForwardContext:
             kept = mask.to(like.device, torch.float32).unsqueeze(-1)
             self._real[stream] = kept / kept.sum(1, keepdim=True).clamp_min(1.0)
         real = self._real[stream]
+        appended = self.forward.appended.get(stream, 0)
+        if appended and like.shape[1] == real.shape[1] - appended:
+            real = real[:, :-appended]
         if real.shape[:2] != like.shape[:2]:
             theirs, ours = (" x ".join(map(str, tensor.shape[:2])) for tensor in (real, like))
             raise InjectionError(
@@ -382,6 +385,8 @@ class ForwardContext:
             RegionMaskError: see `token_grid`.
         """
         references = self.forward.references
+        if references and self.forward.grid is not None and self.forward.grid(tokens) is not None:
+            references = 0  # matrices that read the picture before anything is put behind it
         masks = regions.on_grid(*self.token_grid(tokens - references), device)
         return torch.cat([masks, regions.everywhere(references, device)]) if references else masks
 

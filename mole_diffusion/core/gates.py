@@ -421,8 +421,8 @@ class _GateBuilder:
 
     def block_gate(self, returns: tuple[str, ...], sites: list[Site]) -> Gate:
         """The gate of a group whose module runs once per expert."""
-        width = self._block_width(sites[0])
-        texts = JOINT in returns or CONTEXT in returns
+        width = self._block_width(sites[0], (CONTEXT,) if returns == (CONTEXT,) else (TOKENS, JOINT))
+        texts = JOINT in returns or {TOKENS, CONTEXT} <= set(returns)
         return self._gate([width, width] if texts else [width], sites)
 
     def _gate(self, features: list[int], sites: list[Site]) -> Gate:
@@ -450,11 +450,11 @@ class _GateBuilder:
             return 1
         return self.layout.architecture.tokens(self.network, site, stream, self.flatten_tokens)
 
-    def _block_width(self, first: Site) -> int:
-        """Features of a block's or layer's input and output: those that its first matrix reads."""
+    def _block_width(self, first: Site, streams: tuple[str, ...]) -> int:
+        """Features of a block's or layer's input and output: what its first matrix of `streams` reads."""
         by_block = self.config.granularity == "block"
         for site in self.layout.sites:
             same = site.block == first.block if by_block else site.layer == first.layer
-            if same and site.block_path is not None and site.stream in (TOKENS, JOINT):
+            if same and site.block_path is not None and site.stream in streams:
                 return site_shape(base_layer(self.network.get_submodule(site.path)), site.rows)[1]
         raise InjectionError(f"{first.block!r} has no matrix that reads the block's tokens.")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from . import functional
 from .context import Expanded, ForwardContext, GateValue
@@ -112,7 +113,23 @@ class MatrixHook:
         """See `torch.nn.Module.register_forward_hook`; None leaves the output as it is."""
         if not self.context.enabled:
             return None
-        x: Tensor = args[0]
+        lengths = self.context.forward.packed.get(self.slot.stream)
+        if lengths is None or output.dim() != 2:
+            return self._mixed(args[0], output)
+        # The pictures one by one, as gates know them.
+        x, parted = (pad_sequence(one.split(list(lengths)), batch_first=True) for one in (args[0], output))
+        mixed = self._mixed(x, parted)
+        if mixed is None:
+            return None
+        return torch.cat([own[:length] for own, length in zip(mixed, lengths, strict=True)])
+
+    def _mixed(self, x: Tensor, output: Tensor) -> Tensor | None:
+        """The output with the mixed delta; None where there is none.
+
+        Args:
+            x: (B, L, in) input, an image (B, in, H, W) or rows (B, in).
+            output: the module's own.
+        """
         slot, device, dtype = self.slot, output.device, output.dtype
         if self.group.block is not None and self.context.activation.fixed is None:
             return self._solo(x, output)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny.networks import run, with_peft
-from tiny.transformers import make_chroma, make_flux, make_sd3
+from tiny.transformers import make_chroma, make_flux, make_sd3, make_z_image
 from torch import Tensor, nn
 
 from mole_diffusion import Expert, InjectionError, MoLEConfig, inject, load_expert
@@ -306,6 +306,32 @@ def test_a_control_lora_is_refused_with_a_sentence() -> None:
         inject(network, [expert], MoLEConfig())
 
 
+@dataclass(frozen=True)
+class Family:
+    """A family and its makers' names, some of them for every kind.
+
+    Attributes:
+        make: a network of diffusers.
+        family: what `inspect` calls it.
+        native: the makers' name -> matrices of diffusers that are its rows.
+        swapped: those of them whose halves change places.
+    """
+
+    make: Callable[[], nn.Module]
+    family: str
+    native: Native
+    swapped: tuple[str, ...] = ()
+
+
+def inside(rows: Mapping[str, str], block: Native) -> dict[str, tuple[str, ...]]:
+    """Names of block 0 of rows of blocks: the makers' name of a row -> that of diffusers."""
+    return {
+        f"{theirs}.0.{name}": tuple(f"{ours}.0.{leaf}" for leaf in leaves)
+        for theirs, ours in rows.items()
+        for name, leaves in block.items()
+    }
+
+
 SD3_BLOCK: Native = {
     "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
@@ -316,30 +342,56 @@ SD3_BLOCK: Native = {
     "context_block.mlp.fc2": ("ff_context.net.2",),
     "x_block.adaLN_modulation.1": ("norm1.linear",),
 }
+Z_IMAGE_BLOCK: Native = {
+    "attention.qkv": ("attention.to_q", "attention.to_k", "attention.to_v"),
+    "attention.out": ("attention.to_out.0",),
+    **{f"feed_forward.w{x}": (f"feed_forward.w{x}",) for x in (1, 2, 3)},
+}
+OTHERS = {
+    "sd3": Family(make_sd3, "Stable Diffusion 3", inside({"joint_blocks": "transformer_blocks"}, SD3_BLOCK)),
+    "z-image": Family(
+        make_z_image,
+        "Z-Image",
+        {
+            **inside({row: row for row in ("layers", "noise_refiner", "context_refiner")}, Z_IMAGE_BLOCK),
+            "layers.1.adaLN_modulation.0": ("layers.1.adaLN_modulation.0",),
+            "x_embedder": ("all_x_embedder.2-1",),
+            "cap_embedder.1": ("cap_embedder.1",),
+            "t_embedder.mlp.2": ("t_embedder.mlp.2",),
+            "final_layer.linear": ("all_final_layer.2-1.linear",),
+            "final_layer.adaLN_modulation.1": ("all_final_layer.2-1.adaLN_modulation.1",),
+        },
+    ),
+}
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_stable_diffusion_3(writer: str) -> None:
-    network, form = make_sd3(), WRITERS[writer]
-    if form.native:
-        names = {f"joint_blocks.0.{name}": leaves for name, leaves in SD3_BLOCK.items()}
-        names = {name: tuple(f"transformer_blocks.0.{leaf}" for leaf in own) for name, own in names.items()}
-    else:
-        names = {
-            site.name: (site.name,) for site in map_network(network).sites if site.name != "pos_embed.proj"
-        }
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families(name: str, writer: str, tmp_path: Path) -> None:
+    known, form = OTHERS[name], WRITERS[writer]
+    network = known.make()
+    names = known.native
+    if not form.native:
+        linear = (site.name for site in map_network(network).sites)
+        names = {one: (one,) for one in linear if network.get_submodule(one).weight.dim() == 2}
     draws = torch.Generator().manual_seed(1)
     state, deltas = {}, {}
-    for name, matrices in names.items():
+    for index, (module, matrices) in enumerate(names.items()):
         rows = [network.get_submodule(matrix).weight.shape[0] for matrix in matrices]
         fan_in = network.get_submodule(matrices[0]).weight.shape[1]
-        down = torch.randn(2, fan_in, generator=draws) * 0.2
-        up = torch.randn(sum(rows), 2, generator=draws) * 0.2
-        state |= {f"{form.module(name)}{form.down}": down, f"{form.module(name)}{form.up}": up}
+        rank = 1 + index % 3
+        down = torch.randn(rank, fan_in, generator=draws) * 0.2
+        up = torch.randn(sum(rows), rank, generator=draws) * 0.2
+        state |= {f"{form.module(module)}{form.down}": down, f"{form.module(module)}{form.up}": up}
+        delta = up @ down
         if form.alpha:
-            state[f"{form.module(name)}.alpha"] = torch.tensor(2.0)
-        deltas |= dict(zip(matrices, (up @ down).split(rows), strict=True))
-    expert = Expert.from_state_dict(state, name="dog")
+            state[f"{form.module(module)}.alpha"] = torch.tensor(0.5 * rank)
+            delta = delta / 2
+        if module in known.swapped:
+            delta = delta.roll(len(delta) // 2, 0)
+        deltas |= dict(zip(matrices, delta.split(rows), strict=True))
+    save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "dog.safetensors")
+    expert = load_expert(tmp_path / "dog.safetensors")
     assert set(expert.report.loaded) == set(state)
     found = expert.factors["transformer"]
     assert set(found) == set(deltas)
@@ -348,3 +400,6 @@ def test_stable_diffusion_3(writer: str) -> None:
     expected = run(with_peft(network, {"dog": as_peft(deltas)}, {"dog": 1.0}))
     inject(network, [expert], MoLEConfig())
     assert_close(run(network), expected)
+    told = describe_file(tmp_path / "dog.safetensors")
+    assert told.facts["base"] == known.family
+    assert told.facts["dialect"]

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import ChromaTransformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import (
+    ChromaTransformer2DModel,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    ZImageTransformer2DModel,
+)
 from torch import Tensor, nn
 
 BLOCKS: dict[str, Any] = {
@@ -79,6 +84,34 @@ def sd3_inputs(size: int = 8, text: int = 333) -> dict[str, Tensor]:
     }
 
 
+def make_z_image(**settings: Any) -> ZImageTransformer2DModel:
+    torch.manual_seed(8)
+    given = {
+        "in_channels": 4,
+        "dim": 48,
+        "n_layers": 2,
+        "n_refiner_layers": 1,
+        "n_heads": 2,
+        "n_kv_heads": 2,
+        "cap_feat_dim": 32,
+        "axes_dims": [8, 8, 8],
+        "axes_lens": [256, 32, 32],
+        **settings,
+    }
+    return filled(ZImageTransformer2DModel(**given))
+
+
+def z_image_inputs(size: int = 8, lengths: tuple[int, ...] = (7, 40)) -> dict[str, Any]:
+    """The texts are padded to 32 and 64 tokens."""
+    generator = torch.Generator().manual_seed(3)
+    return {
+        "x": [torch.randn(4, 1, size, size, generator=generator) for _ in lengths],
+        # Times that bfloat16 has too, a thousand times as large.
+        "t": torch.tensor([0.5, 0.25]),
+        "cap_feats": [torch.randn(length, 32, generator=generator) for length in lengths],
+    }
+
+
 def places(rows: int, columns: int, picture: int = 0) -> Tensor:
     """(rows * columns, 3) ids of image tokens, row by row."""
     ids = torch.zeros(rows, columns, 3)
@@ -125,11 +158,13 @@ class Kind:
         make: a new one.
         inputs: of two pictures with a side of the latent.
         other: the network as another host has it, or None.
+        flattens: whether texts have one length, which flattened gates need.
     """
 
     make: Callable[[], nn.Module]
     inputs: Callable[[int], dict[str, Any]]
     other: Callable[[nn.Module], nn.Module] | None = None
+    flattens: bool = True
 
     def run(self, network: nn.Module, batch: slice, size: int) -> Tensor:
         dtype = next(network.parameters()).dtype
@@ -137,10 +172,13 @@ class Kind:
             name: value if name.endswith("ids") else _rows(value, batch, dtype)
             for name, value in self.inputs(size).items()
         }
-        return network(**told).sample
+        found = network(**told).sample
+        return torch.stack(found) if isinstance(found, list) else found
 
 
-def _rows(value: Tensor, batch: slice, dtype: torch.dtype) -> Tensor:
+def _rows(value: Any, batch: slice, dtype: torch.dtype) -> Any:
+    if isinstance(value, list):
+        return [one.to(dtype) for one in value[batch]]
     return value[batch].to(dtype) if value.is_floating_point() else value[batch]
 
 
@@ -157,4 +195,5 @@ KINDS: dict[type[nn.Module], Kind] = {
     FluxTransformer2DModel: Kind(make_flux, flux_inputs, fused),
     ChromaTransformer2DModel: Kind(make_chroma, chroma_inputs),
     SD3Transformer2DModel: Kind(make_sd3, sd3_inputs),
+    ZImageTransformer2DModel: Kind(make_z_image, z_image_inputs, flattens=False),
 }

@@ -15,6 +15,7 @@ from .foreign import foreign_family
 from .sd3 import SD3
 from .t5 import T5_DECODER, T5_ENCODER
 from .unet import UNet
+from .z_image import Z_IMAGE_STACK
 
 _REGISTERED: dict[str, Architecture] = {}
 
@@ -126,5 +127,5 @@ def other_base(strangers: Iterable[str], metadata: Mapping[str, str]) -> str | N
     return f"{named} (its header says {header!r})"
 
 
-for _architecture in (UNet(), CLIP, FLUX, SD3, T5_ENCODER, T5_DECODER):
+for _architecture in (UNet(), CLIP, FLUX, SD3, Z_IMAGE_STACK, T5_ENCODER, T5_DECODER):
     register(_architecture)

@@ -158,8 +158,11 @@ class Forward:
         grid: number of image tokens -> their (height, width), None if it cannot be; None if nothing is known.
         spans: where the streams "tokens" and "context" lie in a joint sequence.
         references: how many of the image tokens, the last ones, show other pictures than the one that is
-            drawn: they have gates and no regions.
+            drawn, or pad it: they have gates and no regions.
         masks: stream -> (B, L), zero for padding; without an entry all tokens are real.
+        packed: stream -> tokens of each picture, for matrices that read all pictures' tokens one after
+            another, as (all tokens, d).
+        appended: stream -> how many tokens of padding at its end the network's first matrices do not read.
         memory: (B, L, d) of the context of a causal network, the same tensor in all its steps; else None.
         keeps: whether the network keeps what its blocks computed for steps to come.
     """
@@ -172,6 +175,8 @@ class Forward:
     spans: Mapping[str, slice] = field(default_factory=dict)
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     references: int = 0
+    packed: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    appended: Mapping[str, int] = field(default_factory=dict)
     memory: Tensor | None = None
     keeps: bool = False
 
