@@ -94,6 +94,8 @@ class Build:
         self.recipe, self.out, self.work, self.compiled = recipe, out, work, compiled
         self.device = torch.device(device)
         self.dtype = torch.bfloat16
+        # The masks are trained (they hold T5's positions), which cuDNN's attention cannot.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self.seconds, self.processes = seconds, processes
         out.mkdir(parents=True, exist_ok=True)
         work.mkdir(parents=True, exist_ok=True)

@@ -277,8 +277,10 @@ class T5:
         scaling: float = 2.0,
     ) -> None:
         self.shape, self.dtype, self.scaling = shape, dtype, scaling
-        self._both = buckets(shape, source, source, both=True).to(device)
-        self._past = buckets(shape, target, target, both=False).to(device)
+        # Products with ones in place of look-ups: their gradient is a product too, and needs no sorting.
+        self._both = F.one_hot(buckets(shape, source, source, both=True), shape.buckets).to(device, dtype)
+        self._past = F.one_hot(buckets(shape, target, target, both=False), shape.buckets).to(device, dtype)
+        self._tokens = torch.arange(shape.vocabulary, device=device)
         self._causal = torch.full((target, target), _MASKED, device=device, dtype=dtype).triu(1)
 
     def loss(self, stacks: Stacks, lora: Stacks | None, batch: Batch) -> Tensor:
@@ -342,7 +344,7 @@ class T5:
 
     def _encode(self, weights: _Weights, ids: Sequence[Tensor], groups: int) -> Tensor:
         """(G, N, width) of the N tokens of all sources of a group."""
-        x = _embedded(weights, ids, groups)
+        x = self._embedded(weights, ids, groups)
         masks = [
             self._bias(weights.bias[0], self._both[: one.shape[1], : one.shape[1]]) + self._padding(one)
             for one in ids
@@ -362,7 +364,7 @@ class T5:
         groups: int,
     ) -> Tensor:
         """(G, M, vocabulary) logits after the M tokens of all `given` of a group; `memory` is of `ids`."""
-        x = _embedded(weights, given, groups)
+        x = self._embedded(weights, given, groups)
         lengths = [one.shape[1] for one in given]
         pasts = [
             self._bias(weights.bias[1], self._past[:length, :length]) + self._causal[:length, :length]
@@ -423,7 +425,13 @@ class T5:
 
     def _bias(self, table: Tensor, numbers: Tensor) -> Tensor:
         """(1, heads, queries, keys)."""
-        return F.embedding(numbers, table).permute(2, 0, 1).unsqueeze(0)
+        return (numbers @ table).permute(2, 0, 1).unsqueeze(0)
+
+    def _embedded(self, weights: _Weights, ids: Sequence[Tensor], groups: int) -> Tensor:
+        together = torch.cat([one.reshape(groups, -1) for one in ids], 1)
+        if not weights.shared.requires_grad:
+            return F.embedding(together, weights.shared)
+        return (together.unsqueeze(-1) == self._tokens).to(self.dtype) @ weights.shared
 
     def _padding(self, ids: Tensor) -> Tensor:
         return (ids == 0)[:, None, None, :].to(self.dtype) * _MASKED
@@ -436,10 +444,6 @@ def _groups(lora: Stacks | None) -> int:
 def _parts(matrices: Tensor, counts: list[int]) -> list[Tensor]:
     """A stack ((G,) matrices, out, in) as ((G,) count * out, in) of each count."""
     return [part.flatten(-3, -2) for part in torch.split(matrices, counts, -3)]
-
-
-def _embedded(weights: _Weights, ids: Sequence[Tensor], groups: int) -> Tensor:
-    return F.embedding(torch.cat([one.reshape(groups, -1) for one in ids], 1), weights.shared)
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
