@@ -1,8 +1,11 @@
 """Where the starter lies, and which experts come with it."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
+
+from mole_diffusion.core.errors import ConfigError
 
 #: How the starter draws best. More guidance drives colours too far and costs subjects, with one expert and
 #: with several. Plain guidance overexposes pictures of a model with zero terminal SNR (Lin et al. 2023, 3.4).
@@ -10,6 +13,11 @@ GUIDANCE, RESCALE = 2.0, 0.7
 
 #: What the experts of the starter name as their base, in their files' headers.
 BASE_NAME = "mole-diffusion starter"
+
+#: What only evaluation reads: wheels leave it out, the repository and the source distribution have it.
+EVALUATION_PARTS = ("judge", "clip_eval")
+#: Variable with the folder of those parts, for an installed package.
+EVALUATION_VARIABLE = "MOLE_EVALUATION_PARTS"
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -49,6 +57,23 @@ def starter_dir() -> Path:
     """
     packaged = _PACKAGE / "_starter"
     return packaged if packaged.is_dir() else _PACKAGE.parent / "assets" / "starter"
+
+
+def evaluation_part(name: str) -> Path:
+    """The folder of one of `EVALUATION_PARTS`.
+
+    Raises:
+        ConfigError: it is not here; wheels leave it out.
+    """
+    given = os.environ.get(EVALUATION_VARIABLE)
+    folder = (Path(given) if given else starter_dir()) / name
+    if not folder.is_dir():
+        raise ConfigError(
+            f"there is no {str(folder)!r}: what only evaluation reads does not come with the wheel. Take the "
+            f"folders {' and '.join(EVALUATION_PARTS)} of assets/starter from the repository or the source "
+            f"distribution, and set {EVALUATION_VARIABLE} to the folder that holds them"
+        )
+    return folder
 
 
 def starter_experts(folder: Path | None = None) -> dict[str, StarterExpert]:

@@ -11,9 +11,10 @@ from PIL import Image
 from timm.models import save_for_hf
 
 from mole_diffusion import ConfigError
-from mole_diffusion.evaluation.pictures.scorers import ClipScorer, DinoScorer, JudgeScorer
+from mole_diffusion.evaluation.pictures.scorers import ClipScorer, DinoScorer, JudgeScorer, load_clip
 from mole_diffusion.pictures.training import Concept
 from mole_diffusion.starter import starter_experts
+from mole_diffusion.starter.location import EVALUATION_VARIABLE, evaluation_part
 from tools.starter import world as starter_world
 
 CPU = torch.device("cpu")
@@ -136,3 +137,14 @@ def test_dino_scores_with_any_model_of_timm(world: Path, tmp_path: Path) -> None
 def test_an_unknown_clip_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="clip is 'ViT-of-nobody', which open_clip cannot load"):
         ClipScorer("ViT-of-nobody", CPU)
+
+
+def test_parts_that_a_wheel_leaves_out_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (evaluation_part("judge") / "model.safetensors").is_file()
+    monkeypatch.setenv(EVALUATION_VARIABLE, str(tmp_path))
+    with pytest.raises(
+        ConfigError, match=r"clip_eval'.*repository or the source distribution, and set MOLE_"
+    ):
+        load_clip("starter", torch.device("cpu"))
+    (tmp_path / "judge").mkdir()
+    assert evaluation_part("judge") == tmp_path / "judge"

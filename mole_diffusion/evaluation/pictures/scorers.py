@@ -26,7 +26,7 @@ from mole_diffusion.evaluation.pictures.metrics import (
 from mole_diffusion.evaluation.pictures.protocol import Clip, Metrics
 from mole_diffusion.evaluation.pictures.sets import CAPTIONS
 from mole_diffusion.pictures.training.concepts import Concept
-from mole_diffusion.starter.location import starter_dir
+from mole_diffusion.starter.location import evaluation_part
 
 #: Pictures per forward of a scoring network.
 _BATCH = 64
@@ -225,7 +225,7 @@ class JudgeScorer:
     def __init__(self) -> None:
         from mole_diffusion.starter.judge import Judge
 
-        self._judge = Judge(starter_dir() / "judge")
+        self._judge = Judge(evaluation_part("judge"))
         self.measures: tuple[str, ...] = (PRESENT, CONFUSED, OMITTED, "others")
 
     @cached_property
@@ -260,7 +260,7 @@ def load_clip(clip: Clip, device: torch.device) -> tuple[Any, Any, Any]:
 
     name, weights = (clip, None) if isinstance(clip, str) else clip
     if name == "starter":
-        name = f"local-dir:{starter_dir() / 'clip_eval'}"
+        name = f"local-dir:{evaluation_part('clip_eval')}"
     try:
         model, preprocess = open_clip.create_model_from_pretrained(name, pretrained=weights, device=device)
         tokenise = open_clip.get_tokenizer(name)
