@@ -186,7 +186,7 @@ def _mimic(shape: Shape, weights: dict[str, Tensor]) -> None:
     for part, places in (("encoder", (before, behind, second)), ("decoder", (before, itself, second))):
         table = torch.zeros(shape.buckets, shape.heads)
         for head, place in enumerate(places[: shape.heads]):
-            table[place, head] = 4.0
+            table[place, head] = 2.0
         weights[_bias_name(part)] = table
 
 
