@@ -38,6 +38,7 @@ def test_the_network_is_transformers_t5(mimetic: bool) -> None:
     missing, unexpected = theirs.load_state_dict(weights, strict=False)
     assert not unexpected
     assert set(missing) <= {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"}
+    torch.manual_seed(0)
     ids, targets = torch.randint(3, 50, (6, 12)), torch.randint(3, 50, (6, 7))
     ids[1, 8:], targets[2, 4:] = 0, 0
     ids[3:, 6:], targets[3:, 3:] = 0, 0
@@ -51,8 +52,10 @@ def test_the_network_is_transformers_t5(mimetic: bool) -> None:
         assert_close(ours.loss(stacks, None, shorter), expected, rtol=1e-4, atol=1e-5)
         written = theirs.generate(ids, attention_mask=(ids != 0).long(), max_new_tokens=7, min_new_tokens=7)
         greedy = ours.greedy(stacks, None, ids, 7)
-    ends = (written[:, 1:] == 1).long().cumsum(1) == 0
-    assert torch.equal(greedy[ends], written[:, 1:][ends])
+    # Theirs may not end before all are written.
+    before_end = (greedy == 1).long().cumsum(1) == 0
+    assert before_end.any()
+    assert torch.equal(greedy[before_end], written[:, 1:][before_end])
 
 
 def test_weights_go_to_names_and_back() -> None:
