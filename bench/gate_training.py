@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -109,13 +110,18 @@ def make_concepts(pixels: int) -> list[Concept]:
     return concepts
 
 
-def train_gates(device: torch.device, *, tiny: bool, checkpointing: bool, iterations: int) -> dict[str, Any]:
+def train_gates(
+    device: torch.device, *, tiny: bool, checkpointing: bool, iterations: int, until: float = float("inf")
+) -> dict[str, Any]:
     """Train gates with the default settings but for given pictures; what it took.
 
+    Args:
+        until: seconds from now after which the training stops, once there are two iterations.
     Returns:
         "seconds" of the whole call, pictures' preparation included; "seconds_an_iteration" (median);
         "peak": bytes beside the weights (None without a CUDA device); what was trained.
     """
+    end = time.monotonic() + until
     shape = TINY if tiny else SD15
     pipe = make_pipeline(shape, device, tiny=tiny)
     pixels = 8 * shape.side
@@ -132,7 +138,12 @@ def train_gates(device: torch.device, *, tiny: bool, checkpointing: bool, iterat
     prompt = ", ".join(concept.text for concept in concepts)
 
     def work() -> None:
-        result = pipe.train_gates(prompt, concepts, config)
+        result = pipe.train_gates(
+            prompt,
+            concepts,
+            config,
+            callback=lambda event: event.iteration < 2 or time.monotonic() < end,
+        )
         clock.extend(row["seconds"] for row in result.history)
 
     peak = peak_of(work, device)
@@ -141,7 +152,7 @@ def train_gates(device: torch.device, *, tiny: bool, checkpointing: bool, iterat
         "experts": len(NAMES),
         "batch": config.collage_batch,
         "checkpointing": checkpointing,
-        "iterations": config.iterations,
+        "iterations": len(clock),
         "seconds": clock[-1],
         "seconds_an_iteration": statistics.median(
             later - earlier for earlier, later in itertools.pairwise(clock)

@@ -15,7 +15,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -63,6 +63,8 @@ TINY_COUNTS = (1, 3)
 BATCHES = (1, 2)
 POOLED = 3
 BARE = "bare network"
+#: Of the time, by which the steps of SD 1.5 and then those of SDXL are done; the rest trains gates.
+SHARES = (0.4, 0.75)
 
 
 @dataclass
@@ -142,41 +144,52 @@ def _add_ours(bench: Bench, bare: Any, experts: Sequence[Any], pooling: str) -> 
 
 @torch.no_grad()
 def steps(
-    shape: Shape, device: torch.device, counts: Sequence[int], rounds: int, until: float
-) -> dict[str, Any]:
+    shape: Shape,
+    device: torch.device,
+    counts: Sequence[int],
+    rounds: int,
+    until: float,
+    told: Callable[[dict[str, Any]], None],
+) -> None:
     """Time, operations and memory of a step of every variant, for every batch.
 
     Args:
         until: value of `time.monotonic` at which measuring should be done.
+        told: is given what there is so far, at the beginning and after every row.
     """
     bench = build(shape, device, counts)
+    weights = sum(p.numel() * p.element_size() for p in bench.networks[BARE].parameters())
     result: dict[str, Any] = {
         "shape": shape.name,
         "dtype": str(shape.dtype).removeprefix("torch."),
-        "weights_mib": None,
+        "weights_mib": weights // MIB,
         "against_peft": _check(bench),
         "missing": bench.missing,
         "batches": {},
     }
-    weights = sum(p.numel() * p.element_size() for p in bench.networks[BARE].parameters())
-    result["weights_mib"] = weights // MIB
+    told(result)
     for number, batch in enumerate(BATCHES, start=1):
+        if number > 1 and time.monotonic() > until:
+            result["batches_skipped"] = list(BATCHES[number - 1 :])
+            break
         variants = bench.variants(batch)
         left = until - time.monotonic()
-        share = time.monotonic() + left * number / len(BATCHES)
+        share = time.monotonic() + left * (number - 0.4) / len(BATCHES)
         seconds = measure(variants, rounds, device, share)
-        rows = {}
+        rows: dict[str, Any] = {name: {"seconds": seconds[name]} for name in variants}
+        result["batches"][str(batch)] = {"latents": [batch, 4, shape.side, shape.side], "rows": rows}
+        told(result)
         for name, variant in variants.items():
+            if time.monotonic() > until:
+                break
             variant.prepare()
-            rows[name] = {
-                "seconds": seconds[name],
+            rows[name] |= {
                 "operations": operations(variant.forward),
                 "launches": launches(variant.forward, device),
                 "peak": peak_of(variant.forward, device),
                 "resident": bench.resident.get(name),
             }
-        result["batches"][str(batch)] = {"latents": [batch, 4, shape.side, shape.side], "rows": rows}
-    return result
+            told(result)
 
 
 def _check(bench: Bench) -> float:
@@ -222,13 +235,18 @@ def _row(name: str, rows: dict[str, Any], counts: Sequence[int]) -> str:
         f"{1000 * statistics.median(row['seconds']):.2f}",
         f"{median_ratio(row['seconds'], bare['seconds']):.2f}",
         against,
-        f"{row['operations']:,}",
-        f"{row['operations'] / bare['operations']:.2f}",
-        f"{row['launches']:,}",
-        f"{row['launches'] / max(bare['launches'], 1):.2f}",
-        mebibytes(row["resident"]),
-        mebibytes(row["peak"]),
     ]
+    if "operations" in row:
+        cells += [
+            f"{row['operations']:,}",
+            f"{row['operations'] / bare['operations']:.2f}",
+            f"{row['launches']:,}",
+            f"{row['launches'] / max(bare['launches'], 1):.2f}",
+            mebibytes(row["resident"]),
+            mebibytes(row["peak"]),
+        ]
+    else:
+        cells += ["–"] * 6
     return f"| {' | '.join(cells)} |"
 
 
@@ -276,10 +294,22 @@ def as_markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def run(device: torch.device, *, tiny: bool, rounds: int, seconds: float) -> dict[str, Any]:
-    """Everything, in at most about so many seconds."""
+def run(
+    device: torch.device,
+    *,
+    tiny: bool,
+    counts: Sequence[int],
+    rounds: int,
+    seconds: float,
+    told: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Everything, in at most about so many seconds: steps of SD 1.5, of SDXL, then the training of gates.
+
+    Args:
+        told: is given what there is so far, after every row.
+    """
     diffusers.utils.logging.set_verbosity_error()  # it warns about every cast of a module tree
-    start, counts = time.monotonic(), TINY_COUNTS if tiny else COUNTS
+    start = time.monotonic()
     result: dict[str, Any] = {
         "machine": machine(device),
         "counts": counts,
@@ -287,21 +317,31 @@ def run(device: torch.device, *, tiny: bool, rounds: int, seconds: float) -> dic
         "training": [],
         "skipped": [],
     }
-    # The training has a fixed length; what is left is for the steps.
-    for checkpointing, iterations in ((False, 400), (True, 20)):
-        typer.echo(f"training gates, {iterations} iterations")
-        row = train_gates(device, tiny=tiny, checkpointing=checkpointing, iterations=iterations)
-        result["training"].append(row)
-    left = seconds - (time.monotonic() - start)
-    for shape, share in zip((TINY, TINY_XL) if tiny else (SD15, SDXL), (0.35, 1.0), strict=True):
-        if time.monotonic() - start > seconds:
+    for number, (shape, share) in enumerate(
+        zip((TINY, TINY_XL) if tiny else (SD15, SDXL), SHARES, strict=True)
+    ):
+        if number and time.monotonic() - start > SHARES[number - 1] * seconds:
             result["skipped"].append(f"steps of {shape.name}")
             continue
         typer.echo(f"steps of {shape.name}")
-        until = start + seconds - left * (1 - share)
-        result["steps"].append(steps(shape, device, counts, rounds, until))
+
+        def row(network: dict[str, Any], place: int = len(result["steps"])) -> None:
+            result["steps"][place:] = [network]
+            told(result)
+
+        steps(shape, device, counts, rounds, start + share * seconds, row)
         if device.type == "cuda":
             torch.cuda.empty_cache()
+    for checkpointing, iterations in ((False, 400), (True, 20)):
+        left = seconds - (time.monotonic() - start)
+        what = f"the training of gates{', recomputing' * checkpointing}"
+        if left <= 0:
+            result["skipped"].append(what)
+            continue
+        typer.echo(f"{what}, at most {iterations} iterations")
+        made = train_gates(device, tiny=tiny, checkpointing=checkpointing, iterations=iterations, until=left)
+        result["training"].append(made)
+        told(result)
     return result
 
 
@@ -309,7 +349,15 @@ def main(
     device: Annotated[str, typer.Option(help="Where to run.")] = "cuda",
     tiny: Annotated[bool, typer.Option("--tiny", help="Toy size: only checks that everything runs.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds to time, after one to warm up.")] = 30,
-    seconds: Annotated[float, typer.Option(help="Begin nothing new after so many seconds.")] = 330,
+    seconds: Annotated[
+        float, typer.Option(min=1, help="How long at most, about: rounds, rows and iterations end with it.")
+    ] = 330,
+    experts: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1, help="With how many experts too, beside 1 and 3; 16 and 64, or none with --tiny."
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the results; bench/results, or none with --tiny.")
     ] = None,
@@ -318,17 +366,23 @@ def main(
     where = torch.device(device)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("torch sees no CUDA device here; --device cpu --tiny is the dry run")
-    result = run(where, tiny=tiny, rounds=rounds, seconds=seconds)
-    result["command"] = shlex.join(["python", "bench/gpu.py", *sys.argv[1:]])
-    markdown = as_markdown(result)
-    typer.echo(markdown)
     folder = out or (None if tiny else Path(__file__).parent / "results")
-    if folder is not None:
+    command = shlex.join(["python", "bench/gpu.py", *sys.argv[1:]])
+
+    def write(result: dict[str, Any]) -> None:
+        result["command"] = command
+        if folder is None:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         card = result["machine"].get("card", where.type)
         stem = "gpu-" + re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
         (folder / f"{stem}.json").write_text(json.dumps(result, indent=2) + "\n")
-        (folder / f"{stem}.md").write_text(markdown)
+        (folder / f"{stem}.md").write_text(as_markdown(result))
+
+    counts = tuple(sorted({1, POOLED, *(experts or (TINY_COUNTS if tiny else COUNTS))}))
+    result = run(where, tiny=tiny, counts=counts, rounds=rounds, seconds=seconds, told=write)
+    write(result)
+    typer.echo(as_markdown(result))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,12 @@
 #
 #   sh run.sh              everything: tests on the GPU, then bench/gpu.py
 #   sh run.sh tests        one of the two ("tests" or "bench")
-#   sh run.sh dry          the same on the CPU at toy size
+#   sh run.sh quick        in about 90 seconds what is most likely to fail, then a few rounds (QUICK_TESTS and
+#                          QUICK_BENCH: seconds of each, 40 and 45)
+#   sh run.sh dry          everything on the CPU at toy size
+#   sh run.sh quick-dry    the quick part there
 #
-# Tables and the tests' report go to $OUT, or to results/ beside this file. PYTHON names another interpreter.
+# Tables and the tests' report go to $OUT as they come, or to results/ beside this file. PYTHON names another interpreter.
 set -eu
 cd "$(dirname "$0")"
 what=${1:-all}
@@ -26,14 +29,29 @@ export PYTHONPATH HF_HUB_OFFLINE
 command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi || echo "no nvidia-smi here"
 
 status=0
-marked=gpu bench="--rounds 30"
-if [ "$what" = dry ]; then
-  marked="not gpu and not slow" bench="--device cpu --tiny --rounds 1"
-fi
+tests=tests/gpu
+marked=gpu bench="--rounds 30" shown="-q"
+case $what in
+  *dry) marked="not gpu and not slow" bench="--device cpu --tiny --rounds 1" ;;
+esac
+case $what in
+  quick*)
+    hosts=tests/gpu/test_gpu_hosts.py
+    tests="$hosts::test_a_pipeline_draws_the_same_picture $hosts::test_compiled_blocks
+      $hosts::test_forwards_leave_nothing_behind_and_release_gives_back"
+    shown="-v --tb=short -rA"
+    if [ "$what" = quick ]; then bench="--rounds 6 --experts 16"; fi
+    bench="$bench --seconds ${QUICK_BENCH:-45}"
+    limit="timeout -s INT ${QUICK_TESTS:-40}"
+    ;;
+esac
+# The exit status of pytest, not of tee, is what counts.
 if [ "$what" != bench ]; then
-  "$python" -m pytest tests/gpu -m "$marked" -p no:cacheprovider --junitxml "$out/gpu-tests.xml" -q || status=$?
+  { ${limit:-} "$python" -u -m pytest $tests -m "$marked" -p no:cacheprovider --junitxml "$out/gpu-tests.xml" $shown 2>&1 ||
+    echo $? >"$site/failed"; } | tee "$out/gpu-tests.txt"
+  if [ -f "$site/failed" ]; then status=$(cat "$site/failed"); fi
 fi
 if [ "$what" != tests ]; then
-  "$python" bench/gpu.py $bench --out "$out" || status=$?
+  "$python" -u bench/gpu.py $bench --out "$out" || status=$?
 fi
-exit $status
+exit "$status"

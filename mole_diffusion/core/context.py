@@ -215,9 +215,13 @@ class ForwardContext:
         self._equal: tuple[Tensor, Expanded] | None = None
 
     def release(self) -> None:
-        """Let go of everything on a device that the next forward can make again."""
+        """Let go of what the next forward can make again, and of what the last one left behind."""
         self.layouts.release()
         self._forget_constants()
+        self.forward = Forward()
+        self._time = None
+        self._real.clear()
+        self.forget()
 
     def begin(self, forward: Forward) -> None:
         """Start of a forward of the whole network."""
