@@ -46,6 +46,9 @@ if TYPE_CHECKING:
         StableDiffusionXLMoLEImg2ImgPipeline,
         StableDiffusionXLMoLEInpaintPipeline,
         StableDiffusionXLMoLEPipeline,
+        ZImageMoLEImg2ImgPipeline,
+        ZImageMoLEInpaintPipeline,
+        ZImageMoLEPipeline,
     )
     from .pictures.training import Concept, GateTrainer, TrainingConfig, TrainingResult
 
@@ -67,6 +70,9 @@ _LAZY = {
     "StableDiffusionXLMoLEImg2ImgPipeline": "mole_diffusion.pictures.pipelines",
     "StableDiffusionXLMoLEInpaintPipeline": "mole_diffusion.pictures.pipelines",
     "StableDiffusionXLMoLEPipeline": "mole_diffusion.pictures.pipelines",
+    "ZImageMoLEPipeline": "mole_diffusion.pictures.pipelines",
+    "ZImageMoLEImg2ImgPipeline": "mole_diffusion.pictures.pipelines",
+    "ZImageMoLEInpaintPipeline": "mole_diffusion.pictures.pipelines",
     "Concept": "mole_diffusion.pictures.training",
     "GateTrainer": "mole_diffusion.pictures.training",
     "TrainingConfig": "mole_diffusion.pictures.training",
@@ -112,6 +118,9 @@ __all__ = [
     "TrainingResult",
     "UnknownExpertError",
     "WriteError",
+    "ZImageMoLEImg2ImgPipeline",
+    "ZImageMoLEInpaintPipeline",
+    "ZImageMoLEPipeline",
     "inject",
     "load_expert",
     "load_gates",

@@ -19,6 +19,7 @@ from mole_diffusion.app.setup import Setup
 from mole_diffusion.app.stopping import stoppable
 from mole_diffusion.app.studio import Studio, Work
 from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.pictures.components import guidance_arguments
 from mole_diffusion.pictures.denoisers import denoiser_of, own_size
 from mole_diffusion.pictures.opening import from_picture
 from mole_diffusion.pictures.samplers import SAMPLERS, sampler_of, sampling
@@ -142,18 +143,17 @@ def active_names(setup: Setup, request: ComposeRequest) -> tuple[str, ...]:
 
 
 def call_settings(
-    setup: Setup, request: ComposeRequest, mixture: Any, size: tuple[int, int]
+    pipe: Any, setup: Setup, request: ComposeRequest, mixture: Any, size: tuple[int, int]
 ) -> dict[str, Any]:
     """The arguments of the pipeline's call, without its callback."""
     active = active_names(setup, request)
     settings: dict[str, Any] = {
         "prompt": request.prompt,
-        "negative_prompt": request.negative or None,
         "num_inference_steps": request.steps,
         "generator": torch.Generator().manual_seed(request.seed),
         "width": size[0],
         "height": size[1],
-        "guidance_scale": request.guidance,
+        **guidance_arguments(pipe, request.guidance, request.negative),
     }
     if not active or mixture == "none":
         return {**settings, "mixture": "none"}
@@ -217,7 +217,7 @@ class _Drawing:
         first, total = index * request.steps, self.count * request.steps
         after = step_callback(self.pipe, self.job, request.steps, first, total, note)
         size = picture_size(self.pipe, request)
-        settings = call_settings(setup, request, mixture, size)
+        settings = call_settings(self.pipe, setup, request, mixture, size)
         pipe = self.pipe
         if request.image is not None:
             pipe = from_picture(pipe)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ from mole_diffusion.training.progress import Progress
 
 if TYPE_CHECKING:
     from mole_diffusion.pictures.pipelines import StableDiffusionMoLEPipeline
+
+_SIZE = re.compile(r"(\d+)(?:x(\d+))?")
+#: Picture sizes in pixels are multiples of this: the autoencoder halves three times.
+_GRID = 8
 
 console = Console()
 errors = Console(stderr=True)
@@ -42,6 +47,7 @@ GatesOption = Annotated[
 ActiveOption = Annotated[
     str | None, typer.Option(help="The experts that count, separated by commas; default: all.")
 ]
+SizeOption = Annotated[str | None, typer.Option(help="Pixels: 512 or WIDTHxHEIGHT; default: the model's.")]
 DeviceOption = Annotated[
     str, typer.Option(help='Where to compute, such as "cpu" or "cuda:1"; "auto" takes the fastest there is.')
 ]
@@ -223,3 +229,16 @@ def say(line: str) -> None:
 def shares(weights: Mapping[str, float]) -> str:
     """`"boot 0.52, monster 0.48"`."""
     return ", ".join(f"{name} {weight:.2f}" for name, weight in weights.items())
+
+
+def parse_size(text: str | None) -> dict[str, int]:
+    """Width and height for the pipeline; empty for the model's own."""
+    if text is None:
+        return {}
+    match = _SIZE.fullmatch(text)
+    sides = [int(side) for side in match.groups() if side] if match else []
+    if not sides or any(side < _GRID or side % _GRID for side in sides):
+        raise typer.BadParameter(
+            f"{text!r}; write 512 or 512x768 (width x height), multiples of {_GRID}", param_hint="--size"
+        )
+    return {"width": sides[0], "height": sides[-1]}

@@ -16,8 +16,10 @@ from mole_diffusion.commands.common import (
     GatesOption,
     JsonOption,
     ModelOption,
+    SizeOption,
     open_pipeline,
     parse_experts,
+    parse_size,
     progress,
     say,
     say_composition,
@@ -48,6 +50,7 @@ def export(
     ] = FormatChoice.diffusers,
     rank: Annotated[int | None, typer.Option(min=1, help="Compress to this rank; default: exact.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps per prompt.")] = 20,
+    size: SizeOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first prompt's noise.")] = 0,
     half: Annotated[bool, typer.Option("--half", help="Write float16: half the size.")] = False,
     device: DeviceOption = "auto",
@@ -59,7 +62,7 @@ def export(
 
     Example: [bold]mole export both.safetensors "a zorin boot and a kipra clock" --gates gates.safetensors[/]
     """
-    choices, names = parse_experts(experts), split_names(active, "--active")
+    choices, names, pixels = parse_experts(experts), split_names(active, "--active"), parse_size(size)
     check_writable(file.parent)
     say(f"Loading {model} ...")
     pipe = open_pipeline(model, choices, gates, device)
@@ -74,6 +77,7 @@ def export(
             form.value,
             prompts=prompts,
             steps=steps,
+            size=(pixels["height"], pixels["width"]) if pixels else None,
             seed=seed,
             rank=rank,
             active_experts=names,

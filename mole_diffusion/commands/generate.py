@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +21,11 @@ from mole_diffusion.commands.common import (
     GatesOption,
     JsonOption,
     ModelOption,
+    SizeOption,
     free_path,
     open_pipeline,
     parse_experts,
+    parse_size,
     progress,
     say,
     say_composition,
@@ -35,14 +36,11 @@ from mole_diffusion.commands.common import (
 )
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.files import check_writable
+from mole_diffusion.pictures.components import guidance_arguments, usual_guidance
 from mole_diffusion.pictures.files import PICTURES, open_picture, write_picture
 from mole_diffusion.pictures.opening import STARTER, from_picture
 from mole_diffusion.pictures.samplers import SAMPLERS, sampler_of, sampling
 from mole_diffusion.starter.location import starter_dir
-
-_SIZE = re.compile(r"(\d+)(?:x(\d+))?")
-#: Picture sizes in pixels are multiples of this: the autoencoder halves three times.
-_GRID = 8
 
 
 def generate(
@@ -78,9 +76,7 @@ def generate(
     denoising: Annotated[
         float, typer.Option(min=0.01, max=1, help="How much of --image is drawn anew.")
     ] = 0.6,
-    size: Annotated[
-        str | None, typer.Option(help="Pixels: 512 or WIDTHxHEIGHT; default: the model's.")
-    ] = None,
+    size: SizeOption = None,
     out: Annotated[
         Path,
         typer.Option(
@@ -96,7 +92,7 @@ def generate(
 
     Example: [bold]mole generate "a zorin boot, a vekka monster and a kipra clock" --seed 0,1,2[/]
     """
-    choices, names, pixels = parse_experts(experts), split_names(active, "--active"), _parse_size(size)
+    choices, names, pixels = parse_experts(experts), split_names(active, "--active"), parse_size(size)
     seeds = _parse_seeds(seed)
     if out.suffix.lower() not in PICTURES:
         raise typer.BadParameter(f"{str(out)!r} ends in none of {', '.join(PICTURES)}", param_hint="--out")
@@ -113,21 +109,19 @@ def generate(
         pipe, pixels = _from_picture(pipe, begin, pixels, denoising)
     if gates is None and model == STARTER and not experts:
         gates = starter_dir() / "experts" / "gates.safetensors"
-    settings: dict[str, Any] = {} if guidance is None else {"guidance_scale": guidance}
     call = {
         "prompt": prompt,
-        "negative_prompt": negative or None,
         "num_inference_steps": steps,
         "active_experts": names,
         "mixture": chosen,
-        **settings,
+        **guidance_arguments(pipe, guidance, negative),
         **pixels,
     }
     known = PictureSettings(
         prompt=prompt,
         negative=negative,
         steps=steps,
-        guidance=float(pipe.call_defaults.get("guidance_scale", 7.5) if guidance is None else guidance),
+        guidance=usual_guidance(pipe) if guidance is None else guidance,
         mixture=mixture if mixture in _words() else Path(mixture).name,
         model=model,
         gates=_gates_state(pipe, mixture),
@@ -246,16 +240,3 @@ def _read_mixture(text: str) -> Any:
             param_hint="--mixture",
         )
     return load_prepared(text)
-
-
-def _parse_size(text: str | None) -> dict[str, Any]:
-    """Width and height for the pipeline; empty for the model's own."""
-    if text is None:
-        return {}
-    match = _SIZE.fullmatch(text)
-    sides = [int(side) for side in match.groups() if side] if match else []
-    if not sides or any(side < _GRID or side % _GRID for side in sides):
-        raise typer.BadParameter(
-            f"{text!r}; write 512 or 512x768 (width x height), multiples of {_GRID}", param_hint="--size"
-        )
-    return {"width": sides[0], "height": sides[-1]}

@@ -20,7 +20,8 @@ PROMPT, NEGATIVE = "prompt", "negative"
 
 #: network -> gate (a group's name, with ".context" for its gate on text tokens) -> expert -> mean weight.
 MeanWeights = dict[str, dict[str, dict[str, float]]]
-#: (mixture, index of its network's forward, batch entries) -> (step, how many of the first are negative).
+#: (mixture, index of its network's forward, batch entries) -> (step, how many of the first entries are of the
+#: negative prompt; of the last ones, where the number is below zero).
 Placing = Callable[[Mixture, int, int], tuple[int | None, int]]
 
 
@@ -199,7 +200,9 @@ class _Run:
     def records(self, weights: Mapping[str, Tensor]) -> Iterator[GateRecord]:
         """Per gate its negative half, if there is one, and then the prompt's, of these weights."""
         for label, found in weights.items():
-            for branch, own in ((NEGATIVE, found[: self.negative]), (PROMPT, found[self.negative :])):
+            first, last = found[: self.negative], found[self.negative :]
+            negative, prompt = (first, last) if self.negative >= 0 else (last, first)
+            for branch, own in ((NEGATIVE, negative), (PROMPT, prompt)):
                 if len(own):
                     entries = tuple(range(len(own)))
                     yield GateRecord(self.network, label, self.step, branch, entries, self.experts, own)

@@ -24,6 +24,7 @@ from mole_diffusion.core.export import (
     write_lora,
 )
 from mole_diffusion.core.records import GateRecord, GateWeights
+from mole_diffusion.pictures.components import guidance_arguments
 from mole_diffusion.pictures.denoisers import denoiser_of
 
 #: The denoiser runs once with the gates, once as the base and once with the static LoRA.
@@ -85,7 +86,7 @@ def export_lora(
     _need_text_to_image(pipe)
     target = check_target(path, format, rank)
     texts = _check_calibration(prompts, steps)
-    options: dict[str, Any] = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+    options: dict[str, Any] = guidance_arguments(pipe, guidance_scale)
     options |= {} if size is None else {"height": size[0], "width": size[1]}
     ticker = _Ticker(len(texts) * steps * _PASSES, callback)
     runs: list[_Calibration] = []
@@ -132,7 +133,7 @@ def _calibrate(
     run = _Calibration(prompt)
 
     def take(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        copies = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
+        copies = tuple(_copied(one) for one in args)
         run.inputs.append((copies, dict(kwargs)))
         run.outputs.append(_noise(output))
         ticker.tick()
@@ -198,10 +199,18 @@ def _check_calibration(prompts: str | Sequence[str], steps: int) -> list[str]:
     return texts
 
 
+def _copied(value: Any) -> Any:
+    """A tensor, or a list of some, that nobody changes in place."""
+    if isinstance(value, list):
+        return [_copied(one) for one in value]
+    return value.clone() if isinstance(value, Tensor) else value
+
+
 def _noise(output: Any) -> Tensor:
     """The prediction among what a denoiser returns, float32 on the CPU."""
-    found: Tensor = output[0] if isinstance(output, tuple) else output.sample
-    return found.detach().float().cpu()
+    found: Any = output[0] if isinstance(output, tuple) else output.sample
+    whole: Tensor = torch.stack(found) if isinstance(found, list) else found
+    return whole.detach().float().cpu()
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -53,12 +53,14 @@ class WithExperts(HoldsExperts):
         diffusers_class: the diffusers pipeline underneath; what `save_pretrained` writes is one of these.
         guided_in: how the pipeline runs a negative prompt: before the prompt in one "batch", after it in one
             ("batch, prompt first"), or in "turns": the prompt, then the negative.
+        guided_by: the argument of a call that says how strongly the prompt guides.
         call_defaults: what a call is drawn with where it does not say, in place of diffusers' defaults: the
             guidance that suits the starter.
     """
 
     diffusers_class: ClassVar[type]
     guided_in: ClassVar[GuidedIn] = "batch"
+    guided_by: ClassVar[str] = "guidance_scale"
     _ensemble: Ensemble | None = None
     _recorder: Recorder | None = None
     call_defaults: Mapping[str, Any] = MappingProxyType({})
@@ -441,7 +443,8 @@ def _placing(pipe: Any, given: Mapping[str, Any]) -> Placing:
                 return index, 0
             if pipe.guided_in == "turns":
                 return index // 2, entries * (index % 2)
-            return index, entries // 2
+            half = entries // 2
+            return index, -half if pipe.guided_in == "batch, prompt first" else half
         return None, entries if encoded[index : index + 1] == ["negative"] else 0
 
     return place

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from mole_diffusion.core.ensemble import PREDICTION_TYPE
+from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.networks.clip import TEXT_ENCODER, TEXT_ENCODER_2
 from mole_diffusion.core.networks.transformers import TRANSFORMER
 from mole_diffusion.core.networks.unet import UNET
@@ -87,6 +89,38 @@ def picture_size(pipe: Any, given: Mapping[str, Any], *, from_picture: bool) -> 
     elif given.get("height") and given.get("width"):
         return given["height"], given["width"]
     return rows * factor, columns * factor
+
+
+def guidance_arguments(pipe: Any, guidance: float | None, negative: str = "") -> dict[str, Any]:
+    """Arguments of a call for guidance by the prompt and for a negative prompt, by the names they have there.
+
+    Args:
+        pipe: the pipeline.
+        guidance: scale as the family counts it; None for its own.
+        negative: what the picture should not show.
+    Raises:
+        ConfigError: the pipeline knows no negative prompt.
+    """
+    known = _arguments(pipe)
+    found: dict[str, Any] = {} if guidance is None else {pipe.guided_by: guidance}
+    if "negative_prompt" in known:
+        # Where only a negative prompt makes the scale count, an empty one is one.
+        counts = pipe.guided_by == "true_cfg_scale"
+        return {**found, "negative_prompt": negative or (" " if counts else None)}
+    if negative:
+        raise ConfigError(f"{type(pipe).__name__} knows no negative prompt; leave {negative!r} out")
+    return found
+
+
+def usual_guidance(pipe: Any) -> float:
+    """The scale that a pipeline draws with where a call does not say."""
+    given = pipe.call_defaults.get(pipe.guided_by)
+    usual = _arguments(pipe)[pipe.guided_by].default if given is None else given
+    return float(usual or 0.0)
+
+
+def _arguments(pipe: Any) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(pipe.diffusers_class.__call__).parameters
 
 
 @contextmanager

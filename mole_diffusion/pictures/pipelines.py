@@ -10,6 +10,7 @@ Each stands in for the pipeline of diffusers whose name it has without `MoLE`: f
 | FLUX.1 | `FluxMoLEPipeline`, and `FluxKontextMoLEPipeline` from pictures |
 | Chroma | `ChromaMoLEPipeline` |
 | SD 3 and 3.5 | `StableDiffusion3MoLEPipeline` |
+| Z-Image | `ZImageMoLEPipeline` |
 """
 
 from collections.abc import Sequence
@@ -35,6 +36,9 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
+    ZImageImg2ImgPipeline,
+    ZImageInpaintPipeline,
+    ZImagePipeline,
 )
 
 from mole_diffusion.core.errors import UnknownExpertError
@@ -231,6 +235,30 @@ class StableDiffusion3MoLEInpaintPipeline(WithExperts, StableDiffusion3InpaintPi
     diffusers_class = StableDiffusion3InpaintPipeline
 
 
+class ZImageMoLEPipeline(WithExperts, ZImagePipeline):
+    """`ZImagePipeline` whose transformer mixes LoRA experts by gates.
+
+    `guidance_scale` counts from 0: it is what other pipelines call their scale, minus 1 (0 for Turbo).
+    """
+
+    diffusers_class = ZImagePipeline
+    guided_in = "batch, prompt first"
+
+
+class ZImageMoLEImg2ImgPipeline(WithExperts, ZImageImg2ImgPipeline):
+    """`ZImageImg2ImgPipeline` with experts; `from_pipe` shares those of another pipeline."""
+
+    diffusers_class = ZImageImg2ImgPipeline
+    guided_in = "batch, prompt first"
+
+
+class ZImageMoLEInpaintPipeline(WithExperts, ZImageInpaintPipeline):
+    """`ZImageInpaintPipeline` with experts; `from_pipe` shares those of another pipeline."""
+
+    diffusers_class = ZImageInpaintPipeline
+    guided_in = "batch, prompt first"
+
+
 #: What draws with a UNet.
 AROUND_A_UNET = (StableDiffusionPipeline, StableDiffusionXLPipeline)
 
@@ -243,5 +271,6 @@ def from_text() -> dict[str, type]:
         FluxMoLEPipeline,
         ChromaMoLEPipeline,
         StableDiffusion3MoLEPipeline,
+        ZImageMoLEPipeline,
     )
     return {one.diffusers_class.__name__: one for one in ours}

@@ -1,6 +1,8 @@
 """Transformers on the command line: told by the folder, drawn, trained, exported and inspected."""
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,12 @@ from tiny.flux import (
     make_flux_components,
     write_transformer_lora,
 )
+from tiny.qwen import make_z_image_components
 from typer.testing import CliRunner
 
-from mole_diffusion import ChromaMoLEPipeline, ConfigError, FluxMoLEPipeline
+from mole_diffusion import ChromaMoLEPipeline, ConfigError, FluxMoLEPipeline, ZImageMoLEPipeline
 from mole_diffusion.cli import app
+from mole_diffusion.pictures.components import guidance_arguments
 from mole_diffusion.pictures.opening import open_base
 
 
@@ -27,47 +31,88 @@ def run(*arguments: Any) -> Any:
     return CliRunner().invoke(app, [str(argument) for argument in arguments], env=environment)
 
 
-@pytest.fixture(scope="module", params=[FluxMoLEPipeline, ChromaMoLEPipeline])
-def model(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Any, Path, list[Path]]:
-    """Our class, a folder that diffusers saved, and two LoRA files."""
+# Our class, components, and what `inspect` calls the family.
+FAMILIES: dict[str, tuple[Any, Callable[[Path], dict[str, Any]], str]] = {
+    "flux": (FluxMoLEPipeline, make_flux_components, "FLUX.1"),
+    "chroma": (ChromaMoLEPipeline, lambda _: make_chroma_components(), "FLUX.1"),
+    "z-image": (ZImageMoLEPipeline, lambda _: make_z_image_components(), "Z-Image"),
+}
+TARGETS = [*FLUX_TARGETS, "attention.to_q", "attention.to_out.0", "feed_forward.w1"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """Our class, a folder that diffusers saved, two LoRA files, and the family's name."""
+
+    cls: Any
+    folder: Path
+    files: list[Path]
+    family: str
+
+    @property
+    def options(self) -> list[Any]:
+        return ["--model", self.folder, "-e", self.files[0], "-e", self.files[1]]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     folder = tmp_path_factory.mktemp("model")
-    flux = request.param is FluxMoLEPipeline
-    components = make_flux_components(folder / "words") if flux else make_chroma_components()
+    cls, make, family = FAMILIES[request.param]
+    components = make(folder / "words")
     files = [
-        write_transformer_lora(folder / f"{name}.safetensors", components, seed, 2, FLUX_TARGETS)
+        write_transformer_lora(folder / f"{name}.safetensors", components, seed, 2, TARGETS)
         for seed, name in enumerate(("boot", "cat"), 1)
     ]
-    request.param.diffusers_class(**components).save_pretrained(folder / "model")
-    return request.param, folder / "model", files
+    cls.diffusers_class(**components).save_pretrained(folder / "model")
+    return Model(cls, folder / "model", files, family)
 
 
-def test_generate_and_export(model: tuple[Any, Path, list[Path]], tmp_path: Path) -> None:
-    cls, folder, files = model
-    chosen = ["--model", folder, "-e", files[0], "-e", files[1]]
+def test_generate(model: Model, tmp_path: Path) -> None:
     out = tmp_path / "picture.png"
-    options = ["--steps", 2, "--guidance", 3, "--seed", 5, "--size", "48x32", "--out", out, "--json"]
-    result = run("generate", "a boot and a cat", *chosen, *options)
+    drawn = ["--steps", 2, "--guidance", 3, "--seed", 5, "--size", "48x32", "--out", out, "--json"]
+    result = run("generate", "a boot and a cat", *model.options, *drawn)
     assert result.exit_code == 0, result.output
     assert set(json.loads(result.stdout)["weights"]) == {"boot", "cat"}
-    pipe = open_base(str(folder))
-    assert type(pipe) is cls
-    for file in files:
+    pipe = open_base(str(model.folder))
+    assert type(pipe) is model.cls
+    for file in model.files:
         pipe.load_expert(file)
     expected = pipe(
-        "a boot and a cat", height=32, width=48, num_inference_steps=2, guidance_scale=3.0,
-        generator=torch.Generator().manual_seed(5),
+        "a boot and a cat", height=32, width=48, num_inference_steps=2,
+        generator=torch.Generator().manual_seed(5), **guidance_arguments(pipe, 3.0),
     ).images[0]  # fmt: skip
     difference = np.asarray(Image.open(out), dtype=int) - np.asarray(expected, dtype=int)
     assert np.abs(difference).max() <= 1
 
 
-def test_inspect(model: tuple[Any, Path, list[Path]]) -> None:
-    result = run("inspect", model[2][0], "--json")
+def test_training_and_export(model: Model, tmp_path: Path) -> None:
+    """Gates of two iterations, drawn with, and frozen into one file that diffusers draws with."""
+    texts = ["--concept", "boot=a red boot|a boot", "--concept", "cat=a dull cat"]
+    small = {"resolution": 32, "sampling_steps": 2, "pool_size": 2, "drawn_pictures": 1, "guidance": 2.0}
+    settings = [word for name, value in small.items() for word in ("--set", f"{name}={value}")]
+    command = ["train-gates", "a red boot and a dull cat", *model.options, *texts, "--out", tmp_path / "run"]
+    result = run(*command, "--iterations", 2, "--batch", 2, *settings, "--json")
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
-    assert "FLUX.1" in json.dumps(told)
+    assert told["iteration"] == 2
+    assert set(told["weights"]) == {"boot", "cat"}
+    file = tmp_path / "both.safetensors"
+    options = [*model.options, "--gates", told["gates"], "--steps", 2, "--size", 32]
+    result = run("export", file, "a red boot", *options, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["experts"] == ["boot", "cat"]
+    plain = model.cls.diffusers_class.from_pretrained(model.folder)
+    plain.load_lora_weights(file)
+    result = run("inspect", file, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["base"]["family"] == model.family
+
+
+def test_inspect(model: Model) -> None:
+    result = run("inspect", model.files[0], "--json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told["base"]["family"] == model.family
     assert list(told["networks"]) == ["transformer"]
 
 

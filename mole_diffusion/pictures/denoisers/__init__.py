@@ -9,12 +9,14 @@ from mole_diffusion.pictures.denoisers.diffusion import DiffusionDenoiser
 from mole_diffusion.pictures.denoisers.flow import FlowDenoiser
 from mole_diffusion.pictures.denoisers.flux import ChromaDenoiser, FluxDenoiser
 from mole_diffusion.pictures.denoisers.sd3 import SD3Denoiser
+from mole_diffusion.pictures.denoisers.z_image import ZImageDenoiser
 
 # Class of a pipeline's transformer -> its family.
 _FAMILIES: dict[str, type[FlowDenoiser]] = {
     "FluxTransformer2DModel": FluxDenoiser,
     "ChromaTransformer2DModel": ChromaDenoiser,
     "SD3Transformer2DModel": SD3Denoiser,
+    "ZImageTransformer2DModel": ZImageDenoiser,
 }
 
 
