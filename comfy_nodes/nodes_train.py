@@ -84,7 +84,7 @@ class TrainGates(io.ComfyNode):  # type: ignore[misc]
                     default="",
                     placeholder="boot = a zorin boot | a boot",
                     tooltip="One line per expert: NAME = phrase with the trigger word | the same in words "
-                    "the model knows. Empty: what the experts' files say.",
+                    "the model knows | subject, style or garment. Empty: what the experts' files say.",
                 ),
                 io.Combo.Input(
                     "objective",
@@ -246,14 +246,14 @@ def read_concepts(text: str, experts: ExpertSet, references: Mapping[str, Any]) 
     """What each expert knows: from the widget where it has a line, else from the expert's file.
 
     Args:
-        text: lines NAME = phrase | class phrase.
+        text: lines NAME = phrase | class phrase | kind.
         references: "reference_1" ... -> IMAGE (B, H, W, 3), in the order of the experts.
     Raises:
         ConfigError: a line cannot be read, or nobody says what an expert knows.
         UnknownExpertError: a line names no expert.
     """
-    said = [Concept(*read_concept(line)) for line in text.splitlines() if line.strip()]
-    lines = {concept.name: concept for concept in said}
+    read = [read_concept(line) for line in text.splitlines() if line.strip()]
+    lines = {name: Concept(name, text, known, kind=kind) for name, text, known, kind in read}
     experts.check(lines)
     silent = {expert.name: expert for expert in experts.experts if expert.name not in lines}
     found = {**concepts_from_experts(silent), **lines}
@@ -293,7 +293,7 @@ def training_folder(
     facts = {
         "base": pipe.denoiser.digest(),
         "prompts": prompts,
-        "concepts": [[c.name, c.text, c.class_text] for c in concepts.values()],
+        "concepts": [[c.name, c.text, c.class_text, c.kind] for c in concepts.values()],
         "pictures": {c.name: pictures_digest(c.references) for c in concepts.values()},
         "experts": [[e.name, e.sha256, e.scale] for e in pipe.experts.values()],
         "config": {**config.to_dict(), "preview_every": 0, "iterations": 0},

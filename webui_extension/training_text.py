@@ -83,10 +83,10 @@ def concept(line: str) -> str:
     from mole_diffusion.core.phrases import read_concept
 
     try:
-        name, text, class_text = read_concept(line)
+        name, text, class_text, kind = read_concept(line)
     except ConfigError as error:
         raise SettingsError(str(error)) from error
-    return f"{name}={text}|{class_text}"
+    return f"{name}={text}|{class_text}|{kind}"
 
 
 def distinct(paths: list[Path]) -> list[Path]:

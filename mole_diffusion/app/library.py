@@ -16,7 +16,7 @@ from mole_diffusion.core.checkpoint import read_gates_header
 from mole_diffusion.core.errors import ConfigError, ExpertLoadError, GateMismatchError
 from mole_diffusion.core.experts import Expert, load_expert
 from mole_diffusion.core.peft_folder import expert_paths
-from mole_diffusion.core.phrases import without_article
+from mole_diffusion.core.phrases import STYLE, without_article
 from mole_diffusion.pictures.training.concepts import concepts_from_experts
 from mole_diffusion.sources import find_expert_file
 
@@ -141,6 +141,7 @@ def _card(expert: Expert, path: Path, name: str) -> ExpertCard:
     if expert.triggers:
         concept = concepts_from_experts({name: expert})[name]
         texts = {"text": concept.text, "class_text": concept.class_text}
+        texts["kind"] = "style" if concept.kind == STYLE else "concept"
     return ExpertCard(name=name, path=path, own=True, **texts)
 
 

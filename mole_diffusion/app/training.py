@@ -15,7 +15,7 @@ from mole_diffusion.app.stopping import stoppable
 from mole_diffusion.app.studio import Studio, Work
 from mole_diffusion.app.train_request import TrainRequest
 from mole_diffusion.core.errors import ConfigError
-from mole_diffusion.core.phrases import class_words
+from mole_diffusion.core.phrases import STYLE, class_words, kind_of
 from mole_diffusion.pictures.files import open_picture
 from mole_diffusion.pictures.training import Concept, GateTrainer
 from mole_diffusion.training.progress import TrainingEvent
@@ -136,7 +136,9 @@ def _stoppable_preparation(pipe: Any, job: Job, training: Training) -> Iterator[
 def concept_of(card: ExpertCard) -> Concept:
     """What the trainer needs to know of an expert, with its reference pictures."""
     pictures = [open_picture(path) for path in card.references]
-    return Concept(card.name, card.text, card.class_text or class_words(card.text), pictures)
+    kind = kind_of(card.text, card.kind if card.kind == STYLE else "")
+    words = card.class_text or ("" if kind == STYLE else class_words(card.text))
+    return Concept(card.name, card.text, words, pictures, kind)
 
 
 def uniform_entropy(names: Sequence[str]) -> float:

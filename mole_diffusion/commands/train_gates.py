@@ -37,8 +37,9 @@ ConceptOption = Annotated[
     list[str] | None,
     typer.Option(
         "--concept",
-        metavar="NAME=TEXT[|CLASS]",
-        help='What an expert knows: "dog=a sks dog|a dog". Default: the trigger in its file.',
+        metavar="NAME=TEXT[|CLASS[|KIND]]",
+        help='What an expert knows: "dog=a sks dog|a dog"; KIND is subject, style ("ink=inkart||style") or '
+        "garment. Default: the trigger in its file.",
     ),
 ]
 ReferencesOption = Annotated[
@@ -186,7 +187,7 @@ class _Preparing:
 
 
 def known_concepts(
-    experts: Mapping[str, Any], texts: Mapping[str, tuple[str, str]], references: Path | None, model: str
+    experts: Mapping[str, Any], texts: Mapping[str, tuple[str, str, str]], references: Path | None, model: str
 ) -> dict[str, Concept]:
     """What each expert knows: as given, else the starter's catalogue, else the trigger in its file.
 
@@ -205,7 +206,7 @@ def known_concepts(
     found: dict[str, Any] = {}
     for name, expert in experts.items():
         if name in texts:
-            found[name] = dict(zip(("text", "class_text"), texts[name], strict=True))
+            found[name] = dict(zip(("text", "class_text", "kind"), texts[name], strict=True))
         elif name in catalogue and catalogue[name].trigger in expert.triggers:
             found[name] = concepts_of({name: catalogue[name]})[name]
         else:
@@ -226,8 +227,8 @@ def _with_references(concepts: Mapping[str, Concept], folder: Path) -> dict[str,
     }
 
 
-def parse_concepts(texts: Sequence[str] | None) -> dict[str, tuple[str, str]]:
-    """`["dog=a sks dog|a dog"]` -> `{"dog": ("a sks dog", "a dog")}`.
+def parse_concepts(texts: Sequence[str] | None) -> dict[str, tuple[str, str, str]]:
+    """`["dog=a sks dog|a dog"]` -> `{"dog": ("a sks dog", "a dog", "subject")}`.
 
     Raises:
         typer.BadParameter: there is no name or no text.
@@ -235,10 +236,10 @@ def parse_concepts(texts: Sequence[str] | None) -> dict[str, tuple[str, str]]:
     parsed = {}
     for entry in texts or ():
         try:
-            name, text, class_text = read_concept(entry)
+            name, text, class_text, kind = read_concept(entry)
         except ConfigError as error:
             raise typer.BadParameter(str(error), param_hint="--concept") from error
-        parsed[name] = text, class_text
+        parsed[name] = text, class_text, kind
     return parsed
 
 

@@ -7,7 +7,12 @@ from collections.abc import Mapping, Sequence
 
 from .errors import ConfigError
 
+#: What an expert changes: something in its own place of a picture, all of the picture, or what a subject
+#: wears, in that subject's place.
+SUBJECT, STYLE, GARMENT = KINDS = ("subject", "style", "garment")
+
 _ARTICLE = re.compile(r"^(?:a|an|the)\s+", re.IGNORECASE)
+_STYLE = re.compile(r"^in the style of\b|\bstyle$", re.IGNORECASE)
 
 
 def listed(phrases: Sequence[str]) -> str:
@@ -26,6 +31,18 @@ def class_words(phrase: str) -> str:
     article = _ARTICLE.match(phrase)
     words = without_article(phrase).split()
     return (article.group(0) if article else "") + (words[-1] if words else "")
+
+
+def kind_of(phrase: str, said: str = "") -> str:
+    """What an expert changes: as said, else as its phrase tells ("in zaphel style"), else a subject.
+
+    Args:
+        phrase: its words in prompts.
+        said: what a file or a user says; "concept" is a subject, and what is no kind tells nothing.
+    """
+    if said in KINDS or said == "concept":
+        return SUBJECT if said == "concept" else said
+    return STYLE if _STYLE.search(phrase.strip()) else SUBJECT
 
 
 def names_phrase(text: str, phrase: str) -> bool:
@@ -48,20 +65,24 @@ def unnamed(text: str, phrases: Mapping[str, Sequence[str]]) -> dict[str, str]:
     }
 
 
-def read_concept(line: str) -> tuple[str, str, str]:
-    """What a user says of an expert: "boot = a zorin boot | a boot", with any spaces.
+def read_concept(line: str) -> tuple[str, str, str, str]:
+    """What a user says of an expert: "boot = a zorin boot | a boot" or "ink = inkart || style", any spaces.
 
     Returns:
-        The expert's name, its phrase with the trigger word, and the same in words that the base knows: as
-        given behind the bar, else the `class_words` of the phrase.
+        The expert's name, its phrase with the trigger word, the same in words that the base knows, and what
+        it changes (one of `KINDS`). Behind the first bar stand the words, by default the `class_words` of the
+        phrase and for a style none; behind the second the kind, by default that of `kind_of`.
 
     Raises:
-        ConfigError: there is no name or no phrase.
+        ConfigError: there is no name or no phrase, or no such kind.
     """
     name, _, words = (part.strip() for part in line.partition("="))
-    text, _, known = (part.strip() for part in words.partition("|"))
-    if not name or not text:
+    text, known, kind, *more = (*(part.strip() for part in words.split("|")), "", "")
+    if not name or not text or len(more) > 2:
         raise ConfigError(
-            f"{line!r} does not say what an expert knows; write NAME = TEXT | CLASS, or NAME = TEXT"
+            f"{line!r} does not say what an expert knows; write NAME = TEXT | CLASS | KIND, or NAME = TEXT"
         )
-    return name, text, known or class_words(text)
+    if kind and kind not in KINDS:
+        raise ConfigError(f"{line!r}: kind is {kind!r}; allowed are {', '.join(KINDS)}")
+    kind = kind_of(text, kind)
+    return name, text, known or ("" if kind == STYLE else class_words(text)), kind

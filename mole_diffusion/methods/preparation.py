@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mole_diffusion.core.errors import ConfigError, NoExpertsError, UnknownExpertError
+from mole_diffusion.core.phrases import SUBJECT
 from mole_diffusion.methods import (
     custom_diffusion,
     merges,
@@ -182,6 +183,7 @@ def _describe_concept(concept: Concept) -> dict[str, Any]:
     return {
         "text": concept.text,
         "class_text": concept.class_text,
+        **({} if concept.kind == SUBJECT else {"kind": concept.kind}),
         "references": len(concept.references),
         "sha256": pictures_digest(concept.references),
     }

@@ -16,7 +16,7 @@ from PIL import Image
 
 from mole_diffusion.core.errors import ConfigError, UnknownExpertError
 from mole_diffusion.core.files import check_writable
-from mole_diffusion.core.phrases import listed
+from mole_diffusion.core.phrases import kind_of, listed
 from mole_diffusion.core.records import in_order
 from mole_diffusion.pictures.denoisers import own_size
 from mole_diffusion.pictures.drawing import draw
@@ -132,7 +132,11 @@ def concepts_of(experts: Mapping[str, StarterExpert]) -> dict[str, Concept]:
     """What the trainer needs to know of the starter's experts, with their reference pictures."""
     return {
         name: Concept(
-            name, expert.text, expert.class_text, [open_picture(path) for path in expert.references]
+            name,
+            expert.text,
+            expert.class_text,
+            [open_picture(path) for path in expert.references],
+            kind_of(expert.text, expert.kind),
         )
         for name, expert in experts.items()
     }

@@ -8,7 +8,7 @@ import pytest
 
 from mole_diffusion import ConfigError, MoLEConfig, UnknownExpertError
 from mole_diffusion.evaluation.pictures.protocol import load_protocol, shipped_protocols
-from mole_diffusion.evaluation.pictures.sets import make_scene
+from mole_diffusion.evaluation.pictures.sets import fill, make_scene
 from mole_diffusion.evaluation.pictures.stage import check_methods
 from mole_diffusion.pictures.training import TrainingConfig
 from tools.starter.world import TRIPLES
@@ -155,3 +155,40 @@ def test_unknown_experts_methods_and_pictures_are_named(write_protocol: Write, t
     protocol = load_protocol(write_protocol()).model_copy(update={"experts": {"boot": lost, "cat": lost}})
     with pytest.raises(ConfigError, match="references of 'boot': no pictures"):
         make_scene(protocol, protocol.sets[0])
+
+
+@pytest.mark.parametrize(
+    ("template", "filled"),
+    [
+        ("{0} and {1} at night {2}", "a boot and a cat at night"),
+        ("photo, {2}, {0}, {2}, {1}", "photo, a boot, a cat"),
+        ("{2}, {all} at night", "a boot and a cat at night"),
+    ],
+)
+def test_a_style_without_class_words_leaves_no_gap(template: str, filled: str) -> None:
+    assert fill(template, ["a boot", "a cat", ""]) == filled
+
+
+def test_the_protocol_of_styles_asks_for_each_expert_alone() -> None:
+    protocol = load_protocol("styles")
+    assert len(protocol.sets) == 10
+    scene = make_scene(protocol, protocol.sets[0])
+    assert [concept.kind for concept in scene.concepts.values()] == ["subject", "subject", "style"]
+    assert scene.prompts[0] == "a zorin boot and a fenna cat on the beach in zaphel style"
+    assert scene.alone_prompt(0, "boot") == "a zorin boot and a cat on the beach"
+    assert scene.alone_prompt(0, "sketch") == "a boot and a cat on the beach in zaphel style"
+    two = load_protocol("styles-two")
+    assert make_scene(two, two.sets[0]).named(1) == ("cat", "neon")
+
+
+def test_composlora_has_five_kinds_of_experts() -> None:
+    protocol = load_protocol("composlora")
+    kinds = {name: source.kind for name, source in protocol.experts.items()}
+    assert {name.split("_")[0]: kind for name, kind in kinds.items()} == {
+        "character": "subject",
+        "clothing": "garment",
+        "style": "style",
+        "background": "style",
+        "object": "garment",
+    }
+    assert all(len(entry.experts) == 5 for entry in protocol.sets)

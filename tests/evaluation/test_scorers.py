@@ -63,6 +63,19 @@ def test_the_judge_says_nothing_of_subjects_it_does_not_know(world: Path) -> Non
     assert row == {"present": {}, "confused": {}, "omitted": {}, "others": 2}
 
 
+def test_the_judge_is_asked_for_styles_and_never_counts_them_as_things(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer = JudgeScorer()
+    monkeypatch.setattr(
+        type(scorer._judge), "__call__", lambda self, pictures: [{"boot", "style:neon"}, {"boot", "car"}]
+    )
+    asked = {**concepts(world, "boot"), "neon": Concept("neon", "in glaro style", "")}
+    first, second = scorer([picture_of(("boot", "noto"))] * 2, {}, asked)
+    assert (first["styled"], second["styled"]) == ({"neon": 1}, {"neon": 0})
+    assert (first["confused"], first["others"], second["others"]) == ({"boot": 1}, 0, 1)
+
+
 def test_clip_scores_are_those_of_open_clip_itself(world: Path) -> None:
     name = f"local-dir:{world / 'clip_score'}"
     known = concepts(world, "boot", "cat")

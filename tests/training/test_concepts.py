@@ -1,6 +1,7 @@
 """Concepts in prompts: triggers, class words, and who stands where."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mole_diffusion.pictures.training.concepts import (
     Concept,
     as_concepts,
     concepts_from_experts,
+    read_prompt,
     read_prompts,
 )
 
@@ -133,25 +135,121 @@ def test_concepts_from_the_files_of_experts(pipe: Any) -> None:
         concepts_from_experts(pipe.experts)
 
 
+def test_a_line_of_no_kind_is_refused() -> None:
+    with pytest.raises(ConfigError, match="kind is 'pose'; allowed are subject, style, garment"):
+        read_concept("run = a running zim | a man | pose")
+
+
+@pytest.mark.parametrize(
+    ("concept", "kind"),
+    [
+        (BOOT, "subject"),
+        (Concept("ink", "in inky style", ""), "style"),
+        (Concept("ink", "in the style of inky", ""), "style"),
+        (Concept("ink", "inkart", "", kind="style"), "style"),
+        (Concept("jeans", "old style jeans", "jeans"), "subject"),
+    ],
+)
+def test_what_a_concept_changes(concept: Concept, kind: str) -> None:
+    assert concept.kind == kind
+
+
+def test_a_concept_of_no_kind_is_refused() -> None:
+    with pytest.raises(ConfigError, match="kind of concept 'boot' is 'pose'; allowed are subject, style"):
+        Concept("boot", "a zorin boot", "a boot", kind="pose")
+
+
+def test_kinds_from_the_files_of_experts(pipe: Any) -> None:
+    def told(**metadata: str) -> Concept:
+        expert = replace(pipe.experts["boot"], metadata={f"mole.{k}": v for k, v in metadata.items()})
+        return concepts_from_experts({"boot": expert})["boot"]
+
+    assert told(trigger="inkart", kind="style") == Concept("boot", "inkart", "", kind="style")
+    assert told(trigger="inky style") == Concept("boot", "inky style", "", kind="style")
+    assert told(trigger="zorin boot", kind="concept") == Concept("boot", "a zorin boot", "a boot")
+    assert told(trigger="zorin boot", kind="merged").kind == "subject"
+
+
+INK, GLOW = Concept("ink", "in inky style", ""), Concept("glow", "glowy style", "in a glowing style")
+SCARF = Concept("scarf", "a zim scarf", "a scarf", kind="garment")
+STYLED = {concept.name: concept for concept in (BOOT, CAT, SCARF, INK, GLOW)}
+
+
+@pytest.mark.parametrize(
+    ("text", "class_text", "boot", "nothing"),
+    [
+        (
+            "a boot and a cat at night in inky style",
+            "a boot and a cat at night",
+            "a zorin boot at night in inky style",
+            "a zorin boot and a vim cat at night",
+        ),
+        (
+            "in inky style, a boot and a cat",
+            "a boot and a cat",
+            "in inky style, a zorin boot",
+            "a zorin boot and a vim cat",
+        ),
+        (
+            "a boot in inky style and a cat, in glowy style, at night",
+            "a boot and a cat, in a glowing style, at night",
+            "a zorin boot in inky style, in glowy style, at night",
+            "a zorin boot and a vim cat, at night",
+        ),
+    ],
+)
+def test_styles_stay_with_every_subject(text: str, class_text: str, boot: str, nothing: str) -> None:
+    prompt = read_prompt(text, STYLED)
+    assert prompt.class_text == class_text
+    assert prompt.subjects == ("boot", "cat")
+    assert prompt.together("boot") == ("boot", *prompt.styles)
+    assert prompt.only(prompt.together("boot")) == boot
+    assert prompt.only(prompt.subjects) == nothing
+    words = prompt.single_class(CAT, prompt.styles)
+    assert words == boot.replace("a zorin boot", "a cat")
+    assert prompt.single_class(CAT) == nothing.replace("a zorin boot and a vim cat", "a cat")
+
+
+@pytest.mark.parametrize(
+    "text", ["a zorin boot wearing a zim scarf and a vim cat", "a zim scarf on a zorin boot and a vim cat"]
+)
+def test_a_garment_shares_the_place_of_its_subject(text: str) -> None:
+    prompt = read_prompt(text, STYLED)
+    assert prompt.subjects == ("boot", "cat")
+    assert prompt.together("boot") == ("boot", "scarf")
+    assert prompt.only(["boot", "scarf"]) == text.removesuffix(" and a vim cat")
+    assert prompt.only(["boot", "cat"]) == "a zorin boot and a vim cat"
+
+
+def test_a_style_that_no_prompt_names() -> None:
+    with pytest.raises(
+        ConfigError, match=re.escape("'ink' is in no prompt: write 'in inky style' in one of")
+    ):
+        read_prompts("a boot", {"boot": BOOT, "ink": INK})
+
+
 LINES = [
-    ("boot=a zorin boot|a boot", ("boot", "a zorin boot", "a boot")),
-    ("  boot = a zorin boot |  a shoe ", ("boot", "a zorin boot", "a shoe")),
-    ("boot = a zorin boot", ("boot", "a zorin boot", "a boot")),
-    ("boot = the old zorin boot |", ("boot", "the old zorin boot", "the boot")),
-    ("boot = zorin boot", ("boot", "zorin boot", "boot")),
-    ("boot = a = b", ("boot", "a = b", "a b")),
+    ("boot=a zorin boot|a boot", ("boot", "a zorin boot", "a boot", "subject")),
+    ("  boot = a zorin boot |  a shoe ", ("boot", "a zorin boot", "a shoe", "subject")),
+    ("boot = a zorin boot", ("boot", "a zorin boot", "a boot", "subject")),
+    ("boot = the old zorin boot |", ("boot", "the old zorin boot", "the boot", "subject")),
+    ("boot = zorin boot", ("boot", "zorin boot", "boot", "subject")),
+    ("boot = a = b", ("boot", "a = b", "a b", "subject")),
+    ("ink = inkart || style", ("ink", "inkart", "", "style")),
+    ("ink = in inky style", ("ink", "in inky style", "", "style")),
+    ("scarf = a zim scarf | a scarf | garment", ("scarf", "a zim scarf", "a scarf", "garment")),
 ]
 NOTHING = ["", "boot", "= a boot", "boot =", "boot = | a boot"]
 
 
 @pytest.mark.parametrize(("line", "expected"), LINES)
-def test_a_line_means_the_same_to_every_host(line: str, expected: tuple[str, str, str]) -> None:
-    name, text, class_text = expected
+def test_a_line_means_the_same_to_every_host(line: str, expected: tuple[str, str, str, str]) -> None:
+    name, text, class_text, kind = expected
     assert read_concept(line) == expected
-    assert parse_concepts([line]) == {name: (text, class_text)}
+    assert parse_concepts([line]) == {name: (text, class_text, kind)}
     card = ExpertCard(name=name, path=Path("boot.safetensors"), text=text)
     if "|" not in line:
-        assert concept_of(card) == Concept(name, text, class_text, [])
+        assert concept_of(card) == Concept(name, text, class_text, [], kind)
         assert as_concepts({name: text}, [name]) == {name: Concept(name, text, class_text)}
 
 
@@ -167,7 +265,7 @@ def test_lines_that_say_nothing_are_refused_by_every_host(line: str) -> None:
 
 @pytest.mark.parametrize(("line", "expected"), LINES)
 def test_the_tab_of_the_web_ui_hands_lines_on_to_the_command_line(
-    line: str, expected: tuple[str, str, str]
+    line: str, expected: tuple[str, str, str, str]
 ) -> None:
     pytest.importorskip("gradio")
     from webui_extension.training_text import concept

@@ -158,6 +158,42 @@ def test_experts_draw_alone_where_there_are_no_references(
     assert not torch.equal(before["boot\n0"][0], before["cat\n0"][0])
 
 
+def test_subjects_of_a_styled_prompt_are_drawn_in_the_style(
+    pipe: Any, concepts: list[Concept], tiny: Tiny
+) -> None:
+    boot, text = concepts[0], "a zorin boot at night in vim style"
+    styled = {"boot": boot, "cat": Concept("cat", "in vim style", "")}
+    config = tiny(collage_background="base", drawn_pictures=4, pool_size=2, autocast=False)
+    trainer = GateTrainer(pipe, text, styled, config)
+    drawn: list[tuple[list[str], dict[str, Any]]] = []
+    draw = trainer.objective.bench.draw
+    trainer.objective.bench.draw = (  # type: ignore[method-assign]
+        lambda texts, draws, **told: (drawn.append((texts, told)), draw(texts, draws, **told))[1]
+    )
+    trainer.objective.prepare()
+    assert drawn == [
+        ([text] * 2, {"mixture": {"boot": 0.7, "cat": 1.3}}),
+        ([text] * 2, {"mixture": {"boot": 0.85, "cat": 1.15}}),
+        (["a boot at night in vim style"] * 4, {"mixture": {"cat": 1.0}}),
+    ]
+    made, caption = trainer.objective.task.make_collage(0)  # type: ignore[attr-defined]
+    assert caption == text
+    # One place for one subject, and none for the style.
+    assert float(made.inside.mean()) < 0.5
+
+
+def test_a_prompt_without_its_style_takes_the_references(
+    pipe: Any, concepts: list[Concept], tiny: Tiny
+) -> None:
+    styled = {"boot": concepts[0], "cat": Concept("cat", "in vim style", "")}
+    trainer = GateTrainer(pipe, ["a zorin boot in vim style", "a zorin boot"], styled, tiny())
+    trainer.objective.prepare()
+    pictures = trainer.objective.pictures
+    assert {*pictures.state_dict()} == {"boot\n0"}
+    assert len(pictures.of("boot", 1)) == len(concepts[0].references)
+    assert not torch.equal(pictures.of("boot", 0)[0], pictures.of("boot", 1)[0])
+
+
 def test_references_can_be_demanded(pipe: Any, concepts: list[Concept], tiny: Tiny) -> None:
     mixed = [concepts[0], Concept("cat", "a vim cat", "a cat")]
     trainer = GateTrainer(pipe, PROMPT, mixed, tiny(collage_source="references"))

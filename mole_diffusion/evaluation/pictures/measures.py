@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mole_diffusion.evaluation.pictures.metrics import CONFUSED, OMITTED, PRESENT
+from mole_diffusion.evaluation.pictures.metrics import CONFUSED, OMITTED, PRESENT, STYLED
 from mole_diffusion.evaluation.schema import Heading, Schema, plain_measures
 
 #: Whether all subjects that a picture names are there.
@@ -30,6 +30,7 @@ PICTURES = Schema(
     headings={
         PRESENT: Heading("subjects present", is_share=True),
         JOINT: Heading("all present", is_share=True),
+        STYLED: Heading("in the style", is_share=True),
         CONFUSED: Heading("confused", is_share=True, less_is_better=True),
         OMITTED: Heading("omitted", is_share=True, less_is_better=True),
         "text": Heading("text"),

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 CROPS = ((0.45, 3), (0.6, 2))
 
 PRESENT, CONFUSED, OMITTED = "present", "confused", "omitted"
+#: Whether a picture is drawn in a style.
+STYLED = "styled"
 
 
 def text_alignment(pictures: Tensor, texts: Tensor) -> Tensor:

@@ -42,14 +42,16 @@ class ExpertSource(Part):
     Attributes:
         file: LoRA file, folder or hub id; relative to the working folder.
         text: phrase with the trigger, as it stands in prompts: "a sks dog".
-        class_text: the same in words that any CLIP knows: "a dog".
+        class_text: the same in words that any CLIP knows: "a dog"; a style needs none.
+        kind: "subject", "style" or "garment", see `Concept`; by default what its phrase tells.
         description: what the subject looks like, in words that the scoring CLIP knows: "a small brown dog".
         references: folder of pictures of the subject, or a list of files.
     """
 
     file: str
     text: str
-    class_text: str
+    class_text: str = ""
+    kind: str = ""
     description: str = ""
     references: str | tuple[str, ...] = ()
 

@@ -17,6 +17,7 @@ from mole_diffusion.evaluation.pictures.metrics import (
     CONFUSED,
     OMITTED,
     PRESENT,
+    STYLED,
     best_crop_alignment,
     crop_boxes,
     image_alignment,
@@ -218,15 +219,15 @@ class DinoScorer(_Features):
 class JudgeScorer:
     """Presence, omission and confusion of subjects by the starter's judge.
 
-    Measures per concept: "present", "confused", "omitted" (exactly one is 1), and for the whole picture
-    "others": classes the judge sees that nobody asked for.
+    Measures per subject: "present", "confused", "omitted" (exactly one is 1); per style "styled"; and for the
+    whole picture "others": classes the judge sees that nobody asked for.
     """
 
     def __init__(self) -> None:
         from mole_diffusion.starter.judge import Judge
 
         self._judge = Judge(evaluation_part("judge"))
-        self.measures: tuple[str, ...] = (PRESENT, CONFUSED, OMITTED, "others")
+        self.measures: tuple[str, ...] = (PRESENT, CONFUSED, OMITTED, STYLED, "others")
 
     @cached_property
     def hashes(self) -> frozenset[str]:
@@ -236,7 +237,8 @@ class JudgeScorer:
     def __call__(
         self, pictures: Sequence[Image], captions: Mapping[str, str], concepts: Mapping[str, Concept]
     ) -> list[Scores]:
-        """See `Scorer`; concepts whose subject the judge does not know have no entry."""
+        """See `Scorer`; concepts that the judge does not know have no entry."""
+        styles = [name for name in concepts if name in self._judge.styles]
         known = [name for name in concepts if f"subject:{name}" in self._judge.labels]
         rows = []
         for labels in self._judge(pictures):
@@ -245,7 +247,9 @@ class JudgeScorer:
                 outcome: {name: int(said == outcome) for name, said in found.items()}
                 for outcome in (PRESENT, CONFUSED, OMITTED)
             }
-            classes = {label for label in labels if not label.startswith("subject:")}
+            if styles:
+                row[STYLED] = {name: int(f"style:{name}" in labels) for name in styles}
+            classes = {label for label in labels if not label.startswith(("subject:", "style:"))}
             rows.append({**row, "others": len(classes - {*concepts})})
         return rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from mole_diffusion.core.errors import ConfigError, UnknownExpertError
-from mole_diffusion.core.phrases import listed
+from mole_diffusion.core.phrases import kind_of, listed
 from mole_diffusion.evaluation.pictures.protocol import ExpertSet, ExpertSource, Protocol, named
 from mole_diffusion.pictures.files import PICTURES, open_picture, pictures_in
 from mole_diffusion.pictures.training.concepts import Concept
@@ -17,6 +18,10 @@ from mole_diffusion.starter.location import starter_experts
 
 #: Measures that compare a picture with its prompt: in class words, and with the subjects described.
 CAPTIONS = CLASS_WORDS, DESCRIBED = "text", "described"
+
+
+#: Commas with nothing between them.
+_GAP = re.compile(r"(?: ?,)+ ?,| ,")
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,11 @@ class Scene:
 
 
 def fill(template: str, phrases: Sequence[str]) -> str:
-    """`"{all} on the beach"` -> `"a boot, a monster and a clock on the beach"`."""
-    return template.format(*phrases, all=listed(phrases))
+    """`"{all} on the beach"` -> `"a boot, a monster and a clock on the beach"`; without the gaps and commas
+    that empty phrases leave.
+    """
+    filled = template.format(*phrases, all=listed([phrase for phrase in phrases if phrase] or [""]))
+    return _GAP.sub(",", " ".join(filled.split())).strip(" ,")
 
 
 def make_scene(protocol: Protocol, chosen: ExpertSet) -> Scene:
@@ -93,7 +101,7 @@ def make_scene(protocol: Protocol, chosen: ExpertSet) -> Scene:
     """
     found = {name: _source(protocol, name) for name in chosen.experts}
     concepts = {
-        name: Concept(name, source.text, source.class_text, _references(name, source.references))
+        name: Concept(name, source.text, source.class_text, _references(name, source.references), source.kind)
         for name, source in found.items()
     }
     texts = [concept.text for concept in concepts.values()]
@@ -123,6 +131,7 @@ def _source(protocol: Protocol, name: str) -> ExpertSource:
         file=str(expert.path),
         text=expert.text,
         class_text=expert.class_text,
+        kind=kind_of(expert.text, expert.kind),
         description=expert.description,
         references=tuple(str(path) for path in expert.references),
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 from mole_diffusion.evaluation.pictures.cost import cost_markdown
 from mole_diffusion.evaluation.pictures.measures import PICTURES
-from mole_diffusion.evaluation.pictures.metrics import PRESENT
+from mole_diffusion.evaluation.pictures.metrics import PRESENT, STYLED
 from mole_diffusion.evaluation.pictures.protocol import ALONE, MASKED, PLAIN, Protocol
 from mole_diffusion.evaluation.results import write_text
 from mole_diffusion.evaluation.schema import Row
@@ -72,7 +72,8 @@ def to_markdown(protocol: Protocol, table: Table) -> str:
 def _legend(protocol: Protocol, methods: Mapping[str, Mapping[str, Estimate]]) -> list[str]:
     lines = [
         "Mean and 95 % bootstrap interval over sets and prompts. *present*: the expert's own subject is in "
-        "the picture, *confused*: a thing of its class but not the subject, *omitted*: neither; *text*, "
+        "the picture, *confused*: a thing of its class but not the subject, *omitted*: neither; *in the "
+        "style*: drawn in the style that was asked for; *text*, "
         "*image*, *best crop*: cosine of CLIP features with the prompt (in class words, and with the "
         "subjects described) and with the reference pictures of each concept. *wins*: share of pictures "
         f"above {protocol.baseline} on the same set, prompt and seed; ties half.",
@@ -80,13 +81,15 @@ def _legend(protocol: Protocol, methods: Mapping[str, Mapping[str, Estimate]]) -
     single = {entry.kind: entry.name for entry in reversed(protocol.methods) if entry.name in methods}
     names = [method.name for method in protocol.methods if method.single]
     limit = single.get(ALONE, single.get(PLAIN, ""))
-    if PRESENT in methods.get(limit, {}) and methods[limit][PRESENT].mean:
-        best = methods[limit][PRESENT].mean
-        lines += ["", f"Subjects present as a share of {limit!r}, the limit ({percent(best)}):", ""]
+    for measure in (PRESENT, STYLED):
+        if measure not in methods.get(limit, {}) or not methods[limit][measure].mean:
+            continue
+        best, what = methods[limit][measure].mean, PICTURES.headings[measure].title.capitalize()
+        lines += ["", f"{what} as a share of {limit!r}, the limit ({percent(best)}):", ""]
         lines += [
-            f"- {method}: {percent(row[PRESENT].mean / best)}"
+            f"- {method}: {percent(row[measure].mean / best)}"
             for method, row in methods.items()
-            if method not in names and PRESENT in row
+            if method not in names and measure in row
         ]
     if MASKED in single and PLAIN in single:
         masked, plain = methods[single[MASKED]], methods[single[PLAIN]]

@@ -43,7 +43,7 @@ class _Guided:
     def prepare(self) -> None:
         """Features of the reference pictures; the pictures must be prepared."""
         with torch.no_grad():
-            for name in self._pictures.concepts:
+            for name in self._subjects():
                 pictures = self._pictures.of(name).to(self._guide.device)
                 self._references[name] = self._guide.pictures(pictures)
 
@@ -54,6 +54,10 @@ class _Guided:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Compute the features again."""
         self.prepare()
+
+    def _subjects(self) -> list[str]:
+        """What has a place in any prompt."""
+        return list(dict.fromkeys(name for prompt in self._pictures.prompts for name in prompt.subjects))
 
     def _batch(self) -> list[int]:
         choose, count = self._bench.draws.choices, len(self._pictures.prompts)
@@ -81,7 +85,7 @@ class _Guided:
         """The local term, picture by picture: their prompts may name different concepts."""
         terms = []
         for features, prompt in zip(crops, prompts, strict=True):
-            names = self._pictures.prompts[prompt].order
+            names = self._pictures.prompts[prompt].subjects
             texts = self._guide.texts([self._pictures.concepts[name].class_text for name in names])
             similarities = crop_similarities(
                 features[None], texts, [self._references[name] for name in names]
@@ -96,8 +100,8 @@ class _Guided:
         for feature, index in zip(features, prompts, strict=True):
             prompt = self._pictures.prompts[index]
             whole = self._guide.texts([prompt.class_text])
-            names = self._guide.texts([self._pictures.concepts[name].class_text for name in prompt.order])
-            references = [self._references[name] for name in prompt.order]
+            names = self._guide.texts([self._pictures.concepts[name].class_text for name in prompt.subjects])
+            references = [self._references[name] for name in prompt.subjects]
             terms.append(released_loss(feature[None], whole, references, names))
         loss = torch.stack(terms).mean()
         return LossTerms(loss, {"released": float(loss.detach())})
@@ -131,7 +135,7 @@ class ClipWalkObjective(_Guided):
         """Walk from a renoised reference: every step with gradient, then detached; an update every two."""
         bench = self._bench
         prompts = self._batch()
-        names = [bench.draws.choices.choice(self._pictures.prompts[i].order) for i in prompts]
+        names = [bench.draws.choices.choice(self._pictures.prompts[i].subjects) for i in prompts]
         sources = [self._pictures.of(name) for name in names]
         chosen = torch.stack([p[bench.draws.choices.randrange(len(p))] for p in sources])
         shortest, longest = WALK_STEPS

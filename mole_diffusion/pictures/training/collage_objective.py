@@ -94,8 +94,9 @@ class CollageObjective:
         """Mix a new collage for the prompt of this index, at random; with its caption."""
         bench, settings = self._bench, self._settings
         choose = bench.draws.choices
-        order = self._part(self._pictures.prompts[prompt].order)
-        caption = self._pictures.prompts[prompt].only(order)
+        whole = self._pictures.prompts[prompt]
+        order = self._part(whole.subjects)
+        caption = whole.only([shown for name in order for shown in whole.together(name)])
         indices = [choose.randrange(len(self._pictures.of(name, prompt))) for name in order]
         sources = [self._pictures.of(name, prompt)[i] for name, i in zip(order, indices, strict=True)]
         if choose.choice(settings.layouts) == "strips":

@@ -1,4 +1,7 @@
-"""Pictures of the concepts: references that were given, or pictures each expert draws alone."""
+"""Pictures of the concepts: references that were given, or pictures the experts draw.
+
+A subject is drawn by its expert alone, or with the experts of the prompt's styles and of what it wears.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.core.phrases import STYLE
 from mole_diffusion.pictures.training.collage import Cutout, cut_out
 from mole_diffusion.pictures.training.concepts import Concept, TrainingPrompt
 from mole_diffusion.pictures.training.workbench import Workbench, picture_tensor
@@ -17,6 +21,9 @@ from mole_diffusion.training.state import Preparation
 
 #: Pictures drawn in one batch.
 _BATCH = 8
+#: Scales of a subject's expert and of the styles' where both draw a picture, batch after batch. In full, a
+#: subject covers the style inside its outline; the other way round its colours go.
+_TOGETHER = ((0.7, 1.3), (0.85, 1.15))
 
 
 class ConceptPictures:
@@ -52,7 +59,8 @@ class ConceptPictures:
         }
 
     def prepare(self, *, backgrounds: bool) -> None:
-        """Draw what is missing: pictures of concepts without references, and backgrounds by the base.
+        """Draw what is missing: pictures of subjects that have no references or are drawn in a style, and
+        backgrounds by the base (and the styles).
 
         Every prompt gets its share of `Pictures.drawn`, at least one.
 
@@ -61,10 +69,8 @@ class ConceptPictures:
         """
         source = self._bench.settings.source
         wanted: list[_Batch] = []
-        for name in self.concepts:
-            if name in self._references and source != "drawn":
-                continue
-            if source == "references":
+        for name in dict.fromkeys(name for prompt in self.prompts for name in prompt.subjects):
+            if source == "references" and name not in self._references:
                 raise ConfigError(f"collage_source is 'references', and concept {name!r} has none")
             wanted += self._concept_batches(name)
         if backgrounds:
@@ -78,8 +84,10 @@ class ConceptPictures:
         """
         if prompt is not None and (name, prompt) in self._drawn:
             return self._drawn[name, prompt]
+        if name in self._references and self._bench.settings.source != "drawn":
+            return self._references[name]
         drawn = [pictures for (owner, _), pictures in self._drawn.items() if owner == name]
-        return torch.cat(drawn) if drawn else self._references[name]
+        return torch.cat(drawn)
 
     def cutout(self, name: str, prompt: int, index: int) -> Cutout:
         """The object of picture `index` of `of(name, prompt)`, cut out once."""
@@ -99,18 +107,38 @@ class ConceptPictures:
             self._drawn[name, int(prompt)] = pictures.float() / 255
 
     def _concept_batches(self, name: str) -> Iterator[_Batch]:
+        known = name in self._references and self._bench.settings.source != "drawn"
         for index, prompt in enumerate(self.prompts):
-            if name in prompt.order:
-                count = self._count(sum(name in other.order for other in self.prompts))
-                texts = [prompt.only([name])] * count
-                yield from _batches((name, index), texts, {"active_experts": [name]})
+            if name not in prompt.subjects:
+                continue
+            together = prompt.together(name)
+            # No reference picture shows a subject in a style.
+            if known and len(together) == 1:
+                continue
+            count = self._count(sum(name in other.subjects for other in self.prompts))
+            texts = [prompt.only(together)] * count
+            yield from _batches((name, index), texts, self._mixtures(together))
+
+    def _mixtures(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Which experts draw, batch after batch."""
+        if len(names) == 1:
+            return [{"active_experts": list(names)}]
+        styles = [name for name in names if self.concepts[name].kind == STYLE]
+        if not styles:
+            return [{"mixture": dict.fromkeys(names, 1.0)}]
+        others = [name for name in names if name not in styles]
+        return [
+            {"mixture": dict.fromkeys(others, own) | dict.fromkeys(styles, style / len(styles))}
+            for own, style in _TOGETHER
+        ]
 
     def _background_batches(self) -> Iterator[_Batch]:
-        prompts, concepts = self.prompts, self.concepts
-        for index, prompt in enumerate(prompts):
-            names = [prompt.order[i % len(prompt.order)] for i in range(self._count(len(prompts)))]
-            texts = [prompt.single_class(concepts[name]) for name in names]
-            yield from _batches(("", index), texts, {"mixture": "none"})
+        for index, prompt in enumerate(self.prompts):
+            subjects = prompt.subjects
+            names = [subjects[i % len(subjects)] for i in range(self._count(len(self.prompts)))]
+            texts = [prompt.single_class(self.concepts[name], prompt.styles) for name in names]
+            styles = dict.fromkeys(prompt.styles, 1.0 / max(1, len(prompt.styles)))
+            yield from _batches(("", index), texts, [{"mixture": styles or "none"}])
 
     def _count(self, prompts: int) -> int:
         return max(1, -(-self._bench.settings.drawn // prompts))
@@ -151,6 +179,10 @@ class _Batch:
     composition: dict[str, Any]
 
 
-def _batches(key: tuple[str, int], texts: list[str], composition: dict[str, Any]) -> Iterator[_Batch]:
-    for start in range(0, len(texts), _BATCH):
-        yield _Batch(key, texts[start : start + _BATCH], composition)
+def _batches(
+    key: tuple[str, int], texts: list[str], compositions: Sequence[dict[str, Any]]
+) -> Iterator[_Batch]:
+    """The texts in batches, as equal in size as the compositions that take turns ask for."""
+    size = min(_BATCH, -(-len(texts) // len(compositions)))
+    for number, start in enumerate(range(0, len(texts), size)):
+        yield _Batch(key, texts[start : start + size], compositions[number % len(compositions)])

@@ -196,7 +196,9 @@ class GateTrainer:
         return {
             **self.config.facts(),
             "prompts": [prompt.text for prompt in self.prompts],
-            "concepts": [[c.name, c.text, c.class_text, len(c.references)] for c in self.concepts.values()],
+            "concepts": [
+                [c.name, c.text, c.class_text, c.kind, len(c.references)] for c in self.concepts.values()
+            ],
             "experts": [[name, expert.sha256, expert.scale] for name, expert in self._pipe.experts.items()],
             "gates": {part: mixture.config.to_json() for part, mixture in self._pipe.mixtures.items()},
         }
