@@ -19,7 +19,9 @@ from .stage import STYLES
 from .workshop import Pool, Workshop
 
 SEED = 23
-STEPS, BATCH, RATE = 3403, 256, 1.2e-3
+BATCH = 256
+ROUNDS = ((3403, 1.2e-3), (4000, 8e-4))
+"""Steps and largest rate of each round; each begins with what the one before it saved, and new scenes."""
 CHUNK, CHUNKS, EVERY = 128, 160, 5
 
 
@@ -133,35 +135,50 @@ def ordinary_rows(shop: Workshop, seed: int) -> Pool:
 
 
 def train_base(shop: Workshop) -> None:
-    """Train text encoder and UNet; writes their averaged weights in half precision."""
-    torch.manual_seed(SEED)
-    module = nn.ModuleDict({"unet": new_unet(), "text_encoder": text.new_text_encoder(shop.tokenizer)})
+    """Train text encoder and UNet round by round; writes their averaged weights in half precision."""
+    for number in range(len(ROUNDS)):
+        train_round(shop, number)
+    new_scheduler().save_pretrained(shop.out / "scheduler")
+
+
+def train_round(shop: Workshop, number: int) -> None:
+    """One round of the base's training; the first starts at random weights, the others in `shop.out`."""
+    steps, rate = ROUNDS[number]
+    seed = SEED + 100 * number
+    torch.manual_seed(seed)
+    if number:
+        networks: dict[str, nn.Module] = {
+            "unet": load_unet(shop.out),
+            "text_encoder": load_text_encoder(shop.out),
+        }
+    else:
+        networks = {"unet": new_unet(), "text_encoder": text.new_text_encoder(shop.tokenizer)}
+    module = nn.ModuleDict(networks).train()
     module.to(shop.device, memory_format=torch.channels_last)
-    pool, noise = ordinary_rows(shop, SEED), Noise(shop.device)
+    pool, noise = ordinary_rows(shop, seed), Noise(shop.device)
     empty = shop.captions.tokens(torch.zeros(1, 1, dtype=torch.long, device=shop.device))
 
     size = shop.amount(BATCH)
 
     def make(step: int) -> loop.Batch:
-        dice = shop.dice(SEED, 1, step)
+        dice = shop.dice(seed, 1, step)
         rows = pool.sample(step, size, dice)
         rows["ids"] = torch.where(dice.share(0.1, size, 1), empty, rows["ids"])
         return noise.batch(rows, dice, 1)
 
     loop.train(
-        "base",
+        f"base-{number + 1}",
         shop.work,
         module,
         make,
         denoising(shop, module),
-        steps=shop.steps(STEPS),
-        rate=RATE,
+        steps=shop.steps(steps),
+        rate=rate,
         average=0.999,
         checkpoint_every=3000,
         graph=shop.graph,
     )
     save_base(shop.out, module)
-    new_scheduler().save_pretrained(shop.out / "scheduler")
 
 
 def save_base(out: Path, module: nn.ModuleDict) -> None:

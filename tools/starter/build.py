@@ -34,7 +34,7 @@ def steps_of(seeds: int = 20) -> dict[str, Step]:
         "clip": guidance.train_clip,
         "clip-eval": lambda shop: guidance.train_clip(shop, guidance.SCORER),
         "pipeline": lambda shop: write_index(shop.out),
-        "evaluate": lambda shop: evaluate.evaluate(shop.out, shop.out / "figures.json", seeds),
+        "evaluate": lambda shop: evaluate.evaluate(shop.out, shop.out / "figures.json", seeds, shop.device),
     }
 
 

@@ -213,9 +213,9 @@ def clip_scores(out: Path, folder: str, count: int = 400, *, colours: bool = Tru
     }
 
 
-def evaluate(out: Path, report: Path, seeds: int = 20) -> dict[str, Any]:
-    """All measurements, written as JSON and as a Markdown table beside it."""
-    referee, pipe = Judge(out / "judge"), assemble(out)
+def evaluate(out: Path, report: Path, seeds: int = 20, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """All measurements, written as JSON and as a Markdown table beside it; pictures are drawn on `device`."""
+    referee, pipe = Judge(out / "judge"), assemble(out).to(device)
     figures = {
         "seeds": seeds,
         "codec": codec_score(out),

@@ -39,7 +39,7 @@ class Recipe:
     vision: Mapping[str, object]
 
 
-GUIDE = Recipe("clip", 71, 238, 384, 8e-4, 3, {"layers": 6, "width": 192, "head_width": 32, "patch_size": 8})
+GUIDE = Recipe("clip", 71, 238, 384, 8e-4, 3, {"layers": 6, "width": 192, "head_width": 32, "patch_size": 16})
 SCORER = Recipe(
     "clip_eval",
     72,
