@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -65,6 +66,25 @@ class RegionMasks:
         return functional.resize_mask(self._masks[index], (height, width)).flatten()
 
 
+class TokenShares(Protocol):
+    """Weights that replace the gates, token by token, made anew in every forward."""
+
+    def begin(self, context: ForwardContext, forward: Forward) -> None:
+        """A forward of the whole network begins."""
+
+    def value(self, context: ForwardContext, stream: str, tokens: int) -> GateValue:
+        """Weights of the tokens of a stream.
+
+        Args:
+            context: state of the mixture.
+            stream: "tokens", "context" or "embedding".
+            tokens: L.
+        """
+
+    def remove(self) -> None:
+        """They count no longer: take away what was put on the network."""
+
+
 @dataclass(frozen=True, eq=False)
 class Activation:
     """The choice for the following forwards.
@@ -79,6 +99,7 @@ class Activation:
         regions: region masks or None.
         mask: (N,) True for active experts; None where all are.
         route: how each matrix weighs the experts by itself, in place of the gates; None to use the gates.
+        shares: weights of single tokens that replace the gates; None to use the gates.
     """
 
     active: tuple[int, ...]
@@ -87,13 +108,19 @@ class Activation:
     regions: RegionMasks | None = None
     mask: Tensor | None = None
     route: Route | None = None
+    shares: TokenShares | None = None
+
+    @property
+    def gated(self) -> bool:
+        """Whether gates have a say."""
+        return self.fixed is None and self.shares is None
 
     def to(self, device: torch.device) -> Activation:
         """The same with its tensors on a device."""
         scales, fixed, mask = (
             None if value is None else value.to(device) for value in (self.scales, self.fixed, self.mask)
         )
-        return Activation(self.active, scales, fixed, self.regions, mask, self.route)
+        return replace(self, scales=scales, fixed=fixed, mask=mask)
 
 
 #: Rank weights, and the matrix they were computed at, by layout of the matrix, data type and, where it
@@ -234,6 +261,8 @@ class ForwardContext:
         self._time = None
         self._real.clear()
         self.forget()
+        if self.activation.shares is not None:
+            self.activation.shares.begin(self, forward)
 
     def forget(self) -> None:
         """Drop what earlier gates said."""

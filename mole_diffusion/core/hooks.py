@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from . import functional
-from .context import Expanded, ForwardContext, GateValue
+from .context import Expanded, ForwardContext, GateValue, TokenShares
 from .errors import InjectionError
 from .gates import BASE, Gate, Group
 from .matrices import Bundle, MatrixPlan, MatrixSlot, output_tokens
@@ -131,7 +131,7 @@ class MatrixHook:
             output: the module's own.
         """
         slot, device, dtype = self.slot, output.device, output.dtype
-        if self.group.block is not None and self.context.activation.fixed is None:
+        if self.group.block is not None and self.context.activation.gated:
             return self._solo(x, output)
         with without_autocast(device):
             plan = slot.plan(self.context.layouts, device, dtype)
@@ -171,6 +171,8 @@ class MatrixHook:
         context, activation = self.context, self.context.activation
         if activation.fixed is not None:
             return context.fixed(x.device)
+        if activation.shares is not None:
+            return self._share(activation.shares, stream, label, output)
         if self.group.pooled:
             return (
                 context.fetch(label, self.slot.name)
@@ -183,6 +185,16 @@ class MatrixHook:
         if len(activation.active) > 1 and not self.group.gate.indifferent:
             logits, real = self._logits(stream, leader, x, output)
         return self.group.evaluate(logits, x, context, stream, real)
+
+    def _share(self, shares: TokenShares, stream: str, label: str, output: Tensor) -> GateValue:
+        """The weights of the tokens of a stream in the matrix' output."""
+        context = self.context
+        rows = output.shape[2:].numel() if output.dim() == 4 else output.shape[1:-1].numel()
+        if stream != EMBEDDING and self.slot.stream == JOINT:
+            span = context.span(stream, rows)
+            rows = span.stop - span.start
+        value = shares.value(context, stream, rows)
+        return value if label in context.values else context.store(label, value)
 
     def _logits(
         self, stream: str, leader: MatrixSlot, x: Tensor, output: Tensor
@@ -315,7 +327,7 @@ class BlockHook:
         self._inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
     def _applies(self) -> bool:
-        return self.context.enabled and self.context.activation.fixed is None
+        return self.context.enabled and self.context.activation.gated
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the inputs (some hosts change theirs in place) and let the base run alone."""

@@ -79,7 +79,7 @@ class MatrixSlot:
     def choose(self, activation: Activation) -> None:
         """Be ready for forwards with these experts."""
         self.used = self.read = self.mixed(activation.active)
-        if self.leads and activation.fixed is None and len(activation.active) > 1:
+        if self.leads and activation.gated and len(activation.active) > 1:
             self.read = tuple(self.factors)
         self.plans.choose((self.read, self.used))
 

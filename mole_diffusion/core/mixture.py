@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from . import functional
+from .attention import AttentionMaps
+from .auto import Auto, PictureShares, TextShares
 from .config import MoLEConfig
-from .context import Activation, ForwardContext, RegionMasks
+from .context import Activation, ForwardContext, RegionMasks, TokenShares
 from .dora import BaseWeight, looks, own_weight
 from .errors import (
     AllExpertsMaskedError,
@@ -30,7 +32,7 @@ from .hooks import BlockHook, MatrixHook, NetworkHook
 from .matrices import build_bundles
 from .modules import Arrangement, base_layer, network_device, unwrapped
 from .networks import map_network
-from .networks.base import DENOISER, Architecture, NetworkMap, Role
+from .networks.base import DENOISER, Architecture, NetworkMap, Role, Site
 from .routing import Route
 from .scaling import check_scale
 from .torch_state import is_compiling
@@ -96,6 +98,15 @@ class Mixture:
         return self.role == DENOISER
 
     @property
+    def _cross_attentions(self) -> tuple[tuple[Site, Site], ...]:
+        return self.architecture.cross_attentions(map_network(self.network, self.part).sites)
+
+    @property
+    def finds_places(self) -> bool:
+        """Whether `activate(auto=...)` can find the experts' places: there is attention to words to read."""
+        return bool(self._cross_attentions)
+
+    @property
     def role(self) -> Role:
         """What the network is for; decides trained strength, timestep and regions."""
         return self.architecture.role
@@ -154,6 +165,8 @@ class Mixture:
             handle.remove()
         self._handles.clear()
         self._on_matrices.clear()
+        if self._context.activation.shares is not None:
+            self._context.activation.shares.remove()
         if mixture_on(self.network) is self:
             del _carried[self.network]
 
@@ -166,6 +179,7 @@ class Mixture:
         latent_size: tuple[int, int] | None = None,
         weights: Mapping[str, float] | None = None,
         route: Route | None = None,
+        auto: Auto | None = None,
     ) -> None:
         """Choose experts, scales, regions and weights for the following forwards, in place of earlier ones.
 
@@ -181,6 +195,8 @@ class Mixture:
                 1/N each the normalised form. Experts that are not named get 0. Under region masks a fixed
                 weight is multiplied by the mask and not renormalised.
             route: lets each matrix weigh the experts token by token, without gates and without training.
+            auto: lets words and image tokens find their experts by the prompt, without training. A single
+                expert is that LoRA alone, whatever the prompt says.
         Raises:
             UnknownExpertError: a name is not among the experts.
             AllExpertsMaskedError: `active_experts` is empty.
@@ -188,6 +204,8 @@ class Mixture:
             RegionMaskError: a mask has wrong axes, values or proportions, or this is a text encoder.
             ConfigError: a route is asked for beside fixed weights or regions, or block outputs are mixed.
         """
+        if auto is not None and (weights is not None or route is not None):
+            raise ConfigError("auto finds weights by the prompt: it goes with neither weights nor a route.")
         if route is not None and (weights is not None or region_masks or self.config.composition == "output"):
             raise ConfigError(
                 "A route is how matrices weigh the experts by themselves: it goes with neither fixed "
@@ -203,6 +221,9 @@ class Mixture:
         elif not active:
             fixed = [0.0] * len(self.experts)
         regions = self._regions(region_masks, active, latent_size) if region_masks else None
+        shares = self._shares(auto, active, regions) if auto is not None and len(active) > 1 else None
+        if self._context.activation.shares is not None:
+            self._context.activation.shares.remove()
         self._context.forget()
         self._context.given_size = latent_size
         everybody = len(active) == len(self.experts)
@@ -211,13 +232,31 @@ class Mixture:
                 active,
                 torch.tensor(scales) if any(scale != 1.0 for scale in scales) else None,
                 None if fixed is None else torch.tensor(fixed),
-                regions,
+                regions if shares is None else None,
                 None if everybody else functional.active_mask(active, len(self.experts)),
                 route if len(active) > 1 else None,
+                shares,
             )
         self.to(network_device(self.network) or self._device)
         self._measure()
         self._choose()
+
+    def _shares(self, auto: Auto, active: tuple[int, ...], regions: RegionMasks | None) -> TokenShares:
+        """Weights of tokens by the prompt.
+
+        Raises:
+            ConfigError: the network reads its texts otherwise.
+        """
+        if not self.in_picture:
+            return TextShares(auto, self.part, self.expert_names, active)
+        layers = self._cross_attentions
+        if not layers:
+            raise ConfigError(
+                f"mixture='auto' reads cross-attention, and {self.architecture.name} networks have none: "
+                "train gates, or use mixture='nla'."
+            )
+        maps = AttentionMaps(self.network, layers)
+        return PictureShares(auto, maps, self.expert_names, active, regions)
 
     def _choose(self) -> None:
         """Let everything know which experts count from now on."""
@@ -344,8 +383,9 @@ class Mixture:
             )
         self._follow()
         start = NetworkHook(self._context, self.groups, self._bundles, self.architecture, self._follow)
-        for hook in (self._move, start):
-            self._handles.append(self.network.register_forward_pre_hook(hook, with_kwargs=True))
+        # Before the hooks that hide experts' trigger words from a text encoder.
+        for hook in (start, self._move):
+            self._handles.append(self.network.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
         for group in self.groups:
             if group.block is not None:
                 block = BlockHook(group, self._context)

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from .auto import Auto
 from .config import MoLEConfig
 from .experts import Expert
 from .mixture import Mixture
@@ -26,6 +27,7 @@ class Choice:
         weights: fixed weights that replace the gates.
         base_only: no expert counts, and nothing else of them either (their trigger words).
         route: how each matrix weighs the experts by itself, in place of the gates.
+        auto: what the prompts say of the experts, in place of the gates.
     """
 
     active: Sequence[str] | None = None
@@ -35,6 +37,7 @@ class Choice:
     weights: Mapping[str, float] | None = None
     base_only: bool = False
     route: Route | None = None
+    auto: Auto | None = None
 
     def apply(self, mixtures: Iterable[Mixture]) -> None:
         """Set mixtures to this.
@@ -54,6 +57,7 @@ class Choice:
                 latent_size=self.latent_size if mixture.in_picture else None,
                 weights=self.weights,
                 route=self.route,
+                auto=self.auto,
             )
 
 

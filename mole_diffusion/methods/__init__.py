@@ -15,9 +15,10 @@ from mole_diffusion.methods.methods import METHODS, Method
 from mole_diffusion.methods.preparation import load_prepared, prepare
 from mole_diffusion.methods.prepared import Prepared
 from mole_diffusion.methods.routing import ROUTED
+from mole_diffusion.pictures.auto import AUTO
 
 #: Words for `pipe(prompt, mixture=...)`; those after the fixed ones change the expert within a picture.
-MIXTURES = (*FIXED, *ROUTED)
+MIXTURES = (AUTO, *FIXED, *ROUTED)
 
 __all__ = [
     "METHODS",

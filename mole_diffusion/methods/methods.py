@@ -28,6 +28,12 @@ class Method:
 
 _ALL = (
     Method("gates", "MoLE", True, "Mixture of LoRA Experts: gates trained for the prompts (Wu et al. 2024)."),
+    Method(
+        "auto",
+        "auto",
+        False,
+        "Gates without training: words go to their experts by the prompt, places by cross-attention to them.",
+    ),
     Method("none", "base", False, "The base model without any expert."),
     Method("la", "LA", False, "Linear arithmetic: the sum of the experts, weight 1 each."),
     Method("nla", "NLA", False, "Normalised linear arithmetic: the mean of the experts, weight 1/N each."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from mole_diffusion.core.modules import unwrapped
 from mole_diffusion.core.networks.clip import TEXT_ENCODER
 from mole_diffusion.core.networks.unet import UNET
 from mole_diffusion.core.records import GateWeights, Placing, Recorder
+from mole_diffusion.pictures.auto import AUTO, note_prompts, read_prompts
 from mole_diffusion.pictures.calibration import Progress, export_lora
 from mole_diffusion.pictures.choosing import Engaging, Request, method_of
 from mole_diffusion.pictures.components import (
@@ -41,6 +43,8 @@ from mole_diffusion.pictures.single_file import check_safetensors, configuration
 
 if TYPE_CHECKING:
     from mole_diffusion.pictures.training import Concept, TrainingConfig, TrainingResult
+
+logger = logging.getLogger(__name__)
 
 P = TypeVar("P", bound="WithExperts")
 GuidedIn = Literal["batch", "batch, prompt first", "turns"]
@@ -117,7 +121,7 @@ class WithExperts(HoldsExperts):
         active_experts: Sequence[str] | None = None,
         expert_scales: Mapping[str, float] | None = None,
         region_masks: Mapping[str, Any] | None = None,
-        mixture: str | Mapping[str, float] | Engaging = "gates",
+        mixture: str | Mapping[str, float] | Engaging | None = None,
         **kwargs: Any,
     ) -> Any:
         """Draw pictures. Without experts this is the call of the diffusers pipeline.
@@ -132,10 +136,12 @@ class WithExperts(HoldsExperts):
             region_masks: where in the picture an expert counts: PIL picture, numpy array or tensor of the
                 drawn picture's size (height, width), 0 to 1, or 0 to 255 as uint8. The same for the whole
                 batch. (With `padding_mask_crop` the drawn picture is the crop, before it is put back.)
-            mixture: "gates"; "la" (every expert with weight 1); "nla" (1/N); "none" (the base model,
-                bitwise); "switch" (one expert per step, in turn); "composite" (mean of the experts'
-                predictions, one pass each); a weight per expert, which also names the active ones; or what
-                `mole_diffusion.methods.prepare` made.
+            mixture: None for trained gates where there are any, else "auto" (see `usual_mixture`); "gates",
+                trained or not; "auto" (words and places find their experts by the prompt, without training;
+                `mole_diffusion.pictures.auto.AutoMixture` has its options); "la" (every expert with weight
+                1); "nla" (1/N); "none" (the base model, bitwise); "switch" (one expert per step, in turn);
+                "composite" (mean of the experts' predictions, one pass each); a weight per expert, which
+                also names the active ones; or what `mole_diffusion.methods.prepare` made.
 
         Returns:
             The diffusers pipeline's output, or a tuple with `return_dict=False`.
@@ -161,18 +167,46 @@ class WithExperts(HoldsExperts):
             expert_scales=expert_scales,
             region_masks=None if region_masks is None else region_tensors(region_masks, height, width),
             latent_size=latent_size(pipe, height, width),
-            mixture=mixture,
+            mixture=self._usual(given) if mixture is None else mixture,
         ):
             self._recorder = Recorder(_placing(self, given))
             with self._recorder.watching(self.ensemble.mixtures, networks_of(self)):
                 return parent.__call__(*args, **kwargs)
 
+    @property
+    def usual_mixture(self) -> str:
+        """What a call without `mixture` is drawn with.
+
+        "gates" where any are trained or there is nothing to share out, and for models whose denoiser has no
+        cross-attention to read; else "auto".
+        """
+        mixtures = self.ensemble.mixtures.values()
+        trained = any(one.is_trained for one in mixtures)
+        able = all(one.finds_places for one in mixtures if one.in_picture)
+        return AUTO if able and not trained and len(self.ensemble.experts) > 1 else "gates"
+
+    def _usual(self, given: Mapping[str, Any]) -> str:
+        """What a call with these arguments is drawn with."""
+        usual = self.usual_mixture
+        if usual == AUTO and given.get("prompt") is None:
+            logger.warning(
+                "the gates are not trained, and embeddings in place of a prompt do not say whose words they"
+                " are: every expert counts the same everywhere"
+            )
+            return "gates"
+        return usual
+
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
         """As in diffusers; the text encoders' experts count."""
         parent: Any = super()
         warn_of_lora_tags([*args, *kwargs.values()])
+        given = inspect.signature(parent.encode_prompt).bind_partial(*args, **kwargs).arguments
+        reader = read_prompts(self, given)
         with old_text_model_name(networks_of(self).get(TEXT_ENCODER)):
-            return parent.encode_prompt(*args, **kwargs)
+            encoded = parent.encode_prompt(*args, **kwargs)
+        if reader is not None:
+            note_prompts(self, reader, given, encoded)
+        return encoded
 
     def unload_textual_inversion(self, *args: Any, **kwargs: Any) -> None:
         """As in diffusers; the trigger words that experts bring along stay."""

@@ -165,6 +165,8 @@ class Forward:
         appended: stream -> how many tokens of padding at its end the network's first matrices do not read.
         memory: (B, L, d) of the context of a causal network, the same tensor in all its steps; else None.
         keeps: whether the network keeps what its blocks computed for steps to come.
+        ids: (B, L) tokens that an encoder reads; None where it is given embeddings.
+        text: (B, L, d) encoded texts that a denoiser reads.
     """
 
     time: Tensor | float | None = None
@@ -179,6 +181,8 @@ class Forward:
     appended: Mapping[str, int] = field(default_factory=dict)
     memory: Tensor | None = None
     keeps: bool = False
+    ids: Tensor | None = None
+    text: Tensor | None = None
 
     @property
     def timestep(self) -> Tensor | float | None:
@@ -245,6 +249,9 @@ class Architecture(Protocol):
 
     def why_not(self, flat: str) -> str | None:
         """Reason for a name that such networks have, but that cannot be gated."""
+
+    def cross_attentions(self, sites: Sequence[Site]) -> tuple[tuple[Site, Site], ...]:
+        """Matrices of queries and of keys, by layer, of image tokens that look at text alone."""
 
     def leaf(self, matrix: str) -> str:
         """A canonical name without the numbered blocks that the matrix lies in."""

@@ -37,7 +37,11 @@ _BASES = {TEXT_ENCODER_2: Base(SDXL, None)}
 def _read(args: tuple[Any, ...], kwargs: Mapping[str, Any], given: tuple[int, int] | None) -> Forward:
     """(token ids (B, L), attention mask (B, L) or None)."""
     mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-    return Forward(masks={TOKENS: mask} if isinstance(mask, Tensor) and mask.dim() == 2 else {})
+    ids = args[0] if args else kwargs.get("input_ids")
+    return Forward(
+        masks={TOKENS: mask} if isinstance(mask, Tensor) and mask.dim() == 2 else {},
+        ids=ids if isinstance(ids, Tensor) and ids.dim() == 2 else None,
+    )
 
 
 def _count(network: nn.Module, stream: str, given: tuple[int, int] | int | None) -> int:

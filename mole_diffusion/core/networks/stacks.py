@@ -232,6 +232,10 @@ class Stack:
         """See `Architecture`."""
         return next((reason for pattern, reason in self.refused if re.search(pattern, flat)), None)
 
+    def cross_attentions(self, sites: Sequence[Site]) -> tuple[tuple[Site, Site], ...]:
+        """See `Architecture`."""
+        return ()
+
     def leaf(self, matrix: str) -> str:
         """See `Architecture`."""
         for row in self.blocks:

@@ -27,6 +27,7 @@ UNET = "unet"
 
 # The width of the text that the cross-attention reads tells the families apart.
 _FAMILY_OF_WIDTH = {768: SD1, 1024: SD2, 1280: SDXL_REFINER, 2048: SDXL, 192: STARTER}
+_QUERIES = ".attn2.to_q"
 _TEXT_LEAVES = (".attn2.to_k", ".attn2.to_v")
 # Halvings of the latent at most.
 _MAX_DEPTH = 8
@@ -72,6 +73,14 @@ class UNet:
             return "normalisation layers multiply no matrix, so there is nothing to gate"
         return None
 
+    def cross_attentions(self, sites: Sequence[Site]) -> tuple[tuple[Site, Site], ...]:
+        """See `Architecture`."""
+        named = {site.name: site for site in sites}
+        pairs = ((site, named.get(site.name.replace("to_q", "to_k"))) for site in sites)
+        return tuple(
+            (queries, keys) for queries, keys in pairs if queries.name.endswith(_QUERIES) and keys is not None
+        )
+
     def leaf(self, matrix: str) -> str:
         """See `Architecture`."""
         return BLOCKS.sub("", matrix)
@@ -113,6 +122,7 @@ class UNet:
         size = given_size
         if size is None and isinstance(latent, Tensor) and latent.dim() == 4:
             size = (latent.shape[-2], latent.shape[-1])
+        text = args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states", kwargs.get("context"))
         mask = kwargs.get("encoder_attention_mask")
         return Forward(
             time=args[1] if len(args) > 1 else kwargs.get("timestep", kwargs.get("timesteps")),
@@ -120,6 +130,7 @@ class UNet:
             size=size,
             grid=None if size is None else partial(halved_grid, size),
             masks={CONTEXT: mask} if isinstance(mask, Tensor) and mask.dim() == 2 else {},
+            text=text if isinstance(text, Tensor) and text.dim() == 3 else None,
         )
 
 

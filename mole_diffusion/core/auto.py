@@ -1,0 +1,324 @@
+"""Gates without training: words go to their experts by the prompt, image tokens by attention to those words.
+
+Each expert has the tokens of its phrases to itself, in the text encoders and in the keys and values of
+cross-attention. While the picture's layout forms, the denoiser's own cross-attention tells which image tokens
+look at whose words; from then on they belong to that expert. Experts of the whole picture (styles) have every
+token, beside the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import functional
+from .attention import AttentionMaps
+from .context import ForwardContext, GateValue, RegionMasks
+from .errors import ConfigError
+from .networks.base import CONTEXT, EMBEDDING, TOKENS, Forward
+from .torch_state import on_device
+from .words import TokenPhrases, places_of
+
+# A row of a denoiser's text is a known one up to rounding.
+_SAME = 1e-2
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoSettings:
+    """How image tokens are shared out.
+
+    Args:
+        sharpness: factor of each expert's attention map, which is 1 where it is highest, in the softmax over
+            the experts.
+        strength: of an expert inside its place.
+        until: the timestep, from 1 (noise) to 0, down to which the denoiser is watched; at least one forward.
+        floor: attention, of the highest, below which an image token belongs to nobody; it rises to full
+            strength at twice that.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    sharpness: float = 8.0
+    strength: float = 1.5
+    until: float = 0.9
+    floor: float = 0.25
+
+    def __post_init__(self) -> None:
+        for name in ("sharpness", "strength"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed; it must be above 0.")
+        for name in ("until", "floor"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed; allowed is 0 to 1.")
+
+
+@dataclass(eq=False)
+class KnownText:
+    """A text as a denoiser reads it, and whose words its tokens are.
+
+    Attributes:
+        encoded: (L, d).
+        places: (L, N), see `places_of`.
+    """
+
+    encoded: Tensor
+    places: Tensor
+
+
+@dataclass(eq=False)
+class Auto:
+    """What the prompts of a call say of the experts; made by the host, filled while it encodes texts.
+
+    Args:
+        phrases: part of a text encoder -> the experts' phrases in its tokens.
+        everywhere: weight of the experts that count in the whole picture; the others count where the prompt
+            names them.
+        settings: how image tokens are shared out.
+
+    Attributes:
+        texts: what the host's text encoders made of texts so far.
+    """
+
+    phrases: Mapping[str, TokenPhrases]
+    everywhere: Mapping[str, float] = field(default_factory=dict)
+    settings: AutoSettings = field(default_factory=AutoSettings)
+    texts: list[KnownText] = field(default_factory=list)
+
+    def remember(self, encoded: Tensor, places: Tensor) -> None:
+        """Note what denoisers will read for some texts.
+
+        Args:
+            encoded: (B, L, d).
+            places: (B, L, N), see `places_of`.
+        """
+        self.texts += [KnownText(one.detach(), own) for one, own in zip(encoded, places, strict=True)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """The experts of a mixture, in the order of the rows, and which of them count."""
+
+    auto: Auto
+    names: tuple[str, ...]
+    active: tuple[int, ...]
+
+    def counting(self, device: torch.device) -> Tensor:
+        """(N,) 1 for experts that count."""
+        return functional.active_mask(self.active, len(self.names), device).float()
+
+    def everywhere(self, device: torch.device) -> Tensor:
+        """(N,) weight of experts in the whole picture, 0 for those that have places of their own."""
+        weights = torch.tensor([self.auto.everywhere.get(name, 0.0) for name in self.names], device=device)
+        return weights * self.counting(device)
+
+    def with_everywhere(self, weights: Tensor) -> Tensor:
+        """Weights (..., N) with those of experts that count everywhere."""
+        everywhere = self.everywhere(weights.device)
+        return torch.where(everywhere != 0, everywhere.expand_as(weights), weights)
+
+
+class TextShares:
+    """Weights of the tokens of a text encoder: 1 for whose words they are.
+
+    Args:
+        auto: what the host knows.
+        part: which text encoder.
+        names: of the experts, in the order of the rows.
+        active: indices of those that count.
+    """
+
+    def __init__(self, auto: Auto, part: str, names: tuple[str, ...], active: tuple[int, ...]) -> None:
+        phrases = auto.phrases.get(part, {})
+        self._phrases = {name: phrases.get(name, ()) for name in names}
+        self._rows = _Rows(auto, names, active)
+        self._value: GateValue | None = None
+
+    def begin(self, context: ForwardContext, forward: Forward) -> None:
+        """A forward begins: look for the phrases among its tokens.
+
+        Raises:
+            ConfigError: there are no tokens.
+        """
+        if forward.ids is None:
+            raise ConfigError(
+                f"mixture='auto' reads the tokens of a text, and the {context.part} was run without them "
+                "(with embeddings instead)."
+            )
+        weights = places_of(forward.ids, self._phrases).to(forward.ids.device)
+        weights = self._rows.with_everywhere(weights * self._rows.counting(weights.device))
+        self._value = GateValue(weights.flatten(0, 1), len(weights), None, in_backward=False)
+
+    def value(self, context: ForwardContext, stream: str, tokens: int) -> GateValue:
+        """Weights (B * L, N); one row per text where `stream` is "embedding"."""
+        assert self._value is not None
+        return self._value.pooled() if stream == EMBEDDING else self._value
+
+    def remove(self) -> None:
+        """Nothing to take away."""
+
+
+class PictureShares:
+    """Weights of a denoiser's tokens, in the forwards of one picture or batch.
+
+    Args:
+        auto: what the host knows.
+        maps: watches the denoiser.
+        names: of the experts, in the order of the rows.
+        active: indices of those that count.
+        regions: where experts count; None for everywhere.
+    """
+
+    def __init__(
+        self,
+        auto: Auto,
+        maps: AttentionMaps,
+        names: tuple[str, ...],
+        active: tuple[int, ...],
+        regions: RegionMasks | None,
+    ) -> None:
+        self._auto, self._maps, self._regions = auto, maps, regions
+        self._rows = _Rows(auto, names, active)
+        self._known: tuple[Tensor, Tensor] | None = None
+        self._values: dict[tuple[str, int], GateValue] = {}
+        self._words = torch.zeros(0)
+        self._sum: Tensor | None = None
+        self._reading = False
+        self._forwards = 0
+        self._start = self._last = 0.0
+
+    def remove(self) -> None:
+        """Stop watching."""
+        self._maps.remove()
+
+    def begin(self, context: ForwardContext, forward: Forward) -> None:
+        """A forward begins: take what the last one was seen to look at; find out whose the words are.
+
+        Raises:
+            ConfigError: the denoiser is given no text, or one that nobody knows.
+        """
+        self._take()
+        time = 1.0 if forward.timestep is None else float(torch.as_tensor(forward.timestep).max())
+        if time >= self._start > self._last:
+            self._sum, self._forwards = None, 0  # another picture
+        if not self._forwards:
+            self._start = time
+        self._last = time
+        if forward.text is None:
+            raise ConfigError(f"mixture='auto' needs the {context.part} to be called with a text.")
+        self._words = self._places(forward.text)
+        watched = self._sum is None or time > self._auto.settings.until
+        self._reading = self._regions is None and watched and bool(self._words.any())
+        self._maps.begin(self._words if self._reading else None, context.token_grid)
+        self._forwards += 1
+        self._values.clear()
+
+    @property
+    def _named(self) -> Tensor:
+        """(B,) whether the text names an expert; a negative prompt does not."""
+        return self._words.flatten(1).any(1)
+
+    def _take(self) -> None:
+        """Add the maps of the last forward, of the rows whose text names experts."""
+        found = self._maps.taken()
+        if found is None:
+            return
+        found = found[self._named]
+        self._sum = found if self._sum is None or self._sum.shape != found.shape else self._sum + found
+
+    def _places(self, text: Tensor) -> Tensor:
+        """(B, L, N) whose words the tokens of the texts are."""
+        if self._known is not None and self._known[0] is text:
+            return self._known[1]
+        rows = [self._place(one) for one in text]
+        if all(one is None for one in rows):
+            raise ConfigError(
+                "mixture='auto' reads the words of the prompt, and the denoiser was given a text that this "
+                "pipeline did not encode: draw with a prompt, or with what its encode_prompt returns inside "
+                "composing(mixture='auto')."
+            )
+        nothing = torch.zeros(text.shape[1], len(self._rows.names))
+        places = torch.stack([nothing if one is None else one for one in rows]).to(text.device)
+        places = places * self._rows.counting(text.device) * (self._rows.everywhere(text.device) == 0)
+        self._known = text, places
+        return places
+
+    def _place(self, row: Tensor) -> Tensor | None:
+        """(L, N) of the known text that a row (L, d) is; None for none."""
+        for known in reversed(self._auto.texts):
+            if known.encoded.shape == row.shape:
+                own = on_device(known.encoded, row.device).float()
+                if float((own - row.float()).norm()) <= _SAME * float(own.norm()):
+                    return known.places
+        return None
+
+    def value(self, context: ForwardContext, stream: str, tokens: int) -> GateValue:
+        """Weights (B * T, N) of the tokens of a stream; one row per picture where it is "embedding"."""
+        key = stream, tokens
+        if key not in self._values:
+            if stream == CONTEXT:
+                weights = self._words
+            elif stream == EMBEDDING:
+                weights = self._picture(*(self._sum.shape[-2:] if self._sum is not None else (1, 1)))
+                weights = weights.mean(1, keepdim=True)
+            else:
+                weights = self._picture(*context.token_grid(tokens))
+            weights = self._rows.with_everywhere(weights)
+            if stream == TOKENS and self._regions is not None:
+                weights = weights * self._regions.on_grid(*context.token_grid(tokens), weights.device)
+            self._values[key] = GateValue(weights.flatten(0, 1), len(weights), None, in_backward=False)
+        return self._values[key]
+
+    def _picture(self, height: int, width: int) -> Tensor:
+        """(B, H * W, N) weights of the experts that the texts name; 0 while their places are looked for."""
+        batch, named = len(self._words), self._named
+        if self._regions is not None:
+            seen = self._words.amax(1)[named][..., None, None].expand(-1, -1, height, width)
+            own = shared_places(seen, self._auto.settings, (height, width), inside=1.0)
+            masks = self._regions.on_grid(height, width, own.device)
+            own = functional.region_weights(own, masks) * own.sum(-1, keepdim=True)
+        elif self._sum is None or self._reading:
+            return self._words.new_zeros(batch, height * width, self._words.shape[-1])
+        else:
+            own = shared_places(self._sum, self._auto.settings, (height, width))
+        if not len(own):
+            return self._words.new_zeros(batch, height * width, self._words.shape[-1])
+        if int(named.sum()) != len(own):  # the prompt and its negative in turns
+            return own.expand(batch, -1, -1) if len(own) in (1, batch) else own.mean(0).expand(batch, -1, -1)
+        found = own.new_zeros(batch, *own.shape[1:])
+        found[named] = own
+        found[~named] = own if batch == 2 * len(own) else own.mean(0, keepdim=True)
+        return found
+
+
+def shared_places(
+    maps: Tensor, settings: AutoSettings, size: tuple[int, int], inside: float | None = None
+) -> Tensor:
+    """Weights of the experts in each place of a picture, from how much it looks at their words.
+
+    Args:
+        maps: (B, N, h, w) attention, 0 for experts that the text does not name.
+        settings: how places are shared out.
+        size: (H, W) of the image tokens.
+        inside: how far each place belongs to any expert; None to tell it by the attention.
+    Returns:
+        (B, H * W, N). A single expert has the whole picture, at 1.
+    """
+    peak = maps.amax((-1, -2), keepdim=True)
+    named = peak > 0
+    seen = maps / peak.clamp_min(functional.EPS)
+    logits = (settings.sharpness * seen).masked_fill(~named, float("-inf"))
+    shares = torch.nan_to_num(torch.softmax(logits, dim=1))
+    if inside is None:
+        rise = max(settings.floor, functional.EPS)
+        held = ((seen.amax(1, keepdim=True) - settings.floor) / rise).clamp(0.0, 1.0)
+    else:
+        held = torch.full_like(seen[:, :1], inside)
+    several = named.sum(1, keepdim=True) > 1
+    weights = torch.where(several, shares * held * settings.strength, shares)
+    weights = F.interpolate(weights, size=size, mode="bilinear", align_corners=False)
+    return weights.flatten(2).transpose(1, 2)

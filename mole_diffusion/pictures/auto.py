@@ -1,0 +1,187 @@
+"""`mixture="auto"`: experts find their words and their places by the prompt, without trained gates."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from mole_diffusion.core.auto import Auto, AutoSettings
+from mole_diffusion.core.errors import UnknownExpertError
+from mole_diffusion.core.experts import Expert
+from mole_diffusion.core.mixture_set import Choice
+from mole_diffusion.core.phrases import names_phrase, without_article
+from mole_diffusion.core.words import places_of
+from mole_diffusion.pictures.choosing import Request, register
+from mole_diffusion.pictures.components import tokenizers_of
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+#: What `mole.kind` in the header of a file calls experts that change the whole picture.
+_EVERYWHERE = ("style", "light")
+
+
+@dataclass(frozen=True)
+class AutoMixture:
+    """Gates without training, as what `pipe(prompt, mixture=...)` means.
+
+    Attributes:
+        settings: how image tokens are shared out.
+        phrases: expert name -> the phrase that calls it in prompts, for files that do not say one.
+        everywhere: names of experts that change the whole picture, for files that do not say so.
+    """
+
+    settings: AutoSettings = field(default_factory=AutoSettings)
+    phrases: Mapping[str, str] = field(default_factory=dict)
+    everywhere: Sequence[str] = ()
+
+    @contextmanager
+    def engaged(self, pipe: Any, request: Request) -> Iterator[None]:
+        """Let the pipeline's networks compute so inside the `with` block.
+
+        Raises:
+            NoExpertsError, UnknownExpertError, AllExpertsMaskedError, RegionMaskError: as for any mixture.
+        """
+        pipe.need_experts("mixture='auto'")
+        for name in (*self.phrases, *self.everywhere):
+            if name not in pipe.experts:
+                raise UnknownExpertError(name, list(pipe.experts))
+        active = pipe.experts if request.active_experts is None else request.active_experts
+        counting = {name: expert for name, expert in pipe.experts.items() if name in active}
+        auto = PromptReader(self, counting, tokenizers_of(pipe))
+        with pipe.ensemble.choosing(
+            Choice(
+                request.active_experts,
+                request.expert_scales,
+                request.region_masks,
+                request.latent_size,
+                auto=auto,
+            )
+        ):
+            yield
+
+    def calls(self, expert: Expert) -> tuple[str, ...]:
+        """The phrases that call an expert in prompts; its name where nobody says any."""
+        given = self.phrases.get(expert.name)
+        found = (given,) if given else expert.triggers or (expert.name,)
+        return tuple(without_article(phrase.strip()) for phrase in found)
+
+    def is_style(self, expert: Expert) -> bool:
+        """Whether an expert changes the whole picture."""
+        return expert.name in self.everywhere or expert.metadata.get("mole.kind") in _EVERYWHERE
+
+
+class PromptReader(Auto):
+    """What the prompts of a call say of the experts.
+
+    Args:
+        mixture: what is known of the experts beyond their files.
+        experts: those that count.
+        tokenizers: by part.
+    """
+
+    def __init__(
+        self, mixture: AutoMixture, experts: Mapping[str, Expert], tokenizers: Mapping[str, Any]
+    ) -> None:
+        self._mixture, self._experts, self._tokenizers = mixture, experts, tokenizers
+        calls = {name: mixture.calls(expert) for name, expert in experts.items()}
+        super().__init__(
+            {
+                part: {name: [_tokens(tokenizer, one) for one in own] for name, own in calls.items()}
+                for part, tokenizer in tokenizers.items()
+            },
+            settings=mixture.settings,
+        )
+
+    def read(self, prompts: Sequence[str]) -> None:
+        """Find out which experts count, and which of them everywhere.
+
+        An expert that the prompt does not name is left out, unless nobody says how to name it. One that is
+        alone acts as if no other were loaded.
+        """
+        named, mute = [], []
+        for name, expert in self._experts.items():
+            if any(names_phrase(text, phrase) for text in prompts for phrase in self._mixture.calls(expert)):
+                named.append(name)
+            elif not expert.triggers and name not in self._mixture.phrases:
+                mute.append(name)
+        if not named and not mute:
+            logger.warning(
+                "the prompt names none of the experts, which count for nothing: write %s",
+                ", ".join(repr(self._mixture.calls(one)[0]) for one in self._experts.values()),
+            )
+        styles = [name for name in named if self._mixture.is_style(self._experts[name])]
+        self.everywhere = {**dict.fromkeys(mute, 1.0 / max(len(mute), 1)), **dict.fromkeys(styles, 1.0)}
+        if len(named) == 1 and not mute:
+            self.everywhere = {named[0]: 1.0}
+
+    def note(self, pipe: Any, texts: Sequence[str], embeddings: Tensor) -> None:
+        """Note what the pipeline's text encoders made of texts.
+
+        Args:
+            pipe: the pipeline.
+            texts: prompts or negative prompts.
+            embeddings: (B, L, d), several in a row for each text.
+        """
+        part, tokenizer = next(iter(self._tokenizers.items()))
+        if hasattr(pipe, "maybe_convert_prompt"):
+            texts = pipe.maybe_convert_prompt(list(texts), tokenizer)
+        ids = tokenizer(
+            list(texts),
+            padding="max_length",
+            max_length=embeddings.shape[1],
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        order = list(pipe.experts)
+        found = places_of(ids, {name: self.phrases[part].get(name, ()) for name in order})
+        self.remember(embeddings, found.repeat_interleave(len(embeddings) // len(texts), dim=0))
+
+
+def read_prompts(pipe: Any, given: Mapping[str, Any]) -> PromptReader | None:
+    """Lets `mixture="auto"` read the texts that a pipeline is about to encode; None where it does not count.
+
+    Args:
+        pipe: the pipeline.
+        given: arguments of its `encode_prompt`.
+    """
+    reader = pipe.ensemble.choice.auto
+    if not isinstance(reader, PromptReader):
+        return None
+    texts = [one for name in ("prompt", "prompt_2") for one in _texts(given.get(name))]
+    if texts:
+        reader.read(texts)
+    return reader
+
+
+def note_prompts(pipe: Any, reader: PromptReader, given: Mapping[str, Any], encoded: Any) -> None:
+    """Note what a pipeline's text encoders made of texts.
+
+    Args:
+        pipe, given: as in `read_prompts`.
+        reader: what that returned.
+        encoded: what the pipeline's `encode_prompt` returned.
+    """
+    for name, embeddings in zip(("prompt", "negative_prompt"), encoded, strict=False):
+        texts = _texts(given.get(name))
+        if name == "negative_prompt" and not texts and given.get("negative_prompt_embeds") is None:
+            texts = [""]
+        if texts and isinstance(embeddings, Tensor) and embeddings.dim() == 3:
+            reader.note(pipe, texts, embeddings)
+
+
+def _texts(given: Any) -> list[str]:
+    return [given] if isinstance(given, str) else list(given or ())
+
+
+def _tokens(tokenizer: Any, phrase: str) -> list[int]:
+    ids: list[int] = tokenizer(phrase, add_special_tokens=False).input_ids
+    return ids
+
+
+register(AUTO, AutoMixture())
