@@ -112,7 +112,9 @@ def _drawn(session: Session, pipe: Any, request: ExportRequest, kind: str, **cho
     """A picture of the first prompt."""
     draws = torch.Generator().manual_seed(0)
     steps = request.steps
-    picture = pipe(request.prompts[0], num_inference_steps=steps, generator=draws, **choice).images[0]
+    picture = pipe(
+        request.prompts[0], num_inference_steps=steps, generator=draws, mixture="gates", **choice
+    ).images[0]
     path = session.new_path(kind, ".png")
     write_picture(picture, path)
     return path

@@ -146,6 +146,7 @@ def _calibrate(
             **options,
             generator=torch.Generator().manual_seed(seed),
             active_experts=active,
+            mixture="gates",
             output_type="latent",
         )
     finally:
