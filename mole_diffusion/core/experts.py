@@ -139,7 +139,9 @@ class Expert:
         """
         _check_use(name, scale, rank)
         content = Content(state_dict, dict(metadata or {}), sha256 or "")
-        return _expert(content, {}, KeyTable.of(state_dict), name=name, scale=scale, rank=rank)
+        return _expert(
+            content, {}, KeyTable.of(state_dict, _shapes(state_dict)), name=name, scale=scale, rank=rank
+        )
 
 
 def load_expert(
@@ -187,14 +189,16 @@ def read_expert(
     files = expert_files(path)
     tables: list[KeyTable] = []
 
-    def check(keys: Sequence[str], metadata: Mapping[str, str]) -> None:
+    def check(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]) -> None:
         """Refuse, before gigabytes are read, what is no LoRA: a whole model, for example."""
-        tables.append(KeyTable.of(keys))
+        tables.append(KeyTable.of(shapes, shapes))
         if len(files) == 1:
             _check_usable(tables[0], name, metadata, base)
 
     content, options = read_files(files, check)
-    table = tables[0] if len(tables) == len(files) == 1 else KeyTable.of(content.tensors)
+    table = tables[0] if len(tables) == len(files) == 1 else None
+    if table is None:
+        table = KeyTable.of(content.tensors, _shapes(content.tensors))
     used = [*table.embeddings, *(key for roles in table.modules.values() for key in roles.values())]
     copy = _size(content, used) < _WORTH_KEEPING * _size(content, content.tensors)
     found = _expert(content, options, table, name=name, scale=scale, rank=rank, base=base, copy=copy)
@@ -318,6 +322,10 @@ def _kohya_triggers(tag_frequency: str) -> tuple[str, ...]:
                 counts[tag.strip()] += int(count)
     best = max(counts, key=lambda tag: counts[tag], default="")
     return (best,) if best else ()
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Sequence[int]]:
+    return {key: tensor.shape for key, tensor in tensors.items()}
 
 
 def _hash_tensors(state_dict: Mapping[str, Tensor]) -> str:

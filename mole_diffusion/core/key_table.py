@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .embeddings import EmbeddingKey, embedding_keys
@@ -38,9 +38,12 @@ class KeyTable:
     _owners: dict[tuple[str, str], list[str]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, keys: Iterable[str]) -> KeyTable:
+    def of(cls, keys: Iterable[str], shapes: Mapping[str, Sequence[int]] | None = None) -> KeyTable:
         """Sort the keys of a file.
 
+        Args:
+            keys: of the file.
+            shapes: of its tensors; they tell kinds of networks apart whose matrices have the same names.
         Raises:
             ExpertLoadError: two keys, or two complete entries, are for the same thing.
         """
@@ -49,7 +52,7 @@ class KeyTable:
         table.embeddings, table.ignored = embedding_keys(keys)
         bundled = {*table.embeddings, *table.ignored}
         unknown: dict[str, ParsedKey] = {}
-        for key, parsed in parse_keys(key for key in keys if key not in bundled).items():
+        for key, parsed in parse_keys((key for key in keys if key not in bundled), shapes).items():
             if parsed.role is None or parsed.reason is not None:
                 table.ignored[key] = parsed.reason or NOT_LORA
                 unknown[key] = parsed

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .errors import ConfigError
 from .networks import architectures, by_name, of_matrices, readers
 from .networks.base import DENOISER, Architecture, Place
-from .roles import NOT_LORA, split_role
+from .roles import NOT_LORA, matrix_size, split_role
 
 # Dialects that can be written.
 DIALECTS = ("diffusers", "kohya")
@@ -86,13 +86,22 @@ def parse_key(key: str) -> ParsedKey:
     return parse_keys([key])[key]
 
 
-def parse_keys(keys: Iterable[str]) -> dict[str, ParsedKey]:
+def parse_keys(
+    keys: Iterable[str], shapes: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, ParsedKey]:
     """Read the keys of one LoRA file; never fails, an unusable key carries its reason.
 
-    Where several kinds of networks have matrices of one name, the kind that knows more of the file is meant.
+    Where several kinds of networks have matrices of one name, the kind is meant whose matrices may have such
+    a shape, and among those the one that knows more of the file.
+
+    Args:
+        keys: of the file.
+        shapes: of its tensors, as far as they are known.
     """
     split = {key: split_role(key) for key in keys}
     readings = {module: _readings(module) for module in {module: None for module, _, _ in split.values()}}
+    if shapes is not None:
+        _leave_out_misfits(readings, split, shapes)
     votes = Counter(one.architecture.name for known in readings.values() for one in known)
     return {key: _parsed(key, *split[key], readings[split[key][0]], votes) for key in split}
 
@@ -111,6 +120,24 @@ def _readings(module: str) -> list[_Reading]:
         if known:
             return known
     return []
+
+
+def _leave_out_misfits(
+    readings: dict[str, list[_Reading]],
+    split: Mapping[str, tuple[str, str | None, str | None]],
+    shapes: Mapping[str, Sequence[int]],
+) -> None:
+    """Of several readings of a name keep those that the shape of its matrix allows, if any are left."""
+    unclear = {module for module, known in readings.items() if len(known) > 1}
+    tensors: dict[str, dict[str, Sequence[int]]] = {}
+    for key, (module, role, _) in split.items():
+        if module in unclear and role is not None and key in shapes:
+            tensors.setdefault(module, {})[role] = shapes[key]
+    for module, roles in tensors.items():
+        size = matrix_size(roles)
+        if size is not None:
+            fitting = [one for one in readings[module] if one.architecture.fits(one.flat, *size)]
+            readings[module] = fitting or readings[module]
 
 
 def _parsed(

@@ -85,8 +85,8 @@ def expert_files(path: Path) -> list[ExpertFile]:
     return [_with_surroundings(path)]
 
 
-#: Is shown the keys and the header of a file, and may raise.
-Check = Callable[[Sequence[str], Mapping[str, str]], None]
+#: Is shown the keys with the shapes of their tensors, and the header of a file, and may raise.
+Check = Callable[[Mapping[str, Sequence[int]], Mapping[str, str]], None]
 
 
 def read_files(files: Sequence[ExpertFile], check: Check) -> tuple[Content, dict[str, PeftOptions]]:
@@ -214,7 +214,7 @@ def _renaming(part: str) -> Callable[[str], str]:
 
 
 def _checking(check: Check, rename: Callable[[str], str]) -> Check:
-    return lambda keys, metadata: check([rename(key) for key in keys], metadata)
+    return lambda shapes, metadata: check({rename(key): own for key, own in shapes.items()}, metadata)
 
 
 def _of_part(metadata: Mapping[str, str], file: ExpertFile) -> tuple[dict[str, str], PeftOptions | None]:
@@ -233,7 +233,7 @@ def _read(path: Path, check: Check) -> Content:
     try:
         if path.suffix == _PICKLED:
             return _unpickled(path)
-        return read_safetensors(path, lambda header: check(list(header.entries), header.metadata))
+        return read_safetensors(path, lambda header: check(header.shapes, header.metadata))
     except (BadFileError, OSError) as error:
         kind = "PyTorch weights" if path.suffix == _PICKLED else "safetensors"
         raise ExpertLoadError(f"{str(path)!r} cannot be read as {kind}: {error}.") from error

@@ -81,6 +81,11 @@ class Header:
     entries: Mapping[str, Entry]
     raw: bytes
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors."""
+        return {key: entry.shape for key, entry in self.entries.items()}
+
 
 @dataclass(frozen=True)
 class Content:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 _ADAPTER = r"(?:\.[^.]+)?"
@@ -46,6 +47,13 @@ _REFUSED = (
     (re.compile(r"\.set_weight$"), "whole weights are no differences"),
 )
 NOT_LORA = "not a LoRA key of a known dialect"
+# Roles that say something of a matrix's size.
+_SIZED = (
+    "diff",
+    "up",
+    "down",
+    *(f"{kind}{f}" for kind in ("hada_w1", "lokr_w1", "lokr_w2") for f in ("", "_a", "_b")),
+)
 # A role is told by this many dotted words at most ("OFT" aside, whose roles end in words of their own).
 _WORDS = 4
 
@@ -79,3 +87,29 @@ def _role_of(end: str) -> tuple[int, str | None, str | None]:
         if match := pattern.search(end):
             return len(end) - match.start(), role, None
     return 0, None, None
+
+
+def matrix_size(shapes: Mapping[str, Sequence[int]]) -> tuple[int, int] | None:
+    """Outputs and inputs of a matrix; None where they cannot be told.
+
+    Args:
+        shapes: role -> shape of the tensor that a file has for the matrix.
+    """
+    if any(len(shape) < 2 for role, shape in shapes.items() if role in _SIZED):
+        return None
+    if "diff" in shapes:
+        return shapes["diff"][0], shapes["diff"][1]
+    if "up" in shapes and "down" in shapes:
+        return shapes["up"][0], shapes["down"][1]
+    if "hada_w1_a" in shapes and "hada_w1_b" in shapes:
+        return shapes["hada_w1_a"][0], shapes["hada_w1_b"][1]
+    first, second = (_factor_size(shapes, f"lokr_{name}") for name in ("w1", "w2"))
+    return None if first is None or second is None else (first[0] * second[0], first[1] * second[1])
+
+
+def _factor_size(shapes: Mapping[str, Sequence[int]], name: str) -> tuple[int, int] | None:
+    """Outputs and inputs of a factor that may itself be a product."""
+    if name in shapes:
+        return shapes[name][0], shapes[name][1]
+    left, right = shapes.get(f"{name}_a"), shapes.get(f"{name}_b")
+    return None if left is None or right is None else (left[0], right[1])

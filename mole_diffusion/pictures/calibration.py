@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,7 +140,7 @@ def _calibrate(
     handle = denoiser_of(pipe).network.register_forward_hook(take, with_kwargs=True)
     try:
         pipe(
-            prompt,
+            prompt=prompt,
             num_inference_steps=steps,
             **options,
             generator=torch.Generator().manual_seed(seed),
@@ -184,7 +183,9 @@ def _replay(pipe: Any, run: _Calibration, ticker: _Ticker) -> list[Tensor]:
 
 
 def _need_text_to_image(pipe: Any) -> None:
-    if "image" in inspect.signature(pipe.diffusers_class.__call__).parameters:
+    from mole_diffusion.pictures.pipelines import from_text
+
+    if pipe.diffusers_class.__name__ not in from_text():
         raise ConfigError(
             f"export_lora draws from text, and {type(pipe).__name__} draws from a picture; make a"
             " text-to-image pipeline of it with from_pipe: it shares experts and gates"

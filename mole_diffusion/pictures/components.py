@@ -14,7 +14,7 @@ from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.networks.clip import TEXT_ENCODER, TEXT_ENCODER_2
 from mole_diffusion.core.networks.transformers import TRANSFORMER
 from mole_diffusion.core.networks.unet import UNET
-from mole_diffusion.pictures.denoisers import denoiser_of, own_size
+from mole_diffusion.pictures.denoisers import denoiser_of
 
 # Which tokenizer writes for which text encoder.
 TOKENIZERS = {TEXT_ENCODER: "tokenizer", TEXT_ENCODER_2: "tokenizer_2"}
@@ -77,8 +77,10 @@ def picture_size(pipe: Any, given: Mapping[str, Any], *, from_picture: bool) -> 
         given: the call's arguments.
         from_picture: the call takes its size from its `image`.
     """
-    factor = pipe.vae_scale_factor
-    rows, columns = (side // factor for side in own_size(pipe))
+    own = denoiser_of(pipe)
+    # Some latents are packed.
+    factor = own.picture_size[0] // own.latent_shape[1]
+    rows, columns = own.latent_shape[1:]
     if given.get("latents") is not None and given["latents"].dim() == 4:
         rows, columns = given["latents"].shape[-2:]
     elif from_picture and given.get("image") is not None:

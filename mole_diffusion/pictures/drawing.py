@@ -19,5 +19,5 @@ def draw(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], **settings: An
         settings: for the pipeline's call.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    pictures: list[Image] = pipe(list(prompts), generator=generators, **settings).images
+    pictures: list[Image] = pipe(prompt=list(prompts), generator=generators, **settings).images
     return pictures

@@ -8,6 +8,7 @@ Each stands in for the pipeline of diffusers whose name it has without `MoLE`: f
 | SD 1.x and 2.x | `StableDiffusionMoLEPipeline` |
 | SDXL | `StableDiffusionXLMoLEPipeline` |
 | FLUX.1 | `FluxMoLEPipeline`, and `FluxKontextMoLEPipeline` from pictures |
+| FLUX.2 | `Flux2MoLEPipeline` (dev), `Flux2KleinMoLEPipeline`; both may be shown pictures |
 | Chroma | `ChromaMoLEPipeline` |
 | SD 3 and 3.5 | `StableDiffusion3MoLEPipeline` |
 | Z-Image | `ZImageMoLEPipeline` |
@@ -23,6 +24,9 @@ from diffusers import (
     AutoencoderTiny,
     ChromaImg2ImgPipeline,
     ChromaPipeline,
+    Flux2KleinInpaintPipeline,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
     FluxImg2ImgPipeline,
     FluxInpaintPipeline,
     FluxKontextPipeline,
@@ -203,6 +207,34 @@ class FluxKontextMoLEPipeline(WithExperts, FluxKontextPipeline):
     guided_in = "turns"
 
 
+class Flux2MoLEPipeline(WithExperts, Flux2Pipeline):
+    """`Flux2Pipeline` (dev) whose transformer mixes LoRA experts by gates.
+
+    `guidance_scale` is what the model was distilled with (4.0); there is no negative prompt. Tokens of
+    pictures that it is shown (`image`) have gates and no regions.
+    """
+
+    diffusers_class = Flux2Pipeline
+
+
+class Flux2KleinMoLEPipeline(WithExperts, Flux2KleinPipeline):
+    """`Flux2KleinPipeline` whose transformer mixes LoRA experts by gates.
+
+    `guidance_scale` moves away from the empty prompt above 1, in a second pass per step; distilled models
+    ignore it. Tokens of pictures that it is shown (`image`) have gates and no regions.
+    """
+
+    diffusers_class = Flux2KleinPipeline
+    guided_in = "turns"
+
+
+class Flux2KleinMoLEInpaintPipeline(WithExperts, Flux2KleinInpaintPipeline):
+    """`Flux2KleinInpaintPipeline` with experts; `from_pipe` shares those of another pipeline."""
+
+    diffusers_class = Flux2KleinInpaintPipeline
+    guided_in = "turns"
+
+
 class ChromaMoLEPipeline(WithExperts, ChromaPipeline):
     """`ChromaPipeline` whose transformer mixes LoRA experts by gates; LoRAs of FLUX.1 fit it too."""
 
@@ -269,6 +301,8 @@ def from_text() -> dict[str, type]:
         StableDiffusionMoLEPipeline,
         StableDiffusionXLMoLEPipeline,
         FluxMoLEPipeline,
+        Flux2MoLEPipeline,
+        Flux2KleinMoLEPipeline,
         ChromaMoLEPipeline,
         StableDiffusion3MoLEPipeline,
         ZImageMoLEPipeline,

@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny.networks import run, with_peft
-from tiny.transformers import make_chroma, make_flux, make_sd3, make_z_image
+from tiny.transformers import make_chroma, make_flux, make_flux2, make_sd3, make_z_image
 from torch import Tensor, nn
 
 from mole_diffusion import Expert, InjectionError, MoLEConfig, inject, load_expert
+from mole_diffusion.core.bases import base_of_expert
 from mole_diffusion.core.inspection import describe_file
 from mole_diffusion.core.networks import map_network
 
@@ -347,7 +348,36 @@ Z_IMAGE_BLOCK: Native = {
     "attention.out": ("attention.to_out.0",),
     **{f"feed_forward.w{x}": (f"feed_forward.w{x}",) for x in (1, 2, 3)},
 }
+FLUX2_DOUBLE: Native = {
+    **{
+        name: FLUX_DOUBLE[name] for name in ("img_attn.qkv", "txt_attn.qkv", "img_attn.proj", "txt_attn.proj")
+    },
+    "img_mlp.0": ("ff.linear_in",),
+    "img_mlp.2": ("ff.linear_out",),
+    "txt_mlp.0": ("ff_context.linear_in",),
+    "txt_mlp.2": ("ff_context.linear_out",),
+}
 OTHERS = {
+    "flux.2": Family(
+        make_flux2,
+        "FLUX.2",
+        {
+            **inside({"double_blocks": "transformer_blocks"}, FLUX2_DOUBLE),
+            **inside(
+                {"single_blocks": "single_transformer_blocks"},
+                {"linear1": ("attn.to_qkv_mlp_proj",), "linear2": ("attn.to_out",)},
+            ),
+            "img_in": ("x_embedder",),
+            "txt_in": ("context_embedder",),
+            "time_in.in_layer": ("time_guidance_embed.timestep_embedder.linear_1",),
+            "guidance_in.out_layer": ("time_guidance_embed.guidance_embedder.linear_2",),
+            "double_stream_modulation_txt.lin": ("double_stream_modulation_txt.linear",),
+            "single_stream_modulation.lin": ("single_stream_modulation.linear",),
+            "final_layer.linear": ("proj_out",),
+            "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+        },
+        ("final_layer.adaLN_modulation.1",),
+    ),
     "sd3": Family(make_sd3, "Stable Diffusion 3", inside({"joint_blocks": "transformer_blocks"}, SD3_BLOCK)),
     "z-image": Family(
         make_z_image,
@@ -403,3 +433,38 @@ def test_other_families(name: str, writer: str, tmp_path: Path) -> None:
     told = describe_file(tmp_path / "dog.safetensors")
     assert told.facts["base"] == known.family
     assert told.facts["dialect"]
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "LoKr", "LoHa", "full"])
+def test_families_whose_makers_use_the_same_names_are_told_by_shapes(kind: str) -> None:
+    """FLUX.1's `linear1` has seven times as many outputs as inputs, FLUX.2's nine times."""
+    for factor, family, make in ((7, "FLUX.1", make_flux), (9, "FLUX.2", make_flux2)):
+        draws = torch.Generator().manual_seed(2)
+        rows = 32 * factor
+        tensors = {
+            "LoRA": {"lora_A.weight": (2, 32), "lora_B.weight": (rows, 2)},
+            "LoKr": {"lokr_w1": (8, 8), "lokr_w2_a": (rows // 8, 2), "lokr_w2_b": (2, 4)},
+            "LoHa": {
+                **{f"hada_w{x}_a": (rows, 2) for x in (1, 2)},
+                **{f"hada_w{x}_b": (2, 32) for x in (1, 2)},
+            },
+            "full": {"diff": (rows, 32)},
+        }[kind]
+        state = {
+            f"diffusion_model.single_blocks.1.linear1.{end}": torch.randn(*shape, generator=draws) * 0.5
+            for end, shape in tensors.items()
+        }
+        expert = Expert.from_state_dict(state, name="dog")
+        assert base_of_expert(expert).family == family
+        network = make()
+        before = run(network)
+        inject(network, [expert], MoLEConfig())
+        assert differs(run(network), before)
+    # With names of attention in double blocks alone a file is for either.
+    state = {
+        "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight": torch.ones(1, 32),
+        "diffusion_model.double_blocks.0.img_attn.qkv.lora_B.weight": torch.ones(96, 1),
+    }
+    expert = Expert.from_state_dict(state, name="dog")
+    for network in (make_flux(), make_flux2()):
+        inject(network, [expert], MoLEConfig()).eject()

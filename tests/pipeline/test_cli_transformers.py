@@ -17,10 +17,16 @@ from tiny.flux import (
     make_flux_components,
     write_transformer_lora,
 )
-from tiny.qwen import make_z_image_components
+from tiny.qwen import make_flux2_components, make_z_image_components
 from typer.testing import CliRunner
 
-from mole_diffusion import ChromaMoLEPipeline, ConfigError, FluxMoLEPipeline, ZImageMoLEPipeline
+from mole_diffusion import (
+    ChromaMoLEPipeline,
+    ConfigError,
+    Flux2KleinMoLEPipeline,
+    FluxMoLEPipeline,
+    ZImageMoLEPipeline,
+)
 from mole_diffusion.cli import app
 from mole_diffusion.pictures.components import guidance_arguments
 from mole_diffusion.pictures.opening import open_base
@@ -35,9 +41,13 @@ def run(*arguments: Any) -> Any:
 FAMILIES: dict[str, tuple[Any, Callable[[Path], dict[str, Any]], str]] = {
     "flux": (FluxMoLEPipeline, make_flux_components, "FLUX.1"),
     "chroma": (ChromaMoLEPipeline, lambda _: make_chroma_components(), "FLUX.1"),
+    "klein": (Flux2KleinMoLEPipeline, lambda _: make_flux2_components(), "FLUX.2"),
     "z-image": (ZImageMoLEPipeline, lambda _: make_z_image_components(), "Z-Image"),
 }
-TARGETS = [*FLUX_TARGETS, "attention.to_q", "attention.to_out.0", "feed_forward.w1"]
+TARGETS = [
+    *(target for target in FLUX_TARGETS if target != "proj_out"),
+    *("attn.to_qkv_mlp_proj", "attention.to_q", "attention.to_out.0", "feed_forward.w1"),
+]
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,7 @@ def test_generate(model: Model, tmp_path: Path) -> None:
     for file in model.files:
         pipe.load_expert(file)
     expected = pipe(
-        "a boot and a cat", height=32, width=48, num_inference_steps=2,
+        prompt="a boot and a cat", height=32, width=48, num_inference_steps=2,
         generator=torch.Generator().manual_seed(5), **guidance_arguments(pipe, 3.0),
     ).images[0]  # fmt: skip
     difference = np.asarray(Image.open(out), dtype=int) - np.asarray(expected, dtype=int)

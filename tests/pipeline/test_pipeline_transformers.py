@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from pipeline_helpers import CLOSE, train_a_little, with_adapters
-from tiny.qwen import make_z_image_components
+from tiny.qwen import make_flux2_components, make_z_image_components
 from tiny.sd import drawing, random_lora
 
 import mole_diffusion
@@ -48,7 +49,27 @@ class Known:
     plain: dict[str, Any] = field(default_factory=dict)
 
 
+FLUX2_TARGETS = [
+    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_v_proj"),
+    *("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "to_qkv_mlp_proj"),
+    *(f"single_transformer_blocks.{block}.attn.to_out" for block in (0, 1)),
+]
 KNOWN = {
+    "Flux2": Known(
+        partial(make_flux2_components, guidance=True),
+        FLUX2_TARGETS,
+        ("transformer_blocks.0", "transformer_blocks.0.context", "single_transformer_blocks.1.context"),
+        kinds=(),
+        unguided={"guidance_scale": 4.0},
+    ),
+    "Flux2Klein": Known(
+        make_flux2_components,
+        FLUX2_TARGETS,
+        ("transformer_blocks.0", "transformer_blocks.0.context", "single_transformer_blocks.1.context"),
+        kinds=("Inpaint",),
+        guided={"guidance_scale": 2.0},
+        unguided={"guidance_scale": 1.0},
+    ),
     "ZImage": Known(
         make_z_image_components,
         Z_IMAGE_TARGETS,
@@ -136,14 +157,15 @@ def test_experts_mixtures_and_the_base(family: Family) -> None:
 def test_gates_are_recorded_by_step_branch_and_entry(family: Family) -> None:
     pipe = family.loaded()
     two = ["a boot", "a cat on the beach and a clock"]
-    both = family.draw(pipe, two, **{**family.known.guided, "negative_prompt": ["dull", "red snow"]})
-    assert both.shape[0] == 2
+    guided = family.known.guided
+    named = {"negative_prompt": ["dull", "red snow"]} if "negative_prompt" in guided else {}
+    assert family.draw(pipe, two, **{**guided, **named}).shape[0] == 2
     rows = pipe.gate_weights().where(network="transformer")
     assert {row.step for row in rows} == {0, 1}
-    assert {row.branch for row in rows} == {"prompt", "negative"}
+    assert {row.branch for row in rows} == {"prompt", *(["negative"] if guided else [])}
     assert {row.entry for row in rows} == {0, 1}
     assert set(family.known.blocks) <= {row.group for row in rows}
-    if not family.known.guided:
+    if not named:
         return
 
     def weights(prompt: Any, negative: Any, branch: str, entry: int) -> list[float]:

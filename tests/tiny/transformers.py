@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers import (
     ChromaTransformer2DModel,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     ZImageTransformer2DModel,
@@ -84,6 +85,21 @@ def sd3_inputs(size: int = 8, text: int = 333) -> dict[str, Tensor]:
     }
 
 
+def make_flux2(**settings: Any) -> Flux2Transformer2DModel:
+    torch.manual_seed(9)
+    given = {**BLOCKS, "axes_dims_rope": (4, 4, 4, 4), "timestep_guidance_channels": 32, **settings}
+    return filled(Flux2Transformer2DModel(**given))
+
+
+def flux2_inputs(size: int = 8, text: int = TEXT) -> dict[str, Tensor]:
+    """Latents are packed outside: a token for each of their pixels."""
+    told = packed(size, text, patch=1)
+    del told["pooled_projections"]
+    words = torch.zeros(text, 4)
+    words[:, 3] = torch.arange(text)
+    return {**told, "img_ids": torch.nn.functional.pad(told["img_ids"], (0, 1)), "txt_ids": words}
+
+
 def make_z_image(**settings: Any) -> ZImageTransformer2DModel:
     torch.manual_seed(8)
     given = {
@@ -121,10 +137,10 @@ def places(rows: int, columns: int, picture: int = 0) -> Tensor:
     return ids.reshape(-1, 3)
 
 
-def packed(size: int, text: int = TEXT) -> dict[str, Tensor]:
+def packed(size: int, text: int = TEXT, patch: int = 2) -> dict[str, Tensor]:
     """What the FLUX family reads, of two pictures of (size, size) latents."""
     generator = torch.Generator().manual_seed(3)
-    side = size // 2
+    side = size // patch
     return {
         "hidden_states": torch.randn(2, side * side, 16, generator=generator),
         "encoder_hidden_states": torch.randn(2, text, 32, generator=generator),
@@ -194,6 +210,7 @@ def fused(network: nn.Module) -> nn.Module:
 KINDS: dict[type[nn.Module], Kind] = {
     FluxTransformer2DModel: Kind(make_flux, flux_inputs, fused),
     ChromaTransformer2DModel: Kind(make_chroma, chroma_inputs),
+    Flux2Transformer2DModel: Kind(make_flux2, flux2_inputs),
     SD3Transformer2DModel: Kind(make_sd3, sd3_inputs),
     ZImageTransformer2DModel: Kind(make_z_image, z_image_inputs, flattens=False),
 }

@@ -244,6 +244,14 @@ class Architecture(Protocol):
             flat: name without its slot's prefix, with "_" for ".".
         """
 
+    def fits(self, flat: str, outputs: int, inputs: int) -> bool:
+        """Whether a matrix of this name may have these dimensions, so far as they tell kinds apart.
+
+        Args:
+            flat: as for `read`; a name that is read.
+            outputs, inputs: of the file's matrix.
+        """
+
     def reader(self, sites: Sequence[Site]) -> Callable[[str], tuple[Place, ...]]:
         """As `read`, for the network with these matrices: the same places in the same order."""
 

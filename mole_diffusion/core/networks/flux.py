@@ -7,6 +7,7 @@ reads packed latents (diffusers, two by two pixels to a token) or latents as the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ..torch_state import is_compiling
 from .base import CONTEXT, DENOISER, EMBEDDING, JOINT, TOKENS, Base, Forward
 from .families import CHROMA, FLUX1
 from .patches import counting, grid_of, packed_tokens, patched_grid
-from .stacks import Blocks, Leaf, Stack
+from .stacks import Blocks, Inputs, Leaf, Stack
 from .transformers import KOHYA, PREFIXES, TRANSFORMER
 
 #: Tokens of a text, as pipelines pad it.
@@ -38,12 +39,12 @@ _SINGLE = (
     *(Leaf(f"attn.to_{x}", JOINT, "attn") for x in "qkv"),
     Leaf("proj_out", JOINT),
 )
-_IMAGE, _TEXT = ({f"attn.{name.format(x)}": 1 for x in "qkv"} for name in ("to_{}", "add_{}_proj"))
+IMAGE_ROWS, TEXT_ROWS = ({f"attn.{name.format(x)}": 1 for x in "qkv"} for name in ("to_{}", "add_{}_proj"))
 _NATIVE_DOUBLE: dict[str, str | Mapping[str, int]] = {
-    "attn.to_qkv": _IMAGE,
-    "attn.to_added_qkv": _TEXT,
-    "img_attn.qkv": _IMAGE,
-    "txt_attn.qkv": _TEXT,
+    "attn.to_qkv": IMAGE_ROWS,
+    "attn.to_added_qkv": TEXT_ROWS,
+    "img_attn.qkv": IMAGE_ROWS,
+    "txt_attn.qkv": TEXT_ROWS,
     "img_attn.proj": "attn.to_out.0",
     "txt_attn.proj": "attn.to_add_out",
     "img_mlp.0": "ff.net.0.proj",
@@ -53,18 +54,18 @@ _NATIVE_DOUBLE: dict[str, str | Mapping[str, int]] = {
     "img_mod.lin": "norm1.linear",
     "txt_mod.lin": "norm1_context.linear",
     # XLabs' processors.
-    "qkv_lora1": _IMAGE,
-    "qkv_lora2": _TEXT,
+    "qkv_lora1": IMAGE_ROWS,
+    "qkv_lora2": TEXT_ROWS,
     "proj_lora1": "attn.to_out.0",
     "proj_lora2": "attn.to_add_out",
 }
 _NATIVE_SINGLE: dict[str, str | Mapping[str, int]] = {
-    "attn.to_qkv": _IMAGE,
-    "linear1": {**_IMAGE, "proj_mlp": 4},
+    "attn.to_qkv": IMAGE_ROWS,
+    "linear1": {**IMAGE_ROWS, "proj_mlp": 4},
     "linear2": "proj_out",
     "modulation.lin": "norm.linear",
     # XLabs' processors.
-    "qkv": _IMAGE,
+    "qkv": IMAGE_ROWS,
     "proj": "proj_out",
 }
 _EMBEDDERS = {"time_in": "timestep", "guidance_in": "guidance", "vector_in": "text"}
@@ -83,38 +84,54 @@ _NATIVE_ROOT = {
 _pictures = WeakTensorKeyDictionary()
 
 
-def _read(args: tuple[Any, ...], kwargs: Mapping[str, Any], given: tuple[int, int] | None) -> Forward:
-    """Packed latents (B, L, c) with ids of places, or latents (B, C, H, W)."""
+def reading(patch: int) -> Inputs:
+    """What the inputs of a network say: packed latents (B, L, c) with ids of places, or latents (B, C, H, W).
+
+    Args:
+        patch: side of the square of latent pixels that is one token.
+    """
+    return partial(_read, patch=patch)
+
+
+def _read(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], given: tuple[int, int] | None, *, patch: int
+) -> Forward:
     first = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
     if not isinstance(first, Tensor):
         return Forward()
     if first.dim() == 3:
-        return _read_packed(first, args, kwargs, given)
+        return _read_packed(first, args, kwargs, given, patch)
     time = args[1] if len(args) > 1 else kwargs.get("timestep", kwargs.get("timesteps"))
     text = args[2] if len(args) > 2 else kwargs.get("context")
-    grid = patched_grid(first.shape[-2:])
+    grid = patched_grid(first.shape[-2:], patch)
     references = sum(
         rows * columns
         for one in kwargs.get("ref_latents") or ()
-        for rows, columns in [patched_grid(one.shape[-2:])]
+        for rows, columns in [patched_grid(one.shape[-2:], patch)]
     )
     size = (first.shape[-2], first.shape[-1])
     return _forward(time, text, size, grid, grid[0] * grid[1] + references, references, first)
 
 
 def _read_packed(
-    image: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any], given: tuple[int, int] | None
+    image: Tensor,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    given: tuple[int, int] | None,
+    patch: int,
 ) -> Forward:
     text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
     ids, tokens = kwargs.get("img_ids"), image.shape[1]
     own, grid = tokens, None
-    if given is not None:
-        grid = patched_grid(given)
+    if kwargs.get("kv_cache_mode") is not None:
+        pass  # pictures that are shown stand in front, and only in the first step
+    elif given is not None:
+        grid = patched_grid(given, patch)
         own = grid[0] * grid[1]
     elif isinstance(ids, Tensor) and not is_compiling():
         own, grid = _picture(ids)
     references = tokens - own if own <= tokens else 0
-    size = given or (None if grid is None else (2 * grid[0], 2 * grid[1]))
+    size = given or (None if grid is None else (patch * grid[0], patch * grid[1]))
     read = _forward(kwargs.get("timestep"), text, size, grid, tokens, references, image)
     mask = kwargs.get("attention_mask")
     if isinstance(mask, Tensor) and isinstance(text, Tensor):
@@ -210,7 +227,14 @@ FLUX = Stack(
             "Chroma's distilled_guidance_layer makes the modulation of all blocks at once and is not gated",
         ),
     ),
-    inputs=_read,
+    # Of files that FLUX.2's have the same names in.
+    ratios={
+        **{f"{stream}_mlp.0": (4, 1) for stream in ("img", "txt")},
+        **{f"{stream}_mlp.2": (1, 4) for stream in ("img", "txt")},
+        "linear1": (7, 1),
+        "linear2": (1, 5),
+    },
+    inputs=reading(patch=2),
     counter=counting(TOKENS_OF_A_TEXT),
     kohya=KOHYA,
     tell=_tell,

@@ -1,4 +1,4 @@
-"""Grids of image tokens where two by two pixels of a latent are one token."""
+"""Grids of image tokens where squares of a latent's pixels are one token, most often two by two."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ..errors import ConfigError
 from .base import CONTEXT
 
 
-def patched_grid(size: Sequence[int]) -> tuple[int, int]:
-    """(height, width) in tokens of a latent, whose odd sides are padded."""
+def patched_grid(size: Sequence[int], patch: int = 2) -> tuple[int, int]:
+    """(height, width) in tokens of a latent, whose sides are padded to whole patches."""
     height, width = size
-    return (height + 1) // 2, (width + 1) // 2
+    return -(-height // patch), -(-width // patch)
 
 
 def grid_of(grid: tuple[int, int]) -> Callable[[int], tuple[int, int] | None]:
@@ -21,11 +21,14 @@ def grid_of(grid: tuple[int, int]) -> Callable[[int], tuple[int, int] | None]:
     return lambda tokens: grid if tokens == grid[0] * grid[1] else None
 
 
-def counting(tokens_of_a_text: int) -> Callable[[nn.Module, str, tuple[int, int] | int | None], int]:
+def counting(
+    tokens_of_a_text: int, patch: int = 2
+) -> Callable[[nn.Module, str, tuple[int, int] | int | None], int]:
     """The `counter` of a network that reads texts and patched latents, for pooling "flatten".
 
     Args:
         tokens_of_a_text: as pipelines pad it.
+        patch: side of the square that is one token.
     """
 
     def count(network: nn.Module, stream: str, given: tuple[int, int] | int | None) -> int:
@@ -35,7 +38,7 @@ def counting(tokens_of_a_text: int) -> Callable[[nn.Module, str, tuple[int, int]
             raise ConfigError(
                 "pooling='flatten' needs the latent's size: pass flatten_tokens=(height, width)."
             )
-        rows, columns = patched_grid(given)
+        rows, columns = patched_grid(given, patch)
         return rows * columns
 
     return count

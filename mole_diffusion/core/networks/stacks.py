@@ -104,6 +104,8 @@ class Stack:
         blocks: rows of blocks in execution order.
         names: other names of matrices outside all blocks, in networks and files.
         swapped: those of them whose rows have their halves in the other order.
+        ratios: name inside a block -> (outputs, inputs) of its matrix, cut down, where another kind of
+            network has matrices of the same name and other proportions.
         marker: pattern of a module's path that every such network has; "" for none.
         stranger: the same of one that none has, for kinds of networks with blocks of the same names.
         wrapper: name of a module that may stand around the blocks and belongs to no canonical name.
@@ -124,6 +126,7 @@ class Stack:
     after: tuple[Leaf, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)
     swapped: tuple[str, ...] = ()
+    ratios: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     marker: str = ""
     stranger: str = ""
     wrapper: str = ""
@@ -227,6 +230,15 @@ class Stack:
                 parts = row.parts[row.flat[match["leaf"]]]
                 return tuple(Place(f"{block}.{leaf}", share) for leaf, share in parts)
         return ()
+
+    def fits(self, flat: str, outputs: int, inputs: int) -> bool:
+        """See `Architecture`."""
+        for row, pattern in zip(self.blocks, self._flat_rows, strict=True):
+            match = pattern.match(flat)
+            ratio = self.ratios.get(row.flat.get(match["leaf"], "")) if match else None
+            if ratio is not None:
+                return outputs * ratio[1] == inputs * ratio[0]
+        return True
 
     def why_not(self, flat: str) -> str | None:
         """See `Architecture`."""

@@ -8,6 +8,7 @@ from mole_diffusion.core.errors import TrainingError
 from mole_diffusion.pictures.denoisers.diffusion import DiffusionDenoiser
 from mole_diffusion.pictures.denoisers.flow import FlowDenoiser
 from mole_diffusion.pictures.denoisers.flux import ChromaDenoiser, FluxDenoiser
+from mole_diffusion.pictures.denoisers.flux2 import Flux2Denoiser
 from mole_diffusion.pictures.denoisers.sd3 import SD3Denoiser
 from mole_diffusion.pictures.denoisers.z_image import ZImageDenoiser
 
@@ -15,6 +16,7 @@ from mole_diffusion.pictures.denoisers.z_image import ZImageDenoiser
 _FAMILIES: dict[str, type[FlowDenoiser]] = {
     "FluxTransformer2DModel": FluxDenoiser,
     "ChromaTransformer2DModel": ChromaDenoiser,
+    "Flux2Transformer2DModel": Flux2Denoiser,
     "SD3Transformer2DModel": SD3Denoiser,
     "ZImageTransformer2DModel": ZImageDenoiser,
 }

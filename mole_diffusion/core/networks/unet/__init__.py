@@ -63,6 +63,10 @@ class UNet:
         """See `Architecture`; LDM's names are read for two residual blocks per level."""
         return read(flat, SD_LAYERS)
 
+    def fits(self, flat: str, outputs: int, inputs: int) -> bool:
+        """See `Architecture`: no other kind has these names."""
+        return True
+
     def reader(self, sites: Sequence[Site]) -> Callable[[str], tuple[Place, ...]]:
         """See `Architecture`; LDM's names depend on the network's levels."""
         return partial(read, layers=layers_of(sites) or SD_LAYERS)
