@@ -143,6 +143,7 @@ class MoLEForSeq2SeqLM(Seq2SeqExperts):
         active_experts: Sequence[str] | None = None,
         expert_scales: Mapping[str, float] | None = None,
         mixture: MixtureWord = "gates",
+        top_k: int | None = None,
         **options: Any,
     ) -> list[str]:
         """Texts in, texts out.
@@ -151,13 +152,19 @@ class MoLEForSeq2SeqLM(Seq2SeqExperts):
             texts: what the model is to read.
             batch_size: how many at a time; the answers do not depend on it.
             active_experts, expert_scales, mixture: see `active`.
+            top_k: how many experts each text is left with, by the encoder's gates (see
+                `selection.preselected`); None for all.
             options: for `generate`; by default it is greedy, up to 64 tokens.
 
         Raises:
-            ConfigError: there is no tokenizer.
+            ConfigError: there is no tokenizer, or `top_k` is asked for without gates.
         """
         tokenizer = self.need_tokenizer("answer")
         sources = [texts] if isinstance(texts, str) else list(texts)
+        if top_k is not None:
+            if mixture != "gates":
+                raise ConfigError(f"top_k goes by the gates, and mixture is {mixture!r}")
+            return self._answer_by_few(sources, top_k, batch_size, active_experts, expert_scales, options)
         settings = {"max_new_tokens": 64, "do_sample": False, **options}
         found: list[str] = []
         for start in range(0, len(sources), batch_size):
@@ -168,6 +175,32 @@ class MoLEForSeq2SeqLM(Seq2SeqExperts):
             )  # fmt: skip
             found += [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
         return found
+
+    def _answer_by_few(
+        self,
+        texts: Sequence[str],
+        count: int,
+        batch_size: int,
+        active: Sequence[str] | None,
+        scales: Mapping[str, float] | None,
+        options: Mapping[str, Any],
+    ) -> list[str]:
+        """As `answer`, each text with the few experts that are chosen for it."""
+        from mole_diffusion.text.selection import grouped, preselected
+
+        self.need_experts("answer with top_k")
+        choices: list[tuple[str, ...]] = []
+        for start in range(0, len(texts), batch_size):
+            own = texts[start : start + batch_size]
+            choices += preselected(self, own, count, active=active, scales=scales)
+        found = dict[int, str]()
+        for names, indices in grouped(choices).items():
+            answers = self.answer(
+                [texts[index] for index in indices],
+                batch_size=batch_size, active_experts=names, expert_scales=_of(scales, names), **options,
+            )  # fmt: skip
+            found.update(zip(indices, answers, strict=True))
+        return [found[index] for index in range(len(texts))]
 
     def read(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Token ids and mask of texts, padded, where the model is."""
@@ -246,6 +279,11 @@ class MoLEForSeq2SeqLM(Seq2SeqExperts):
         if name == "model":
             raise AttributeError(name)
         return getattr(self.model, name)
+
+
+def _of(scales: Mapping[str, float] | None, names: Sequence[str]) -> Mapping[str, float] | None:
+    """The scales of some experts."""
+    return None if scales is None else {name: scale for name, scale in scales.items() if name in names}
 
 
 def tell_of_wrong_scaling(source: str | Path, model: nn.Module, options: Mapping[str, Any]) -> None:

@@ -41,7 +41,7 @@ def protocol(make: Make, adapters: list[Path], tmp_path: Path) -> Path:
         "model": str(tmp_path / "base"),
         "experts": [str(path) for path in adapters[:2]],
         "files": {"copying": {"test": str(data), "train": str(data)}},
-        "methods": {kind: {"kind": kind} for kind in kinds},
+        "methods": {**{kind: {"kind": kind} for kind in kinds}, "few": {"kind": "gates", "top_k": 1}},
         "training": {"iterations": 3, "batch_size": 2},
         "seeds": 2,
         "tokens": 6,
@@ -56,7 +56,7 @@ def test_every_method_answers_every_item_once(protocol: Path, tmp_path: Path) ->
     table = evaluate_texts(found, tmp_path / "out", device=cpu, say=lambda _: None, shown=False)
     assert set(table["all"]) == set(found.methods)
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
-    assert len(rows) == 6 * (8 + 3 * 2)
+    assert len(rows) == 6 * (8 + 4 * 2)
     assert table["all"]["alone"]["score"].mean >= table["all"]["none"]["score"].mean
     answers = {method: [r["answer"] for r in rows if r["method"] == method] for method in found.methods}
     assert answers["la"] != answers["none"] != answers["pems"]
@@ -75,7 +75,7 @@ def test_protocols_that_ship_name_what_there_is() -> None:
     for name in text_protocols():
         protocol = load_text_protocol(name)
         assert set(protocol.tasks) <= {**EXPERTS, **UNSEEN}.keys()
-        assert protocol.baseline in protocol.methods or name == "text-table5"
+        assert protocol.baseline in protocol.methods
         for variant in protocol.methods.values():
             assert variant.trained_on is None or variant.trained_on in EXPERTS
     table3 = load_text_protocol("text-table3")
@@ -84,6 +84,15 @@ def test_protocols_that_ship_name_what_there_is() -> None:
     table6 = load_text_protocol("text-table6")
     small, large = (table6.experts_for("sorting", Variant(kind="gates", drawn=n)) for n in (8, 24))
     assert large[:8] == small
+    all_of_them = table6.experts_for("sorting", Variant(kind="gates", drawn=128))
+    assert all_of_them[:24] == large
+    assert len(set(all_of_them)) == 128
+    with pytest.raises(ConfigError, match="drawn is 129; there are 128 experts for 'sorting'"):
+        table6.experts_for("sorting", Variant(kind="gates", drawn=129))
+    short = load_text_protocol("text-table6-short")
+    assert (short.training["iterations"], short.training["batch_size"], short.seeds) == (200, 12, 1)
+    with pytest.raises(ConfigError, match="top_k goes by gates, and kind is 'nla'"):
+        load_text_protocol_from({"title": "x", "methods": {"a": {"kind": "nla", "top_k": 2}}})
     with pytest.raises(ConfigError, match="kind 'magic' is none of"):
         load_text_protocol_from({"title": "x", "methods": {"a": {"kind": "magic"}}})
 

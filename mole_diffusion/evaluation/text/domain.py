@@ -24,6 +24,7 @@ from mole_diffusion.evaluation.table import ALL, Table, make_table, to_csv, to_g
 from mole_diffusion.evaluation.text.protocol import STARTER, TextProtocol, TextTask, Variant, plain
 from mole_diffusion.evaluation.text.scorers import scores_of
 from mole_diffusion.starter.text.location import text_experts
+from mole_diffusion.starter.text.more import MORE
 from mole_diffusion.text import MoLEForSeq2SeqLM, TextTrainingConfig
 from mole_diffusion.text.merging import Merged, alone, lorahub, mix_factors, pems, searched, tuned
 
@@ -49,6 +50,8 @@ _SEEDED = ("gates", "lorahub", "searched", "oracle")
 _BATCH = 50
 # A step of training is a forward and a backward pass, which is worth two.
 _PASSES = 3
+# The starter's experts have it, and factors can be mixed where all have the same.
+_RANK = 4
 
 
 @dataclass(frozen=True)
@@ -145,8 +148,9 @@ class Texts:
         with self._experts(batch, variant), self._mixed(batch, variant) as mixture:
             texts = [one.source for one in task.test]
             answers = self._model.answer(
-                texts, batch_size=_BATCH, mixture=mixture, max_new_tokens=self._protocol.tokens
-            )
+                texts, batch_size=_BATCH, mixture=mixture, top_k=variant.top_k,
+                max_new_tokens=self._protocol.tokens,
+            )  # fmt: skip
             weights = {label: w for (label,), w in self._model.gate_weights().mean("expert").items()}
         seconds = (time.monotonic() - start) / len(rows)
         made = []
@@ -193,10 +197,11 @@ class Texts:
 
     @cached_property
     def _model(self) -> MoLEForSeq2SeqLM:
-        source = self._protocol.model
-        model = (
-            MoLEForSeq2SeqLM.from_starter() if source == STARTER else MoLEForSeq2SeqLM.from_pretrained(source)
-        )
+        source, dtype = self._protocol.model, getattr(torch, self._protocol.dtype)
+        if source == STARTER:
+            model = MoLEForSeq2SeqLM.from_starter(dtype=dtype)
+        else:
+            model = MoLEForSeq2SeqLM.from_pretrained(source, dtype=dtype)
         model.model.to(self._device)
         return model
 
@@ -226,10 +231,25 @@ class Texts:
         self._model.eject()
         self._model.configure(form)
         if names:
-            known = text_experts() if self._protocol.model == STARTER else {}
-            self._model.load_experts({Path(name).name: known.get(name, name) for name in names})
+            sources = {Path(name).name: self._source(name) for name in names}
+            self._model.load_experts(sources)
         yield
         self._model.eject()
+
+    def _source(self, name: str) -> str | Path:
+        """Where an expert lies; one of `starter.text.more` is trained first."""
+        if self._protocol.model != STARTER:
+            return name
+        folder = self._out / "experts" / name
+        if name in MORE and not (folder / "adapter_config.json").is_file():
+            from mole_diffusion.text.expert_training import TextExpertConfig, train_expert
+
+            settings = {"rank": _RANK, **self._protocol.trained_experts, "progress": False}
+            config = TextExpertConfig(**settings)
+            examples = MORE[name].examples(self._protocol.train, "expert", held_out=False)
+            pairs = [(one.source, one.target) for one in examples]
+            train_expert(self._model.model, self._model.tokenizer, pairs, folder, config)
+        return folder if name in MORE else text_experts().get(name, name)
 
     @contextmanager
     def _mixed(self, batch: TextBatch, variant: Variant) -> Iterator[Any]:
@@ -279,7 +299,7 @@ class Texts:
         from mole_diffusion.text.expert_training import TextExpertConfig, train_expert
 
         examples = [(one.source, one.target) for one in self._task(batch.place).train]
-        config = TextExpertConfig(rank=4, seed=batch.seed, progress=False)
+        config = TextExpertConfig(rank=_RANK, seed=batch.seed, progress=False)
         train_expert(self._model.model, self._model.tokenizer, examples, self._kept(batch).parent, config)
 
     def _search(self, batch: TextBatch, variant: Variant) -> Merged:

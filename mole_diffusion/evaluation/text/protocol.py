@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.evaluation.protocol import Part, chosen, find_protocol, read_protocol, shipped
+from mole_diffusion.starter.text.more import MORE
 from mole_diffusion.starter.text.tasks import EXPERTS, JOINT, UNSEEN
 from mole_diffusion.starter.text.words import Example
 
@@ -47,6 +48,7 @@ class Variant(Part):
         gates, training: changes of the form of gates, and of their training.
         drawn: another number of experts.
         trained_on: another task that gates are trained on.
+        top_k: for "gates": how many experts each text is left with; see `text.selection`.
         layers: for "layers", from which to which share of the blocks.
         same_budget: for "lorahub" and "searched": as many passes as the gates' training.
     """
@@ -56,6 +58,7 @@ class Variant(Part):
     training: dict[str, Any] = Field(default_factory=dict)
     drawn: int | None = None
     trained_on: str | None = None
+    top_k: int | None = Field(None, ge=1)
     layers: tuple[float, float] = (0.0, 1.0)
     same_budget: bool = False
 
@@ -63,6 +66,8 @@ class Variant(Part):
     def _known(self) -> Variant:
         if self.kind not in KINDS:
             raise ValueError(f"kind {self.kind!r} is none of {', '.join(KINDS)}")
+        if self.top_k is not None and self.kind != "gates":
+            raise ValueError(f"top_k goes by gates, and kind is {self.kind!r}")
         return self
 
 
@@ -92,8 +97,10 @@ class TextProtocol(Part):
         files: name -> a task in files.
         experts: names or sources that are always there.
         own: whether each task's own expert is there too.
-        drawn: how many experts there are in all: those missing are drawn from the starter, always the same
-            ones, and fewer are among more.
+        drawn: how many experts there are in all: those missing are drawn from the starter and then from
+            `starter.text.more`, always the same ones, and fewer are among more.
+        trained_experts: settings of `TextExpertConfig` for experts that do not come with the starter, which
+            are trained where they are asked for.
         methods: name in the table -> what it is.
         seeds: trainings of everything that is trained.
         items: held-out items of each task.
@@ -101,6 +108,7 @@ class TextProtocol(Part):
         shots: examples that weights are searched on.
         gates, training: form of the gates, and their training.
         tokens: most tokens of an answer.
+        dtype: of the model.
         baseline: the method that win rates are against.
     """
 
@@ -111,6 +119,7 @@ class TextProtocol(Part):
     experts: tuple[str, ...] = ()
     own: bool = False
     drawn: int = 0
+    trained_experts: dict[str, Any] = Field(default_factory=dict)
     methods: dict[str, Variant]
     seeds: int = Field(3, ge=1)
     items: int = Field(200, ge=1)
@@ -119,6 +128,7 @@ class TextProtocol(Part):
     gates: dict[str, Any] = Field(default_factory=dict)
     training: dict[str, Any] = Field(default_factory=dict)
     tokens: int = Field(24, ge=1)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     baseline: str = "nla"
 
     def restricted(
@@ -165,7 +175,11 @@ class TextProtocol(Part):
         )
 
     def experts_for(self, task: str, variant: Variant) -> tuple[str, ...]:
-        """The experts of a task, in the order of the gates' rows."""
+        """The experts of a task, in the order of the gates' rows.
+
+        Raises:
+            ConfigError: more are to be drawn than there are.
+        """
         found = list(self.experts)
         if self.own and task in EXPERTS and task not in found:
             found.append(task)
@@ -174,7 +188,13 @@ class TextProtocol(Part):
         if not self.own and task in pool:
             pool.remove(task)
         Random(f"experts beside {task if self.own else 'all'}").shuffle(pool)
-        return tuple(found + pool[: max(0, wanted - len(found))])
+        more = list(MORE)
+        Random("more experts").shuffle(more)
+        pool += more
+        missing = max(0, wanted - len(found))
+        if missing > len(pool):
+            raise ConfigError(f"drawn is {wanted}; there are {len(found) + len(pool)} experts for {task!r}")
+        return tuple(found + pool[:missing])
 
 
 @dataclass(frozen=True)
