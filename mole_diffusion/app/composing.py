@@ -211,8 +211,10 @@ class _Drawing:
     count: int
 
     def draw(self, index: int, request: ComposeRequest, name: str, mixture: Any) -> Picture:
-        """Draw with one mixture and keep the picture."""
+        """Draw with one mixture and keep the picture; without trained gates, those of the prompt."""
         setup = self.setup
+        if name == "gates":
+            name = mixture = self.pipe.usual_mixture
         note = "Drawing" if self.count == 1 else f"Drawing {index + 1} of {self.count}"
         first, total = index * request.steps, self.count * request.steps
         after = step_callback(self.pipe, self.job, request.steps, first, total, note)
@@ -228,7 +230,7 @@ class _Drawing:
         with sampling(pipe, request.sampler):
             image: Image.Image = pipe(**settings, callback_on_step_end=after).images[0]
             sampled = sampler_of(pipe)
-        if settings["mixture"] == "gates":
+        if settings["mixture"] in ("gates", "auto"):
             self.session.weights, self.session.weights_of = pipe.gate_weights(), setup.names
         return self._keep(request, name, image, sampled)
 

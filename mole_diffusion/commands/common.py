@@ -189,8 +189,14 @@ def say_composition(pipe: StableDiffusionMoLEPipeline, mixture: Any = "gates", n
     scales = {name: pipe.experts[name].scale for name in active}
     shown = listed([name if scale == 1 else f"{name} x {scale:g}" for name, scale in scales.items()])
     trained = any(one.is_trained for one in pipe.mixtures.values())
-    ways = {"la": "each in full (LA)", "nla": "each at an equal share (NLA)"}
-    if mixture != "gates":
+    ways = {
+        "auto": "where the prompt puts them (auto, no training); `mole train-gates` trains gates",
+        "la": "each in full (LA)",
+        "nla": "each at an equal share (NLA)",
+    }
+    if mixture == "auto" and len(active) == 1:
+        way = "alone"
+    elif mixture != "gates":
         way = ways.get(mixture, f"mixed by {mixture}") if isinstance(mixture, str) else "mixed as prepared"
     elif len(active) == 1:
         way = "alone"

@@ -66,7 +66,7 @@ def export(
     check_writable(file.parent)
     say(f"Loading {model} ...")
     pipe = open_pipeline(model, choices, gates, device)
-    say_composition(pipe, names=names)
+    say_composition(pipe, "gates", names)
     for prompt in prompts:
         say_unnamed(pipe, prompt, names)
     import torch

@@ -50,14 +50,15 @@ def generate(
     gates: GatesOption = None,
     active: ActiveOption = None,
     mixture: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="WORD|FOLDER",
-            help="gates (trained), la (every expert in full), nla (every expert at 1/N), none (the base"
+            help="gates (trained), auto (no training: words and places find their experts by the prompt), la"
+            " (every expert in full), nla (every expert at 1/N), none (the base"
             " alone), switch (one expert per step), composite (mean of their predictions), or a folder that"
-            " `mole baseline` wrote.",
+            " `mole baseline` wrote; default: gates where there are trained ones, else auto.",
         ),
-    ] = "gates",
+    ] = None,
     seed: Annotated[
         str, typer.Option("--seed", "--seeds", help="Seed of the noise; 0,1,2 draws a picture for each.")
     ] = "0",
@@ -99,10 +100,12 @@ def generate(
     if image is not None and int(steps * denoising) < 1:
         raise ConfigError(f"{steps} steps at --denoising {denoising:g} draw nothing: raise one of the two")
     check_writable(out.parent)
-    chosen = _read_mixture(mixture)
+    chosen = None if mixture is None else _read_mixture(mixture)
     begin = None if image is None else open_picture(image)
     say(f"Loading {model} ...")
     pipe = open_pipeline(model, choices, gates, device)
+    if chosen is None or mixture is None:
+        chosen = mixture = pipe.usual_mixture
     say_composition(pipe, chosen, names)
     say_unnamed(pipe, prompt, names)
     if begin is not None:

@@ -14,7 +14,7 @@ from mole_diffusion.core.auto import Auto, AutoSettings
 from mole_diffusion.core.errors import UnknownExpertError
 from mole_diffusion.core.experts import Expert
 from mole_diffusion.core.mixture_set import Choice
-from mole_diffusion.core.phrases import names_phrase, without_article
+from mole_diffusion.core.phrases import STYLE, kind_of, names_phrase, without_article
 from mole_diffusion.core.words import places_of
 from mole_diffusion.pictures.choosing import Request, register
 from mole_diffusion.pictures.components import tokenizers_of
@@ -22,8 +22,6 @@ from mole_diffusion.pictures.components import tokenizers_of
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
-#: What `mole.kind` in the header of a file calls experts that change the whole picture.
-_EVERYWHERE = ("style", "light")
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,8 @@ class AutoMixture:
 
     def is_style(self, expert: Expert) -> bool:
         """Whether an expert changes the whole picture."""
-        return expert.name in self.everywhere or expert.metadata.get("mole.kind") in _EVERYWHERE
+        kind = kind_of(self.calls(expert)[0], expert.metadata.get("mole.kind", ""))
+        return expert.name in self.everywhere or kind == STYLE
 
 
 class PromptReader(Auto):

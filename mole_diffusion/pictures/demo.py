@@ -211,7 +211,7 @@ def _rows_before(artist: _Artist, n_experts: int) -> list[GridRow]:
         artist.row("no expert", "the base model", seeds, mixture="none"),
         artist.row("LA", "linear arithmetic: every expert in full", mixture="la"),
         artist.row("NLA", f"normalised: every expert at 1/{n_experts}", mixture="nla"),
-        artist.row("fresh gates", "before training", mixture="gates"),
+        artist.row("auto", "no training: words and places by the prompt", mixture="auto"),
     ]
 
 

@@ -63,7 +63,8 @@ def test_waiting_requests_keep_their_experts_gates_regions_and_seed(studio: Stud
         mask.paste(0, (0, 0, 64, 64))
         session.set_gates(session.cards, Gates(Path("nowhere")))
     assert [drawn_with(job) for job in waiting] == [["boot", "clock", "monster"], ["boot", "cat"], ["dog"]]
-    assert [job.result[0].settings.gates for job in waiting] == ["trained", "fresh", "fresh"]
+    drawn = [(job.result[0].settings.mixture, job.result[0].settings.gates) for job in waiting]
+    assert drawn == [("gates", "trained"), ("auto", ""), ("gates", "fresh")]
     first, again = alone.result[0], waiting[0].result[0]
     assert again.settings == first.settings
     assert first.settings.gates_sha256

@@ -38,7 +38,7 @@ def test_programs_compose_train_and_export(client: Client) -> None:
     )
     settings = read_settings(file)
     assert settings == PictureSettings.from_json(facts["settings"])
-    assert (settings.seed, settings.gates) == (4, "fresh")
+    assert (settings.seed, settings.mixture, settings.gates) == (4, "auto", "")
     assert [(use.name, use.strength) for use in settings.experts] == [("boot", 0.5), ("clock", 1.0)]
     with Image.open(file) as picture:
         assert picture.size == (128, 128)

@@ -114,6 +114,9 @@ def test_commands_say_what_they_compose_with(options, tmp_path):
     out = tmp_path / "p.png"
     result = run("generate", "a boot", *options, "--steps", 1, "--out", out)
     said = " ".join(result.stderr.split())
+    assert "Composing boot and cat x 0.5, where the prompt puts them (auto, no training)" in said
+    result = run("generate", "a boot", *options, "--steps", 1, "--mixture", "gates", "--out", out)
+    said = " ".join(result.stderr.split())
     assert "Composing boot and cat x 0.5, without trained gates, so each at an equal share (NLA)" in said
     result = run("generate", "a boot", *options, "--steps", 1, "--mixture", "la", "--out", out)
     assert "each in full (LA)." in result.stderr

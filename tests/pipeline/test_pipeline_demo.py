@@ -69,7 +69,7 @@ def test_demo_writes_grid_figures_and_gates(starter: Path, tmp_path: Path) -> No
         "no expert",
         "LA",
         "NLA",
-        "fresh gates",
+        "auto",
         "trained gates",
         "without boot",
         "without cat",
@@ -79,7 +79,7 @@ def test_demo_writes_grid_figures_and_gates(starter: Path, tmp_path: Path) -> No
     assert [len(row.pictures) for row in result.rows] == [3, *([2] * 9)]
     assert result.rows[0].captions == ["red boot", "red cat", "red clock"]
     pictures = {row.label: np.asarray(row.pictures[0], dtype=float) for row in result.rows[1:]}
-    for label in ("no expert", "NLA", "fresh gates", "without boot", "region masks"):
+    for label in ("no expert", "NLA", "auto", "without boot", "region masks"):
         assert np.abs(pictures[label] - pictures["trained gates"]).max() > 0, label
     assert set(result.files) == {"picture grid", "gate heat map", "entropy curve", "gates"}
     for name, path in result.files.items():

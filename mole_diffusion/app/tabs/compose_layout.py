@@ -11,6 +11,7 @@ from mole_diffusion.starter.location import GUIDANCE
 
 MIXTURES = {
     "Gates": "gates",
+    "Auto (no training)": "auto",
     "All in full (LA)": "la",
     "Averaged (NLA)": "nla",
     "Base model only": "none",
@@ -24,8 +25,10 @@ _WORDS = """
 <dt>Expert</dt><dd>one LoRA; its phrase has the trigger word it was trained on</dd>
 <dt>Gates</dt><dd>small networks that decide, place by place and word by word, how much each expert counts;
 they are trained for a set of experts and leave the LoRAs as they are</dd>
+<dt>Auto</dt><dd>gates without training: words go to their experts by the prompt, places by what looks at
+those words; used until gates are trained for the set</dd>
 <dt>LA</dt><dd>linear arithmetic: all experts added up in full</dd>
-<dt>NLA</dt><dd>the same, each at an equal share (1/N): what experts without trained gates do</dd>
+<dt>NLA</dt><dd>the same, each at an equal share (1/N)</dd>
 <dt>Region</dt><dd>where an expert counts; what stands there is still up to prompt and seed</dd>
 <dt>Entropy</dt><dd>how undecided gates are: 0 where one counts alone, highest where all count equally</dd>
 </dl></details>
