@@ -15,6 +15,7 @@ from .errors import InjectionError
 from .gates import BASE, Gate, Group
 from .matrices import Bundle, MatrixPlan, MatrixSlot, output_tokens
 from .networks.base import CONTEXT, EMBEDDING, JOINT, TOKENS, Architecture, streams_of
+from .routing import KEYS
 from .torch_state import as_type, in_backward, is_compiling, on_device, without_autocast
 
 
@@ -157,7 +158,11 @@ class MatrixHook:
         z = self.bundle.project(slot, x, device, dtype)
         if plan.columns is not None:
             z = z.index_select(-1, plan.columns)
-        weights = route.weights(slot.route_factors(route, device), as_type(z, torch.float32), plan.owners)
+        if route.kind == KEYS:
+            rows = output_tokens(slot.module, x).flatten(0, -2)
+            weights = route.keyed(slot.name, as_type(rows, torch.float32), plan.owners)
+        else:
+            weights = route.weights(slot.route_factors(route, device), as_type(z, torch.float32), plan.owners)
         if context.activation.scales is not None:
             weights = weights * on_device(context.activation.scales, device)
         return functional.add_mixed_delta(

@@ -1,20 +1,22 @@
-"""Routes: how a matrix weighs the experts by itself, token by token, without gates and without training.
+"""Routes: how a matrix weighs the experts by itself, token by token, without gates trained for the set.
 
-All in rank space, where the products with the down factors are there already.
+"arrow" and "energy" are all in rank space, where the products with the down factors are there already.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import ConfigError
 from .factors import LoraFactors
 
 ROUTES = ("arrow", "energy")
+KEYS = "keys"
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,12 @@ class Route:
 
     Args:
         kind: "arrow": how far the token points along the direction that an expert answers most to, the first
-            right singular vector of its delta (Ostapenko et al. 2024; as PEFT's `create_arrow_model`); or
-            "energy": how large the expert's whole answer is, for the size of its delta.
+            right singular vector of its delta (Ostapenko et al. 2024; as PEFT's `create_arrow_model`);
+            "energy": how large the expert's whole answer is, for the size of its delta; or "keys": how well
+            the token agrees with a key that each expert has for the matrix (PHATGOOSE, Muqeeth et al. 2024).
         top_k: how many experts share a token.
         temperature: tau of the softmax over their scores, above 0.
+        keys: for "keys": canonical name of each matrix -> (N, d_in) keys of all experts.
 
     Raises:
         ConfigError: a value is not allowed.
@@ -35,10 +39,14 @@ class Route:
     kind: str = "arrow"
     top_k: int = 3
     temperature: float = 1.0
+    keys: Mapping[str, Tensor] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        if self.kind not in ROUTES:
-            raise ConfigError(f"kind={self.kind!r} is not allowed; choose one of {', '.join(ROUTES)}.")
+        allowed = (*ROUTES, KEYS)
+        if self.kind not in allowed:
+            raise ConfigError(f"kind={self.kind!r} is not allowed; choose one of {', '.join(allowed)}.")
+        if (self.kind == KEYS) != (self.keys is not None):
+            raise ConfigError(f"kind={self.kind!r} {'needs' if self.kind == KEYS else 'has no'} keys.")
         if self.top_k < 1 or not self.temperature > 0:
             raise ConfigError(
                 f"top_k={self.top_k!r} and temperature={self.temperature!r}: the one must be at least 1, "
@@ -65,6 +73,29 @@ class Route:
             scores = ((z * factors) @ owners.T).abs()
         else:
             scores = ((z @ factors).square() @ owners.T).clamp_min(0.0).sqrt()
+        return self._shares(scores, owners)
+
+    def keyed(self, matrix: str, x: Tensor, owners: Tensor) -> Tensor:
+        """(M, N) shares of the experts by their keys, both normalised as by a LayerNorm without parameters.
+
+        Args:
+            matrix: canonical name.
+            x: (M, d_in) what the matrix reads, float32.
+            owners: (N, R) one-hot owner of each rank.
+
+        Raises:
+            ConfigError: there are no keys for the matrix, or of other sizes.
+        """
+        assert self.keys is not None
+        keys, expected = self.keys.get(matrix), (owners.shape[0], x.shape[-1])
+        if keys is None or tuple(keys.shape) != expected:
+            found = "none" if keys is None else f"keys of shape {tuple(keys.shape)}"
+            raise ConfigError(f"{matrix!r} needs keys of shape {expected} (experts, inputs), and has {found}")
+        width = x.shape[-1:]
+        rows, columns = F.layer_norm(x, width), F.layer_norm(keys.to(x), width)
+        return self._shares(rows @ columns.T / x.shape[-1] ** 0.5, owners)
+
+    def _shares(self, scores: Tensor, owners: Tensor) -> Tensor:
         scores = scores.masked_fill(~owners.any(-1), float("-inf"))
         chosen, places = scores.topk(min(self.top_k, int(owners.shape[0])), dim=-1)
         shares = torch.softmax(chosen / self.temperature, dim=-1)

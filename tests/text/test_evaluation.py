@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 
 from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.evaluation.text import domain
 from mole_diffusion.evaluation.text.domain import evaluate_texts, in_blocks
 from mole_diffusion.evaluation.text.protocol import Variant, load_text_protocol, text_protocols
 from mole_diffusion.evaluation.text.scorers import is_exact, scores_of
 from mole_diffusion.starter.text.tasks import EXPERTS, UNSEEN
+from mole_diffusion.text.phatgoose import KeyConfig
 
 from .conftest import Make
 from .test_training import examples
@@ -68,6 +71,23 @@ def test_every_method_answers_every_item_once(protocol: Path, tmp_path: Path) ->
     other = found.model_copy(update={"tokens": 7})
     with pytest.raises(ConfigError, match="other settings"):
         evaluate_texts(other, tmp_path / "out", device=cpu, say=lambda _: None, shown=False)
+
+
+def test_keys_are_learned_on_the_experts_own_tasks(
+    protocol: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**json.loads(protocol.read_text()), "methods": {"phatgoose": {"kind": "phatgoose"}}}
+    settings |= {"baseline": "phatgoose", "train": 12}
+    protocol.write_text(json.dumps(settings))
+    found, cpu = load_text_protocol(str(protocol)), torch.device("cpu")
+    with pytest.raises(ConfigError, match="phatgoose trains on the experts' own tasks; that of 'one' is not"):
+        evaluate_texts(found, tmp_path / "none", device=cpu, say=lambda _: None, shown=False)
+    for name in ("one", "two"):
+        monkeypatch.setitem(domain.EXPERTS, name, EXPERTS["boolean"])
+    monkeypatch.setattr(domain, "KeyConfig", partial(KeyConfig, iterations=2))
+    table = evaluate_texts(found, tmp_path / "out", device=cpu, say=lambda _: None, shown=False)
+    assert set(table["all"]) == {"phatgoose"}
+    assert {path.stem for path in (tmp_path / "out" / "keys").iterdir()} == {"one", "two"}
 
 
 def test_protocols_that_ship_name_what_there_is() -> None:

@@ -16,6 +16,7 @@ from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.routing import Route
 from mole_diffusion.text import MoLEForSeq2SeqLM
 from mole_diffusion.text.merging import alone, lorahub, mix_factors, pems, searched, tuned
+from mole_diffusion.text.phatgoose import KeyConfig, phatgoose, train_keys
 from mole_diffusion.text.selection import preselected
 
 from .conftest import Make, save_adapter
@@ -165,3 +166,62 @@ def test_few_of_many_are_chosen_by_the_encoders_gates(make: Make) -> None:
         model.answer(TEXTS, top_k=0)
     with pytest.raises(ConfigError, match="top_k goes by the gates, and mixture is 'nla'"):
         model.answer(TEXTS, top_k=1, mixture="nla")
+
+
+def test_phatgoose_routes_tokens_by_keys(make: Make) -> None:
+    model = make(2)
+    torch.manual_seed(2)
+    keys = {
+        name: {
+            matrix: torch.randn(f.down.shape[1]) for own in e.factors.values() for matrix, f in own.items()
+        }
+        for name, e in model.experts.items()
+    }
+    route = phatgoose(model, keys, top_k=1)
+    module = model.model.encoder.block[0].layer[0].SelfAttention.q
+    name, seen = "encoder.block.0.layer.0.SelfAttention.q", []
+    handle = module.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
+    batch = model.read(TEXTS)
+    logits(model, batch, mixture=route)
+    handle.remove()
+    x, output = seen[0]
+    # As their router: both normalised, scaled by the root of the width, the best of all experts.
+    normal = torch.nn.LayerNorm(16, elementwise_affine=False)
+    stacked = torch.stack([normal(keys[one][name]) for one in ("one", "two")])
+    best = (normal(x) @ stacked.T / 4.0).argmax(-1, keepdim=True)
+    assert 0 < best.float().mean() < 1
+    deltas = [
+        x @ (f.up @ f.down * f.scaling).T
+        for f in (e.factors["encoder"][name] for e in model.experts.values())
+    ]
+    expected = module.weight @ x.transpose(1, 2)
+    assert_close(output, expected.transpose(1, 2) + torch.where(best == 0, *deltas), rtol=1e-3, atol=1e-3)
+    settings = {**batch, "mixture": route, "max_new_tokens": 6}
+    assert torch.equal(model.generate(**settings), model.generate(**settings, use_cache=False))
+    assert_close(
+        logits(model, batch, mixture=route, active_experts=["two"]),
+        logits(make(2), batch, active_experts=["two"]),
+    )
+
+
+def test_keys_open_an_expert_to_what_it_was_made_for(make: Make) -> None:
+    model = make(2)
+    pairs = examples(model, "two")
+    base = logits(model, model.read(TEXTS))
+    found: list[float] = []
+    keys = train_keys(
+        model, model.tokenizer, "two", pairs,
+        KeyConfig(iterations=60, batch_size=6, learning_rate=0.1, progress=False),
+        callback=lambda event: found.append(event.row["loss"]),
+    )  # fmt: skip
+    assert set(keys) == {name for own in model.experts["two"].factors.values() for name in own}
+    # At first every matrix adds half of the expert.
+    assert found[0] == pytest.approx(loss(model, pairs, weights={"two": 0.5}), rel=1e-3)
+    assert found[-1] < 0.8 * found[0]
+    assert torch.equal(logits(model, model.read(TEXTS)), base)
+    with pytest.raises(ConfigError, match="these experts have no keys: one"):
+        phatgoose(model, {"two": keys})
+    with pytest.raises(ConfigError, match="no expert is called 'three'"):
+        train_keys(model, model.tokenizer, "three", pairs)
+    with pytest.raises(ConfigError, match="kind='keys' needs keys"):
+        Route("keys")

@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
+from mole_diffusion.core.checkpoint import write_safetensors
 from mole_diffusion.core.config import MoLEConfig
+from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.experts import Expert
 from mole_diffusion.evaluation import run
 from mole_diffusion.evaluation.results import write_text
@@ -25,8 +28,10 @@ from mole_diffusion.evaluation.text.protocol import STARTER, TextProtocol, TextT
 from mole_diffusion.evaluation.text.scorers import scores_of
 from mole_diffusion.starter.text.location import text_experts
 from mole_diffusion.starter.text.more import MORE
+from mole_diffusion.starter.text.tasks import EXPERTS
 from mole_diffusion.text import MoLEForSeq2SeqLM, TextTrainingConfig
 from mole_diffusion.text.merging import Merged, alone, lorahub, mix_factors, pems, searched, tuned
+from mole_diffusion.text.phatgoose import ExpertKeys, KeyConfig, phatgoose, train_keys
 
 TEXTS = Schema(
     items="answers",
@@ -277,12 +282,33 @@ class Texts:
         full = ("both", "own", "lorahub", "pems", "oracle", "layers")
         if kind in ("alone", "tuned", "searched"):
             yield self._weights(batch)
+        elif kind == "phatgoose":
+            yield phatgoose(model, {name: self._keys(name) for name in model.experts})
         else:
             yield "la" if kind in full else kind
 
     def _weights(self, batch: TextBatch) -> dict[str, float]:
         found: dict[str, float] = json.loads(self._kept(batch).read_text())["weights"]
         return found
+
+    def _keys(self, name: str) -> ExpertKeys:
+        """The keys of an expert, which are learned on its own task where they are not there yet.
+
+        Raises:
+            ConfigError: the task of the expert is not known.
+        """
+        path, tasks = self._out / "keys" / f"{name}.safetensors", {**EXPERTS, **MORE}
+        if not path.is_file():
+            if name not in tasks:
+                raise ConfigError(
+                    f"phatgoose trains on the experts' own tasks; that of {name!r} is not known"
+                )
+            examples = tasks[name].examples(self._protocol.train, "keys", held_out=False)
+            pairs = [(one.source, one.target) for one in examples]
+            found = train_keys(self._model, self._model.tokenizer, name, pairs, KeyConfig(progress=False))
+            path.parent.mkdir(exist_ok=True)
+            write_safetensors(path, {key: value.cpu() for key, value in found.items()}, {"mole.kind": "keys"})
+        return load_file(path)
 
     def _train_gates(self, batch: TextBatch, variant: Variant) -> None:
         settings = {**self._protocol.training, **variant.training, "seed": batch.seed, "progress": False}

@@ -28,6 +28,7 @@ KINDS = (
         "gates",
         "arrow",
         "energy",
+        "phatgoose",
         "alone",
         "tuned",
         "searched",
