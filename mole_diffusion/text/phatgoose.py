@@ -1,6 +1,7 @@
-"""PHATGOOSE: a key per expert and matrix, learned by each expert alone, chooses among them (Muqeeth et al. 2024).
+"""PHATGOOSE: a key per expert and matrix, learned by each expert alone, chooses among them.
 
-Nothing is trained for a set: keys of experts that never met go together (arXiv 2402.05859).
+Nothing is trained for a set: keys of experts that never met go together (Muqeeth et al. 2024,
+arXiv 2402.05859).
 """
 
 from __future__ import annotations

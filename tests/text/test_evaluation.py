@@ -80,7 +80,7 @@ def test_keys_are_learned_on_the_experts_own_tasks(
     settings |= {"baseline": "phatgoose", "train": 12}
     protocol.write_text(json.dumps(settings))
     found, cpu = load_text_protocol(str(protocol)), torch.device("cpu")
-    with pytest.raises(ConfigError, match="phatgoose trains on the experts' own tasks; that of 'one' is not"):
+    with pytest.raises(ConfigError, match="phatgoose trains on experts' own tasks; that of 'one' is not"):
         evaluate_texts(found, tmp_path / "none", device=cpu, say=lambda _: None, shown=False)
     for name in ("one", "two"):
         monkeypatch.setitem(domain.EXPERTS, name, EXPERTS["boolean"])

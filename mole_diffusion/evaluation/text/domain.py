@@ -300,15 +300,14 @@ class Texts:
         path, tasks = self._out / "keys" / f"{name}.safetensors", {**EXPERTS, **MORE}
         if not path.is_file():
             if name not in tasks:
-                raise ConfigError(
-                    f"phatgoose trains on the experts' own tasks; that of {name!r} is not known"
-                )
+                raise ConfigError(f"phatgoose trains on experts' own tasks; that of {name!r} is not known")
             examples = tasks[name].examples(self._protocol.train, "keys", held_out=False)
             pairs = [(one.source, one.target) for one in examples]
             found = train_keys(self._model, self._model.tokenizer, name, pairs, KeyConfig(progress=False))
             path.parent.mkdir(exist_ok=True)
             write_safetensors(path, {key: value.cpu() for key, value in found.items()}, {"mole.kind": "keys"})
-        return load_file(path)
+        keys: ExpertKeys = load_file(path)
+        return keys
 
     def _train_gates(self, batch: TextBatch, variant: Variant) -> None:
         settings = {**self._protocol.training, **variant.training, "seed": batch.seed, "progress": False}
