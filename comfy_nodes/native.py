@@ -170,6 +170,10 @@ class ComfyDenoiser:
         """See `Denoiser.guided`: these networks read none."""
         return scale
 
+    def combined(self, without: Tensor, with_text: Tensor, scale: float) -> Tensor:
+        """See `Denoiser.combined`."""
+        return without + scale * (with_text - without)
+
     def check_trainable(self) -> None:
         """Refuse UNets that read more than latents, and VAEs of other models.
 

@@ -86,7 +86,7 @@ def picture_size(pipe: Any, given: Mapping[str, Any], *, from_picture: bool) -> 
     elif from_picture and given.get("image") is not None:
         picture = pipe.image_processor.preprocess(given["image"])
         rows, columns = picture.shape[-2:]
-        if picture.shape[1] != pipe.vae.config.latent_channels:
+        if picture.shape[1] != own.latent_shape[0]:
             return rows, columns
     elif given.get("height") and given.get("width"):
         return given["height"], given["width"]
@@ -108,7 +108,7 @@ def guidance_arguments(pipe: Any, guidance: float | None, negative: str = "") ->
     if "negative_prompt" in known:
         # Where only a negative prompt makes the scale count, an empty one is one.
         counts = pipe.guided_by == "true_cfg_scale"
-        return {**found, "negative_prompt": negative or (" " if counts else None)}
+        return {**found, "negative_prompt": negative or ("" if counts else None)}
     if negative:
         raise ConfigError(f"{type(pipe).__name__} knows no negative prompt; leave {negative!r} out")
     return found

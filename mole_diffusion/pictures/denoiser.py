@@ -87,6 +87,14 @@ class Denoiser(Protocol):
             What is left to do by passes with and without the text: `scale`, or 1 where the network reads it.
         """
 
+    def combined(self, without: Tensor, with_text: Tensor, scale: float) -> Tensor:
+        """What guidance makes of the predictions for the empty prompt and for the text.
+
+        Args:
+            without, with_text: predictions (batch, *latent_shape).
+            scale: what `guided` left to do, above 1.
+        """
+
     def check_trainable(self) -> None:
         """Refuse what no gates can be trained with.
 

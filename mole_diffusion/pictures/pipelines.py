@@ -12,6 +12,7 @@ Each stands in for the pipeline of diffusers whose name it has without `MoLE`: f
 | Chroma | `ChromaMoLEPipeline` |
 | SD 3 and 3.5 | `StableDiffusion3MoLEPipeline` |
 | Z-Image | `ZImageMoLEPipeline` |
+| Qwen-Image | `QwenImageMoLEPipeline` |
 """
 
 from collections.abc import Sequence
@@ -31,6 +32,9 @@ from diffusers import (
     FluxInpaintPipeline,
     FluxKontextPipeline,
     FluxPipeline,
+    QwenImageImg2ImgPipeline,
+    QwenImageInpaintPipeline,
+    QwenImagePipeline,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3InpaintPipeline,
     StableDiffusion3Pipeline,
@@ -291,6 +295,30 @@ class ZImageMoLEInpaintPipeline(WithExperts, ZImageInpaintPipeline):
     guided_in = "batch, prompt first"
 
 
+class QwenImageMoLEPipeline(WithExperts, QwenImagePipeline):
+    """`QwenImagePipeline` whose transformer mixes LoRA experts by gates.
+
+    `true_cfg_scale` (4.0) counts with a negative prompt, which may be a blank, in a second pass per step.
+    """
+
+    diffusers_class = QwenImagePipeline
+    guided_in, guided_by = "turns", "true_cfg_scale"
+
+
+class QwenImageMoLEImg2ImgPipeline(WithExperts, QwenImageImg2ImgPipeline):
+    """`QwenImageImg2ImgPipeline` with experts; `from_pipe` shares those of another pipeline."""
+
+    diffusers_class = QwenImageImg2ImgPipeline
+    guided_in, guided_by = "turns", "true_cfg_scale"
+
+
+class QwenImageMoLEInpaintPipeline(WithExperts, QwenImageInpaintPipeline):
+    """`QwenImageInpaintPipeline` with experts; `from_pipe` shares those of another pipeline."""
+
+    diffusers_class = QwenImageInpaintPipeline
+    guided_in, guided_by = "turns", "true_cfg_scale"
+
+
 #: What draws with a UNet.
 AROUND_A_UNET = (StableDiffusionPipeline, StableDiffusionXLPipeline)
 
@@ -306,5 +334,6 @@ def from_text() -> dict[str, type]:
         ChromaMoLEPipeline,
         StableDiffusion3MoLEPipeline,
         ZImageMoLEPipeline,
+        QwenImageMoLEPipeline,
     )
     return {one.diffusers_class.__name__: one for one in ours}

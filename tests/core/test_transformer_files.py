@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny.networks import run, with_peft
-from tiny.transformers import make_chroma, make_flux, make_flux2, make_sd3, make_z_image
+from tiny.transformers import make_chroma, make_flux, make_flux2, make_qwen_image, make_sd3, make_z_image
 from torch import Tensor, nn
 
 from mole_diffusion import Expert, InjectionError, MoLEConfig, inject, load_expert
@@ -379,6 +379,24 @@ OTHERS = {
         ("final_layer.adaLN_modulation.1",),
     ),
     "sd3": Family(make_sd3, "Stable Diffusion 3", inside({"joint_blocks": "transformer_blocks"}, SD3_BLOCK)),
+    "qwen-image": Family(
+        make_qwen_image,
+        "Qwen-Image",
+        {
+            f"{name}": (name,)
+            for name in (
+                *(
+                    f"transformer_blocks.0.attn.{leaf}"
+                    for leaf in ("to_q", "add_k_proj", "to_out.0", "to_add_out")
+                ),
+                *(
+                    f"transformer_blocks.1.{leaf}"
+                    for leaf in ("img_mod.1", "txt_mod.1", "txt_mlp.net.0.proj")
+                ),
+                *("transformer_blocks.1.img_mlp.net.2", "txt_in", "img_in", "proj_out", "norm_out.linear"),
+            )
+        },
+    ),
     "z-image": Family(
         make_z_image,
         "Z-Image",

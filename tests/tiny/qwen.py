@@ -5,14 +5,23 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
+    QwenImageTransformer2DModel,
     ZImageTransformer2DModel,
 )
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+)
 
 from .flux import filled
 from .sd import WORDS, make_vae
@@ -29,15 +38,14 @@ _TEMPLATE = (
 
 def chat_tokenizer() -> PreTrainedTokenizerFast:
     """Words of the tests, and one token for all others; knows how to write a chat."""
-    special = ["<pad>", "<unk>", "<|im_start|>", "<|im_end|>"]
-    words = dict.fromkeys([*special, "user", "assistant", *WORDS, "zorin", "vim"])
+    # Marks of turns are several tokens, for Qwen-Image leaves out what its template has with real ones.
+    words = dict.fromkeys(["<pad>", "<unk>", "user", "assistant", *WORDS, "zorin", "vim"])
     model = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     model.pre_tokenizer = Whitespace()
     return PreTrainedTokenizerFast(
         tokenizer_object=model,
         pad_token="<pad>",
         unk_token="<unk>",
-        extra_special_tokens=special[2:],
         chat_template=_TEMPLATE,
     )
 
@@ -107,4 +115,42 @@ def make_flux2_components(*, guidance: bool = False) -> dict[str, Any]:
         "text_encoder": filled(encoder),
         "tokenizer": tokenizer,
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    }
+
+
+def make_video_vae() -> AutoencoderKLQwenImage:
+    vae = AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.1, -0.2, 0.0, 0.3],
+        latents_std=[0.8, 1.2, 1.0, 0.9],
+    )
+    return vae.eval()
+
+
+def make_qwen_image_components() -> dict[str, Any]:
+    torch.manual_seed(0)
+    tokenizer = chat_tokenizer()
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        axes_dims_rope=(4, 4, 8),
+    )
+    text = {**qwen_settings(len(tokenizer)), "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    text["rope_parameters"]["mrope_section"] = [1, 1, 2]
+    vision = {"depth": 1, "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_heads": 2}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config={**vision, "out_hidden_size": WIDTH})
+    return {
+        "transformer": filled(transformer),
+        "vae": make_video_vae(),
+        "text_encoder": filled(Qwen2_5_VLForConditionalGeneration(config)),
+        "tokenizer": tokenizer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=True),
     }

@@ -11,6 +11,7 @@ from diffusers import (
     ChromaTransformer2DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     ZImageTransformer2DModel,
 )
@@ -98,6 +99,32 @@ def flux2_inputs(size: int = 8, text: int = TEXT) -> dict[str, Tensor]:
     words = torch.zeros(text, 4)
     words[:, 3] = torch.arange(text)
     return {**told, "img_ids": torch.nn.functional.pad(told["img_ids"], (0, 1)), "txt_ids": words}
+
+
+def make_qwen_image(**settings: Any) -> QwenImageTransformer2DModel:
+    torch.manual_seed(10)
+    given = {
+        "in_channels": 16,
+        "out_channels": 4,
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "axes_dims_rope": (4, 4, 8),
+        **settings,
+    }
+    return filled(QwenImageTransformer2DModel(**given))
+
+
+def qwen_image_inputs(size: int = 8, lengths: tuple[int, ...] = (12, 5)) -> dict[str, Any]:
+    """The second text is shorter, and padded."""
+    told, text = packed(size, max(lengths)), max(lengths)
+    kept = torch.arange(text) < torch.tensor(lengths)[:, None]
+    return {
+        **{name: told[name] for name in ("hidden_states", "encoder_hidden_states", "timestep")},
+        "encoder_hidden_states_mask": kept,
+        "img_shapes": [[(1, size // 2, size // 2)] for _ in lengths],
+    }
 
 
 def make_z_image(**settings: Any) -> ZImageTransformer2DModel:
@@ -194,7 +221,7 @@ class Kind:
 
 def _rows(value: Any, batch: slice, dtype: torch.dtype) -> Any:
     if isinstance(value, list):
-        return [one.to(dtype) for one in value[batch]]
+        return [one.to(dtype) if isinstance(one, Tensor) else one for one in value[batch]]
     return value[batch].to(dtype) if value.is_floating_point() else value[batch]
 
 
@@ -212,5 +239,6 @@ KINDS: dict[type[nn.Module], Kind] = {
     ChromaTransformer2DModel: Kind(make_chroma, chroma_inputs),
     Flux2Transformer2DModel: Kind(make_flux2, flux2_inputs),
     SD3Transformer2DModel: Kind(make_sd3, sd3_inputs),
+    QwenImageTransformer2DModel: Kind(make_qwen_image, qwen_image_inputs, flattens=False),
     ZImageTransformer2DModel: Kind(make_z_image, z_image_inputs, flattens=False),
 }

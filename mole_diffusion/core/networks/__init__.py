@@ -13,6 +13,7 @@ from .families import header_name, named_family
 from .flux import FLUX
 from .flux2 import FLUX2_STACK
 from .foreign import foreign_family
+from .qwen_image import QWEN_IMAGE_STACK
 from .sd3 import SD3
 from .t5 import T5_DECODER, T5_ENCODER
 from .unet import UNet
@@ -128,5 +129,15 @@ def other_base(strangers: Iterable[str], metadata: Mapping[str, str]) -> str | N
     return f"{named} (its header says {header!r})"
 
 
-for _architecture in (UNet(), CLIP, FLUX, FLUX2_STACK, SD3, Z_IMAGE_STACK, T5_ENCODER, T5_DECODER):
+for _architecture in (
+    UNet(),
+    CLIP,
+    FLUX,
+    FLUX2_STACK,
+    SD3,
+    QWEN_IMAGE_STACK,
+    Z_IMAGE_STACK,
+    T5_ENCODER,
+    T5_DECODER,
+):
     register(_architecture)

@@ -16,11 +16,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..torch_state import is_compiling
 from .base import CONTEXT, DENOISER, EMBEDDING, JOINT, TOKENS, Base, Forward
-from .families import CHROMA, FLUX1
+from .families import CHROMA, FLUX1, QWEN_IMAGE
 from .patches import counting, grid_of, packed_tokens, patched_grid
 from .stacks import Blocks, Inputs, Leaf, Stack
 from .transformers import KOHYA, PREFIXES, TRANSFORMER
 
+# FLUX.1's double blocks, and their width, which Qwen-Image's sixty have too.
+_DOUBLE_BLOCKS, _WIDTH = 19, 3072
 #: Tokens of a text, as pipelines pad it.
 TOKENS_OF_A_TEXT = 512
 
@@ -176,8 +178,17 @@ def _forward(
 
 
 def _tell(slot: str, inputs: Mapping[str, int]) -> Base | None:
-    """Other families have double blocks of the same names; single ones are FLUX.1's and Chroma's."""
-    return Base(FLUX1, None) if _has_single(inputs) else None
+    """Other families have double blocks of the same names; single ones are FLUX.1's and Chroma's.
+
+    Attention alone is told by the number of blocks and their width, as far as it can be.
+    """
+    if _has_single(inputs):
+        return Base(FLUX1, None)
+    last = max(
+        (int(name.split(".")[1]) for name in inputs if name.startswith("transformer_blocks.")), default=0
+    )
+    width = next((inputs[name] for name in inputs if name.endswith("attn.to_q")), 0)
+    return Base(QWEN_IMAGE, None) if last >= _DOUBLE_BLOCKS and width == _WIDTH else None
 
 
 def _has_single(names: Mapping[str, int] | Sequence[str]) -> bool:

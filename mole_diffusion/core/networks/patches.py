@@ -44,6 +44,29 @@ def counting(
     return count
 
 
+def any_length(
+    family: str, multiple: int = 1
+) -> Callable[[nn.Module, str, tuple[int, int] | int | None], int]:
+    """The `counter` of a network whose texts are as long as they are: the image alone has a fixed size.
+
+    Args:
+        family: its name.
+        multiple: the image is padded to a multiple of so many tokens.
+    """
+    of_the_image = counting(0)
+
+    def count(network: nn.Module, stream: str, given: tuple[int, int] | int | None) -> int:
+        if stream == CONTEXT:
+            raise ConfigError(
+                f"pooling='flatten' needs texts of one length, and those of {family} are as long as they "
+                "are; use pooling='token' or 'mean'."
+            )
+        tokens = of_the_image(network, stream, given)
+        return tokens + -tokens % multiple
+
+    return count
+
+
 def packed_tokens(ids: Tensor) -> tuple[int, tuple[int, int] | None]:
     """Tokens of the picture that is drawn, and their grid, told by the places of all tokens.
 

@@ -12,10 +12,9 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
 from .base import CONTEXT, DENOISER, EMBEDDING, JOINT, TOKENS, Base, Forward
 from .families import LUMINA2, Z_IMAGE
-from .patches import counting, grid_of, patched_grid
+from .patches import any_length, grid_of, patched_grid
 from .stacks import Blocks, Leaf, Stack
 from .transformers import KOHYA, PREFIXES, TRANSFORMER
 
@@ -105,20 +104,6 @@ def _real(lengths: Sequence[int], longest: int, device: torch.device) -> Tensor:
     return torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
 
 
-def _count(network: nn.Module, stream: str, given: tuple[int, int] | int | None) -> int:
-    """The image alone has a fixed number of tokens.
-
-    Raises:
-        ConfigError: the text's were asked for.
-    """
-    if stream == CONTEXT:
-        raise ConfigError(
-            "pooling='flatten' needs texts of one length, and Z-Image's are as long as they are; use "
-            "pooling='token' or 'mean'."
-        )
-    return _padded(counting(0)(network, stream, given))
-
-
 def _tell(slot: str, inputs: Mapping[str, int]) -> Base | None:
     width = next((inputs[name] for name in inputs if name.endswith(("to_q", "w1"))), None)
     return Base(LUMINA2 if width == _WIDTH_OF_LUMINA else Z_IMAGE, None)
@@ -158,7 +143,7 @@ Z_IMAGE_STACK = Stack(
         ),
     ),
     inputs=_read,
-    counter=_count,
+    counter=any_length("Z-Image", _MULTIPLE),
     kohya=KOHYA,
     tell=_tell,
     text_gates=True,

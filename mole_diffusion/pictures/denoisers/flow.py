@@ -51,7 +51,12 @@ class FlowDenoiser(PipelineDenoiser, ABC):
         """Shape of one latent: channels, height, width."""
         unit = self._pipe.vae_scale_factor * self.patch
         height, width = (self.patch * (side // unit) for side in self.picture_size)
-        return self._pipe.vae.config.latent_channels, height, width
+        return self.channels, height, width
+
+    @property
+    def channels(self) -> int:
+        """Of the autoencoder's latents."""
+        return int(self._pipe.vae.config.latent_channels)
 
     @property
     def reads_guidance(self) -> bool:

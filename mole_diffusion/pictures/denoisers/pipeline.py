@@ -58,6 +58,10 @@ class PipelineDenoiser:
         dtype: torch.dtype = network.dtype
         return dtype
 
+    def combined(self, without: Tensor, with_text: Tensor, scale: float) -> Tensor:
+        """See `Denoiser.combined`."""
+        return without + scale * (with_text - without)
+
     @contextmanager
     def training(self, *, checkpointing: bool, decodes: bool) -> Iterator[None]:
         """See `Denoiser.training`."""

@@ -66,7 +66,7 @@ class Sampler:
             return self.denoiser.predict(latents, time, text)
         output = self.denoiser.predict(torch.cat([latents, latents]), time, text.after(empty))
         without, with_text = output.chunk(2)
-        return without + guidance * (with_text - without)
+        return self.denoiser.combined(without, with_text, guidance)
 
     def noise(self, batch: int, draws: torch.Generator) -> Tensor:
         """Noise (batch, *latent_shape) to start from."""
