@@ -61,7 +61,7 @@ class ConceptTrainer:
         from mole_diffusion.pictures.training.workbench import Workbench
 
         self.method, self.job, self.recipe = method, job, recipe
-        pictures = job.config.pictures
+        pictures = job.config.pictures.as_drawn_by(job.pipe)
         # What decides the pictures that the base draws.
         self._drawing = {"guidance": pictures.guidance, "sampling_steps": pictures.sampling_steps}
         denoiser = denoiser_of(job.pipe, pictures.size)

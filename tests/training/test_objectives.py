@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from learning import losses_before_and_after, promises_kept
 
 from mole_diffusion import MoLEConfig
 from mole_diffusion.core.errors import ConfigError, TrainingError
 from mole_diffusion.pictures.denoisers import denoiser_of
 from mole_diffusion.pictures.training import Concept, GateTrainer, TrainingConfig
+from mole_diffusion.pictures.training.rollout import Sampler
 
 PROMPT = "a zorin boot and a vim cat"
 Tiny = Callable[..., TrainingConfig]
@@ -301,6 +303,20 @@ def test_sampling_is_that_of_the_pipeline(pipe: Any, concepts: list[Concept], ti
     latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(4))
     theirs = pipe(PROMPT, num_inference_steps=4, guidance_scale=3.0, latents=latents, output_type="pt").images
     torch.testing.assert_close(ours, theirs, atol=1 / 200, rtol=0)
+
+
+def test_rescaled_guidance_has_the_deviation_of_the_plain_prediction(pipe: Any) -> None:
+    """As diffusers' `guidance_rescale`."""
+    denoiser = denoiser_of(pipe, None)
+    latents = torch.randn(2, *denoiser.latent_shape, generator=torch.Generator().manual_seed(0))
+    text, time = denoiser.encode_texts(["a zorin boot", "a vim cat"]), torch.tensor(500)
+    empty = denoiser.encode_texts([""])
+    with torch.no_grad():
+        plain = Sampler(denoiser, 1.0).predict(latents, time, text, empty)
+        guided = Sampler(denoiser, 7.0).predict(latents, time, text, empty)
+        rescaled = Sampler(denoiser, 7.0, rescale=0.7).predict(latents, time, text, empty)
+    torch.testing.assert_close(rescaled, rescale_noise_cfg(guided, plain, 0.7), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(rescaled, guided, atol=1e-3)
 
 
 def test_flow_matching_is_refused(pipe: Any, concepts: list[Concept], tiny: Tiny) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -144,3 +145,24 @@ def test_facts_leave_out_what_changes_nothing() -> None:
     first = TrainingConfig(progress=False, checkpoint_every=3, preview_every=2)
     assert first.facts() == TrainingConfig().facts()
     assert TrainingConfig(outside_weight=0.4).facts() != first.facts()
+
+
+def test_pictures_are_drawn_with_the_pipelines_own_guidance() -> None:
+    starter = SimpleNamespace(call_defaults={"guidance_scale": 2.0, "guidance_rescale": 0.7})
+
+    def drawn(pipe: object, **words: float) -> tuple[float | None, float | None]:
+        pictures = TrainingConfig(**words).as_drawn_by(pipe).pictures
+        return pictures.guidance, pictures.guidance_rescale
+
+    assert drawn(starter) == (2.0, 0.7)
+    assert drawn(starter, guidance=5.0) == (5.0, None)
+    assert drawn(starter, guidance_rescale=0.2) == (2.0, 0.2)
+    assert drawn(SimpleNamespace(call_defaults={})) == (None, None)
+    paper = TrainingConfig.paper().as_drawn_by(starter).pictures
+    assert (paper.guidance, paper.guidance_rescale) == (7.5, 0.0)
+
+
+@pytest.mark.parametrize(("word", "value"), [("guidance", -1.0), ("guidance_rescale", 2.0)])
+def test_guidance_out_of_range_is_refused(word: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"{word} is {value}; allowed are numbers from 0"):
+        TrainingConfig(**{word: value})

@@ -40,10 +40,14 @@ _CUT_SIZE = 128
 
 @dataclass(frozen=True)
 class Cutout:
-    """An object cut out of its picture: ``pixels`` (3, h, w) and ``alpha`` (1, h, w), both in 0..1."""
+    """An object cut out of its picture: ``pixels`` (3, h, w) and ``alpha`` (1, h, w), both in 0..1.
+
+    Where nothing plausible was found, it is not ``trusted``: the middle of the picture as it is.
+    """
 
     pixels: Tensor
     alpha: Tensor
+    trusted: bool = True
 
 
 @dataclass(frozen=True)
@@ -91,14 +95,15 @@ def cut_out(picture: Tensor) -> Cutout:
     mask = object_mask(picture)
     share = float(mask.mean())
     height, width = picture.shape[-2:]
-    if _OBJECT_SHARE[0] <= share <= _OBJECT_SHARE[1]:
+    trusted = _OBJECT_SHARE[0] <= share <= _OBJECT_SHARE[1]
+    if trusted:
         rows = torch.nonzero(mask[0].amax(dim=1) > 0.5)[:, 0]
         columns = torch.nonzero(mask[0].amax(dim=0) > 0.5)[:, 0]
         top, bottom, left, right = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
     else:
         mask = torch.ones_like(mask)
         top, bottom, left, right = height // 10, height - height // 10, width // 10, width - width // 10
-    return Cutout(picture[:, top:bottom, left:right], mask[:, top:bottom, left:right])
+    return Cutout(picture[:, top:bottom, left:right], mask[:, top:bottom, left:right], trusted)
 
 
 def object_mask(picture: Tensor) -> Tensor:

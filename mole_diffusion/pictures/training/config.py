@@ -12,6 +12,7 @@ from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.training.settings import (
     COSMETIC,
     GateSettings,
+    Rule,
     check,
     choice,
     flag,
@@ -30,6 +31,7 @@ Box = tuple[float, float, float, float]
 OBJECTIVES: tuple[Objective, ...] = ("clip", "collage", "both", "released")
 _LAYOUTS: tuple[Layout, ...] = ("scene", "strips")
 _ROLLOUTS = ("step", "walk")
+_GUIDANCE, _RESCALE = Rule("number", 0.0), Rule("number", 0.0, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,29 +41,57 @@ class Pictures:
     Args:
         resolution: Height and width in pixels; None is the model's own size.
         sampling_steps: Steps of the sampling schedule.
-        guidance: Scale of classifier-free guidance in every picture that is sampled.
+        guidance: Scale of classifier-free guidance in every picture that is sampled; None is what the
+            pipeline draws with where it says so, else 5. Too much drives the colours of subjects too far.
+        guidance_rescale: How far that is kept from overexposing (Lin et al. 2023, 3.4), from 0 to 1; None is
+            the pipeline's, else 0.
         source: Where pictures of the concepts come from: `"references"`, `"drawn"` (by each expert alone), or
             `"auto"`: references where a concept has them, drawn where not. (`collage_source`)
         drawn: Pictures an expert draws for one concept, and backgrounds the base draws. (`drawn_pictures`)
+        candidates: Pictures that are drawn of a subject for each one that is kept, the best as a CLIP ranks
+            them; 1 keeps all and asks no CLIP.
+        ranking: That CLIP, as `Clip.model`. (`ranking_clip`)
         autocast: Run the frozen networks in bfloat16 under autocast; gates stay float32.
         gradient_checkpointing: Recompute the activations of denoiser and decoder in the backward pass.
     """
 
     resolution: int | None = free(None)
     sampling_steps: int = whole(20)
-    guidance: float = number(5.0)
+    guidance: float | None = free(None)
+    guidance_rescale: float | None = free(None)
     source: Literal["auto", "references", "drawn"] = choice(
         "auto", "references", "drawn", word="collage_source"
     )
     drawn: int = whole(12, word="drawn_pictures")
+    candidates: int = whole(1)
+    ranking: str | tuple[str, str] | None = free(None, word="ranking_clip")
     autocast: bool = flag(False)
     gradient_checkpointing: bool = flag(False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "ranking", _as_tuples(self.ranking))
         check(self)
+        _check_clip("ranking_clip", self.ranking)
+        for word, rule in (("guidance", _GUIDANCE), ("guidance_rescale", _RESCALE)):
+            value = getattr(self, word)
+            if value is not None and not rule.allows(value):
+                raise ConfigError(f"{word} is {value!r}; allowed are {rule.allowed}")
         size = self.resolution
         if size is not None and (not isinstance(size, int) or size < 8 or size % 8):
             raise ConfigError(f"resolution is {size!r}; allowed are multiples of 8")
+
+    def as_drawn_by(self, pipe: Any) -> Pictures:
+        """The same with the guidance that a pipeline draws with, where none is given."""
+        own: Mapping[str, Any] = getattr(pipe, "call_defaults", {})
+        scale, rescale = own.get("guidance_scale"), own.get("guidance_rescale")
+        return dataclasses.replace(
+            self,
+            guidance=scale if self.guidance is None else self.guidance,
+            # The two belong together.
+            guidance_rescale=rescale
+            if self.guidance is None and self.guidance_rescale is None
+            else self.guidance_rescale,
+        )
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -142,10 +172,7 @@ class _Guidance:
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", _as_tuples(self.model))
         check(self)
-        if self.model is not None and not isinstance(self.model, str) and len(self.model) != 2:
-            raise ConfigError(
-                f"clip is {self.model!r}; allowed are a model name and a pair (model, pretrained)"
-            )
+        _check_clip("clip", self.model)
         if self.formula not in ("paper", "released"):
             raise ConfigError(f"formula is {self.formula!r}; allowed are 'paper', 'released'")
 
@@ -282,9 +309,14 @@ class TrainingConfig(GateSettings):
             "scalar_lr": 1e-5,
             "schedule": "constant",
             "guidance": 7.5,
+            "guidance_rescale": 0.0,
             "contrast_weight": 0.0,
         }
         return cls(**{**settings, **changes})
+
+    def as_drawn_by(self, pipe: Any) -> TrainingConfig:
+        """The same with the guidance of a pipeline, see `Pictures.as_drawn_by`."""
+        return TrainingConfig.from_dict({**self.to_dict(), **_flat(self.pictures.as_drawn_by(pipe))})
 
     @property
     def objective(self) -> str:
@@ -426,6 +458,11 @@ def _check_rollout(clip: Clip, pictures: Pictures) -> None:
             "gradient_checkpointing recomputes one step of a rollout: "
             f"truncated_steps must be 1, got {clip.truncated_steps}"
         )
+
+
+def _check_clip(word: str, model: Any) -> None:
+    if model is not None and not isinstance(model, str) and len(model) != 2:
+        raise ConfigError(f"{word} is {model!r}; allowed are a model name and a pair (model, pretrained)")
 
 
 def _check_boxes(boxes: Iterable[Box] | None) -> None:

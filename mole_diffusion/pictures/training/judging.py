@@ -37,7 +37,7 @@ class ObjectiveScore:
     ) -> None:
         # Every candidate is to see the same collages.
         fixed = {"redraw_every": config.iterations + 1}
-        config = TrainingConfig.from_dict({**config.to_dict(), **fixed})
+        config = TrainingConfig.from_dict({**config.to_dict(), **fixed}).as_drawn_by(pipe)
         self._pipe = pipe
         denoiser = denoiser_of(pipe, config.pictures.size)
         found = read_prompts(prompts, concepts)

@@ -54,8 +54,10 @@ class PictureObjective:
         clip = config.clip_guidance
         small = None if clip is None else clip.decoder
         self.bench = Workbench(denoiser, composing, config.pictures, config.seed, small)
-        self.pictures = ConceptPictures(self.bench, prompts, concepts, preparation)
-        self._guide = None if clip is None else _guide(clip, self.bench.device)
+        ranking = config.pictures.ranking
+        ranker = None if config.pictures.candidates == 1 else _guide(ranking, self.bench.device)
+        self.pictures = ConceptPictures(self.bench, prompts, concepts, preparation, ranker)
+        self._guide = None if clip is None else _guide(clip.model, self.bench.device)
         self.task: Objective = self._task(config.task)
 
     @property
@@ -116,9 +118,8 @@ class PictureObjective:
         )
 
 
-def _guide(settings: Clip | ClipWalk, device: torch.device) -> ClipGuide:
-    """The guiding CLIP; the starter's by default."""
+def _guide(model: str | tuple[str, str] | None, device: torch.device) -> ClipGuide:
+    """A CLIP that guides or ranks; the starter's by default."""
     from mole_diffusion.starter import starter_dir
 
-    model = settings.model
     return ClipGuide.load(f"local-dir:{starter_dir() / 'clip'}" if model is None else model, device)

@@ -42,11 +42,13 @@ class Sampler:
         denoiser: The model, gates attached.
         guidance: Scale of classifier-free guidance; 1 or less skips the empty prompt.
         counter: Counts the passes.
+        rescale: Share by which guided predictions get the deviation of plain ones (Lin et al. 2023, 3.4).
     """
 
     denoiser: Denoiser
     guidance: float
     counter: PassCounter = field(default_factory=PassCounter)
+    rescale: float = 0.0
 
     def predict(self, latents: Tensor, time: Tensor, text: Condition, empty: Condition) -> Tensor:
         """Guided prediction, conditional and unconditional in one pass.
@@ -66,7 +68,11 @@ class Sampler:
             return self.denoiser.predict(latents, time, text)
         output = self.denoiser.predict(torch.cat([latents, latents]), time, text.after(empty))
         without, with_text = output.chunk(2)
-        return self.denoiser.combined(without, with_text, guidance)
+        guided = self.denoiser.combined(without, with_text, guidance)
+        if not self.rescale:
+            return guided
+        ratio = with_text.std(dim=(1, 2, 3), keepdim=True) / guided.std(dim=(1, 2, 3), keepdim=True)
+        return guided * (self.rescale * ratio + 1 - self.rescale)
 
     def noise(self, batch: int, draws: torch.Generator) -> Tensor:
         """Noise (batch, *latent_shape) to start from."""

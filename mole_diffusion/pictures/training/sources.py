@@ -14,8 +14,10 @@ from torch import Tensor
 
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.phrases import STYLE
+from mole_diffusion.pictures.training.clip_guidance import ClipGuide
 from mole_diffusion.pictures.training.collage import Cutout, cut_out
 from mole_diffusion.pictures.training.concepts import Concept, TrainingPrompt
+from mole_diffusion.pictures.training.ranking import best, rank_candidates
 from mole_diffusion.pictures.training.workbench import Workbench, picture_tensor
 from mole_diffusion.training.state import Preparation
 
@@ -34,6 +36,7 @@ class ConceptPictures:
         prompts: The training prompts.
         concepts: The concept of each expert.
         preparation: Keeps pictures as they are drawn; None keeps none.
+        guide: Ranks the candidates, where more are drawn than kept.
     """
 
     def __init__(
@@ -42,8 +45,10 @@ class ConceptPictures:
         prompts: Sequence[TrainingPrompt],
         concepts: Mapping[str, Concept],
         preparation: Preparation | None = None,
+        guide: ClipGuide | None = None,
     ) -> None:
         self._bench = bench
+        self._guide = guide
         self._preparation = preparation or Preparation()
         self.prompts = prompts
         self.concepts = concepts
@@ -76,6 +81,9 @@ class ConceptPictures:
         if backgrounds:
             wanted += self._background_batches()
         self._draw(wanted)
+        for (name, prompt), pictures in self._drawn.items():
+            if name:
+                self._drawn[name, prompt] = self._best(name, prompt, pictures)
 
     def of(self, name: str, prompt: int | None = None) -> Tensor:
         """Pictures (n, 3, H, W) of a concept; those drawn for this prompt where there are any.
@@ -116,7 +124,7 @@ class ConceptPictures:
             if known and len(together) == 1:
                 continue
             count = self._count(sum(name in other.subjects for other in self.prompts))
-            texts = [prompt.only(together)] * count
+            texts = [prompt.only(together)] * (count * self._bench.settings.candidates)
             yield from _batches((name, index), texts, self._mixtures(together))
 
     def _mixtures(self, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -139,6 +147,18 @@ class ConceptPictures:
             texts = [prompt.single_class(self.concepts[name], prompt.styles) for name in names]
             styles = dict.fromkeys(prompt.styles, 1.0 / max(1, len(prompt.styles)))
             yield from _batches(("", index), texts, [{"mixture": styles or "none"}])
+
+    def _best(self, name: str, prompt: int, pictures: Tensor) -> Tensor:
+        """The pictures of a subject that are kept, of all that were drawn for a prompt."""
+        count = -(-len(pictures) // self._bench.settings.candidates)
+        if self._guide is None or count == len(pictures):
+            return pictures
+        whole, concept = self.prompts[prompt], self.concepts[name]
+        styles = [self.concepts[style].class_text for style in whole.styles]
+        text = " ".join([whole.single_class(concept), *styles]).strip()
+        cutouts = [cut_out(picture) for picture in pictures]
+        scores = rank_candidates(self._guide, pictures, cutouts, text, concept.class_text)
+        return pictures[best(scores, count)]
 
     def _count(self, prompts: int) -> int:
         return max(1, -(-self._bench.settings.drawn // prompts))

@@ -120,7 +120,7 @@ class GateTrainer:
                 f"train_gates: {next(iter(pipe.experts))!r} is the only expert and needs no gates;"
                 " load two or more"
             )
-        self.config = config or TrainingConfig()
+        self.config = (config or TrainingConfig()).as_drawn_by(pipe)
         if concepts is None:
             concepts = concepts_from_experts(pipe.experts)
         self.concepts = as_concepts(concepts, list(pipe.experts))

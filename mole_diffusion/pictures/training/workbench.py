@@ -19,6 +19,9 @@ from mole_diffusion.pictures.training.config import Pictures
 from mole_diffusion.pictures.training.denoising import NoisyBatch
 from mole_diffusion.pictures.training.rollout import PassCounter, Sampler
 
+#: Guidance where neither the settings nor the pipeline say.
+_GUIDANCE = 5.0
+
 
 class Draws:
     """The trainer's own generators, torch's and Python's; global ones stay untouched."""
@@ -75,7 +78,9 @@ class Workbench:
     def __post_init__(self) -> None:
         self.denoiser.check_trainable()
         self.draws = Draws(self.seed)
-        self.sampler = Sampler(self.denoiser, self.settings.guidance, self.counter)
+        given = self.settings.guidance
+        guidance = _GUIDANCE if given is None else given
+        self.sampler = Sampler(self.denoiser, guidance, self.counter, self.settings.guidance_rescale or 0.0)
         if self.small_decoder is not None:
             self._decoder = SmallDecoder(self.small_decoder, self.device)
 
@@ -121,7 +126,7 @@ class Workbench:
         text, _ = self.encode_texts(texts)
         self.counter.unet()
         # One pass; networks that read guidance are trained at the value that is drawn with.
-        self.denoiser.guided(self.settings.guidance)
+        self.denoiser.guided(self.sampler.guidance)
         return self.denoiser.predict(batch.noisy, batch.times, text)
 
     def decode(self, latents: Tensor) -> Tensor:
