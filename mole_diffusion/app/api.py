@@ -19,7 +19,10 @@ from mole_diffusion.app.setup import Setup
 from mole_diffusion.app.studio import Studio, Work
 from mole_diffusion.app.train_request import TrainRequest
 from mole_diffusion.app.training import start_training
+from mole_diffusion.app.uploads import PICTURE_SUFFIXES, check_upload
 from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.pictures.files import open_picture
+from mole_diffusion.pictures.samplers import SAMPLERS
 from mole_diffusion.starter.location import GUIDANCE
 
 
@@ -43,6 +46,7 @@ def connect(studio: Studio) -> None:
                 ("iterations", 400),
                 ("batch", 0),
                 ("rank", 0),
+                ("count", 1),
             )
         }
         guidance = gr.Number(GUIDANCE, label="guidance")
@@ -52,6 +56,11 @@ def connect(studio: Studio) -> None:
         file, facts = gr.File(label="file"), gr.JSON(label="facts")
         drawing = [text, experts, numbers["seed"], numbers["steps"], guidance, mixture, strengths, negative]
         drawing += [numbers["width"], numbers["height"]]
+        sampler = gr.Textbox("", label=f"sampler: one of {', '.join(SAMPLERS)}, or empty for the model's own")
+        begin = gr.File(label="image: a picture to begin from", file_types=list(PICTURE_SUFFIXES))
+        anew = gr.Number(ComposeRequest.denoising, label="denoising: how much of it is drawn anew, 0 to 1")
+        drawing += [sampler, anew]
+        files = gr.File(label="files", file_count="multiple")
         training = [
             lines,
             experts,
@@ -63,7 +72,8 @@ def connect(studio: Studio) -> None:
         ]
         exporting = [lines, experts, form, numbers["rank"], numbers["steps"], strengths]
         for method, inputs, outputs in (
-            (endpoints.compose, drawing, [file, facts]),
+            (endpoints.compose, [*drawing, begin], [file, facts]),
+            (endpoints.compose_several, [*drawing, numbers["count"], begin], [files, facts]),
             (endpoints.train, training, [file, facts]),
             (endpoints.export, exporting, [file, facts]),
             (endpoints.add_expert, [upload, name], [facts]),
@@ -93,24 +103,66 @@ class _Endpoints:
         negative: str,
         width: float,
         height: float,
+        sampler: str,
+        denoising: float,
         request: gr.Request,
+        image: str | None = None,
     ) -> tuple[str, dict[str, Any]]:
         """Draw a picture; returns the PNG file, its settings, and what it was drawn with."""
         session, setup = self._asked(request, experts)
-        wanted = ComposeRequest(
+        wanted = _drawing(
             prompt=prompt,
-            negative=negative or "",
-            seed=int(seed),
-            steps=int(steps),
-            guidance=float(guidance),
-            width=int(width),
-            height=int(height),
+            negative=negative,
+            seed=seed,
+            steps=steps,
+            guidance=guidance,
+            size=(width, height),
             mixture=mixture,
-            strengths={str(k): float(v) for k, v in (strengths or {}).items()},
+            strengths=strengths,
+            sampler=sampler,
+            image=image,
+            denoising=denoising,
         )
-        job = await self._finish(session, "compose", compose(self._studio, session, wanted, setup=setup))
-        picture = job.result[0]
-        return str(picture.path), {"settings": picture.settings.to_json(), **drawn_with(picture.settings)}
+        ((file, facts),) = await self._drawn(session, setup, wanted)
+        return file, facts
+
+    @show.friendly
+    async def compose_several(
+        self,
+        prompt: str,
+        experts: list[str] | None,
+        seed: float,
+        steps: float,
+        guidance: float,
+        mixture: str,
+        strengths: dict[str, float] | None,
+        negative: str,
+        width: float,
+        height: float,
+        sampler: str,
+        denoising: float,
+        count: float,
+        request: gr.Request,
+        image: str | None = None,
+    ) -> tuple[list[str], list[dict[str, Any]]]:
+        """Draw `count` pictures, of one seed after the other; returns as `compose`, in lists."""
+        session, setup = self._asked(request, experts)
+        wanted = _drawing(
+            prompt=prompt,
+            negative=negative,
+            seed=seed,
+            steps=steps,
+            guidance=guidance,
+            size=(width, height),
+            mixture=mixture,
+            strengths=strengths,
+            sampler=sampler,
+            image=image,
+            denoising=denoising,
+            count=count,
+        )
+        drawn = await self._drawn(session, setup, wanted)
+        return [file for file, _ in drawn], [facts for _, facts in drawn]
 
     @show.friendly
     async def train(
@@ -194,6 +246,16 @@ class _Endpoints:
                 session.choose([str(name) for name in experts])
             return session, session.setup()
 
+    async def _drawn(
+        self, session: Session, setup: Setup, wanted: ComposeRequest
+    ) -> list[tuple[str, dict[str, Any]]]:
+        """Draw; the files, and their facts."""
+        job = await self._finish(session, "compose", compose(self._studio, session, wanted, setup=setup))
+        return [
+            (str(one.path), {"settings": one.settings.to_json(), **drawn_with(one.settings)})
+            for one in job.result
+        ]
+
     async def _finish(self, session: Session, kind: str, work: Work) -> Job:
         return await self._done(session, self._studio.submit(session, kind, work))
 
@@ -204,6 +266,45 @@ class _Endpoints:
         if job.state == "cancelled":
             raise ConfigError("it was cancelled")
         return job
+
+
+def _drawing(
+    *,
+    prompt: str,
+    negative: str,
+    seed: float,
+    steps: float,
+    guidance: float,
+    size: tuple[float, float],
+    mixture: str,
+    strengths: dict[str, float] | None,
+    sampler: str,
+    image: str | None,
+    denoising: float,
+    count: float = 1,
+) -> ComposeRequest:
+    """A request of the values of a call.
+
+    Raises:
+        ConfigError: something is out of range, or the picture is none.
+    """
+    if image is not None:
+        check_upload(Path(image))
+    return ComposeRequest(
+        prompt=prompt,
+        negative=negative or "",
+        seed=int(seed),
+        steps=int(steps),
+        guidance=float(guidance),
+        width=int(size[0]),
+        height=int(size[1]),
+        mixture=mixture,
+        strengths={str(k): float(v) for k, v in (strengths or {}).items()},
+        count=int(count),
+        sampler=sampler or "",
+        image=None if image is None else open_picture(image),
+        denoising=float(denoising),
+    )
 
 
 def drawn_with(settings: PictureSettings) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from mole_diffusion.app.session import Picture, Session
 from mole_diffusion.app.setup import Setup
 from mole_diffusion.app.stopping import stoppable
 from mole_diffusion.app.studio import Studio, Work
+from mole_diffusion.core import rules
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.pictures.components import guidance_arguments
 from mole_diffusion.pictures.denoisers import denoiser_of, own_size
@@ -72,20 +73,16 @@ class ComposeRequest:
     def __post_init__(self) -> None:
         if not self.prompt.strip():
             raise ConfigError("the prompt is empty: write what the picture should show")
-        if not 1 <= self.steps <= MAX_STEPS:
-            raise ConfigError(f"steps is {self.steps}; allowed are 1 to {MAX_STEPS}")
+        rules.whole(1, MAX_STEPS).check("steps", self.steps)
         for name in ("width", "height"):
             value = getattr(self, name)
             if value and (value % _GRID or not 64 <= value <= MAX_SIDE):
                 raise ConfigError(f"{name} is {value}; allowed are multiples of {_GRID}, 64 to {MAX_SIDE}")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed is {self.seed}; allowed are 0 to {2**32 - 1}")
-        if not 0 <= self.guidance <= 50:
-            raise ConfigError(f"guidance is {self.guidance}; allowed are 0 to 50")
-        if not 1 <= self.count <= MAX_COUNT:
-            raise ConfigError(f"pictures is {self.count}; allowed are 1 to {MAX_COUNT}")
-        if self.sampler and self.sampler not in SAMPLERS:
-            raise ConfigError(f"sampler is {self.sampler!r}; allowed are {', '.join(SAMPLERS)}")
+        rules.whole(0, 2**32 - 1).check("seed", self.seed)
+        rules.number(0, 50).check("guidance", self.guidance)
+        rules.whole(1, MAX_COUNT).check("pictures", self.count)
+        rules.number(0, 1, above=True).check("denoising", self.denoising)
+        rules.Rule("word", words=tuple(SAMPLERS)).check("sampler", self.sampler, absent="")
         if self.image is not None and int(self.steps * self.denoising) < 1:
             raise ConfigError(
                 f"{self.steps} steps of which {self.denoising:g} are drawn anew are none: raise one of both"
@@ -228,11 +225,14 @@ class _Drawing:
                 key: value for key, value in settings.items() if key not in ("width", "height")
             } | begun
         with sampling(pipe, request.sampler):
-            image: Image.Image = pipe(**settings, callback_on_step_end=after).images[0]
+            image: Image.Image = pipe(**settings, callback_on_step_end=after, record_maps=True).images[0]
             sampled = sampler_of(pipe)
-        if settings["mixture"] in ("gates", "auto"):
-            self.session.weights, self.session.weights_of = pipe.gate_weights(), setup.names
-        return self._keep(request, name, image, sampled)
+        picture = self._keep(request, name, image, sampled)
+        if settings["mixture"] in ("gates", "auto") and (weights := pipe.gate_weights()):
+            active = active_names(setup, request)
+            maps = {expert: found[0] for expert, found in pipe.expert_maps().items() if expert in active}
+            self.session.note_gates(weights, setup.names, maps, picture)
+        return picture
 
     def _keep(self, request: ComposeRequest, mixture: str, image: Image.Image, sampled: str) -> Picture:
         """Save a picture with its settings, in the gallery."""

@@ -14,6 +14,7 @@ from mole_diffusion.app.session import Session
 from mole_diffusion.app.setup import Setup
 from mole_diffusion.app.stopping import stoppable
 from mole_diffusion.app.studio import Studio, Work
+from mole_diffusion.core import rules
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.export import ExportReport
 from mole_diffusion.pictures.files import write_picture
@@ -52,10 +53,8 @@ class ExportRequest:
             raise ConfigError("the prompt is empty: the gates are frozen over at least one prompt")
         if self.form not in FORMATS:
             raise ConfigError(f"format is {self.form!r}; allowed are {list(FORMATS)}")
-        if not 0 <= self.rank <= MAX_RANK:
-            raise ConfigError(f"rank is {self.rank}; allowed are 1 to {MAX_RANK}, and 0 for everything")
-        if not 1 <= self.steps <= MAX_STEPS:
-            raise ConfigError(f"steps is {self.steps}; allowed are 1 to {MAX_STEPS}")
+        rules.whole(1, MAX_RANK).check("rank", self.rank, absent=0)
+        rules.whole(1, MAX_STEPS).check("steps", self.steps)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from mole_diffusion.app.jobs import Job
 from mole_diffusion.app.keeping import Kept, read, unpacked_path, vars_of, write
@@ -21,6 +22,7 @@ from mole_diffusion.app.metadata import PictureSettings, read_settings
 from mole_diffusion.app.setup import COLOURS, STARTER, ExpertCard, Gates, Setup
 from mole_diffusion.app.train_request import TrainRequest
 from mole_diffusion.core.errors import ConfigError, UnknownExpertError
+from mole_diffusion.core.records import GateWeights
 from mole_diffusion.pictures.files import open_picture
 from mole_diffusion.starter.location import default_experts, starter_dir, starter_experts
 from mole_diffusion.training.state import HISTORY_FILE
@@ -129,8 +131,10 @@ class Session:
         self.training: Training | None = None
         self.jobs: list[Job] = []
         self.page: dict[str, Any] = {}
-        self.weights: Any = None
+        self.weights: GateWeights | None = None
         self.weights_of: tuple[str, ...] = ()
+        self.maps: dict[str, Tensor] = {}
+        self.maps_of: Picture | None = None
         self.prepared: dict[tuple[str, Setup], Any] = {}
         self.used = time.monotonic()
         self.lock = threading.RLock()
@@ -160,7 +164,7 @@ class Session:
                 self.use_starter()
             else:
                 self.model, self.library, self.chosen, self._gates = model, {}, (), {}
-            self.weights = None
+            self.weights, self.maps = None, {}
             self.prepared.clear()
             # What suits one model suits no other.
             for name in ("guidance", "width", "height", "regions", "tiles"):
@@ -344,6 +348,21 @@ class Session:
         """Add a picture to the gallery, newest first; the oldest leave it, and stay on the disk."""
         with self.lock:
             self.pictures = [picture, *self.pictures][:MAX_PICTURES]
+
+    def note_gates(
+        self, weights: GateWeights, names: tuple[str, ...], maps: dict[str, Tensor], picture: Picture
+    ) -> None:
+        """What the gates did in a picture.
+
+        Args:
+            weights: of all its gates.
+            names: the experts.
+            maps: expert -> (height, width) of the latents: where in the picture it acted.
+            picture: the picture.
+        """
+        with self.lock:
+            self.weights, self.weights_of = weights, names
+            self.maps, self.maps_of = maps, picture
 
     def keep_prepared(self, name: str, setup: Setup, prepared: Any) -> None:
         """A mixture that was prepared for a setup; the oldest go."""

@@ -14,6 +14,7 @@ from mole_diffusion.app.session import Session
 from mole_diffusion.app.setup import STARTER, ExpertCard, Setup
 from mole_diffusion.app.stopping import stoppable
 from mole_diffusion.app.studio import Studio, Work
+from mole_diffusion.core import rules
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.phrases import class_words
 from mole_diffusion.pictures.files import open_picture
@@ -49,8 +50,7 @@ class TeachRequest:
             raise ConfigError(f"{len(self.pictures)} pictures; an expert is trained on 1 to {MAX_PICTURES}")
         if len(self.text.split()) < 2:
             raise ConfigError('write words for the subject with a trigger of its own, such as "a sks dog"')
-        if not 1 <= self.steps <= MAX_STEPS:
-            raise ConfigError(f"steps is {self.steps}; allowed are 1 to {MAX_STEPS}")
+        rules.whole(1, MAX_STEPS).check("steps", self.steps)
 
 
 def teach(studio: Studio, session: Session, request: TeachRequest) -> Work:

@@ -14,6 +14,7 @@ import gradio as gr
 from mole_diffusion.app.session import Session, thumbnail
 from mole_diffusion.app.setup import ExpertCard
 from mole_diffusion.app.theme import script
+from mole_diffusion.core import rules
 from mole_diffusion.core.errors import ConfigError
 
 #: Side in pixels of the pictures in the tiles (drawn at half of it on dense screens).
@@ -82,10 +83,7 @@ def read(values: Any) -> list[dict[str, Any]]:
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise ConfigError("the experts' tiles sent something that is no list of experts") from error
     for tile in found:
-        if not 0 <= tile["strength"] <= MAX_STRENGTH:
-            raise ConfigError(
-                f"strength of {tile['name']!r} is {tile['strength']}; allowed are 0 to {MAX_STRENGTH:g}"
-            )
+        rules.number(0, MAX_STRENGTH).check(f"strength of {tile['name']!r}", tile["strength"])
     return found
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mole_diffusion.core import rules
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.pictures.training import TrainingConfig
 from mole_diffusion.pictures.training.config import OBJECTIVES
 
 PREVIEW_EVERY = 50
+MAX_BATCH = 64
 MAX_ITERATIONS = 5000
 _CHECKPOINT_EVERY = 25
 
@@ -39,10 +41,8 @@ class TrainRequest:
     def __post_init__(self) -> None:
         if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
             raise ConfigError("the prompt is empty: write one that names every expert's subject")
-        if not 1 <= self.iterations <= MAX_ITERATIONS:
-            raise ConfigError(f"iterations is {self.iterations}; allowed are 1 to {MAX_ITERATIONS}")
-        if not 0 <= self.batch <= 64:
-            raise ConfigError(f"batch is {self.batch}; allowed are 1 to 64, and 0 for the default")
+        rules.whole(1, MAX_ITERATIONS).check("iterations", self.iterations)
+        rules.whole(1, MAX_BATCH).check("batch", self.batch, absent=0)
         if self.objective not in OBJECTIVES:
             raise ConfigError(f"objective is {self.objective!r}; allowed are {list(OBJECTIVES)}")
 

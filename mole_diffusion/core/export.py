@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import rules
 from .checkpoint import write_safetensors
 from .ensemble import Ensemble
 from .errors import ConfigError
@@ -80,10 +81,7 @@ def check_target(path: str | Path, dialect: str, rank: int | None) -> Path:
     path = Path(path)
     if dialect not in DIALECTS:
         raise ConfigError(f"format is {dialect!r}; allowed are {', '.join(map(repr, DIALECTS))}")
-    if rank is not None and rank < 1:
-        raise ConfigError(
-            f"rank is {rank!r}; allowed are whole numbers from 1, or None for the exact mixture"
-        )
+    rules.whole().check("rank", rank)
     if path.suffix != ".safetensors":
         raise ConfigError(f"path is {str(path)!r}; a LoRA file ends in .safetensors")
     return path

@@ -29,6 +29,7 @@ from .experts import Expert
 from .fitting import build_slots, fingerprint
 from .gates import build_groups
 from .hooks import BlockHook, MatrixHook, NetworkHook
+from .maps import mean_map
 from .matrices import build_bundles
 from .modules import Arrangement, base_layer, network_device, unwrapped
 from .networks import map_network
@@ -336,6 +337,10 @@ class Mixture:
         The gate of a denoiser's text tokens in a group is named "GROUP.context". Empty with fixed weights.
         """
         return {label: value.mean() for label, value in self._context.live.items()}
+
+    def live_map(self) -> Tensor | None:
+        """Where in the picture each expert acted in the last forward, (B, N, h, w); see `mean_map`."""
+        return mean_map(self._context, self.groups)
 
     def _index(self, name: str) -> int:
         if name not in self.expert_names:

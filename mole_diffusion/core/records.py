@@ -200,8 +200,7 @@ class _Run:
     def records(self, weights: Mapping[str, Tensor]) -> Iterator[GateRecord]:
         """Per gate its negative half, if there is one, and then the prompt's, of these weights."""
         for label, found in weights.items():
-            first, last = found[: self.negative], found[self.negative :]
-            negative, prompt = (first, last) if self.negative >= 0 else (last, first)
+            negative, prompt = _halves(found, self.negative)
             for branch, own in ((NEGATIVE, negative), (PROMPT, prompt)):
                 if len(own):
                     entries = tuple(range(len(own)))
@@ -291,6 +290,45 @@ class Recorder:
             )
 
 
+class MapRecorder(Recorder):
+    """Keeps also where in the picture each expert acts, as the mean over the forwards of the prompt."""
+
+    def __init__(self, placing: Placing | None = None) -> None:
+        super().__init__(placing)
+        self._experts: tuple[str, ...] = ()
+        self._sum: Tensor | None = None
+        self._count = 0
+
+    @property
+    def maps(self) -> dict[str, Tensor]:
+        """Expert -> (entries, height, width), shares from 0 to 1, float32 on the CPU; see `Mixture.live_map`.
+
+        Empty where no gate of image tokens ran.
+        """
+        if self._sum is None:
+            return {}
+        return dict(zip(self._experts, (self._sum / self._count).cpu().unbind(1), strict=True))
+
+    def note(self, mixture: Mixture) -> None:
+        """Take the weights of a mixture's last forward, and its map."""
+        index = self._forwards[mixture.part]
+        super().note(mixture)
+        found = mixture.live_map() if mixture.in_picture else None
+        if found is None:
+            return
+        _, prompt = _halves(found, self._placing(mixture, index, len(found))[1])
+        if not len(prompt):
+            return
+        if self._sum is None or self._sum.shape != prompt.shape:
+            self._sum, self._count = torch.zeros_like(prompt), 0
+        self._sum, self._count, self._experts = self._sum + prompt, self._count + 1, mixture.expert_names
+
+    def reset(self, networks: Iterable[str] | None = None) -> None:
+        """Forget everything, or what these networks did; maps in any case."""
+        super().reset(networks)
+        self._sum, self._count = None, 0
+
+
 class MeanRecorder(Recorder):
     """Keeps the mean weights of each gate over all forwards: a text of any length leaves one row per gate.
 
@@ -323,6 +361,12 @@ class MeanRecorder(Recorder):
         for (network, label), (total, count) in self._sums.items():
             entries, experts = tuple(range(len(total))), self._experts[network]
             yield GateRecord(network, label, None, PROMPT, entries, experts, (total / count).float().cpu())
+
+
+def _halves(weights: Tensor, negative: int) -> tuple[Tensor, Tensor]:
+    """The entries of the negative prompt and those of the prompt; see `Placing`."""
+    first, last = weights[:negative], weights[negative:]
+    return (first, last) if negative >= 0 else (last, first)
 
 
 def in_order(means: MeanWeights, experts: Sequence[str]) -> dict[str, dict[str, list[float]]]:

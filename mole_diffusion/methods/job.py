@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mole_diffusion.core import rules
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.pictures.files import pictures_digest
 
@@ -70,14 +71,10 @@ class PrepareOptions:
         for name, weight in (self.weights or {}).items():
             if not math.isfinite(weight):
                 raise ConfigError(f"weights gives {name!r} {weight!r}; allowed are finite numbers")
-        if self.density is not None and not 0 < self.density <= 1:
-            raise ConfigError(f"density is {self.density!r}; allowed are numbers above 0 and up to 1")
-        if self.search_passes is not None and self.search_passes < 1:
-            raise ConfigError(f"search_passes is {self.search_passes!r}; allowed are whole numbers from 1")
-        if self.steps is not None and self.steps < 1:
-            raise ConfigError(f"steps is {self.steps!r}; allowed are whole numbers from 1")
-        if self.rate is not None and not self.rate > 0:
-            raise ConfigError(f"rate is {self.rate!r}; allowed are numbers above 0")
+        rules.number(0, 1, above=True).check("density", self.density)
+        rules.whole().check("search_passes", self.search_passes)
+        rules.whole().check("steps", self.steps)
+        rules.number(0, math.inf, above=True).check("rate", self.rate)
 
 
 @dataclass

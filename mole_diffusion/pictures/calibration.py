@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mole_diffusion.core import rules
 from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.ensemble import Ensemble
 from mole_diffusion.core.errors import ConfigError
@@ -196,8 +197,7 @@ def _check_calibration(prompts: str | Sequence[str], steps: int) -> list[str]:
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts or not all(text.strip() for text in texts):
         raise ConfigError(f"prompts is {prompts!r}; gates are frozen over at least one prompt, none empty")
-    if steps < 1:
-        raise ConfigError(f"steps is {steps!r}; allowed are whole numbers from 1")
+    rules.whole().check("steps", steps)
     return texts
 
 

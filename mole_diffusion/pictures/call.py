@@ -25,7 +25,7 @@ from mole_diffusion.core.mixture_set import Choice, MixtureSet
 from mole_diffusion.core.modules import unwrapped
 from mole_diffusion.core.networks.clip import TEXT_ENCODER
 from mole_diffusion.core.networks.unet import UNET
-from mole_diffusion.core.records import GateWeights, Placing, Recorder
+from mole_diffusion.core.records import GateWeights, MapRecorder, Placing, Recorder
 from mole_diffusion.pictures.auto import AUTO, note_prompts, read_prompts
 from mole_diffusion.pictures.calibration import Progress, export_lora
 from mole_diffusion.pictures.choosing import Engaging, Request, method_of
@@ -122,6 +122,7 @@ class WithExperts(HoldsExperts):
         expert_scales: Mapping[str, float] | None = None,
         region_masks: Mapping[str, Any] | None = None,
         mixture: str | Mapping[str, float] | Engaging | None = None,
+        record_maps: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Draw pictures. Without experts this is the call of the diffusers pipeline.
@@ -142,6 +143,7 @@ class WithExperts(HoldsExperts):
                 1); "nla" (1/N); "none" (the base model, bitwise); "switch" (one expert per step, in turn);
                 "composite" (mean of the experts' predictions, one pass each); a weight per expert, which
                 also names the active ones; or what `mole_diffusion.methods.prepare` made.
+            record_maps: whether to note where in the picture each expert acts, for `expert_maps`.
 
         Returns:
             The diffusers pipeline's output, or a tuple with `return_dict=False`.
@@ -169,7 +171,7 @@ class WithExperts(HoldsExperts):
             latent_size=latent_size(pipe, height, width),
             mixture=self._usual(given) if mixture is None else mixture,
         ):
-            self._recorder = Recorder(_placing(self, given))
+            self._recorder = (MapRecorder if record_maps else Recorder)(_placing(self, given))
             with self._recorder.watching(self.ensemble.mixtures, networks_of(self)):
                 return parent.__call__(*args, **kwargs)
 
@@ -364,6 +366,15 @@ class WithExperts(HoldsExperts):
         Empty before the first call and after one in which no gate ran (fixed mixtures, the base model).
         """
         return GateWeights() if self._recorder is None else self._recorder.weights
+
+    def expert_maps(self) -> dict[str, torch.Tensor]:
+        """Where in the picture each expert acted in the last call, which was made with `record_maps=True`.
+
+        Returns:
+            Expert -> (pictures, height, width) of the latents' size: the share of its gate weights, 0 to 1,
+            mean over the denoiser's gates and the steps of the prompt. Empty where no gate ran.
+        """
+        return self._recorder.maps if isinstance(self._recorder, MapRecorder) else {}
 
     def train_gates(
         self,

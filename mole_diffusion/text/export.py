@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mole_diffusion.core import rules
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.export import StaticLora, freeze, lora_header, lora_tensors, write_lora
 from mole_diffusion.core.files import replacing
@@ -66,10 +67,7 @@ def export(
     """See `MoLEForSeq2SeqLM.export`."""
     if mixture == "none":
         raise ConfigError("mixture is 'none': the base model without experts is nothing to export")
-    if rank is not None and rank < 1:
-        raise ConfigError(
-            f"rank is {rank!r}; allowed are whole numbers from 1, or None for the exact mixture"
-        )
+    rules.whole().check("rank", rank)
     if isinstance(mixture, Route) or mixture in ROUTES:
         raise ConfigError("a route weighs the experts token by token: it has no static mixture to export")
     ensemble = model.ensemble

@@ -4,54 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.core.rules import Rule
 
 _RULE, _WORD = "rule", "word"
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What a setting may be: a number of a range, one of some words, or yes and no.
-
-    Attributes:
-        kind: "whole", "number", "word" or "flag".
-        low: smallest number.
-        high: largest number.
-        above: `low` itself is not allowed.
-        words: the allowed words.
-    """
-
-    kind: Literal["whole", "number", "word", "flag"]
-    low: float = -math.inf
-    high: float = math.inf
-    above: bool = False
-    words: tuple[str, ...] = ()
-
-    def allows(self, value: Any) -> bool:
-        """Whether a value may be set."""
-        if self.kind == "flag":
-            return isinstance(value, bool)
-        if self.kind == "word":
-            return isinstance(value, str) and value in self.words
-        numbers = int if self.kind == "whole" else (int, float)
-        if isinstance(value, bool) or not isinstance(value, numbers):
-            return False
-        return (value > self.low if self.above else value >= self.low) and value <= self.high
-
-    @property
-    def allowed(self) -> str:
-        """The allowed values in words."""
-        if self.kind == "flag":
-            return "True and False"
-        if self.kind == "word":
-            return listed(self.words)
-        what = "whole numbers" if self.kind == "whole" else "numbers"
-        low = "" if self.low == -math.inf else f" {'above' if self.above else 'from'} {self.low:g}"
-        return what + low + ("" if self.high == math.inf else f" to {self.high:g}")
 
 
 def whole(default: int, low: int | None = 1, *, word: str | None = None) -> Any:
@@ -113,12 +71,7 @@ def check(settings: Any) -> None:
         if rule is None or rule.allows(value := getattr(settings, field.name)):
             continue
         word = field.metadata.get(_WORD) or field.name
-        raise ConfigError(f"{word} is {value!r}; allowed are {rule.allowed}")
-
-
-def listed(values: Iterable[str]) -> str:
-    """Words in quotes, separated by commas."""
-    return ", ".join(repr(value) for value in values)
+        raise rule.refusal(word, value)
 
 
 #: Settings that change what is shown and kept, and nothing of what is trained.

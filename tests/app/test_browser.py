@@ -185,6 +185,8 @@ def test_inspect_compare_and_export(visit: Any, tmp_path: Path) -> None:
     draw(visitor, steps=2)
     page = visitor.tab("Inspect")
     page.locator("#heat img").wait_for()
+    page.locator("#expert-maps img").nth(1).wait_for()
+    assert "boot" in page.locator("#expert-maps figcaption").first.inner_text()
     page.locator("#over-steps svg").wait_for()
     page.locator("#network label", has_text="Text encoder").click()
     page.locator("#over-steps svg").wait_for(state="detached")

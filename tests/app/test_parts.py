@@ -21,6 +21,7 @@ from mole_diffusion.app.folders import loras_in
 from mole_diffusion.app.infotext import read_infotext
 from mole_diffusion.app.jobs import Job, QueueFullError, Worker, duration
 from mole_diffusion.app.library import add_file, add_gates, add_source
+from mole_diffusion.app.maps import maps_html, overlay
 from mole_diffusion.app.metadata import (
     KEY,
     ExpertUse,
@@ -337,6 +338,29 @@ def test_several_pictures_another_sampler_and_from_a_picture(studio: Studio) -> 
     for wrong in ({"count": 0}, {"sampler": "x"}, {"image": begun.image, "denoising": 0.1}):
         with pytest.raises(ConfigError):
             ComposeRequest(prompt="p", steps=2, **wrong)
+
+
+def test_a_picture_shows_where_each_expert_acts(studio: Studio) -> None:
+    session = studio.session("maps")
+    left = Image.new("L", (128, 128))
+    left.paste(255, (0, 0, 64, 128))
+    request = ComposeRequest(prompt="a zorin boot and a kipra clock", steps=2, regions={"boot": left})
+    session.choose(["boot", "clock"])
+    job = studio.submit(session, "compose", compose(studio, session, request)).wait(300)
+    assert job.error is None, job.error
+    assert list(session.maps) == ["boot", "clock"]
+    assert session.maps_of is job.result[0]
+    half = session.maps["boot"].shape[1] // 2
+    assert (
+        float(session.maps["boot"][:, half + 1 :].max()) < 0.01 < float(session.maps["boot"][:, :half].max())
+    )
+    picture = Image.new("RGB", (64, 64), (90, 90, 90))
+    shown = np.asarray(overlay(picture, session.maps["boot"], "#ff0000", 1.0)).astype(int)
+    assert shown[:, :20, 0].mean() > shown[:, :20, 1].mean() + 40
+    assert abs(shown[:, 50:] - 90).max() < 12
+    page_part = str(maps_html(picture, {"<b>": session.maps["boot"]}, {"<b>": "#ff0000"}))
+    assert "&lt;b&gt;" in page_part
+    assert "<b>:" not in page_part
 
 
 def test_a_folder_is_copied_with_what_lies_beside_the_file(studio: Studio, tmp_path: Path) -> None:

@@ -50,6 +50,20 @@ def test_programs_compose_train_and_export(client: Client) -> None:
         assert gates.metadata()["iterations"] == "3"
     file, facts = client.predict(prompt=PROMPT, seed=4, steps=2, api_name="/compose")
     assert read_settings(file).gates == "trained"
+    files, several = client.predict(
+        prompt=PROMPT,
+        seed=4,
+        steps=4,
+        sampler="Euler",
+        image=handle_file(file),
+        denoising=0.5,
+        count=2,
+        api_name="/compose_several",
+    )
+    drawn = [read_settings(one) for one in files]
+    assert drawn == [PictureSettings.from_json(one["settings"]) for one in several]
+    assert [(one.seed, one.sampler, one.denoising) for one in drawn] == [(4, "Euler", 0.5), (5, "Euler", 0.5)]
+    assert drawn[0].image_sha256 == drawn[1].image_sha256 != ""
     file, facts = client.predict(prompts=[PROMPT], format="diffusers", rank=2, steps=2, api_name="/export")
     assert facts["experts"] == experts
     assert 0 < facts["effect_difference"] < 2
@@ -72,6 +86,8 @@ def test_programs_bring_experts_of_their_own(client: Client, server: Server, tmp
         ({"prompt": " "}, "the prompt is empty"),
         ({"prompt": PROMPT, "steps": 0}, "steps is 0"),
         ({"prompt": PROMPT, "width": 100}, "width is 100"),
+        ({"prompt": PROMPT, "denoising": 0}, "denoising is 0"),
+        ({"prompt": PROMPT, "sampler": "Eule"}, "allowed are .*Euler a.*"),
         ({"prompt": PROMPT, "experts": ["boott"]}, "Did you mean"),
         ({"prompt": PROMPT, "mixture": "mean"}, "mixture is"),
     ],

@@ -11,10 +11,13 @@ import gradio as gr
 from markupsafe import Markup
 
 from mole_diffusion.app import charts, markup, show
+from mole_diffusion.app.maps import maps_html
 from mole_diffusion.app.session import Session
+from mole_diffusion.app.setup import COLOURS
 from mole_diffusion.app.studio import Studio
 from mole_diffusion.core.inspection import FileDescription, describe_file
 from mole_diffusion.core.records import GateWeights, in_order
+from mole_diffusion.pictures.files import open_picture
 from mole_diffusion.training.charts import gate_heat_map
 
 _PRIVATE: dict[str, Any] = {"api_visibility": "private"}
@@ -45,6 +48,7 @@ class InspectTab:
                         0, 1, 0, step=1, label="Step", info="0: the mean of all steps", elem_id="gate-step"
                     )
                 self.empty = gr.HTML(_EMPTY)
+                self.maps = gr.HTML(elem_id="expert-maps")
                 self.heat = gr.Plot(label="Gate weights: experts × gates", elem_id="heat", visible=False)
                 self.steps = gr.HTML(elem_id="over-steps")
             with gr.Column(scale=5, min_width=320):
@@ -60,7 +64,7 @@ class InspectTab:
 
     def _connect(self, demo: gr.Blocks) -> None:
         quick: dict[str, Any] = {"show_progress": "hidden", **_PRIVATE}
-        view = [self.empty, self.heat, self.steps, self.step, self.network]
+        view = [self.empty, self.maps, self.heat, self.steps, self.step, self.network]
         for changed in (self.network.input, self.step.release):
             changed(self.show_weights, [self.network, self.step], view, **quick)
         self.known.input(self.describe_known, self.known, self.contents, **quick)
@@ -99,7 +103,7 @@ def _weights(session: Session, network: str, step: Any) -> list[Any]:
     choices = [label for label, name in _NETWORKS.items() if rows is not None and rows.where(network=name)]
     if not found:
         update = gr.update(choices=choices or list(_NETWORKS)[:2])
-        return [gr.update(visible=True), gr.update(visible=False), "", gr.skip(), update]
+        return [gr.update(visible=True), _maps(session), gr.update(visible=False), "", gr.skip(), update]
     names = list(session.weights_of)
     n_steps = max((row.step for row in found if row.step is not None), default=-1) + 1
     at = min(int(step or 0), n_steps)
@@ -107,11 +111,22 @@ def _weights(session: Session, network: str, step: Any) -> list[Any]:
     figure = gate_heat_map(in_order(shown.means(), names), names)
     return [
         gr.update(visible=False),
+        _maps(session),
         gr.update(value=_on_any_ground(figure), visible=True),
         _over_steps(session, found, names, n_steps),
         gr.update(maximum=max(n_steps, 1), value=at, interactive=n_steps > 0),
         gr.update(choices=choices, value=network if network in choices else choices[0]),
     ]
+
+
+def _maps(session: Session) -> Markup:
+    """Where in the last picture each expert acted."""
+    with session.lock:
+        maps, picture, names = session.maps, session.maps_of, session.weights_of
+    if not maps or picture is None or not picture.path.is_file():
+        return markup.NOTHING
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+    return maps_html(open_picture(picture.path), maps, colours)
 
 
 def _over_steps(session: Session, rows: GateWeights, names: Sequence[str], n_steps: int) -> Markup:

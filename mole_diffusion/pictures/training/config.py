@@ -8,7 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from mole_diffusion.core import rules
 from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.core.rules import quoted
 from mole_diffusion.training.settings import (
     COSMETIC,
     GateSettings,
@@ -17,7 +19,6 @@ from mole_diffusion.training.settings import (
     choice,
     flag,
     free,
-    listed,
     number,
     share,
     whole,
@@ -141,7 +142,7 @@ class Collage:
         check(self)
         if not self.layouts or set(self.layouts) - set(_LAYOUTS):
             raise ConfigError(
-                f"collage_layouts is {self.layouts!r}; allowed are {listed(_LAYOUTS)}, at least one"
+                f"collage_layouts is {self.layouts!r}; allowed are {quoted(_LAYOUTS)}, at least one"
             )
         _check_boxes(self.boxes)
         if self.pool_size < self.batch:
@@ -411,8 +412,7 @@ def _batch(batch: int | None, given: Mapping[str, Any]) -> dict[str, int]:
     """What a number of pictures per iteration means for each objective."""
     if batch is None:
         return {}
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise ConfigError(f"batch is {batch!r}; allowed are whole numbers from 1")
+    rules.whole().check("batch", batch)
     pool = max(given.get("pool_size", Collage.pool_size), batch)
     return {"batch_size": batch, "collage_batch": batch, "pool_size": pool}
 
@@ -427,7 +427,7 @@ def _task(given: Mapping[str, Any], pictures: Pictures) -> Task:
     objective, rollout = given.get("objective", "collage"), given.get("rollout", "step")
     for name, value, allowed in (("objective", objective, OBJECTIVES), ("rollout", rollout, _ROLLOUTS)):
         if value not in allowed:
-            raise ConfigError(f"{name} is {value!r}; allowed are {listed(allowed)}")
+            raise ConfigError(f"{name} is {value!r}; allowed are {quoted(allowed)}")
     collage = Collage(**_own(Collage, given))
     formula: Any = "released" if objective == "released" else "paper"
     clip = Clip(**_own(Clip, given), formula=formula)
