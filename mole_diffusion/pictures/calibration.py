@@ -184,9 +184,7 @@ def _replay(pipe: Any, run: _Calibration, ticker: _Ticker) -> list[Tensor]:
 
 
 def _need_text_to_image(pipe: Any) -> None:
-    from mole_diffusion.pictures.pipelines import from_text
-
-    if pipe.diffusers_class.__name__ not in from_text():
+    if not pipe.draws_from_text:
         raise ConfigError(
             f"export_lora draws from text, and {type(pipe).__name__} draws from a picture; make a"
             " text-to-image pipeline of it with from_pipe: it shares experts and gates"

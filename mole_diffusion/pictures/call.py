@@ -58,6 +58,7 @@ class WithExperts(HoldsExperts):
         guided_in: how the pipeline runs a negative prompt: before the prompt in one "batch", after it in one
             ("batch, prompt first"), or in "turns": the prompt, then the negative.
         guided_by: the argument of a call that says how strongly the prompt guides.
+        draws_from_text: whether a prompt is all that it needs.
         call_defaults: what a call is drawn with where it does not say, in place of diffusers' defaults: the
             guidance that suits the starter.
     """
@@ -65,6 +66,7 @@ class WithExperts(HoldsExperts):
     diffusers_class: ClassVar[type]
     guided_in: ClassVar[GuidedIn] = "batch"
     guided_by: ClassVar[str] = "guidance_scale"
+    draws_from_text: ClassVar[bool] = False
     _ensemble: Ensemble | None = None
     _recorder: Recorder | None = None
     call_defaults: Mapping[str, Any] = MappingProxyType({})

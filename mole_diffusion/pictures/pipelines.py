@@ -128,6 +128,7 @@ class StableDiffusionMoLEPipeline(_StarterMixin, StableDiffusionPipeline):
     """
 
     diffusers_class = StableDiffusionPipeline
+    draws_from_text = True
 
 
 class StableDiffusionMoLEImg2ImgPipeline(_StarterMixin, StableDiffusionImg2ImgPipeline):
@@ -165,6 +166,7 @@ class StableDiffusionXLMoLEPipeline(WithExperts, StableDiffusionXLPipeline):
     """`StableDiffusionXLPipeline` whose UNet and both text encoders mix LoRA experts by gates."""
 
     diffusers_class = StableDiffusionXLPipeline
+    draws_from_text = True
 
 
 class StableDiffusionXLMoLEImg2ImgPipeline(WithExperts, StableDiffusionXLImg2ImgPipeline):
@@ -187,6 +189,7 @@ class FluxMoLEPipeline(WithExperts, FluxPipeline):
     """
 
     diffusers_class = FluxPipeline
+    draws_from_text = True
     guided_in = "turns"
 
 
@@ -219,6 +222,7 @@ class Flux2MoLEPipeline(WithExperts, Flux2Pipeline):
     """
 
     diffusers_class = Flux2Pipeline
+    draws_from_text = True
 
 
 class Flux2KleinMoLEPipeline(WithExperts, Flux2KleinPipeline):
@@ -229,6 +233,7 @@ class Flux2KleinMoLEPipeline(WithExperts, Flux2KleinPipeline):
     """
 
     diffusers_class = Flux2KleinPipeline
+    draws_from_text = True
     guided_in = "turns"
 
 
@@ -243,6 +248,7 @@ class ChromaMoLEPipeline(WithExperts, ChromaPipeline):
     """`ChromaPipeline` whose transformer mixes LoRA experts by gates; LoRAs of FLUX.1 fit it too."""
 
     diffusers_class = ChromaPipeline
+    draws_from_text = True
     guided_in = "turns"
 
 
@@ -257,6 +263,7 @@ class StableDiffusion3MoLEPipeline(WithExperts, StableDiffusion3Pipeline):
     """`StableDiffusion3Pipeline` whose transformer and CLIP text encoders mix LoRA experts by gates."""
 
     diffusers_class = StableDiffusion3Pipeline
+    draws_from_text = True
 
 
 class StableDiffusion3MoLEImg2ImgPipeline(WithExperts, StableDiffusion3Img2ImgPipeline):
@@ -278,6 +285,7 @@ class ZImageMoLEPipeline(WithExperts, ZImagePipeline):
     """
 
     diffusers_class = ZImagePipeline
+    draws_from_text = True
     guided_in = "batch, prompt first"
 
 
@@ -302,6 +310,7 @@ class QwenImageMoLEPipeline(WithExperts, QwenImagePipeline):
     """
 
     diffusers_class = QwenImagePipeline
+    draws_from_text = True
     guided_in, guided_by = "turns", "true_cfg_scale"
 
 
@@ -325,15 +334,5 @@ AROUND_A_UNET = (StableDiffusionPipeline, StableDiffusionXLPipeline)
 
 def from_text() -> dict[str, type]:
     """Class of diffusers -> ours, of the pipelines that draw from text alone."""
-    ours = (
-        StableDiffusionMoLEPipeline,
-        StableDiffusionXLMoLEPipeline,
-        FluxMoLEPipeline,
-        Flux2MoLEPipeline,
-        Flux2KleinMoLEPipeline,
-        ChromaMoLEPipeline,
-        StableDiffusion3MoLEPipeline,
-        ZImageMoLEPipeline,
-        QwenImageMoLEPipeline,
-    )
-    return {one.diffusers_class.__name__: one for one in ours}
+    ours = [one for one in globals().values() if isinstance(one, type) and issubclass(one, WithExperts)]
+    return {one.diffusers_class.__name__: one for one in ours if one.draws_from_text}
