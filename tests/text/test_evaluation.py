@@ -63,6 +63,8 @@ def test_every_method_answers_every_item_once(protocol: Path, tmp_path: Path) ->
     assert table["all"]["alone"]["score"].mean >= table["all"]["none"]["score"].mean
     answers = {method: [r["answer"] for r in rows if r["method"] == method] for method in found.methods}
     assert answers["la"] != answers["none"] != answers["pems"]
+    drawn = {path.name for path in (tmp_path / "out" / "gate-weights").iterdir()}
+    assert drawn == {"copying-gates.png", "copying-few.png"}
     assert "Tiny" in (tmp_path / "out" / "table.md").read_text()
     before = (tmp_path / "out" / "results.jsonl").read_bytes()
     again = evaluate_texts(found, tmp_path / "out", device=cpu, say=lambda _: None, shown=False)

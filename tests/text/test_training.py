@@ -11,11 +11,13 @@ import pytest
 import torch
 from peft import PeftModel
 from torch.testing import assert_close
+from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.errors import ConfigError, NoExpertsError, TrainingError
 from mole_diffusion.text import MoLEForSeq2SeqLM, TextTrainingConfig
 from mole_diffusion.text.examples import pairs_of
+from mole_diffusion.text.module import GatesModule
 from mole_diffusion.text.training import CrossEntropy
 
 from .conftest import Make
@@ -126,6 +128,25 @@ def test_gates_pooled_over_what_was_read_learn(make: Make) -> None:
     fresh, alone = loss(model, pairs), loss(model, pairs, ["two"])
     model.train_gates(pairs, FAST)
     assert loss(model, pairs) < fresh - 0.3 * (fresh - alone)
+
+
+def test_transformers_own_trainer_trains_gates(make: Make, tmp_path: Path) -> None:
+    model = make(2, trained=False)
+    pairs = examples(model, "two")
+    objective = CrossEntropy(model.model, model.tokenizer, pairs, FAST)
+    names = ("input_ids", "attention_mask", "labels")
+    rows = [{name: objective.batch([pair])[name][0].tolist() for name in names} for pair in pairs]
+    collate = DataCollatorForSeq2Seq(model.tokenizer, model.model)
+    fresh, before = loss(model, pairs), {n: p.clone() for n, p in model.model.named_parameters()}
+    arguments = Seq2SeqTrainingArguments(
+        str(tmp_path), max_steps=40, learning_rate=0.1, per_device_train_batch_size=6, use_cpu=True,
+        report_to=[], disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    with model.active():
+        trainer = Seq2SeqTrainer(GatesModule(model), arguments, train_dataset=rows, data_collator=collate)
+        trainer.train()
+    assert loss(model, pairs) < fresh - 0.3 * (fresh - loss(model, pairs, ["two"]))
+    assert all(torch.equal(p, before[n]) for n, p in model.model.named_parameters())
 
 
 def test_examples_of_every_kind(tmp_path: Path) -> None:

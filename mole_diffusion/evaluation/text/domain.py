@@ -19,6 +19,7 @@ from mole_diffusion.core.checkpoint import write_safetensors
 from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.experts import Expert
+from mole_diffusion.core.records import in_order
 from mole_diffusion.evaluation import run
 from mole_diffusion.evaluation.results import write_text
 from mole_diffusion.evaluation.run import Say
@@ -32,6 +33,7 @@ from mole_diffusion.starter.text.tasks import EXPERTS
 from mole_diffusion.text import MoLEForSeq2SeqLM, TextTrainingConfig
 from mole_diffusion.text.merging import Merged, alone, lorahub, mix_factors, pems, searched, tuned
 from mole_diffusion.text.phatgoose import ExpertKeys, KeyConfig, phatgoose, train_keys
+from mole_diffusion.training.charts import gate_heat_map
 
 TEXTS = Schema(
     items="answers",
@@ -146,18 +148,26 @@ class Texts:
                 write_text(self._kept(batch), json.dumps(found.to_dict(), indent=1) + "\n")
 
     def make(self, batch: TextBatch, is_wanted: Callable[[Row], bool]) -> list[Row]:
-        """Answer all items and score them."""
+        """Answer all items and score them; of gates, draw their mean weights (Fig. 7, left)."""
         self.prepare(batch)
         task, variant, rows = self._task(batch.place), self._variant(batch), batch.rows()
         start = time.monotonic()
         with self._experts(batch, variant), self._mixed(batch, variant) as mixture:
             texts = [one.source for one in task.test]
-            answers = self._model.answer(
-                texts, batch_size=_BATCH, mixture=mixture, top_k=variant.top_k,
-                max_new_tokens=self._protocol.tokens,
-            )  # fmt: skip
-            weights = {label: w for (label,), w in self._model.gate_weights().mean("expert").items()}
+            with self._model.recording():
+                answers = self._model.answer(
+                    texts, batch_size=_BATCH, mixture=mixture, top_k=variant.top_k,
+                    max_new_tokens=self._protocol.tokens,
+                )  # fmt: skip
+            recorded, names = self._model.gate_weights(), list(self._model.experts)
         seconds = (time.monotonic() - start) / len(rows)
+        weights = {label: weight for (label,), weight in recorded.mean("expert").items()}
+        if recorded and batch.seed == 0:
+            tables = in_order(recorded.means(), names)
+            figure = gate_heat_map(tables, names, title=f"{batch.place}, {batch.maker}")
+            path = self._out / "gate-weights" / f"{batch.place}-{batch.maker}.png"
+            path.parent.mkdir(exist_ok=True)
+            figure.savefig(path, dpi=100)
         made = []
         for row, example, answer in zip(rows, task.test, answers, strict=True):
             if is_wanted(row):
