@@ -162,7 +162,8 @@ class MatrixHook:
             rows = output_tokens(slot.module, x).flatten(0, -2)
             weights = route.keyed(slot.name, as_type(rows, torch.float32), plan.owners)
         else:
-            weights = route.weights(slot.route_factors(route, device), as_type(z, torch.float32), plan.owners)
+            factors, rows = slot.route_factors(route, device), as_type(z, torch.float32)
+            weights = route.weights(factors, rows, plan.owners, context.forward.timestep)
         if context.activation.scales is not None:
             weights = weights * on_device(context.activation.scales, device)
         return functional.add_mixed_delta(

@@ -17,6 +17,9 @@ from .factors import LoraFactors
 
 ROUTES = ("arrow", "energy")
 KEYS = "keys"
+LARGEST = "largest"
+# K-LoRA's alpha and beta: how the score of styles grows.
+_GROWTH, _START = 1.5, 0.5
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,15 @@ class Route:
     Args:
         kind: "arrow": how far the token points along the direction that an expert answers most to, the first
             right singular vector of its delta (Ostapenko et al. 2024; as PEFT's `create_arrow_model`);
-            "energy": how large the expert's whole answer is, for the size of its delta; or "keys": how well
-            the token agrees with a key that each expert has for the matrix (PHATGOOSE, Muqeeth et al. 2024).
-        top_k: how many experts share a token.
+            "energy": how large the expert's whole answer is, for the size of its delta; "keys": how well the
+            token agrees with a key that each expert has for the matrix (PHATGOOSE, Muqeeth et al. 2024); or
+            "largest": one expert has the whole matrix, the one whose largest entries are the largest share of
+            all of its own (K-LoRA's rule, Ouyang et al. 2025, for any number of experts).
+        top_k: how many experts share a token; with "largest" there is always one.
         temperature: tau of the softmax over their scores, above 0.
         keys: for "keys": canonical name of each matrix -> (N, d_in) keys of all experts.
+        growing: indices of experts whose score grows from half to twice from noise to picture, with
+            "largest": styles.
 
     Raises:
         ConfigError: a value is not allowed.
@@ -40,9 +47,10 @@ class Route:
     top_k: int = 3
     temperature: float = 1.0
     keys: Mapping[str, Tensor] | None = field(default=None, compare=False)
+    growing: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
-        allowed = (*ROUTES, KEYS)
+        allowed = (*ROUTES, KEYS, LARGEST)
         if self.kind not in allowed:
             raise ConfigError(f"kind={self.kind!r} is not allowed; choose one of {', '.join(allowed)}.")
         if (self.kind == KEYS) != (self.keys is not None):
@@ -54,21 +62,31 @@ class Route:
             )
 
     def factors(self, factors: Mapping[int, LoraFactors]) -> Tensor:
-        """What scores z: w of (R,) with |w . z| for "arrow", C (R, R) with |z C| for "energy"; float32."""
+        """What scores z: w of (R,) with |w . z| for "arrow", C (R, R) with |z C| for "energy"; float32.
+
+        For "largest" it is (R,) the score of each rank's owner.
+        """
+        if self.kind == LARGEST:
+            return _largest(factors)
         parts = [_arrow(one) if self.kind == "arrow" else _energy(one) for one in factors.values()]
         if self.kind == "arrow":
             return torch.cat(parts)
         stacked: Tensor = torch.block_diag(*parts)  # type: ignore[no-untyped-call]
         return stacked
 
-    def weights(self, factors: Tensor, z: Tensor, owners: Tensor) -> Tensor:
-        """(M, N) shares of the experts; those without the matrix, and those left out, have 0.
+    def weights(
+        self, factors: Tensor, z: Tensor, owners: Tensor, timestep: Tensor | float | None = None
+    ) -> Tensor:
+        """(M, N) shares of the experts, or one row for all; without the matrix, or left out, they have 0.
 
         Args:
             factors: see `factors`.
             z: (M, R) rank activations of the experts that count.
             owners: (N, R) one-hot owner of each rank.
+            timestep: in 0..1, from the picture to noise.
         """
+        if self.kind == LARGEST:
+            return self._one_hot((owners * factors).amax(-1), timestep)
         if self.kind == "arrow":
             scores = ((z * factors) @ owners.T).abs()
         else:
@@ -100,6 +118,27 @@ class Route:
         chosen, places = scores.topk(min(self.top_k, int(owners.shape[0])), dim=-1)
         shares = torch.softmax(chosen / self.temperature, dim=-1)
         return torch.zeros_like(scores).scatter(-1, places, shares)
+
+    def _one_hot(self, scores: Tensor, timestep: Tensor | float | None) -> Tensor:
+        """(1, N) all for the highest of the scores (N,)."""
+        if self.growing and timestep is not None:
+            done = 1.0 - torch.as_tensor(timestep, device=scores.device).float().mean()
+            grows = torch.tensor([index in self.growing for index in range(len(scores))])
+            scores = torch.where(grows.to(scores.device), scores * (_GROWTH * done + _START), scores)
+        return torch.nn.functional.one_hot(scores.argmax(-1), len(scores)).float().unsqueeze(0)
+
+
+def _largest(factors: Mapping[int, LoraFactors]) -> Tensor:
+    """(R,) for each rank, its owner's sum of largest entries as a share of the sum of all."""
+    ranks = sorted((one.rank for one in factors.values()), reverse=True)
+    count = ranks[0] * (ranks[1] if len(ranks) > 1 else 1)
+    scores = []
+    for one in factors.values():
+        down, up = (factor.float() for factor in one.matrices)
+        entries = (up @ down).abs().flatten()
+        share = entries.topk(min(count, len(entries))).values.sum() / entries.sum().clamp_min(1e-12)
+        scores.append(share.expand(one.width))
+    return torch.cat(scores)
 
 
 def _arrow(one: LoraFactors) -> Tensor:

@@ -10,15 +10,18 @@ from mole_diffusion.core.fixed import (
     linear_arithmetic,
     normalised_linear_arithmetic,
 )
+from mole_diffusion.methods.freefuse import FREEFUSE
 from mole_diffusion.methods.job import PrepareOptions
+from mole_diffusion.methods.loratorio import LORATORIO
 from mole_diffusion.methods.methods import METHODS, Method
 from mole_diffusion.methods.preparation import load_prepared, prepare
 from mole_diffusion.methods.prepared import Prepared
 from mole_diffusion.methods.routing import ROUTED
+from mole_diffusion.methods.zero_shot import ZERO_SHOT
 from mole_diffusion.pictures.auto import AUTO
 
 #: Words for `pipe(prompt, mixture=...)`; those after the fixed ones change the expert within a picture.
-MIXTURES = (AUTO, *FIXED, *ROUTED)
+MIXTURES = (AUTO, *FIXED, *ROUTED, *ZERO_SHOT, FREEFUSE, LORATORIO)
 
 __all__ = [
     "METHODS",

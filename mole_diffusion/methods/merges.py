@@ -76,7 +76,7 @@ def _merge_part(
         own = {key: slot.factors[index] for key, slot in slots.items() if index in slot.factors}
         if own:
             owned[name] = own
-            _check(name, own)
+            _check_biases(name, own)
     configs = {name: _config(LoraConfig, own) for name, own in owned.items()}
     names = list(owned)
     model = LoraModel(nn.ModuleDict({key: _shell(slot) for key, slot in slots.items()}), configs, names[0])
@@ -116,11 +116,18 @@ def _key(matrix: str) -> str:
     return matrix.replace(".", "__")
 
 
-def _check(name: str, own: Mapping[str, LoraFactors]) -> None:
+def check_biases(mixture: Mixture) -> None:
+    """Raise ConfigError if an expert changes biases, which no merge here can."""
+    slots = [slot for group in mixture.groups for slot in group.slots]
+    for index, name in enumerate(mixture.expert_names):
+        _check_biases(name, {slot.name: slot.factors[index] for slot in slots if index in slot.factors})
+
+
+def _check_biases(name: str, own: Mapping[str, LoraFactors]) -> None:
     with_bias = [key for key, factors in own.items() if factors.bias is not None]
     if with_bias:
         raise ConfigError(
-            f"expert {name!r} changes the bias of {len(with_bias)} matrices; PEFT cannot merge that"
+            f"expert {name!r} changes the bias of {len(with_bias)} matrices, which a merge cannot"
         )
 
 

@@ -59,6 +59,19 @@ _ALL = (
     Method("svd", "SVD merge", True, "PEFT's merge 'svd': the sum of the deltas, cut to the largest rank."),
     Method("ties", "TIES", True, "PEFT's merge 'ties': trim, elect signs, merge (Yadav et al. 2023)."),
     Method("dare_linear", "DARE", True, "PEFT's merge 'dare_linear': drop and rescale (Yu et al. 2024)."),
+    Method("ssr", "SSR-Merge", True, "One LoRA that routes signals back to their expert (arXiv 2606.10617)."),
+    Method("arrow", "Arrow", False, "Each matrix, token by token, by the experts' first directions."),
+    Method("energy", "energy", False, "Each matrix, token by token, by the size of the experts' answers."),
+    Method(
+        "klora", "K-LoRA", False, "Each matrix to one expert by its largest entries (Ouyang et al. 2025)."
+    ),
+    Method("freefuse", "FreeFuse", False, "Hard masks from cross-attention (the form of arXiv 2510.23515)."),
+    Method(
+        "loratorio",
+        "LoRAtorio",
+        False,
+        "Patches of the experts' predictions by their distance from the base's (Foteinopoulou et al. 2025).",
+    ),
     Method("switch", "LoRA-Switch", False, "One expert per denoising step, in turn (Zhong et al. 2024)."),
     Method(
         "composite", "LoRA-Composite", False, "Mean of the experts' guided predictions (Zhong et al. 2024)."

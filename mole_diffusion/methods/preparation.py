@@ -17,6 +17,7 @@ from mole_diffusion.methods import (
     custom_diffusion,
     merges,
     search,
+    ssr,
     svdiff,
     textual_inversion,
     trained_gates,
@@ -69,6 +70,7 @@ _RECIPES: dict[str, _Recipe] = {
     "svd": _MERGE,
     "ties": _MERGE,
     "dare_linear": _MERGE,
+    "ssr": _Recipe(ssr.merge, merges.PreparedMerge, ("texts", "seed")),
 }
 
 

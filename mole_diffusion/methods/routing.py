@@ -118,13 +118,13 @@ def _averaging(network: torch.nn.Module, choose: Callable[[int], None], experts:
             return None
         inside = True
         try:
-            total = _prediction(output)
+            total = prediction_of(output)
             for index in range(1, experts):
                 choose(index)
-                total = total + _prediction(module(*args, **kwargs))
+                total = total + prediction_of(module(*args, **kwargs))
         finally:
             inside = False
-        return _with_prediction(output, total / experts)
+        return with_prediction(output, total / experts)
 
     return [
         network.register_forward_pre_hook(before, prepend=True),
@@ -132,12 +132,14 @@ def _averaging(network: torch.nn.Module, choose: Callable[[int], None], experts:
     ]
 
 
-def _prediction(output: Any) -> torch.Tensor:
+def prediction_of(output: Any) -> torch.Tensor:
+    """The prediction in what a UNet returns."""
     found: torch.Tensor = output[0] if isinstance(output, tuple) else output.sample
     return found
 
 
-def _with_prediction(output: Any, prediction: torch.Tensor) -> Any:
+def with_prediction(output: Any, prediction: torch.Tensor) -> Any:
+    """The same with another prediction."""
     if isinstance(output, tuple):
         return (prediction, *output[1:])
     return type(output)(sample=prediction)
