@@ -13,6 +13,7 @@ from mole_diffusion.app.training import concept_of
 from mole_diffusion.commands.train_gates import parse_concepts
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.phrases import read_concept
+from mole_diffusion.pictures.demo import concepts_of
 from mole_diffusion.pictures.training.concepts import (
     Concept,
     as_concepts,
@@ -20,6 +21,7 @@ from mole_diffusion.pictures.training.concepts import (
     read_prompt,
     read_prompts,
 )
+from mole_diffusion.starter import starter_experts
 
 BOOT = Concept("boot", "a zorin boot", "a boot")
 CAT = Concept("cat", "a vim cat", "a cat")
@@ -168,6 +170,13 @@ def test_kinds_from_the_files_of_experts(pipe: Any) -> None:
     assert told(trigger="inky style") == Concept("boot", "inky style", "", kind="style")
     assert told(trigger="zorin boot", kind="concept") == Concept("boot", "a zorin boot", "a boot")
     assert told(trigger="zorin boot", kind="merged").kind == "subject"
+
+
+def test_kinds_from_the_starters_catalogue() -> None:
+    known = concepts_of({name: starter_experts()[name] for name in ("boot", "sketch")})
+    assert [(c.kind, c.class_text) for c in known.values()] == [("subject", "a boot"), ("style", "")]
+    prompt = "a zorin boot at night in zaphel style"
+    assert read_prompt(prompt, known).together("boot") == ("boot", "sketch")
 
 
 INK, GLOW = Concept("ink", "in inky style", ""), Concept("glow", "glowy style", "in a glowing style")

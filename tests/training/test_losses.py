@@ -38,6 +38,19 @@ def test_crops_are_compared_with_text_and_nearest_reference() -> None:
     torch.testing.assert_close(found, torch.tensor([[[0.5, 0.0], [0.5, 0.0]]]))
 
 
+@pytest.mark.parametrize(
+    ("against", "found"),
+    [("references", [[1.0, 0.0], [0.0, 0.0]]), ("text", [[0.0, 0.0], [1.0, 0.0]])],
+)
+def test_crops_are_compared_with_pictures_or_words_alone(against: str, found: list[list[float]]) -> None:
+    crops = torch.stack([unit(0, 1, 0), unit(1, 0, 0)])[None]
+    texts = torch.stack([unit(1, 0, 0), unit(0, 0, 1)])
+    references = [unit(0, 1, 0)[None], torch.zeros(0, 3)]
+    torch.testing.assert_close(
+        losses.crop_similarities(crops, texts, references, against), torch.tensor([found])
+    )
+
+
 def test_local_loss_wants_every_concept_in_a_crop_of_its_own() -> None:
     apart = torch.tensor([[[0.9, 0.1], [0.1, 0.9], [0.0, 0.0]]])
     dropped = torch.tensor([[[0.9, 0.1], [0.9, 0.1], [0.0, 0.0]]])

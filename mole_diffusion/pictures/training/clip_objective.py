@@ -87,9 +87,8 @@ class _Guided:
         for features, prompt in zip(crops, prompts, strict=True):
             names = self._pictures.prompts[prompt].subjects
             texts = self._guide.texts([self._pictures.concepts[name].class_text for name in names])
-            similarities = crop_similarities(
-                features[None], texts, [self._references[name] for name in names]
-            )
+            references = [self._references[name] for name in names]
+            similarities = crop_similarities(features[None], texts, references, self._settings.local)
             terms.append(torch.stack(local_loss(similarities, self._settings.contrast_weight)))
         local, contrast = torch.stack(terms).mean(dim=0)
         return local, contrast

@@ -166,6 +166,7 @@ class _Guidance:
     global_weight: float = number(1.0)
     local_weight: float = number(1.0)
     contrast_weight: float = number(0.5)
+    local: Literal["references", "both", "text"] = choice("references", "both", "text", word="local_against")
     model: str | tuple[str, str] | None = free(None, word="clip")
     decoder: str | None = free(None)
     formula: Literal["paper", "released"] = "paper"
@@ -190,6 +191,9 @@ class Clip(_Guidance):
         global_weight: Weight of the global term.
         local_weight: Weight of the local term.
         contrast_weight: Weight of the contrast between concepts inside the local term.
+        local: What crops of the local term are compared with: pictures of each concept (`"references"`), its
+            class words (`"text"`) or the mean of `"both"`. Class words ask for any such thing, the base's own
+            too, and not for the subject. (`local_against`)
         model: Guidance CLIP of open_clip: a name such as `"local-dir:/folder"`, or a pair (model,
             pretrained). None is the CLIP that comes with the starter. (`clip`)
         decoder: Folder or hub id of an `AutoencoderTiny` that decodes for CLIP in place of the VAE.
@@ -311,6 +315,7 @@ class TrainingConfig(GateSettings):
             "schedule": "constant",
             "guidance": 7.5,
             "guidance_rescale": 0.0,
+            "local_against": "both",
             "contrast_weight": 0.0,
         }
         return cls(**{**settings, **changes})

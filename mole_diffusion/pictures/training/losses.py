@@ -24,24 +24,29 @@ def global_loss(views: Tensor, text: Tensor) -> Tensor:
     return 1 - (views * text[:, None]).sum(dim=-1).mean()
 
 
-def crop_similarities(crops: Tensor, texts: Tensor, references: Sequence[Tensor]) -> Tensor:
-    """How well each crop shows each concept: the mean of its cosine with the text and with the nearest
-    reference.
+def crop_similarities(
+    crops: Tensor, texts: Tensor, references: Sequence[Tensor], against: str = "both"
+) -> Tensor:
+    """How well each crop shows each concept: its cosine with the nearest reference, with the text, or the
+    mean of both.
 
     Args:
         crops: (batch, crops, d), unit length.
         texts: (concepts, d), unit length.
-        references: For each concept (pictures, d), unit length; may be empty.
+        references: For each concept (pictures, d), unit length; where there are none, the text counts.
+        against: "references", "text" or "both".
 
     Returns:
         (batch, crops, concepts).
     """
     columns = []
     for text, pictures in zip(texts, references, strict=True):
-        similarity = crops @ text
-        if len(pictures):
-            similarity = (similarity + (crops @ pictures.T).amax(dim=-1)) / 2
-        columns.append(similarity)
+        terms = []
+        if against != "references" or not len(pictures):
+            terms.append(crops @ text)
+        if against != "text" and len(pictures):
+            terms.append((crops @ pictures.T).amax(dim=-1))
+        columns.append(torch.stack(terms).mean(dim=0))
     return torch.stack(columns, dim=-1)
 
 
