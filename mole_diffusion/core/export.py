@@ -29,7 +29,7 @@ from .keys import DIALECTS, factor_keys
 from .matrices import MatrixSlot
 from .mixture import Mixture
 from .networks import of_matrices
-from .networks.base import streams_of
+from .networks.base import Architecture, streams_of
 from .records import MeanWeights
 
 #: part -> canonical matrix name -> factors, with every weight and scaling inside (alpha equals the rank).
@@ -229,7 +229,12 @@ def _squared_norm(pair: LoraFactors) -> float:
 
 
 def lora_tensors(
-    factors: StaticFactors, dialect: str, dtype: torch.dtype, *, xl: bool = False
+    factors: StaticFactors,
+    dialect: str,
+    dtype: torch.dtype,
+    *,
+    xl: bool = False,
+    kinds: Mapping[str, Architecture] | None = None,
 ) -> dict[str, Tensor]:
     """The tensors of a LoRA file.
 
@@ -241,11 +246,13 @@ def lora_tensors(
         dialect: "diffusers" or "kohya".
         dtype: type of the factors.
         xl: whether the base has two text encoders; factors for the second one say so too.
+        kinds: what the networks are, where that is known.
     """
     tensors: dict[str, Tensor] = {}
     xl = xl or any(_numbered(slot, matrices) for slot, matrices in factors.items())
     for network, matrices in factors.items():
         rank = max(pair.rank for pair in matrices.values())
+        kind = (kinds or {}).get(network)
         for name, pair in matrices.items():
             missing = rank - pair.rank
             rest = [0, 0] * (pair.down.dim() - 2)
@@ -254,7 +261,7 @@ def lora_tensors(
                 "up": nn.functional.pad(pair.up, [*rest, 0, missing]),
                 "alpha": torch.tensor(float(rank)),
             }
-            for role, key in factor_keys(network, name, dialect, xl=xl).items():
+            for role, key in factor_keys(network, name, dialect, xl=xl, kind=kind).items():
                 tensors[key] = padded[role].to(dtype).contiguous()
     return tensors
 
@@ -269,8 +276,10 @@ def ensemble_tensors(
     ensemble: Ensemble, lora: StaticLora, dialect: str, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """`lora_tensors`, named for the base that an ensemble's networks belong to."""
-    slots = [slot for mixture in ensemble.mixtures.values() for slot in mixture.architecture.slots[1:]]
-    return lora_tensors(lora.factors, dialect, dtype, xl=any(part in slots for part in ensemble.networks))
+    kinds = {part: mixture.architecture for part, mixture in ensemble.mixtures.items()}
+    slots = [slot for kind in kinds.values() for slot in kind.slots[1:]]
+    xl = any(part in slots for part in ensemble.networks)
+    return lora_tensors(lora.factors, dialect, dtype, xl=xl, kinds=kinds)
 
 
 def lora_header(

@@ -175,7 +175,9 @@ def _parsed(
     )
 
 
-def factor_keys(network: str, matrix: str, dialect: str, *, xl: bool = False) -> dict[str, str]:
+def factor_keys(
+    network: str, matrix: str, dialect: str, *, xl: bool = False, kind: Architecture | None = None
+) -> dict[str, str]:
     """Keys under which a file holds one matrix; the reverse of `parse_key`.
 
     Args:
@@ -183,12 +185,13 @@ def factor_keys(network: str, matrix: str, dialect: str, *, xl: bool = False) ->
         matrix: canonical matrix name.
         dialect: one of `DIALECTS`.
         xl: whether the base has two text encoders; kohya then numbers them.
+        kind: of the network, where that is known: some share names of matrices, and not what kohya writes.
     Returns:
         role ("down", "up", and "alpha" where the dialect has it) -> key.
     Raises:
         ConfigError: no known network has such a matrix.
     """
-    architecture = of_matrices([matrix])
+    architecture = kind or of_matrices([matrix])
     if architecture is None:
         raise ConfigError(
             f"{matrix!r} of the {network} is no matrix of a known network: files cannot name it."

@@ -1,4 +1,4 @@
-"""What diffusers computes with a tiny FLUX.1 and a tiny Chroma, for ComfyUI to be compared with."""
+"""What diffusers computes with tiny transformers, for ComfyUI to be compared with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ChromaTransformer2DModel, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    ChromaTransformer2DModel,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    ZImageTransformer2DModel,
+)
 from safetensors.torch import save_file
 from tiny.flux import filled
 from torch import Tensor, nn
@@ -41,6 +49,25 @@ def write_flux(folder: Path) -> None:
             approximator_num_channels=64,
             approximator_hidden_dim=16,
             approximator_layers=1,
+        ),
+        "flux2": Flux2Transformer2DModel(**{**BLOCKS, "in_channels": 16, "axes_dims_rope": (4, 4, 4, 4)}),
+        "qwen_image": QwenImageTransformer2DModel(
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            axes_dims_rope=(4, 4, 8),
+        ),
+        # ComfyUI's modulations have 256 inputs, as the real ones.
+        "z_image": ZImageTransformer2DModel(
+            dim=288,
+            n_layers=2,
+            n_refiner_layers=1,
+            n_heads=6,
+            n_kv_heads=6,
+            cap_feat_dim=32,
+            axes_dims=[16, 16, 16],
+            axes_lens=[256, 32, 32],
         ),
     }
     for name, network in networks.items():
@@ -96,26 +123,49 @@ def _inputs(network: Any) -> dict[str, Tensor]:
         "text": torch.randn(2, TEXT, 32, generator=draws),
     }
     if network.config.get("guidance_embeds"):
-        tensors |= {"pooled": torch.randn(2, 24, generator=draws), "guidance": torch.full((2,), 3.5)}
+        tensors["guidance"] = torch.full((2,), 3.5)
+    if isinstance(network, FluxTransformer2DModel):
+        tensors["pooled"] = torch.randn(2, 24, generator=draws)
     return tensors
 
 
 @torch.no_grad()
 def _run(network: Any, tensors: dict[str, Tensor]) -> Tensor:
+    if isinstance(network, ZImageTransformer2DModel):
+        pictures = list(tensors["latents"].unsqueeze(2))
+        # ComfyUI turns time and sign itself.
+        found = network(pictures, 1 - tensors["timesteps"], list(tensors["text"])).sample
+        return -torch.stack(found).squeeze(2)
+    if isinstance(network, Flux2Transformer2DModel):
+        return _run_flux2(network, tensors)
     height, width = SIZE
     ids = FluxPipeline._prepare_latent_image_ids(
         2, height // 2, width // 2, torch.device("cpu"), torch.float32
     )
-    told: dict[str, Any] = {}
+    told: dict[str, Any] = {"img_ids": ids, "txt_ids": torch.zeros(TEXT, 3)}
     if "pooled" in tensors:
-        told = {"pooled_projections": tensors["pooled"], "guidance": tensors["guidance"]}
+        told |= {"pooled_projections": tensors["pooled"], "guidance": tensors["guidance"]}
+    if isinstance(network, QwenImageTransformer2DModel):
+        told = {"img_shapes": [[(1, height // 2, width // 2)]] * 2}
     found = network(
         hidden_states=FluxPipeline._pack_latents(tensors["latents"], 2, 16, height, width),
         encoder_hidden_states=tensors["text"],
         timestep=tensors["timesteps"],
-        img_ids=ids,
-        txt_ids=torch.zeros(TEXT, 3),
         **told,
     ).sample
     unpacked: Tensor = FluxPipeline._unpack_latents(found, height * 8, width * 8, 8)
     return unpacked
+
+
+def _run_flux2(network: Any, tensors: dict[str, Tensor]) -> Tensor:
+    latents = tensors["latents"]
+    places = Flux2Pipeline._prepare_latent_ids(latents)
+    found: Tensor = network(
+        hidden_states=Flux2Pipeline._pack_latents(latents),
+        encoder_hidden_states=tensors["text"],
+        timestep=tensors["timesteps"],
+        guidance=tensors["guidance"],
+        img_ids=places,
+        txt_ids=Flux2Pipeline._prepare_text_ids(tensors["text"]),
+    ).sample
+    return found.transpose(1, 2).reshape(latents.shape)

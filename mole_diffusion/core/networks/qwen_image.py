@@ -12,7 +12,7 @@ from .base import CONTEXT, DENOISER, EMBEDDING, TOKENS, Base, Forward
 from .families import QWEN_IMAGE
 from .patches import any_length, grid_of, patched_grid
 from .stacks import Blocks, Leaf, Stack
-from .transformers import KOHYA, PREFIXES, TRANSFORMER
+from .transformers import LYCORIS, PREFIXES, TRANSFORMER
 
 _LEAVES = (
     *(Leaf("img_mod.1", EMBEDDING), Leaf("txt_mod.1", EMBEDDING)),
@@ -83,7 +83,7 @@ QWEN_IMAGE_STACK = Stack(
     marker=r"(?:^|\.)transformer_blocks\.\d+\.img_mlp\.net\.0\.proj$",
     inputs=_read,
     counter=any_length("Qwen-Image"),
-    kohya=KOHYA,
+    kohya=LYCORIS,
     tell=lambda slot, inputs: Base(QWEN_IMAGE, None) if any(map(_is_own, inputs)) else None,
     text_gates=True,
 )

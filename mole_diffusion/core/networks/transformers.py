@@ -13,3 +13,5 @@ PREFIXES = {
 }
 #: OneTrainer's names, which ComfyUI reads too.
 KOHYA = {TRANSFORMER: ("lora_transformer_", "lora_transformer_")}
+#: LyCORIS' names, which ComfyUI reads for families whose names by OneTrainer it does not.
+LYCORIS = {TRANSFORMER: ("lycoris_", "lycoris_")}

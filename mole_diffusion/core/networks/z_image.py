@@ -16,7 +16,7 @@ from .base import CONTEXT, DENOISER, EMBEDDING, JOINT, TOKENS, Base, Forward
 from .families import LUMINA2, Z_IMAGE
 from .patches import any_length, grid_of, patched_grid
 from .stacks import Blocks, Leaf, Stack
-from .transformers import KOHYA, PREFIXES, TRANSFORMER
+from .transformers import LYCORIS, PREFIXES, TRANSFORMER
 
 # Image and text are padded to multiples of so many tokens.
 _MULTIPLE = 32
@@ -144,7 +144,7 @@ Z_IMAGE_STACK = Stack(
     ),
     inputs=_read,
     counter=any_length("Z-Image", _MULTIPLE),
-    kohya=KOHYA,
+    kohya=LYCORIS,
     tell=_tell,
     text_gates=True,
 )

@@ -1,6 +1,7 @@
 """Tiny transformers of ComfyUI with the weights of those of diffusers."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,106 @@ def load_flux(folder: Path, kind: str) -> Any:
     else:
         settings |= {"guidance_embed": True, "vec_in_dim": config["pooled_projection_dim"]}
         model_config = comfy.supported_models.Flux(settings)
+    return _patcher(model_config, folder, names)
+
+
+def load_flux2(folder: Path) -> Any:
+    """A MODEL of a diffusers FLUX.2."""
+    config = json.loads((folder / "config.json").read_text())
+    settings = {
+        "image_model": "flux2",
+        "in_channels": config["in_channels"],
+        "out_channels": config["in_channels"],
+        "hidden_size": config["num_attention_heads"] * config["attention_head_dim"],
+        "vec_in_dim": None,
+        "context_in_dim": config["joint_attention_dim"],
+        "num_heads": config["num_attention_heads"],
+        "depth": config["num_layers"],
+        "depth_single_blocks": config["num_single_layers"],
+        "axes_dim": list(config["axes_dims_rope"]),
+        "mlp_ratio": config["mlp_ratio"],
+        "theta": config["rope_theta"],
+        "patch_size": 1,
+        "qkv_bias": False,
+        "guidance_embed": True,
+        "global_modulation": True,
+        "mlp_silu_act": True,
+        "ops_bias": False,
+    }
+    names = comfy.utils.flux_to_diffusers(settings) | _flux2_names(config)
+    return _patcher(comfy.supported_models.Flux2(settings), folder, names)
+
+
+def _flux2_names(config: dict[str, Any]) -> dict[str, Any]:
+    """Names of FLUX.2's matrices that `flux_to_diffusers` of 0.3.75 does not have."""
+    found = {}
+    for block in range(config["num_layers"]):
+        ours, theirs = f"transformer_blocks.{block}", f"double_blocks.{block}"
+        for part, stream in (("ff", "img"), ("ff_context", "txt")):
+            found[f"{ours}.{part}.linear_in.weight"] = f"{theirs}.{stream}_mlp.0.weight"
+            found[f"{ours}.{part}.linear_out.weight"] = f"{theirs}.{stream}_mlp.2.weight"
+    for block in range(config["num_single_layers"]):
+        ours, theirs = f"single_transformer_blocks.{block}.attn", f"single_blocks.{block}"
+        found[f"{ours}.to_qkv_mlp_proj.weight"] = f"{theirs}.linear1.weight"
+        found[f"{ours}.to_out.weight"] = f"{theirs}.linear2.weight"
+        for x, name in (("q", "query"), ("k", "key")):
+            found[f"{ours}.norm_{x}.weight"] = f"{theirs}.norm.{name}_norm.scale"
+    for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation"):
+        found[f"{name}.linear.weight"] = f"{name}.lin.weight"
+    for ours, theirs in (("timestep", "time_in"), ("guidance", "guidance_in")):
+        for number, layer in enumerate(("in_layer", "out_layer"), 1):
+            key = f"time_guidance_embed.{ours}_embedder.linear_{number}.weight"
+            found[key] = f"{theirs}.{layer}.weight"
+    return found
+
+
+def load_qwen_image(folder: Path) -> Any:
+    """A MODEL of a diffusers Qwen-Image, whose names are the same."""
+    config = json.loads((folder / "config.json").read_text())
+    shared = ("patch_size", "in_channels", "out_channels", "num_layers", "attention_head_dim")
+    settings = {name: config[name] for name in (*shared, "num_attention_heads", "joint_attention_dim")}
+    settings |= {"image_model": "qwen_image", "axes_dims_rope": list(config["axes_dims_rope"])}
+    names = {name: name for name in load_file(folder / "weights.safetensors")}
+    return _patcher(comfy.supported_models.QwenImage(settings), folder, names)
+
+
+def load_z_image(folder: Path) -> Any:
+    """A MODEL of a diffusers Z-Image."""
+    config = json.loads((folder / "config.json").read_text())
+    shared = ("in_channels", "dim", "n_layers", "n_refiner_layers", "n_heads", "n_kv_heads", "cap_feat_dim")
+    settings = {name: config[name] for name in (*shared, "axes_dims", "axes_lens", "norm_eps", "qk_norm")}
+    settings |= {
+        "image_model": "lumina2",
+        "patch_size": 2,
+        "multiple_of": 256,
+        "ffn_dim_multiplier": 8 / 3,
+        "rope_theta": config["rope_theta"],
+        "z_image_modulation": True,
+        "time_scale": config["t_scale"],
+        "pad_tokens_multiple": 32,
+    }
+    model_config = comfy.supported_models.ZImage(settings)
+    names = comfy.utils.z_image_to_diffusers(settings)
+
+    def as_wide(network: Any) -> None:
+        # ComfyUI's is as wide inside as the blocks, at most 1024; that of diffusers always 1024.
+        embedder = type(network.t_embedder)
+        network.t_embedder = embedder(1024, output_size=256, operations=comfy.ops.disable_weight_init)
+        network.norm_final = torch.nn.Identity()  # nobody runs it
+
+    return _patcher(model_config, folder, names, as_wide)
+
+
+def _patcher(
+    model_config: Any, folder: Path, names: dict[str, Any], change: Callable[[Any], None] = lambda _: None
+) -> Any:
+    """A MODEL with the weights of a folder."""
     model_config.set_inference_dtype(torch.float32, None)
-    model = model_config.get_model({}, device=torch.device("cpu"))
-    weights = load_file(folder / "weights.safetensors")
-    state = converted(weights, names, model.diffusion_model.state_dict())
-    model.diffusion_model.load_state_dict(state)
     cpu = torch.device("cpu")
+    model = model_config.get_model({}, device=cpu)
+    change(model.diffusion_model)
+    weights = load_file(folder / "weights.safetensors")
+    model.diffusion_model.load_state_dict(converted(weights, names, model.diffusion_model.state_dict()))
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
 
 
