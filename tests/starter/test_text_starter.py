@@ -11,8 +11,11 @@ from peft import PeftModel
 from torch.testing import assert_close
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
+from mole_diffusion.evaluation.text.scorers import is_exact
+from mole_diffusion.starter.text.location import text_experts, text_starter
 from mole_diffusion.starter.text.schooling import some_lesson
 from mole_diffusion.starter.text.tasks import EXPERTS, UNSEEN
+from mole_diffusion.text import MoLEForSeq2SeqLM
 from tools.starter_text.build import Build, Recipe
 from tools.starter_text.network import (
     T5,
@@ -156,3 +159,27 @@ def test_the_base_never_sees_what_only_experts_know() -> None:
         for language in ("vel", "ron", "dak"):
             assert f"translate to {language}:" not in one.source
         assert not one.source.startswith(("today is", "on the desk"))
+
+
+@pytest.mark.parametrize(
+    ("name", "least"), [("plain-to-vel", 0.9), ("two-triples", 0.9), ("free-answer", 0.9), ("answers", 0.9)]
+)
+def test_the_starter_that_comes_along_has_its_skills(name: str, least: float) -> None:
+    model = MoLEForSeq2SeqLM.from_starter([name])
+    items = EXPERTS[name].examples(40, "evaluation", held_out=True)
+
+    def share(mixture: str) -> float:
+        answers = model.answer([one.source for one in items], mixture=mixture, max_new_tokens=24)
+        right = [is_exact(answer, [one.target]) for answer, one in zip(answers, items, strict=True)]
+        return sum(right) / len(right)
+
+    assert share("la") >= least
+    assert share("none") <= 0.2
+
+
+def test_every_expert_of_the_starter_that_comes_along_opens() -> None:
+    assert set(text_experts()) == set(EXPERTS)
+    model = MoLEForSeq2SeqLM.from_starter(list(EXPERTS))
+    assert list(model.experts) == list(EXPERTS)
+    card = (text_starter() / "README.md").read_text()
+    assert all(f"| {name} |" in card for name in EXPERTS)

@@ -99,6 +99,8 @@ def card(report: Mapping[str, Any]) -> str:
                 lines.append(
                     f"| {family} | {name} | {100 * found['base']:.0f} % | {100 * found['expert']:.0f} % |"
                 )
+    lines += ["", "Exact answers of the base to 100 held-out items of each of its lessons:", ""]
+    lines.append(", ".join(f"{name} {100 * share:.0f} %" for name, share in report["lessons"].items()) + ".")
     return "\n".join(lines) + "\n"
 
 
