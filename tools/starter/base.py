@@ -20,7 +20,7 @@ from .workshop import Pool, Workshop
 
 SEED = 23
 BATCH = 256
-ROUNDS = ((3403, 1.2e-3), (4000, 8e-4))
+ROUNDS = ((3403, 1.2e-3), (4201, 8e-4))
 """Steps and largest rate of each round; each begins with what the one before it saved, and new scenes."""
 CHUNK, CHUNKS, EVERY = 128, 160, 5
 

@@ -23,7 +23,7 @@ from .stage import STYLES, SUBJECT
 from .workshop import Pool, Workshop
 
 SEED = 37
-RANK, STEPS, RATE = 8, 579, 2e-3
+RANK, STEPS, RATE = 8, 3181, 2e-3
 OWN, PRIOR = 10, 6
 """Scenes of an expert's own concept in its batch, and ordinary ones beside them (prior preservation)."""
 ORDINARY_CHUNKS = 32

@@ -39,11 +39,11 @@ class Recipe:
     vision: Mapping[str, object]
 
 
-GUIDE = Recipe("clip", 71, 238, 384, 8e-4, 3, {"layers": 6, "width": 192, "head_width": 32, "patch_size": 16})
+GUIDE = Recipe("clip", 71, 1615, 384, 8e-4, 3, {"layers": 6, "width": 192, "head_width": 32, "patch_size": 16})
 SCORER = Recipe(
     "clip_eval",
     72,
-    2500,
+    1033,
     384,
     1e-3,
     2,

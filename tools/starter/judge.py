@@ -18,7 +18,7 @@ from .stage import STYLES, Placed
 from .workshop import Pool, Workshop, save_half
 
 SEED = 53
-STEPS, BATCH, RATE = 1500, 256, 2e-3
+STEPS, BATCH, RATE = 2371, 256, 2e-3
 CHUNK, CHUNKS, EVERY = 256, 48, 6
 CELLS = 8
 LABELS = (*world.CLASSES, *(f"{SUBJECT}{name}" for name in world.SUBJECTS))
