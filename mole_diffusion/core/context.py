@@ -370,11 +370,12 @@ class ForwardContext:
             self._time = functional.timestep_features(time)
         return self._time
 
-    def real_tokens(self, stream: str, like: Tensor) -> Tensor | None:
+    def real_tokens(self, stream: str, like: Tensor, *, folded: bool = False) -> Tensor | None:
         """(B, L, 1) share of each token of a stream in a mean: 0 for padding; None where all are real.
 
         Args:
             like: (B, L, ...) something of these tokens.
+            folded: whether another axis is folded into them, behind them.
         Raises:
             InjectionError: the mask is of other tokens.
         """
@@ -388,6 +389,9 @@ class ForwardContext:
         appended = self.forward.appended.get(stream, 0)
         if appended and like.shape[1] == real.shape[1] - appended:
             real = real[:, :-appended]
+        if folded and like.shape[1] % real.shape[1] == 0:
+            times = like.shape[1] // real.shape[1]
+            real = real.repeat_interleave(times, dim=1) / times
         if real.shape[:2] != like.shape[:2]:
             theirs, ours = (" x ".join(map(str, tensor.shape[:2])) for tensor in (real, like))
             raise InjectionError(

@@ -87,7 +87,15 @@ def build_slots(
         factors = {i: own[site.name] for i, own in enumerate(owned) if site.name in own}
         if factors:
             slots[site.name] = MatrixSlot(
-                site.name, module, site.stream, factors, site.rows, site.swapped, site.source, site.leads
+                site.name,
+                module,
+                site.stream,
+                factors,
+                site.rows,
+                site.swapped,
+                site.source,
+                folds=site.folds,
+                may_lead=site.leads,
             )
             slots[site.name].doras = {i: d[site.name] for i, d in enumerate(doras) if site.name in d}
     if not slots:

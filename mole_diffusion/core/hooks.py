@@ -114,6 +114,11 @@ class MatrixHook:
         """See `torch.nn.Module.register_forward_hook`; None leaves the output as it is."""
         if not self.context.enabled:
             return None
+        pictures = self.context.forward.pictures
+        if self.slot.folds and pictures:
+            folded = self.bundle.fold(args[0], pictures)
+            mixed = self._mixed(folded, output.reshape(pictures, -1, output.shape[-1]))
+            return None if mixed is None else mixed.view(output.shape)
         lengths = self.context.forward.packed.get(self.slot.stream)
         if lengths is None or output.dim() != 2:
             return self._mixed(args[0], output)
@@ -218,7 +223,7 @@ class MatrixHook:
             features = features.view(x.shape[0], -1, features.shape[-1])
             if self.slot.stream == JOINT:
                 features = features[:, context.span(stream, features.shape[1])]
-            real = context.real_tokens(stream, features)
+            real = context.real_tokens(stream, features, folded=self.slot.folds)
         features = as_type(features, torch.float32)
         if hidden:
             return gate.feature_logits(features, stream, real), real

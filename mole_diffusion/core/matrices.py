@@ -49,6 +49,7 @@ class MatrixSlot:
         rows: rows of the module's output that are this matrix; None for all.
         swapped: whether the module has their halves in the other order than the factors.
         source: matrices of equal source read the same tensor.
+        folds: see `Site`.
         may_lead: whether its gate is read off it where another matrix of the same source could do.
         leads: whether it computes a gate of its group from its own rank activations.
         doras: expert index -> what its factors are computed from, beside the module's weight.
@@ -63,6 +64,7 @@ class MatrixSlot:
     rows: slice | None = None
     swapped: bool = False
     source: str = ""
+    folds: bool = False
     may_lead: bool = True
     leads: bool = False
     used: tuple[int, ...] = ()
@@ -154,6 +156,7 @@ class Bundle:
         self._plans: Plans[SharedDown] = Plans()
         self._wanted: list[MatrixSlot] = []
         self._input: Tensor | None = None
+        self._folded: tuple[Tensor, Tensor] | None = None
         self._parts: dict[str, Tensor] = {}
 
     def choose(self, activation: Activation) -> None:
@@ -184,7 +187,7 @@ class Bundle:
         part = self.peek(slot, x, device, dtype)
         del self._parts[slot.name]
         if not self._parts:
-            self._input = None
+            self._input = self._folded = None
         return part
 
     def peek(self, slot: MatrixSlot, x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -210,6 +213,18 @@ class Bundle:
         """Let go of tensors that an interrupted forward left behind."""
         self._input = None
         self._parts = {}
+        self._folded = None
+
+    def fold(self, x: Tensor, pictures: int) -> Tensor:
+        """(B, L, in) of an input with other axes beside these; the same tensor for all matrices that read it.
+
+        Args:
+            x: the input.
+            pictures: B.
+        """
+        if self._folded is None or self._folded[0] is not x:
+            self._folded = x, x.reshape(pictures, -1, x.shape[-1])
+        return self._folded[1]
 
     def release(self) -> None:
         """Let go of everything on a device."""

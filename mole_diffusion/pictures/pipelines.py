@@ -13,6 +13,7 @@ Each stands in for the pipeline of diffusers whose name it has without `MoLE`: f
 | SD 3 and 3.5 | `StableDiffusion3MoLEPipeline` |
 | Z-Image | `ZImageMoLEPipeline` |
 | Qwen-Image | `QwenImageMoLEPipeline` |
+| Krea 2 | `Krea2MoLEPipeline` |
 """
 
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ from diffusers import (
     FluxInpaintPipeline,
     FluxKontextPipeline,
     FluxPipeline,
+    Krea2Pipeline,
     QwenImageImg2ImgPipeline,
     QwenImageInpaintPipeline,
     QwenImagePipeline,
@@ -326,6 +328,18 @@ class QwenImageMoLEInpaintPipeline(WithExperts, QwenImageInpaintPipeline):
 
     diffusers_class = QwenImageInpaintPipeline
     guided_in, guided_by = "turns", "true_cfg_scale"
+
+
+class Krea2MoLEPipeline(WithExperts, Krea2Pipeline):
+    """`Krea2Pipeline` whose transformer mixes LoRA experts by gates.
+
+    `guidance_scale` counts from 0 (4.5, and 0 for Turbo): it is what other pipelines call their scale,
+    minus 1. A negative prompt costs a second pass per step.
+    """
+
+    diffusers_class = Krea2Pipeline
+    draws_from_text = True
+    guided_in = "turns"
 
 
 #: What draws with a UNet.

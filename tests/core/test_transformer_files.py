@@ -11,7 +11,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny.networks import run, with_peft
-from tiny.transformers import make_chroma, make_flux, make_flux2, make_qwen_image, make_sd3, make_z_image
+from tiny.transformers import (
+    make_chroma,
+    make_flux,
+    make_flux2,
+    make_krea2,
+    make_qwen_image,
+    make_sd3,
+    make_z_image,
+)
 from torch import Tensor, nn
 
 from mole_diffusion import Expert, InjectionError, MoLEConfig, inject, load_expert
@@ -379,6 +387,31 @@ OTHERS = {
         ("final_layer.adaLN_modulation.1",),
     ),
     "sd3": Family(make_sd3, "Stable Diffusion 3", inside({"joint_blocks": "transformer_blocks"}, SD3_BLOCK)),
+    "krea-2": Family(
+        make_krea2,
+        "Krea 2",
+        {
+            **inside(
+                {
+                    "blocks": "transformer_blocks",
+                    "txtfusion.layerwise_blocks": "text_fusion.layerwise_blocks",
+                    "txtfusion.refiner_blocks": "text_fusion.refiner_blocks",
+                },
+                {
+                    **{f"attn.w{x}": (f"attn.to_{x}",) for x in "qkv"},
+                    "attn.gate": ("attn.to_gate",),
+                    "attn.wo": ("attn.to_out.0",),
+                    **{f"mlp.{x}": (f"ff.{x}",) for x in ("gate", "up", "down")},
+                },
+            ),
+            "first": ("img_in",),
+            "last.linear": ("final_layer.linear",),
+            "tmlp.0": ("time_embed.linear_1",),
+            "tproj.1": ("time_mod_proj",),
+            "txtmlp.3": ("txt_in.linear_2",),
+            "txtfusion.projector": ("text_fusion.projector",),
+        },
+    ),
     "qwen-image": Family(
         make_qwen_image,
         "Qwen-Image",

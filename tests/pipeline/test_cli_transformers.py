@@ -17,7 +17,12 @@ from tiny.flux import (
     make_flux_components,
     write_transformer_lora,
 )
-from tiny.qwen import make_flux2_components, make_qwen_image_components, make_z_image_components
+from tiny.qwen import (
+    make_flux2_components,
+    make_krea2_components,
+    make_qwen_image_components,
+    make_z_image_components,
+)
 from typer.testing import CliRunner
 
 from mole_diffusion import (
@@ -25,6 +30,7 @@ from mole_diffusion import (
     ConfigError,
     Flux2KleinMoLEPipeline,
     FluxMoLEPipeline,
+    Krea2MoLEPipeline,
     QwenImageMoLEPipeline,
     ZImageMoLEPipeline,
 )
@@ -43,12 +49,20 @@ FAMILIES: dict[str, tuple[Any, Callable[[Path], dict[str, Any]], str]] = {
     "flux": (FluxMoLEPipeline, make_flux_components, "FLUX.1"),
     "chroma": (ChromaMoLEPipeline, lambda _: make_chroma_components(), "FLUX.1"),
     "klein": (Flux2KleinMoLEPipeline, lambda _: make_flux2_components(), "FLUX.2"),
+    "krea-2": (Krea2MoLEPipeline, lambda _: make_krea2_components(), "Krea 2"),
     "qwen-image": (QwenImageMoLEPipeline, lambda _: make_qwen_image_components(), "Qwen-Image"),
     "z-image": (ZImageMoLEPipeline, lambda _: make_z_image_components(), "Z-Image"),
 }
 TARGETS = [
     *(target for target in FLUX_TARGETS if target != "proj_out"),
-    *("attn.to_qkv_mlp_proj", "txt_mlp.net.2", "attention.to_q", "attention.to_out.0", "feed_forward.w1"),
+    *(
+        "attn.to_qkv_mlp_proj",
+        "attn.to_gate",
+        "txt_mlp.net.2",
+        "attention.to_q",
+        "attention.to_out.0",
+        "feed_forward.w1",
+    ),
 ]
 
 

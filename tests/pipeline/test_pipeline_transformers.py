@@ -11,7 +11,12 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from pipeline_helpers import CLOSE, train_a_little, with_adapters
-from tiny.qwen import make_flux2_components, make_qwen_image_components, make_z_image_components
+from tiny.qwen import (
+    make_flux2_components,
+    make_krea2_components,
+    make_qwen_image_components,
+    make_z_image_components,
+)
 from tiny.sd import drawing, random_lora
 
 import mole_diffusion
@@ -58,7 +63,20 @@ QWEN_TARGETS = [
     *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.to_add_out"),
     *("img_mlp.net.2", "txt_mlp.net.2"),
 ]
+KREA2_TARGETS = [
+    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_gate", "attn.to_out.0", "ff.gate", "ff.up", "ff.down"),
+    *("text_fusion.projector", "txt_in.linear_1"),
+]
 KNOWN = {
+    "Krea2": Known(
+        make_krea2_components,
+        KREA2_TARGETS,
+        ("transformer_blocks.0", "transformer_blocks.0.context", "text_fusion.layerwise_blocks.0"),
+        kinds=(),
+        guided={"negative_prompt": "dull", "guidance_scale": 2.0},
+        unguided={"guidance_scale": 0.0},
+        packs=True,
+    ),
     "QwenImage": Known(
         make_qwen_image_components,
         QWEN_TARGETS,

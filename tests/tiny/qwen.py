@@ -8,6 +8,7 @@ from diffusers import (
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
+    Krea2Transformer2DModel,
     QwenImageTransformer2DModel,
     ZImageTransformer2DModel,
 )
@@ -21,6 +22,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLModel,
 )
 
 from .flux import filled
@@ -153,4 +156,39 @@ def make_qwen_image_components() -> dict[str, Any]:
         "text_encoder": filled(Qwen2_5_VLForConditionalGeneration(config)),
         "tokenizer": tokenizer,
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=True),
+    }
+
+
+def make_krea2_components() -> dict[str, Any]:
+    torch.manual_seed(0)
+    tokenizer = chat_tokenizer()
+    transformer = Krea2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=64,
+        timestep_embed_dim=32,
+        text_hidden_dim=WIDTH,
+        num_text_layers=3,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=2,
+        text_intermediate_size=32,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 4, 8),
+    )
+    text = {**qwen_settings(len(tokenizer)), "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    text["rope_parameters"]["mrope_section"] = [2, 1, 1]
+    vision = {"depth": 1, "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_heads": 2}
+    vision |= {"out_hidden_size": WIDTH, "deepstack_visual_indexes": [0]}
+    config = Qwen3VLConfig(text_config=text, vision_config=vision)
+    return {
+        "transformer": filled(transformer),
+        "vae": make_video_vae(),
+        "text_encoder": filled(Qwen3VLModel(config)),
+        "tokenizer": tokenizer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=True),
+        "text_encoder_select_layers": (0, 1, 2),
     }

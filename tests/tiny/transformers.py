@@ -11,6 +11,7 @@ from diffusers import (
     ChromaTransformer2DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    Krea2Transformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     ZImageTransformer2DModel,
@@ -127,6 +128,42 @@ def qwen_image_inputs(size: int = 8, lengths: tuple[int, ...] = (12, 5)) -> dict
     }
 
 
+def make_krea2(**settings: Any) -> Krea2Transformer2DModel:
+    torch.manual_seed(11)
+    given = {
+        "in_channels": 16,
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 64,
+        "timestep_embed_dim": 32,
+        "text_hidden_dim": 16,
+        "num_text_layers": 3,
+        "text_num_attention_heads": 2,
+        "text_num_key_value_heads": 2,
+        "text_intermediate_size": 32,
+        "num_layerwise_text_blocks": 1,
+        "num_refiner_text_blocks": 1,
+        "axes_dims_rope": (4, 4, 8),
+        **settings,
+    }
+    return filled(Krea2Transformer2DModel(**given))
+
+
+def krea2_inputs(size: int = 8, lengths: tuple[int, ...] = (12, 5)) -> dict[str, Any]:
+    """What three layers say of each word; the second text is shorter, and padded."""
+    told, text = packed(size), max(lengths)
+    generator = torch.Generator().manual_seed(4)
+    return {
+        "hidden_states": told["hidden_states"],
+        "encoder_hidden_states": torch.randn(2, text, 3, 16, generator=generator),
+        "timestep": told["timestep"],
+        "position_ids": torch.cat([torch.zeros(text, 3), told["img_ids"]]),
+        "encoder_attention_mask": torch.arange(text) < torch.tensor(lengths)[:, None],
+    }
+
+
 def make_z_image(**settings: Any) -> ZImageTransformer2DModel:
     torch.manual_seed(8)
     given = {
@@ -239,6 +276,7 @@ KINDS: dict[type[nn.Module], Kind] = {
     ChromaTransformer2DModel: Kind(make_chroma, chroma_inputs),
     Flux2Transformer2DModel: Kind(make_flux2, flux2_inputs),
     SD3Transformer2DModel: Kind(make_sd3, sd3_inputs),
+    Krea2Transformer2DModel: Kind(make_krea2, krea2_inputs, flattens=False),
     QwenImageTransformer2DModel: Kind(make_qwen_image, qwen_image_inputs, flattens=False),
     ZImageTransformer2DModel: Kind(make_z_image, z_image_inputs, flattens=False),
 }

@@ -8,10 +8,22 @@ import pytest
 import torch
 from learning import losses_before_and_after
 from tiny.flux import write_transformer_lora
-from tiny.qwen import make_flux2_components, make_qwen_image_components, make_z_image_components
+from tiny.qwen import (
+    make_flux2_components,
+    make_krea2_components,
+    make_qwen_image_components,
+    make_z_image_components,
+)
 
-from mole_diffusion import Flux2KleinMoLEPipeline, MoLEConfig, QwenImageMoLEPipeline, ZImageMoLEPipeline
+from mole_diffusion import (
+    Flux2KleinMoLEPipeline,
+    Krea2MoLEPipeline,
+    MoLEConfig,
+    QwenImageMoLEPipeline,
+    ZImageMoLEPipeline,
+)
 from mole_diffusion.pictures.components import guidance_arguments
+from mole_diffusion.pictures.denoiser import Condition
 from mole_diffusion.pictures.denoisers import denoiser_of
 from mole_diffusion.pictures.training import Concept, GateTrainer, TrainingConfig
 
@@ -23,6 +35,11 @@ FAMILIES: dict[str, tuple[Any, Callable[[], dict[str, Any]], list[str]]] = {
         Flux2KleinMoLEPipeline,
         make_flux2_components,
         ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.to_qkv_mlp_proj", "ff.linear_out"],
+    ),
+    "krea-2": (
+        Krea2MoLEPipeline,
+        make_krea2_components,
+        ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_gate", "attn.to_out.0", "ff.down"],
     ),
     "qwen-image": (
         QwenImageMoLEPipeline,
@@ -72,7 +89,7 @@ def test_training_draws_what_the_pipeline_draws(make: Any, concepts: list[Concep
     found = bench.draw([PROMPT], torch.Generator().manual_seed(4))
     noise = torch.randn(1, *bench.denoiser.latent_shape, generator=torch.Generator().manual_seed(4))
     steps = bench.settings.sampling_steps
-    if isinstance(pipe, QwenImageMoLEPipeline):
+    if isinstance(pipe, (Krea2MoLEPipeline, QwenImageMoLEPipeline)):
         noise = pipe._pack_latents(noise, *noise.shape)
     options = {**guidance_arguments(pipe, 2.0), "output_type": "pt", "height": 32, "width": 32}
     expected = pipe(prompt=PROMPT, latents=noise, num_inference_steps=steps, **options).images
@@ -92,6 +109,7 @@ def test_gates_find_the_expert_that_the_answer_is_made_of(make: Any) -> None:
         module.requires_grad_(False)
     with torch.no_grad():
         text = denoiser.encode_texts(["a boot", "a cat"])
+        text = Condition({name: one[:, :24] for name, one in text.tensors.items()})  # the rest is padding
         with pipe.composing(active_experts=["boot"]):
             target = denoiser.predict(latents, times, text)
     optimizer = torch.optim.Adam(mixture.parameters(), lr=0.1)

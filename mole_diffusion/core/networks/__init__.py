@@ -13,6 +13,7 @@ from .families import header_name, named_family
 from .flux import FLUX
 from .flux2 import FLUX2_STACK
 from .foreign import foreign_family
+from .krea2 import KREA2_STACK
 from .qwen_image import QWEN_IMAGE_STACK
 from .sd3 import SD3
 from .t5 import T5_DECODER, T5_ENCODER
@@ -136,6 +137,7 @@ for _architecture in (
     FLUX2_STACK,
     SD3,
     QWEN_IMAGE_STACK,
+    KREA2_STACK,
     Z_IMAGE_STACK,
     T5_ENCODER,
     T5_DECODER,

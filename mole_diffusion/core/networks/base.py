@@ -57,6 +57,8 @@ class Site:
         leads: whether it may compute its group's gate where another matrix of the same source could.
         widens: whether variants of the network append inputs to it that an expert need not know.
         identifies: whether it belongs to every network of its base; some hosts add what a base does not have.
+        folds: whether its input has other axes than pictures, tokens and features: all but the last are those
+            of the pictures one after another.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Site:
     leads: bool = True
     widens: bool = False
     identifies: bool = True
+    folds: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,7 @@ class Forward:
         references: how many of the image tokens, the last ones, show other pictures than the one that is
             drawn, or pad it: they have gates and no regions.
         masks: stream -> (B, L), zero for padding; without an entry all tokens are real.
+        pictures: how many, where matrices fold other axes into them; else 0.
         packed: stream -> tokens of each picture, for matrices that read all pictures' tokens one after
             another, as (all tokens, d).
         appended: stream -> how many tokens of padding at its end the network's first matrices do not read.
@@ -177,6 +181,7 @@ class Forward:
     spans: Mapping[str, slice] = field(default_factory=dict)
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     references: int = 0
+    pictures: int = 0
     packed: Mapping[str, Sequence[int]] = field(default_factory=dict)
     appended: Mapping[str, int] = field(default_factory=dict)
     memory: Tensor | None = None

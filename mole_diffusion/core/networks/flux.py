@@ -12,17 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..torch_state import is_compiling
 from .base import CONTEXT, DENOISER, EMBEDDING, JOINT, TOKENS, Base, Forward
-from .families import CHROMA, FLUX1, QWEN_IMAGE
-from .patches import counting, grid_of, packed_tokens, patched_grid
+from .families import CHROMA, FLUX1, KREA2, QWEN_IMAGE
+from .patches import counting, grid_of, patched_grid, picture_of
 from .stacks import Blocks, Inputs, Leaf, Stack
 from .transformers import KOHYA, PREFIXES, TRANSFORMER
 
-# FLUX.1's double blocks, and their width, which Qwen-Image's sixty have too.
-_DOUBLE_BLOCKS, _WIDTH = 19, 3072
+# Width of attention -> family whose blocks have FLUX's names and that width, and how many a FLUX has of them.
+_BY_WIDTH = {3072: (QWEN_IMAGE, 19), 6144: (KREA2, 8)}
 #: Tokens of a text, as pipelines pad it.
 TOKENS_OF_A_TEXT = 512
 
@@ -82,8 +80,6 @@ _NATIVE_ROOT = {
     "final_layer.adaLN_modulation.1": "norm_out.linear",
     "final_layer.linear": "proj_out",
 }
-# Ids of a picture's tokens -> (tokens of the picture that is drawn, their grid).
-_pictures = WeakTensorKeyDictionary()
 
 
 def reading(patch: int) -> Inputs:
@@ -130,8 +126,8 @@ def _read_packed(
     elif given is not None:
         grid = patched_grid(given, patch)
         own = grid[0] * grid[1]
-    elif isinstance(ids, Tensor) and not is_compiling():
-        own, grid = _picture(ids)
+    elif isinstance(ids, Tensor):
+        own, grid = picture_of(ids)
     references = tokens - own if own <= tokens else 0
     size = given or (None if grid is None else (patch * grid[0], patch * grid[1]))
     read = _forward(kwargs.get("timestep"), text, size, grid, tokens, references, image)
@@ -139,14 +135,6 @@ def _read_packed(
     if isinstance(mask, Tensor) and isinstance(text, Tensor):
         read.masks = {**read.masks, CONTEXT: mask[:, : text.shape[1]]}
     return read
-
-
-def _picture(ids: Tensor) -> tuple[int, tuple[int, int] | None]:
-    """Asked once for all steps of a picture: the answer has to come from the device."""
-    found: tuple[int, tuple[int, int] | None] | None = _pictures.get(ids)  # type: ignore[no-untyped-call]
-    if found is None:
-        found = _pictures[ids] = packed_tokens(ids)
-    return found
 
 
 def _forward(
@@ -184,11 +172,10 @@ def _tell(slot: str, inputs: Mapping[str, int]) -> Base | None:
     """
     if _has_single(inputs):
         return Base(FLUX1, None)
-    last = max(
-        (int(name.split(".")[1]) for name in inputs if name.startswith("transformer_blocks.")), default=0
-    )
+    numbers = [int(name.split(".")[1]) for name in inputs if name.startswith("transformer_blocks.")]
     width = next((inputs[name] for name in inputs if name.endswith("attn.to_q")), 0)
-    return Base(QWEN_IMAGE, None) if last >= _DOUBLE_BLOCKS and width == _WIDTH else None
+    family, most = _BY_WIDTH.get(width, (None, 0))
+    return Base(family, None) if family is not None and max(numbers, default=0) >= most else None
 
 
 def _has_single(names: Mapping[str, int] | Sequence[str]) -> bool:

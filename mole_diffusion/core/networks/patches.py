@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import ConfigError
+from ..torch_state import is_compiling
 from .base import CONTEXT
 
 
@@ -65,6 +68,23 @@ def any_length(
         return tokens + -tokens % multiple
 
     return count
+
+
+# Places of tokens -> what is below.
+_pictures: Any = WeakTensorKeyDictionary()
+
+
+def picture_of(places: Tensor, start: int = 0) -> tuple[int, tuple[int, int] | None]:
+    """`packed_tokens` of the places from one on, asked once for all steps: the answer is on the device.
+
+    Compiled networks ask nobody: all tokens are of the picture, and their grid is not known.
+    """
+    if is_compiling():
+        return places.shape[-2] - start, None
+    found: tuple[int, tuple[int, int] | None] | None = _pictures.get(places)
+    if found is None:
+        found = _pictures[places] = packed_tokens(places[..., start:, :])
+    return found
 
 
 def packed_tokens(ids: Tensor) -> tuple[int, tuple[int, int] | None]:

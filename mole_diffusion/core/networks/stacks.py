@@ -21,8 +21,8 @@ Counter = Callable[[nn.Module, str, "tuple[int, int] | int | None"], int]
 Names = Mapping[str, "str | Mapping[str, int]"]
 
 
-# Section of what runs before all blocks.
-_BEFORE = -1
+# Section of what runs before all blocks, and number of a block behind all of its row.
+_BEFORE, _BEHIND = -1, 1_000_000
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Leaf:
             tokens has a gate to itself.
         source: leaves of equal source read the same tensor; by default its name.
         layer: the attention or feed-forward it belongs to; by default its name up to the first dot.
-        leads, identifies: see `Site`.
+        leads, identifies, folds: see `Site`.
+        after: of a leaf that runs before some blocks: the row of blocks behind which it does.
     """
 
     name: str
@@ -44,6 +45,8 @@ class Leaf:
     layer: str = ""
     leads: bool = True
     identifies: bool = True
+    folds: bool = False
+    after: str = ""
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,11 @@ class Stack:
                 path = next((path for path in paths if path in modules), None)
                 if path is not None:
                     swapped = path.removeprefix(around) in self.swapped
-                    yield _root_site(leaf, path, (section, index), swapped)
+                    order = (self._row_number(leaf.after), _BEHIND, index) if leaf.after else (section, index)
+                    yield _root_site(leaf, path, order, swapped)
+
+    def _row_number(self, path: str) -> int:
+        return [row.path for row in self.blocks].index(path)
 
     def _is_one(self, modules: Mapping[str, nn.Module]) -> bool:
         """Whether these are the modules of a network of this kind, as far as their paths tell."""
@@ -306,8 +313,9 @@ def _block_sites(
             path=match.string,
             block=f"{block}.{name}" if apart else block,
             layer=f"{block}.{name}" if apart else f"{block}.{layer}",
-            block_path=None if apart else block_path,
-            layer_path=f"{block_path}.{inside}" if inside and not apart else None,
+            # What has more axes than pictures and tokens is no block that could run alone.
+            block_path=None if apart or leaf.folds else block_path,
+            layer_path=f"{block_path}.{inside}" if inside and not (apart or leaf.folds) else None,
             stream=leaf.stream,
             source=f"{block}.{leaf.source or name}",
             order=(number, index, position),
@@ -316,10 +324,11 @@ def _block_sites(
             rows=rows,
             leads=leaf.leads,
             identifies=leaf.identifies,
+            folds=leaf.folds,
         )
 
 
-def _root_site(leaf: Leaf, path: str, order: tuple[int, int], swapped: bool) -> Site:
+def _root_site(leaf: Leaf, path: str, order: tuple[int, ...], swapped: bool) -> Site:
     """The site of a matrix outside all blocks, which is a block of its own."""
     return Site(
         name=leaf.name,
@@ -334,4 +343,5 @@ def _root_site(leaf: Leaf, path: str, order: tuple[int, int], swapped: bool) -> 
         kind=ROW if leaf.stream == EMBEDDING and order[0] == _BEFORE else RESIDUAL,
         swapped=swapped,
         identifies=leaf.identifies,
+        folds=leaf.folds,
     )

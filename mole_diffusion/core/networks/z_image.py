@@ -117,7 +117,7 @@ Z_IMAGE_STACK = Stack(
     families=(Z_IMAGE,),
     before=(
         *(Leaf(f"t_embedder.mlp.{layer}", EMBEDDING) for layer in (0, 2)),
-        *(Leaf("all_x_embedder.2-1"), Leaf("cap_embedder.1", CONTEXT)),
+        *(Leaf("all_x_embedder.2-1"), Leaf("cap_embedder.1", CONTEXT, after="noise_refiner")),
     ),
     blocks=(
         Blocks("noise_refiner", _leaves(TOKENS, modulated=True), names=_NATIVE),

@@ -9,6 +9,7 @@ from mole_diffusion.pictures.denoisers.diffusion import DiffusionDenoiser
 from mole_diffusion.pictures.denoisers.flow import FlowDenoiser
 from mole_diffusion.pictures.denoisers.flux import ChromaDenoiser, FluxDenoiser
 from mole_diffusion.pictures.denoisers.flux2 import Flux2Denoiser
+from mole_diffusion.pictures.denoisers.krea2 import Krea2Denoiser
 from mole_diffusion.pictures.denoisers.qwen_image import QwenImageDenoiser
 from mole_diffusion.pictures.denoisers.sd3 import SD3Denoiser
 from mole_diffusion.pictures.denoisers.z_image import ZImageDenoiser
@@ -18,6 +19,7 @@ _FAMILIES: dict[str, type[FlowDenoiser]] = {
     "FluxTransformer2DModel": FluxDenoiser,
     "ChromaTransformer2DModel": ChromaDenoiser,
     "Flux2Transformer2DModel": Flux2Denoiser,
+    "Krea2Transformer2DModel": Krea2Denoiser,
     "QwenImageTransformer2DModel": QwenImageDenoiser,
     "SD3Transformer2DModel": SD3Denoiser,
     "ZImageTransformer2DModel": ZImageDenoiser,

@@ -1,0 +1,115 @@
+"""Krea 2: under the names of diffusers, and of its makers as in ComfyUI and trainers.
+
+What several layers of a language model say is fused over those layers, word by word, then over the words;
+after that text and image run through all blocks in one sequence, the text first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .base import CONTEXT, DENOISER, EMBEDDING, JOINT, TOKENS, Base, Forward
+from .families import KREA2
+from .patches import any_length, grid_of, picture_of
+from .stacks import Blocks, Leaf, Stack
+from .transformers import KOHYA, PREFIXES, TRANSFORMER
+
+_INPUTS = ("hidden_states", "encoder_hidden_states", "timestep", "position_ids", "encoder_attention_mask")
+_REFINED = "text_fusion.refiner_blocks"
+
+
+def _leaves(stream: str, *, folds: bool = False) -> tuple[Leaf, ...]:
+    attention = (f"attn.to_{x}" for x in ("q", "k", "v", "gate"))
+    return (
+        *(Leaf(name, stream, "attn", folds=folds) for name in attention),
+        Leaf("attn.to_out.0", stream, folds=folds),
+        *(Leaf(f"ff.{name}", stream, "ff", folds=folds) for name in ("gate", "up")),
+        Leaf("ff.down", stream, folds=folds),
+    )
+
+
+_NATIVE: Mapping[str, str | Mapping[str, int]] = {
+    **{f"attn.w{x}": f"attn.to_{x}" for x in "qkv"},
+    "attn.gate": "attn.to_gate",
+    "attn.wo": "attn.to_out.0",
+    **{f"mlp.{name}": f"ff.{name}" for name in ("gate", "up", "down")},
+}
+
+
+def _read(args: tuple[Any, ...], kwargs: Mapping[str, Any], given: tuple[int, int] | None) -> Forward:
+    """Packed latents (B, L, c), texts (B, T, layers, d), places (T + L, 3) of both."""
+    named = {**dict(zip(_INPUTS, args, strict=False)), **kwargs}
+    image, text = named.get("hidden_states"), named.get("encoder_hidden_states")
+    if not isinstance(image, Tensor) or not isinstance(text, Tensor):
+        return Forward()
+    words = text.shape[1]
+    read = Forward(
+        time=named.get("timestep"),
+        spans={CONTEXT: slice(0, words), TOKENS: slice(words, words + image.shape[1])},
+        pictures=image.shape[0],
+    )
+    if isinstance(mask := named.get("encoder_attention_mask"), Tensor):
+        read.masks = {CONTEXT: mask}
+    if isinstance(places := named.get("position_ids"), Tensor):
+        own, grid = picture_of(places, words)
+        if grid is not None and own == image.shape[1]:
+            read.size, read.grid = (2 * grid[0], 2 * grid[1]), grid_of(grid)
+    return read
+
+
+KREA2_STACK = Stack(
+    name="krea2",
+    role=DENOISER,
+    slots=(TRANSFORMER,),
+    prefixes=PREFIXES,
+    families=(KREA2,),
+    before=(
+        *(Leaf(f"time_embed.linear_{number}", EMBEDDING) for number in (1, 2)),
+        Leaf("time_mod_proj", EMBEDDING),
+        Leaf("text_fusion.projector", CONTEXT, after="text_fusion.layerwise_blocks", folds=True),
+        *(Leaf(f"txt_in.linear_{number}", CONTEXT, after=_REFINED) for number in (1, 2)),
+        Leaf("img_in", after=_REFINED),
+    ),
+    blocks=(
+        Blocks(
+            "text_fusion.layerwise_blocks",
+            _leaves(CONTEXT, folds=True),
+            also=("txtfusion.layerwise_blocks",),
+            names=_NATIVE,
+        ),
+        Blocks(
+            _REFINED,
+            _leaves(CONTEXT),
+            also=("txtfusion.refiner_blocks",),
+            names=_NATIVE,
+            returns=(CONTEXT,),
+        ),
+        Blocks("transformer_blocks", _leaves(JOINT), also=("blocks",), names=_NATIVE),
+    ),
+    after=(Leaf("final_layer.linear"),),
+    names={
+        "first": "img_in",
+        "last.linear": "final_layer.linear",
+        "tmlp.0": "time_embed.linear_1",
+        "tmlp.2": "time_embed.linear_2",
+        "tproj.1": "time_mod_proj",
+        "txtmlp.1": "txt_in.linear_1",
+        "txtmlp.3": "txt_in.linear_2",
+        "txtfusion.projector": "text_fusion.projector",
+    },
+    marker=r"(?:^|\.)(?:text_fusion|txtfusion)\.projector$",
+    inputs=_read,
+    counter=any_length("Krea 2"),
+    kohya=KOHYA,
+    tell=lambda slot, inputs: Base(KREA2, None) if any(map(_is_own, inputs)) else None,
+    text_gates=True,
+)
+
+
+def _is_own(name: str) -> bool:
+    """Whether no other family has a matrix of this name; queries, keys and values are as in others."""
+    parts = ("text_fusion.", "time_mod_proj", ".attn.to_gate", ".ff.gate", ".ff.up", ".ff.down")
+    return any(part in name for part in parts)
