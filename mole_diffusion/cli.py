@@ -5,6 +5,8 @@ Imports of the model libraries stay inside the commands, so that `mole --help` a
 
 from __future__ import annotations
 
+import signal
+import sys
 from typing import Annotated
 
 import typer
@@ -58,7 +60,14 @@ def _options(
 
 def main() -> None:
     """Entry point of the `mole` script."""
-    app(prog_name="mole")
+    try:
+        app(prog_name="mole")
+    except KeyboardInterrupt:
+        # A second Ctrl-C while the first one ends the command.
+        sys.exit(1)
+    finally:
+        # One more while Python ends would end it by the signal, with another exit code and a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from mole_diffusion import (
 from mole_diffusion.core.bases import base_of_networks
 from mole_diffusion.core.ensemble import Ensemble
 from mole_diffusion.core.mixture_set import Choice
+from mole_diffusion.core.phrases import unnamed
 from mole_diffusion.core.records import Recorder
 
 from .host import bare_weights, facts_of, text_encoders_of, unet_of
@@ -122,6 +123,11 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    def unnamed(self, prompt: str) -> dict[str, str]:
+        """The active experts that a prompt does not name: name of the file -> the phrase to write for it."""
+        active = {name: self._experts[name].triggers for name in self.settings.active}
+        return unnamed(prompt, active)
 
     def last_run(self) -> LastRun:
         """Mean gate weights so far; empty without recording."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +75,28 @@ class Library:
                 self._loaded.pop(next(iter(self._loaded)))
             self._loaded[key] = load_expert(path, base=base)
         return self._loaded[key]
+
+    def with_phrases(self, prompt: str, names: Sequence[str]) -> tuple[str, str]:
+        """A prompt with the phrases of experts that it does not name, and a sentence on what was done.
+
+        Args:
+            prompt: as it is.
+            names: of the experts' files.
+
+        Raises:
+            SettingsError: there is no such file.
+            MoLEError: one holds no usable LoRA.
+        """
+        from mole_diffusion.core.phrases import unnamed
+
+        phrases = {name: self.load(name).triggers for name in names}
+        silent = [name for name, own in phrases.items() if not own]
+        missing = list(unnamed(prompt, phrases).values())
+        said = [f"The file of {', '.join(silent)} names no phrase."] if silent else []
+        if not missing:
+            return prompt, " ".join(said or ["The prompt names all experts."])
+        begun = prompt.strip().rstrip(",").strip()
+        return ", ".join([begun, *missing] if begun else missing), " ".join(said)
 
     def header(self, name: str) -> Any:
         """What a gates file says about itself; None for "uniform".

@@ -125,6 +125,9 @@ class Session:
         p.extra_generation_params[HASHES] = " | ".join(hashes)
         for note in attachment.notes:
             self._say(p, f"MoLE: {note}")
+        for text in dict.fromkeys(p.all_prompts):
+            for name, phrase in attachment.unnamed(text).items():
+                self._say(p, f"MoLE: the prompt does not name {name!r}: write {phrase!r}")
         for name in lora_named_twice(p.all_prompts, names):
             self._say(p, f"MoLE: {name!r} is an expert and a <lora:...> of the prompt: it acts twice")
 

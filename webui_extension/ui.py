@@ -11,7 +11,7 @@ from .heatmap import gate_map, region_map
 from .library import Library
 from .settings import EVERYWHERE, NAMED_REGIONS, UNIFORM, Settings, SettingsError, parse_region
 
-REFRESH, FILL = "\U0001f504", "\U00002935\ufe0f"
+REFRESH, FILL, INSERT = "\U0001f504", "\U00002935\ufe0f", "\U0001f4dd"
 
 
 class Panel:
@@ -23,6 +23,7 @@ class Panel:
         rows: how many experts can be chosen.
         elem_id: makes an id unique within the page.
         widgets: the host's `InputAccordion` and `ToolButton`.
+        prompt: the tab's prompt, where the host showed it before the panel.
 
     Attributes:
         controls: components in the order of `Settings.from_args`.
@@ -36,7 +37,9 @@ class Panel:
         rows: int,
         elem_id: Callable[[str], str],
         widgets: Any,
+        prompt: Any = None,
     ) -> None:
+        self._prompt = prompt
         self._library = library
         self._last_run = last_run
         self._rows = rows
@@ -75,6 +78,12 @@ class Panel:
             self._refresh = self._widgets.ToolButton(
                 REFRESH, elem_id=self._id("mole_refresh"), tooltip="Look for new LoRAs and gates"
             )
+            if self._prompt is not None:
+                self._insert = self._widgets.ToolButton(
+                    INSERT,
+                    elem_id=self._id("mole_insert"),
+                    tooltip="Write the phrases of experts that the prompt does not name into it",
+                )
             record = gr.Checkbox(label="Record gate weights", value=True, elem_id=self._id("mole_record"))
         return gates, record
 
@@ -126,6 +135,9 @@ class Panel:
         gates.focus(lambda: gr.update(choices=self._library.gates()), [], [gates], show_progress=False)
         self._refresh.click(self.refresh, [], [gates, *self._experts], show_progress=False)
         self._fill.click(self.fill, [gates], [*self._experts, self._message], show_progress=False)
+        if self._prompt is not None:
+            inserted = [self._prompt, self._message]
+            self._insert.click(self.insert, [self._prompt, *self._experts], inserted, show_progress=False)
         self._show.click(self.heat_map, [], [self._heat_map], show_progress=False)
 
     def update_rows(self, *values: str) -> list[Any]:
@@ -162,6 +174,16 @@ class Panel:
             return [*(gr.update() for _ in self._experts), as_message(note)]
         padded = [*names, *[""] * (self._rows - len(names))]
         return [*(gr.update(value=name) for name in padded), ""]
+
+    def insert(self, prompt: str, *experts: str) -> list[Any]:
+        """Write what the chosen experts are called by into the prompt."""
+        from mole_diffusion import MoLEError
+
+        try:
+            written, said = self._library.with_phrases(prompt or "", [name for name in experts if name])
+        except (SettingsError, MoLEError) as error:
+            return [gr.update(), as_message(str(error))]
+        return [written, as_message(said) if said else ""]
 
     def heat_map(self) -> str:
         """Gate weights of the last generation."""

@@ -204,6 +204,27 @@ def training(options, tmp_path):
     return ["train-gates", "a red boot and a dull cat", *options, *texts, *settings]
 
 
+def test_ctrl_c_twice_ends_a_drawing_like_once(model, lora_files, tmp_path):
+    command = ["generate", "a red boot", "--model", model, "-e", lora_files["boot"], "--steps", 150]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mole_diffusion.cli", *map(str, command), "--out", str(tmp_path / "boot.png")],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if line.startswith("drawing"):
+            break
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    said.append(process.communicate(timeout=120)[1])
+    assert process.returncode == 1, "".join(said)
+    assert "Traceback" not in "".join(said)
+    assert not (tmp_path / "boot.png").exists()
+
+
 def test_ctrl_c_leaves_a_training_that_the_same_command_ends(training, model, lora_files, tmp_path):
     out = tmp_path / "run"
     command = [str(part) for part in [*training, "--iterations", 30, "--out", out]]

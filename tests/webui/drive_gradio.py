@@ -40,8 +40,11 @@ def build():
     panels = {}
     with gr.Blocks() as demo:
         for is_img2img in (False, True):
-            for script in scripts.ScriptRunner(is_img2img).scripts:
-                with gr.Tab("img2img" if is_img2img else "txt2img"):
+            runner, name = scripts.ScriptRunner(is_img2img), "img2img" if is_img2img else "txt2img"
+            for script in runner.scripts:
+                with gr.Tab(name):
+                    prompt = gr.Textbox(label="Prompt", elem_id=f"{name}_prompt")
+                    runner.after_component(prompt, elem_id=f"{name}_prompt")
                     panels[is_img2img] = script.ui(is_img2img), script
         for blocks, title, _ in tabs[0]:
             with gr.Tab(title):
@@ -100,6 +103,9 @@ def main():
     seen["sketch"] = use("script_txt2img_mole_mole_expert_0", *rows, trigger="change")
     # The client leaves out what rows become.
     seen["rows"] = demo.fns[event(config, "script_txt2img_mole_mole_expert_0", "change")].fn(*rows)
+    inserts = config["dependencies"][event(config, "script_img2img_mole_mole_insert")]
+    ids = {c["id"]: c["props"].get("elem_id") for c in config["components"]}
+    seen["inserts"] = [ids[i] for i in inserts["inputs"][:2]], [ids[i] for i in inserts["outputs"]]
     seen["heat_map"] = use("script_img2img_mole_mole_show")
     training = [
         "x",

@@ -64,6 +64,25 @@ def test_an_inactive_expert_is_as_if_it_were_not_there(world: World) -> None:
     torch.testing.assert_close(one, world.picture({"experts": ["dog"]}))
 
 
+def test_an_expert_that_the_prompt_does_not_name_is_told_and_its_phrase_inserted(world: World) -> None:
+    lora = make_lora(world.models["other"], 30)
+    for name, phrase in (("boot", "a zorin boot"), ("clock", "a kipra clock")):
+        path = world.folder / "Lora" / f"{name}.safetensors"
+        save_file(lora, path, {"modelspec.trigger_phrase": phrase})
+    both = {"experts": {"boot": 1.0, "clock": 0.5}}
+    drawn = world.processing([both], prompt="a Zorin boot on the beach")
+    world.host.processing.process_images(drawn)
+    assert [one for one in drawn.comments if "name" in one] == [
+        "MoLE: the prompt does not name 'clock': write 'a kipra clock'"
+    ]
+    library = world.session.library
+    written, said = library.with_phrases("the beach, ", ["boot", "clock", "dog"])
+    assert written == "the beach, a zorin boot, a kipra clock"
+    assert said == "The file of dog names no phrase."
+    assert library.with_phrases(written, ["boot", "clock"]) == (written, "The prompt names all experts.")
+    assert library.with_phrases("", ["clock"])[0] == "a kipra clock"
+
+
 def test_img2img(world: World) -> None:
     before = world.picture(img2img=True)
     assert not same(world.picture(GATED, img2img=True), before)

@@ -76,6 +76,12 @@ def test_rows_appear_and_lists_are_read_anew(seen: dict[str, Any]) -> None:
     assert _names(first["choices"]) == ["", "animals/fox", "dog", "new"]
 
 
+def test_phrases_go_into_the_prompt_of_their_tab(seen: dict[str, Any]) -> None:
+    read, written = seen["inserts"]
+    assert read == ["img2img_prompt", "script_img2img_mole_mole_expert_0"]
+    assert written == ["img2img_prompt", "script_img2img_mole_mole_message"]
+
+
 def test_messages(seen: dict[str, Any]) -> None:
     assert "No gate weights yet" in seen["heat_map"]
     assert "there is no Python at" in seen["train"][0]

@@ -52,11 +52,23 @@ class MoLEScript(scripts.Script):  # type: ignore[misc]
         """In both tabs, always."""
         return scripts.AlwaysVisible
 
+    def after_component(self, component: Any, **kwargs: Any) -> None:
+        """The host has made a component; the prompt comes before the panel."""
+        if kwargs.get("elem_id") == ("img2img_prompt" if self.is_img2img else "txt2img_prompt"):
+            self.prompt = component
+
     def ui(self, is_img2img: bool) -> list[Any]:
         """Build the panel; hosts call this more than once."""
         from mole_webui.ui import Panel
 
-        panel = Panel(_library, lambda: _session.last_run, _settings.rows, self.elem_id, _widgets)
+        panel = Panel(
+            _library,
+            lambda: _session.last_run,
+            _settings.rows,
+            self.elem_id,
+            _widgets,
+            getattr(self, "prompt", None),
+        )
         self.infotext_fields = panel.infotext_fields
         self.paste_field_names = list(INFOTEXT_KEYS)
         controls: list[Any] = panel.controls

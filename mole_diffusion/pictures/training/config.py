@@ -10,11 +10,10 @@ from typing import Any, Literal
 
 from mole_diffusion.core import rules
 from mole_diffusion.core.errors import ConfigError
-from mole_diffusion.core.rules import quoted
+from mole_diffusion.core.rules import Rule, quoted
 from mole_diffusion.training.settings import (
     COSMETIC,
     GateSettings,
-    Rule,
     check,
     choice,
     flag,

@@ -48,6 +48,13 @@ class ScriptRunner:
             if script.show(is_img2img) is AlwaysVisible:
                 self.scripts.append(script)
 
+    def after_component(self, component, **kwargs):
+        """Hosts say so of every component when it is made."""
+        for script in self.scripts:
+            found = getattr(script, "after_component", None)
+            if found is not None:
+                found(component, **kwargs)
+
     def run(self, method, p, *args, **kwargs):
         for script in self.scripts:
             found = getattr(script, method, None)
