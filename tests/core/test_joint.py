@@ -22,7 +22,15 @@ from tiny.networks import (
     twin,
     with_peft,
 )
-from tiny.transformers import make_chroma, make_flux, make_flux2, make_krea2, make_qwen_image, make_z_image
+from tiny.transformers import (
+    make_anima,
+    make_chroma,
+    make_flux,
+    make_flux2,
+    make_krea2,
+    make_qwen_image,
+    make_z_image,
+)
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -245,7 +253,8 @@ def test_gates_of_the_fused_network_fit_the_parted_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dialect", ["diffusers", "kohya"])
 @pytest.mark.parametrize(
-    "make", [make_joint, make_flux, make_chroma, make_flux2, make_krea2, make_qwen_image, make_z_image]
+    "make",
+    [make_joint, make_flux, make_chroma, make_flux2, make_krea2, make_qwen_image, make_anima, make_z_image],
 )
 def test_an_exported_file_is_read_again(make: Callable[[], nn.Module], dialect: str) -> None:
     network = make()

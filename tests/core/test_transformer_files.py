@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from tiny.networks import run, with_peft
 from tiny.transformers import (
+    make_anima,
     make_chroma,
     make_flux,
     make_flux2,
@@ -410,6 +411,30 @@ OTHERS = {
             "tproj.1": ("time_mod_proj",),
             "txtmlp.3": ("txt_in.linear_2",),
             "txtfusion.projector": ("text_fusion.projector",),
+        },
+    ),
+    "anima": Family(
+        make_anima,
+        "Anima",
+        {
+            **inside(
+                {"blocks": "transformer_blocks"},
+                {
+                    **{f"self_attn.{x}_proj": (f"attn1.to_{x}",) for x in "qkv"},
+                    **{f"cross_attn.{x}_proj": (f"attn2.to_{x}",) for x in "qkv"},
+                    "self_attn.output_proj": ("attn1.to_out.0",),
+                    "cross_attn.output_proj": ("attn2.to_out.0",),
+                    "mlp.layer1": ("ff.net.0.proj",),
+                    "mlp.layer2": ("ff.net.2",),
+                    "adaln_modulation_self_attn.1": ("norm1.linear_1",),
+                    "adaln_modulation_cross_attn.2": ("norm2.linear_2",),
+                    "adaln_modulation_mlp.2": ("norm3.linear_2",),
+                },
+            ),
+            "x_embedder.proj.1": ("patch_embed.proj",),
+            "t_embedder.1.linear_2": ("time_embed.t_embedder.linear_2",),
+            "final_layer.adaln_modulation.1": ("norm_out.linear_1",),
+            "final_layer.linear": ("proj_out",),
         },
     ),
     "qwen-image": Family(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers import (
     ChromaTransformer2DModel,
+    CosmosTransformer3DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     Krea2Transformer2DModel,
@@ -164,6 +165,36 @@ def krea2_inputs(size: int = 8, lengths: tuple[int, ...] = (12, 5)) -> dict[str,
     }
 
 
+def make_anima(**settings: Any) -> CosmosTransformer3DModel:
+    torch.manual_seed(12)
+    given = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "num_layers": 2,
+        "mlp_ratio": 2,
+        "text_embed_dim": 24,
+        "adaln_lora_dim": 4,
+        "max_size": (4, 32, 32),
+        "rope_scale": (1.0, 4.0, 4.0),
+        "extra_pos_embed_type": None,
+        **settings,
+    }
+    return filled(CosmosTransformer3DModel(**given))
+
+
+def anima_inputs(size: int = 8, text: int = TEXT) -> dict[str, Tensor]:
+    """Videos of one frame; the mask says which of their pixels are padding: none, for both."""
+    generator = torch.Generator().manual_seed(3)
+    return {
+        "hidden_states": torch.randn(2, 4, 1, size, size, generator=generator),
+        "timestep": torch.tensor([0.5, 0.25]),
+        "encoder_hidden_states": torch.randn(2, text, 24, generator=generator),
+        "padding_mask": torch.zeros(1, 1, size, size),
+    }
+
+
 def make_z_image(**settings: Any) -> ZImageTransformer2DModel:
     torch.manual_seed(8)
     given = {
@@ -259,7 +290,8 @@ class Kind:
 def _rows(value: Any, batch: slice, dtype: torch.dtype) -> Any:
     if isinstance(value, list):
         return [one.to(dtype) if isinstance(one, Tensor) else one for one in value[batch]]
-    return value[batch].to(dtype) if value.is_floating_point() else value[batch]
+    value = value[batch] if len(value) > 1 else value  # else it is for all pictures
+    return value.to(dtype) if value.is_floating_point() else value
 
 
 def fused(network: nn.Module) -> nn.Module:
@@ -276,6 +308,7 @@ KINDS: dict[type[nn.Module], Kind] = {
     ChromaTransformer2DModel: Kind(make_chroma, chroma_inputs),
     Flux2Transformer2DModel: Kind(make_flux2, flux2_inputs),
     SD3Transformer2DModel: Kind(make_sd3, sd3_inputs),
+    CosmosTransformer3DModel: Kind(make_anima, anima_inputs),
     Krea2Transformer2DModel: Kind(make_krea2, krea2_inputs, flattens=False),
     QwenImageTransformer2DModel: Kind(make_qwen_image, qwen_image_inputs, flattens=False),
     ZImageTransformer2DModel: Kind(make_z_image, z_image_inputs, flattens=False),

@@ -39,7 +39,9 @@ class Recipe:
     vision: Mapping[str, object]
 
 
-GUIDE = Recipe("clip", 71, 1615, 384, 8e-4, 3, {"layers": 6, "width": 192, "head_width": 32, "patch_size": 16})
+GUIDE = Recipe(
+    "clip", 71, 1615, 384, 8e-4, 3, {"layers": 6, "width": 192, "head_width": 32, "patch_size": 16}
+)
 SCORER = Recipe(
     "clip_eval",
     72,

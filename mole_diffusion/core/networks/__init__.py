@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from torch import nn
 
 from ..errors import InjectionError
+from .anima import ANIMA_STACK
 from .base import DENOISER, Architecture, NetworkMap
 from .clip import CLIP
 from .families import header_name, named_family
@@ -138,6 +139,7 @@ for _architecture in (
     SD3,
     QWEN_IMAGE_STACK,
     KREA2_STACK,
+    ANIMA_STACK,
     Z_IMAGE_STACK,
     T5_ENCODER,
     T5_DECODER,
