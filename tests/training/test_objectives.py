@@ -174,14 +174,29 @@ def test_subjects_of_a_styled_prompt_are_drawn_in_the_style(
     )
     trainer.objective.prepare()
     assert drawn == [
-        ([text] * 2, {"mixture": {"boot": 0.7, "cat": 1.3}}),
-        ([text] * 2, {"mixture": {"boot": 0.85, "cat": 1.15}}),
+        (
+            [text] * 4,
+            {"mixture": {"boot": 0.8, "cat": 1.2}, "later": {"mixture": {"boot": 1.2, "cat": 0.8}}},
+        ),
         (["a boot at night in vim style"] * 4, {"mixture": {"cat": 1.0}}),
     ]
     made, caption = trainer.objective.task.make_collage(0)  # type: ignore[attr-defined]
     assert caption == text
     # One place for one subject, and none for the style.
     assert float(made.inside.mean()) < 0.5
+
+
+def test_other_experts_may_draw_the_second_half(pipe: Any, concepts: list[Concept], tiny: Tiny) -> None:
+    bench = GateTrainer(pipe, PROMPT, concepts, tiny()).objective.bench
+    boot, cat = {"mixture": {"boot": 1.0}}, {"mixture": {"cat": 1.0}}
+
+    def drawn(**composition: Any) -> torch.Tensor:
+        return bench.draw(["a zorin boot"], torch.Generator().manual_seed(0), **composition)
+
+    assert torch.equal(drawn(**boot), drawn(**boot, later=boot))
+    both = drawn(**boot, later=cat)
+    assert not torch.equal(both, drawn(**boot))
+    assert not torch.equal(both, drawn(**cat))
 
 
 def test_a_prompt_without_its_style_takes_the_references(

@@ -23,9 +23,9 @@ from mole_diffusion.training.state import Preparation
 
 #: Pictures drawn in one batch.
 _BATCH = 8
-#: Scales of a subject's expert and of the styles' where both draw a picture, batch after batch. In full, a
-#: subject covers the style inside its outline; the other way round its colours go.
-_TOGETHER = ((0.7, 1.3), (0.85, 1.15))
+#: Scales of a subject's expert and of the styles' where both draw a picture, in the first and in the second
+#: half of the steps: the style has to be there first, and the subject comes out in the details.
+_TOGETHER = ((0.8, 1.2), (1.2, 0.8))
 
 
 class ConceptPictures:
@@ -125,20 +125,21 @@ class ConceptPictures:
                 continue
             count = self._count(sum(name in other.subjects for other in self.prompts))
             texts = [prompt.only(together)] * (count * self._bench.settings.candidates)
-            yield from _batches((name, index), texts, self._mixtures(together))
+            yield from _batches((name, index), texts, self._mixture(together))
 
-    def _mixtures(self, names: Sequence[str]) -> list[dict[str, Any]]:
-        """Which experts draw, batch after batch."""
+    def _mixture(self, names: Sequence[str]) -> dict[str, Any]:
+        """Which experts draw, and with what scales."""
         if len(names) == 1:
-            return [{"active_experts": list(names)}]
+            return {"active_experts": list(names)}
         styles = [name for name in names if self.concepts[name].kind == STYLE]
-        if not styles:
-            return [{"mixture": dict.fromkeys(names, 1.0)}]
         others = [name for name in names if name not in styles]
-        return [
+        if not styles:
+            return {"mixture": dict.fromkeys(names, 1.0)}
+        early, late = (
             {"mixture": dict.fromkeys(others, own) | dict.fromkeys(styles, style / len(styles))}
             for own, style in _TOGETHER
-        ]
+        )
+        return {**early, "later": late}
 
     def _background_batches(self) -> Iterator[_Batch]:
         for index, prompt in enumerate(self.prompts):
@@ -146,7 +147,7 @@ class ConceptPictures:
             names = [subjects[i % len(subjects)] for i in range(self._count(len(self.prompts)))]
             texts = [prompt.single_class(self.concepts[name], prompt.styles) for name in names]
             styles = dict.fromkeys(prompt.styles, 1.0 / max(1, len(prompt.styles)))
-            yield from _batches(("", index), texts, [{"mixture": styles or "none"}])
+            yield from _batches(("", index), texts, {"mixture": styles or "none"})
 
     def _best(self, name: str, prompt: int, pictures: Tensor) -> Tensor:
         """The pictures of a subject that are kept, of all that were drawn for a prompt."""
@@ -199,10 +200,6 @@ class _Batch:
     composition: dict[str, Any]
 
 
-def _batches(
-    key: tuple[str, int], texts: list[str], compositions: Sequence[dict[str, Any]]
-) -> Iterator[_Batch]:
-    """The texts in batches, as equal in size as the compositions that take turns ask for."""
-    size = min(_BATCH, -(-len(texts) // len(compositions)))
-    for number, start in enumerate(range(0, len(texts), size)):
-        yield _Batch(key, texts[start : start + size], compositions[number % len(compositions)])
+def _batches(key: tuple[str, int], texts: list[str], composition: dict[str, Any]) -> Iterator[_Batch]:
+    for start in range(0, len(texts), _BATCH):
+        yield _Batch(key, texts[start : start + _BATCH], composition)
