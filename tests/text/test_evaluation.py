@@ -112,7 +112,7 @@ def test_protocols_that_ship_name_what_there_is() -> None:
     with pytest.raises(ConfigError, match="drawn is 129; there are 128 experts for 'sorting'"):
         table6.experts_for("sorting", Variant(kind="gates", drawn=129))
     short = load_text_protocol("text-table6-short")
-    assert (short.training["iterations"], short.training["batch_size"], short.seeds) == (200, 12, 1)
+    assert (short.training["iterations"], short.training["batch_size"], short.seeds) == (100, 12, 1)
     with pytest.raises(ConfigError, match="top_k goes by gates, and kind is 'nla'"):
         load_text_protocol_from({"title": "x", "methods": {"a": {"kind": "nla", "top_k": 2}}})
     with pytest.raises(ConfigError, match="kind 'magic' is none of"):
