@@ -174,7 +174,8 @@ def steps(
             break
         variants = bench.variants(batch)
         left = until - time.monotonic()
-        share = time.monotonic() + left * (number - 0.4) / len(BATCHES)
+        # Rounds take half of a batch's share, operations and memory of each row the rest.
+        share = time.monotonic() + left * (number - 0.5) / len(BATCHES)
         seconds = measure(variants, rounds, device, share)
         rows: dict[str, Any] = {name: {"seconds": seconds[name]} for name in variants}
         result["batches"][str(batch)] = {"latents": [batch, 4, shape.side, shape.side], "rows": rows}
@@ -322,6 +323,7 @@ def run(
     ):
         if number and time.monotonic() - start > SHARES[number - 1] * seconds:
             result["skipped"].append(f"steps of {shape.name}")
+            told(result)
             continue
         typer.echo(f"steps of {shape.name}")
 
@@ -337,6 +339,7 @@ def run(
         what = f"the training of gates{', recomputing' * checkpointing}"
         if left <= 0:
             result["skipped"].append(what)
+            told(result)
             continue
         typer.echo(f"{what}, at most {iterations} iterations")
         made = train_gates(device, tiny=tiny, checkpointing=checkpointing, iterations=iterations, until=left)

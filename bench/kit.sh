@@ -39,7 +39,7 @@ case $what in
     hosts=tests/gpu/test_gpu_hosts.py
     tests="$hosts::test_a_pipeline_draws_the_same_picture $hosts::test_compiled_blocks
       $hosts::test_forwards_leave_nothing_behind_and_release_gives_back"
-    shown="-v --tb=short -rA"
+    shown="-v --tb=short --show-capture=no --durations=0"
     if [ "$what" = quick ]; then bench="--rounds 6 --experts 16"; fi
     bench="$bench --seconds ${QUICK_BENCH:-45}"
     limit="timeout -s INT ${QUICK_TESTS:-40}"

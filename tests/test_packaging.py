@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import zipfile
 from email import message_from_bytes
 from pathlib import Path
@@ -41,6 +42,19 @@ def test_wheel_holds_every_module_the_type_marker_and_the_licences(wheel: zipfil
     assert not [
         entry for entry in names if entry.startswith(("tests/", "bench/", "assets/")) or ".pyc" in entry
     ]
+
+
+def test_pictures_in_the_repository_are_small() -> None:
+    """History keeps every version of them for ever: whoever clones all of it waits for each."""
+    suffixes = {".png", ".webp", ".jpg", ".jpeg", ".gif"}
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a checkout: which files belong to the repository is unknown")
+    paths = [ROOT / name for name in listed.stdout.split("\0") if Path(name).suffix.lower() in suffixes]
+    sizes = {path.relative_to(ROOT).as_posix(): path.stat().st_size for path in paths if path.is_file()}
+    assert len(sizes) > 20
+    assert not {name: size for name, size in sizes.items() if size > 400_000}
+    assert sum(sizes.values()) < 3_500_000
 
 
 def test_wheel_holds_the_starter_but_for_what_only_evaluation_reads(wheel: zipfile.ZipFile) -> None:

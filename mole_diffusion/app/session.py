@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import shutil
 import threading
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
 from mole_diffusion.app.jobs import Job
-from mole_diffusion.app.keeping import Kept, read, unpacked_path, vars_of, write
+from mole_diffusion.app.keeping import Kept, read, write
 from mole_diffusion.app.metadata import PictureSettings, read_settings
 from mole_diffusion.app.setup import COLOURS, STARTER, ExpertCard, Gates, Setup
-from mole_diffusion.app.train_request import TrainRequest
+from mole_diffusion.app.trainings import Training
 from mole_diffusion.core.errors import ConfigError, UnknownExpertError
 from mole_diffusion.core.records import GateWeights
-from mole_diffusion.pictures.files import open_picture
 from mole_diffusion.starter.location import default_experts, starter_dir, starter_experts
-from mole_diffusion.training.state import HISTORY_FILE
 
 #: More experts than this make tiles and regions unreadable, and pictures slow.
 MAX_EXPERTS = 8
@@ -40,73 +36,6 @@ class Picture:
 
     path: Path
     settings: PictureSettings
-
-
-@dataclass
-class Training:
-    """A training of gates, running or ended; what the Train tab shows after a reload.
-
-    Attributes:
-        setup: what is trained; its gates are those from before.
-        request: how.
-        folder: checkpoint, history and previews.
-        iterations: wanted.
-        gates: what there is, once it has ended with anything.
-    """
-
-    setup: Setup
-    request: TrainRequest
-    folder: Path
-    iterations: int
-    job: Job = field(init=False)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    previews: list[tuple[str, str]] = field(default_factory=list)
-    gates: Gates | None = None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The experts whose gates are trained."""
-        return self.setup.names
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values and paths; what it wrote into its folder is there already."""
-        return {
-            "model": self.setup.model,
-            "experts": {card.name: card.path for card in self.setup.cards},
-            "request": asdict(self.request),
-            "folder": self.folder,
-            "iterations": self.iterations,
-            "gates": self.gates and vars_of(self.gates),
-        }
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any], folder: Path, library: dict[str, ExpertCard]) -> Training:
-        """The reverse, for an earlier server's training; it counts as stopped unless it came to its end.
-
-        Raises:
-            KeyError, TypeError, ValueError: it cannot be gone on with: an expert is not there any more.
-        """
-        cards = tuple(library[name] for name in values["experts"])
-        if any(card.path != unpacked_path(values["experts"][card.name], folder) for card in cards):
-            raise ValueError("another expert has the name by now")
-        request = TrainRequest(**{**values["request"], "prompts": tuple(values["request"]["prompts"])})
-        own = unpacked_path(values["folder"], folder)
-        training = cls(Setup(values["model"], cards), request, own, int(values["iterations"]))
-        history = own / HISTORY_FILE
-        if history.is_file():
-            rows = history.read_text(encoding="utf-8").splitlines()
-            training.history = [json.loads(row) for row in rows if row.endswith("}")]
-        shown = sorted((own / "previews").glob("*.png"))
-        training.previews = [(str(path), f"{int(path.stem)}") for path in shown]
-        if values["gates"]:
-            of = values["gates"]
-            training.gates = Gates(unpacked_path(of["path"], folder), of["iterations"], of["wanted"])
-        training.job = Job("train", lambda job: None)
-        if len(training.history) >= training.iterations and training.gates is not None:
-            training.job.run()
-        else:
-            training.job.cancel()
-        return training
 
 
 class Session:
@@ -406,12 +335,3 @@ class Session:
     def _key(self, cards: Iterable[ExpertCard]) -> tuple[Path, ...]:
         """By file: an expert of the same name may be another one tomorrow."""
         return tuple(sorted(card.path for card in cards))
-
-
-def thumbnail(path: Path, side: int) -> Image.Image:
-    """A square picture of this side, from the centre of a picture file."""
-    image = open_picture(path)
-    edge = min(image.size)
-    left, top = (image.width - edge) // 2, (image.height - edge) // 2
-    square = image.crop((left, top, left + edge, top + edge))
-    return square.resize((side, side), Image.Resampling.LANCZOS)

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
-from mole_diffusion.app.session import Session, thumbnail
+from mole_diffusion.app.session import Session
 from mole_diffusion.app.setup import ExpertCard
 from mole_diffusion.app.theme import script
 from mole_diffusion.core import rules
 from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.pictures.files import open_picture
 
 #: Side in pixels of the pictures in the tiles (drawn at half of it on dense screens).
 _SIDE = 192
@@ -110,3 +112,12 @@ def _data_uri(path: Path) -> str:
     stream = io.BytesIO()
     thumbnail(path, _SIDE).save(stream, format="WEBP", quality=82)
     return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
+
+
+def thumbnail(path: Path, side: int) -> Image.Image:
+    """A square picture of this side, from the centre of a picture file."""
+    image = open_picture(path)
+    edge = min(image.size)
+    left, top = (image.width - edge) // 2, (image.height - edge) // 2
+    square = image.crop((left, top, left + edge, top + edge))
+    return square.resize((side, side), Image.Resampling.LANCZOS)

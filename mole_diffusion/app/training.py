@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from mole_diffusion.app.jobs import Cancelled, Job, Progress
-from mole_diffusion.app.session import Session, Training
+from mole_diffusion.app.session import Session
 from mole_diffusion.app.setup import ExpertCard, Gates, Setup
 from mole_diffusion.app.stopping import stoppable
 from mole_diffusion.app.studio import Studio, Work
 from mole_diffusion.app.train_request import TrainRequest
+from mole_diffusion.app.trainings import Training
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.phrases import STYLE, class_words, kind_of
 from mole_diffusion.pictures.files import open_picture

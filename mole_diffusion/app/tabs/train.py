@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from mole_diffusion.app import charts, markup, page, show, tiles
 from mole_diffusion.app.jobs import Job, QueueFullError
-from mole_diffusion.app.session import Session, Training
+from mole_diffusion.app.session import Session
 from mole_diffusion.app.setup import COLOURS
 from mole_diffusion.app.studio import Studio
 from mole_diffusion.app.train_request import TrainRequest
@@ -23,6 +23,7 @@ from mole_diffusion.app.training import (
     start_training,
     uniform_entropy,
 )
+from mole_diffusion.app.trainings import Training
 from mole_diffusion.app.uploads import PICTURE_SUFFIXES, check_upload
 from mole_diffusion.core.errors import ConfigError
 
