@@ -25,6 +25,10 @@ from .words import TokenPhrases, places_of
 
 # A row of a denoiser's text is a known one up to rounding.
 _SAME = 1e-2
+# Samplers go back by less than this within a picture.
+_ANEW = 0.1
+# Texts that are kept.
+_KEPT = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +85,18 @@ class Auto:
         settings: how image tokens are shared out.
 
     Attributes:
-        texts: what the host's text encoders made of texts so far.
+        texts: what the host's text encoders made of texts lately.
+        ids: part -> (B, L) tokens that its text encoder is about to read, where a host gives it embeddings.
     """
 
     phrases: Mapping[str, TokenPhrases]
     everywhere: Mapping[str, float] = field(default_factory=dict)
     settings: AutoSettings = field(default_factory=AutoSettings)
     texts: list[KnownText] = field(default_factory=list)
+    ids: dict[str, Tensor] = field(default_factory=dict)
+
+    def meet(self, named: frozenset[str]) -> None:
+        """A network begins to read texts that name these experts; hosts that know no more decide here."""
 
     def remember(self, encoded: Tensor, places: Tensor) -> None:
         """Note what denoisers will read for some texts.
@@ -97,6 +106,7 @@ class Auto:
             places: (B, L, N), see `places_of`.
         """
         self.texts += [KnownText(one.detach(), own) for one, own in zip(encoded, places, strict=True)]
+        del self.texts[:-_KEPT]
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +125,12 @@ class _Rows:
         """(N,) weight of experts in the whole picture, 0 for those that have places of their own."""
         weights = torch.tensor([self.auto.everywhere.get(name, 0.0) for name in self.names], device=device)
         return weights * self.counting(device)
+
+    def meet(self, places: Tensor) -> None:
+        """Tell the host whom texts name, from places (B, L, N)."""
+        named = places.flatten(0, 1).any(0).tolist()
+        names = (name for index, name in enumerate(self.names) if named[index] and index in self.active)
+        self.auto.meet(frozenset(names))
 
     def with_everywhere(self, weights: Tensor) -> Tensor:
         """Weights (..., N) with those of experts that count everywhere."""
@@ -144,12 +160,15 @@ class TextShares:
         Raises:
             ConfigError: there are no tokens.
         """
-        if forward.ids is None:
+        ids = forward.ids if forward.ids is not None else self._rows.auto.ids.get(context.part)
+        if ids is None:
             raise ConfigError(
                 f"mixture='auto' reads the tokens of a text, and the {context.part} was run without them "
                 "(with embeddings instead)."
             )
-        weights = places_of(forward.ids, self._phrases).to(forward.ids.device)
+        places = places_of(ids, self._phrases)
+        self._rows.meet(places)
+        weights = places.to(ids.device)
         weights = self._rows.with_everywhere(weights * self._rows.counting(weights.device))
         self._value = GateValue(weights.flatten(0, 1), len(weights), None, in_backward=False)
 
@@ -203,7 +222,7 @@ class PictureShares:
         """
         self._take()
         time = 1.0 if forward.timestep is None else float(torch.as_tensor(forward.timestep).max())
-        if time >= self._start > self._last:
+        if time > self._last + _ANEW or time >= self._start > self._last:
             self._sum, self._forwards = None, 0  # another picture
         if not self._forwards:
             self._start = time
@@ -242,7 +261,9 @@ class PictureShares:
                 "composing(mixture='auto')."
             )
         nothing = torch.zeros(text.shape[1], len(self._rows.names))
-        places = torch.stack([nothing if one is None else one for one in rows]).to(text.device)
+        places = torch.stack([nothing if one is None else one for one in rows])
+        self._rows.meet(places)
+        places = places.to(text.device)
         places = places * self._rows.counting(text.device) * (self._rows.everywhere(text.device) == 0)
         self._known = text, places
         return places
@@ -250,10 +271,13 @@ class PictureShares:
     def _place(self, row: Tensor) -> Tensor | None:
         """(L, N) of the known text that a row (L, d) is; None for none."""
         for known in reversed(self._auto.texts):
-            if known.encoded.shape == row.shape:
-                own = on_device(known.encoded, row.device).float()
-                if float((own - row.float()).norm()) <= _SAME * float(own.norm()):
-                    return known.places
+            length, width = known.encoded.shape
+            # Hosts repeat a text that stands beside a longer one in a batch.
+            if width != row.shape[1] or len(row) % length:
+                continue
+            own = on_device(known.encoded, row.device).float()
+            if float((own - row[:length].float()).norm()) <= _SAME * float(own.norm()):
+                return known.places.repeat(len(row) // length, 1)
         return None
 
     def value(self, context: ForwardContext, stream: str, tokens: int) -> GateValue:

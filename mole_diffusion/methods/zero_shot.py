@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from mole_diffusion.core.calling import Calling
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.mixture_set import Choice
 from mole_diffusion.core.routing import LARGEST, ROUTES, Route
-from mole_diffusion.pictures.auto import AutoMixture
 from mole_diffusion.pictures.choosing import Request, register
 
 KLORA = "klora"
@@ -50,7 +50,7 @@ class ZeroShot:
     def _route(self, pipe: Any) -> Route:
         if self.word != KLORA:
             return Route(self.word)
-        is_style = AutoMixture().is_style
+        is_style = Calling().is_style
         styles = (index for index, expert in enumerate(pipe.experts.values()) if is_style(expert))
         return Route(LARGEST, growing=frozenset(styles))
 

@@ -11,10 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from mole_diffusion.core.auto import Auto, AutoSettings
+from mole_diffusion.core.calling import Calling
 from mole_diffusion.core.errors import UnknownExpertError
 from mole_diffusion.core.experts import Expert
 from mole_diffusion.core.mixture_set import Choice
-from mole_diffusion.core.phrases import STYLE, kind_of, names_phrase, without_article
+from mole_diffusion.core.phrases import names_phrase
 from mole_diffusion.core.words import places_of
 from mole_diffusion.pictures.choosing import Request, register
 from mole_diffusion.pictures.components import tokenizers_of
@@ -31,12 +32,12 @@ class AutoMixture:
     Attributes:
         settings: how image tokens are shared out.
         phrases: expert name -> the phrase that calls it in prompts, for files that do not say one.
-        everywhere: names of experts that change the whole picture, for files that do not say so.
+        styles: names of experts that change the whole picture, for files that do not say so.
     """
 
     settings: AutoSettings = field(default_factory=AutoSettings)
     phrases: Mapping[str, str] = field(default_factory=dict)
-    everywhere: Sequence[str] = ()
+    styles: Sequence[str] = ()
 
     @contextmanager
     def engaged(self, pipe: Any, request: Request) -> Iterator[None]:
@@ -46,78 +47,69 @@ class AutoMixture:
             NoExpertsError, UnknownExpertError, AllExpertsMaskedError, RegionMaskError: as for any mixture.
         """
         pipe.need_experts("mixture='auto'")
-        for name in (*self.phrases, *self.everywhere):
+        for name in (*self.phrases, *self.styles):
             if name not in pipe.experts:
                 raise UnknownExpertError(name, list(pipe.experts))
         active = pipe.experts if request.active_experts is None else request.active_experts
         counting = {name: expert for name, expert in pipe.experts.items() if name in active}
-        auto = PromptReader(self, counting, tokenizers_of(pipe))
-        with pipe.ensemble.choosing(
-            Choice(
-                request.active_experts,
-                request.expert_scales,
-                request.region_masks,
-                request.latent_size,
-                auto=auto,
-            )
-        ):
+        reader = PromptReader(
+            Calling(self.phrases, self.styles), self.settings, counting, tokenizers_of(pipe)
+        )
+        choice = Choice(
+            request.active_experts,
+            request.expert_scales,
+            request.region_masks,
+            request.latent_size,
+            auto=reader,
+        )
+        with pipe.ensemble.choosing(choice):
             yield
-
-    def calls(self, expert: Expert) -> tuple[str, ...]:
-        """The phrases that call an expert in prompts; its name where nobody says any."""
-        given = self.phrases.get(expert.name)
-        found = (given,) if given else expert.triggers or (expert.name,)
-        return tuple(without_article(phrase.strip()) for phrase in found)
-
-    def is_style(self, expert: Expert) -> bool:
-        """Whether an expert changes the whole picture."""
-        kind = kind_of(self.calls(expert)[0], expert.metadata.get("mole.kind", ""))
-        return expert.name in self.everywhere or kind == STYLE
 
 
 class PromptReader(Auto):
     """What the prompts of a call say of the experts.
 
     Args:
-        mixture: what is known of the experts beyond their files.
+        calling: how prompts call experts.
+        settings: how image tokens are shared out.
         experts: those that count.
         tokenizers: by part.
     """
 
     def __init__(
-        self, mixture: AutoMixture, experts: Mapping[str, Expert], tokenizers: Mapping[str, Any]
+        self,
+        calling: Calling,
+        settings: AutoSettings,
+        experts: Mapping[str, Expert],
+        tokenizers: Mapping[str, Any],
     ) -> None:
-        self._mixture, self._experts, self._tokenizers = mixture, experts, tokenizers
-        calls = {name: mixture.calls(expert) for name, expert in experts.items()}
+        self._calling, self._experts, self._tokenizers = calling, experts, tokenizers
+        calls = {name: calling.of(expert) for name, expert in experts.items()}
         super().__init__(
             {
                 part: {name: [_tokens(tokenizer, one) for one in own] for name, own in calls.items()}
                 for part, tokenizer in tokenizers.items()
             },
-            settings=mixture.settings,
+            settings=settings,
         )
 
     def read(self, prompts: Sequence[str]) -> None:
         """Find out which experts count, and which of them everywhere.
 
-        An expert that the prompt does not name is left out, unless nobody says how to name it. One that is
-        alone acts as if no other were loaded.
+        An expert that the prompt does not name is left out, unless nobody says how to name it.
         """
-        named, mute = [], []
-        for name, expert in self._experts.items():
-            if any(names_phrase(text, phrase) for text in prompts for phrase in self._mixture.calls(expert)):
-                named.append(name)
-            elif not expert.triggers and name not in self._mixture.phrases:
-                mute.append(name)
-        if not named and not mute:
+        calls = {name: self._calling.of(expert) for name, expert in self._experts.items()}
+        named = [
+            name
+            for name, own in calls.items()
+            if any(names_phrase(text, phrase) for text in prompts for phrase in own)
+        ]
+        self.everywhere = self._calling.everywhere(named, self._experts)
+        if not named and not self.everywhere:
             logger.warning(
                 "the prompt names none of the experts, which count for nothing: write %s",
-                ", ".join(repr(self._mixture.calls(one)[0]) for one in self._experts.values()),
+                ", ".join(repr(own[0]) for own in calls.values()),
             )
-        styles = [name for name in named if self._mixture.is_style(self._experts[name])]
-        self.everywhere = {**dict.fromkeys(mute, 1.0 / max(len(mute), 1)), **dict.fromkeys(styles, 1.0)}
-        if len(named) == 1 and not mute:
-            self.everywhere = {named[0]: 1.0}
 
     def note(self, pipe: Any, texts: Sequence[str], embeddings: Tensor) -> None:
         """Note what the pipeline's text encoders made of texts.
