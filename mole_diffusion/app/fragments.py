@@ -66,7 +66,7 @@ def facts(settings: PictureSettings) -> Markup:
         {
             "Prompt": settings.prompt,
             "Negative": settings.negative,
-            "Mixture": f"{settings.mixture}{f' ({settings.gates} gates)' if settings.gates else ''}",
+            "Mixture": _mixture(settings),
             "Experts": experts or "none",
             "Seed": settings.seed,
             "Sampler": settings.sampled,
@@ -77,3 +77,10 @@ def facts(settings: PictureSettings) -> Markup:
             "Model": "" if settings.model == STARTER else settings.model,
         }
     )
+
+
+def _mixture(settings: PictureSettings) -> str:
+    """What mixed the experts, and where there were no gates how to get some."""
+    if settings.mixture == "auto":
+        return "auto: by the prompt, no training; Train makes gates for these experts in minutes"
+    return f"{settings.mixture}{f' ({settings.gates} gates)' if settings.gates else ''}"

@@ -56,6 +56,7 @@ class Mixture:
         unmatched: expert name -> its matrices of this part that the network does not have.
         base: what the network is: its class, and a hash of its matrices' names and shapes.
         owner: the `Ensemble` it belongs to, if any.
+        finds_places: whether there is attention to words, by which `activate(auto=...)` finds places.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Mixture:
         self.part = layout.part
         self.architecture: Architecture = layout.architecture
         self.base = fingerprint(network, layout)
+        self.finds_places = bool(layout.architecture.cross_attentions(layout.sites))
         self.owner: weakref.ref[Any] | None = None
         self._context = ForwardContext(self.part, len(self.experts))
         self._handles: list[RemovableHandle] = []
@@ -101,11 +103,6 @@ class Mixture:
     @property
     def _cross_attentions(self) -> tuple[tuple[Site, Site], ...]:
         return self.architecture.cross_attentions(map_network(self.network, self.part).sites)
-
-    @property
-    def finds_places(self) -> bool:
-        """Whether `activate(auto=...)` can find the experts' places: there is attention to words to read."""
-        return bool(self._cross_attentions)
 
     @property
     def role(self) -> Role:
