@@ -62,13 +62,13 @@ def test_nla_of_two_active_is_a_half_each(loaded, plain, draw, lora_files) -> No
 def test_fresh_gates_of_strength_one_are_nla(loaded, plain, draw, lora_files) -> None:
     loaded.configure(MoLEConfig(strength=1.0))
     expected = draw(with_adapters(plain, lora_files, dict.fromkeys(NAMES, 1 / 3)))
-    torch.testing.assert_close(draw(loaded), expected, **CLOSE)
+    torch.testing.assert_close(draw(loaded, mixture="gates"), expected, **CLOSE)
 
 
 def test_fresh_gates_share_their_strength(loaded, plain, draw, lora_files) -> None:
     loaded.configure(MoLEConfig(strength=1.5, text_strength=1.5))
     expected = draw(with_adapters(plain, lora_files, dict.fromkeys(NAMES, 0.5)))
-    torch.testing.assert_close(draw(loaded), expected, **CLOSE)
+    torch.testing.assert_close(draw(loaded, mixture="gates"), expected, **CLOSE)
 
 
 def test_mixture_none_is_the_base_bitwise(loaded, plain, draw) -> None:
@@ -77,7 +77,7 @@ def test_mixture_none_is_the_base_bitwise(loaded, plain, draw) -> None:
 
 
 def test_trained_gates_change_the_picture_and_come_back_after_other_mixtures(loaded, draw) -> None:
-    fresh = draw(loaded)
+    fresh = draw(loaded, mixture="gates")
     train_a_little(loaded)
     trained = draw(loaded)
     assert (trained - fresh).abs().max() > 0.01
