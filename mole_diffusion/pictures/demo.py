@@ -102,11 +102,11 @@ def run_demo(options: DemoOptions, say: Say = print) -> DemoResult:
         pipe = StableDiffusionMoLEPipeline.from_starter(experts=list(chosen))
         pipe.set_progress_bar_config(disable=True)
     say(f'Prompt: "{prompt}"')
-    # Four rows before the training; after it the gates, each expert masked in turn, and the regions.
-    artist = _Artist(pipe, prompt, options, say, rows=len(chosen) + 6)
-    rows = [_reference_row(chosen), *_rows_before(artist, len(chosen))]
+    # Five rows before the training; after it the gates, each expert masked in turn, and the regions.
+    artist = _Artist(pipe, prompt, options, say, rows=len(chosen) + 7)
+    rows = [_reference_row(chosen), artist.alone(chosen), *_rows_before(artist, len(chosen))]
     history = _train(pipe, prompt, chosen, options, say)
-    rows.append(artist.row("trained gates", f"{options.iterations} iterations; all experts active"))
+    rows.append(artist.row("trained gates", f"{options.iterations} iterations: is each as it is alone?"))
     weights = in_order(pipe.gate_weights().where(branch="prompt").means(), list(chosen))
     rows += _rows_after(artist, pipe, list(chosen))
     files = {
@@ -168,22 +168,46 @@ class _Artist:
         self._rows, self._done, self._seconds = rows, 0, 0.0
 
     def row(self, label: str, note: str, captions: Sequence[str] = (), **settings: Any) -> GridRow:
+        """The prompt on every seed."""
         seeds = self.options.seeds
-        start = time.monotonic()
-        self.say(f"Drawing {len(seeds)} pictures: {label} ...")
-        pictures = draw(
+        with self._counted(label, len(seeds)):
+            pictures = self._draw([self.prompt] * len(seeds), seeds, **settings)
+        return GridRow(label, pictures, note, captions)
+
+    def alone(self, experts: Mapping[str, StarterExpert]) -> GridRow:
+        """Each expert in full with a prompt of its own, on the first seed."""
+        with self._counted("each alone", len(experts)):
+            pictures = [
+                self._draw(
+                    [default_prompt({name: expert})],
+                    self.options.seeds[:1],
+                    mixture="la",
+                    active_experts=[name],
+                )[0]
+                for name, expert in experts.items()
+            ]
+        return GridRow("each alone", pictures, "one expert at a time: what the others are held against")
+
+    def _draw(self, prompts: Sequence[str], seeds: Sequence[int], **settings: Any) -> list[Image.Image]:
+        return draw(
             self.pipe,
-            [self.prompt] * len(seeds),
+            prompts,
             seeds,
             num_inference_steps=self.options.steps,
             guidance_scale=GUIDANCE,
             guidance_rescale=RESCALE,
             **settings,
         )
+
+    @contextmanager
+    def _counted(self, label: str, count: int) -> Iterator[None]:
+        """Says what is drawn, and how long the other rows will take."""
+        start = time.monotonic()
+        self.say(f"Drawing {count} pictures: {label} ...")
+        yield
         self._done, self._seconds = self._done + 1, self._seconds + time.monotonic() - start
         left = (self._rows - self._done) * self._seconds / self._done
         self.say(f"  row {self._done} of {self._rows}, about {left:.0f} s of drawing left")
-        return GridRow(label, pictures, note, captions)
 
 
 def _choose(names: tuple[str, ...] | None) -> dict[str, StarterExpert]:
@@ -209,8 +233,8 @@ def _rows_before(artist: _Artist, n_experts: int) -> list[GridRow]:
     seeds = [f"seed {seed}" for seed in artist.options.seeds]
     return [
         artist.row("no expert", "the base model", seeds, mixture="none"),
-        artist.row("LA", "linear arithmetic: every expert in full", mixture="la"),
-        artist.row("NLA", f"normalised: every expert at 1/{n_experts}", mixture="nla"),
+        artist.row("added up (LA)", "every expert in full: are all there, and whole?", mixture="la"),
+        artist.row("averaged (NLA)", f"each at 1/{n_experts}: is any as it is alone?", mixture="nla"),
         artist.row("auto", "no training: words and places by the prompt", mixture="auto"),
     ]
 
@@ -219,7 +243,7 @@ def _rows_after(artist: _Artist, pipe: StableDiffusionMoLEPipeline, names: list[
     rows = [
         artist.row(
             f"without {masked}",
-            "same gates, this expert masked",
+            "the same gates, this expert masked: are the others untouched?",
             active_experts=[n for n in names if n != masked],
         )
         for masked in names
@@ -228,7 +252,7 @@ def _rows_after(artist: _Artist, pipe: StableDiffusionMoLEPipeline, names: list[
     rows.append(
         artist.row(
             "region masks",
-            f"left to right: {', '.join(names)}",
+            f"each confined to a strip, left to right: {', '.join(names)}",
             region_masks=region_strips(names, height, width),
         )
     )

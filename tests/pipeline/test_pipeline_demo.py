@@ -66,9 +66,10 @@ def test_demo_writes_grid_figures_and_gates(starter: Path, tmp_path: Path) -> No
     labels = [row.label for row in result.rows]
     assert labels == [
         "what the experts know",
+        "each alone",
         "no expert",
-        "LA",
-        "NLA",
+        "added up (LA)",
+        "averaged (NLA)",
         "auto",
         "trained gates",
         "without boot",
@@ -76,10 +77,10 @@ def test_demo_writes_grid_figures_and_gates(starter: Path, tmp_path: Path) -> No
         "without clock",
         "region masks",
     ]
-    assert [len(row.pictures) for row in result.rows] == [3, *([2] * 9)]
+    assert [len(row.pictures) for row in result.rows] == [3, 3, *([2] * 9)]
     assert result.rows[0].captions == ["red boot", "red cat", "red clock"]
     pictures = {row.label: np.asarray(row.pictures[0], dtype=float) for row in result.rows[1:]}
-    for label in ("no expert", "NLA", "auto", "without boot", "region masks"):
+    for label in ("no expert", "averaged (NLA)", "auto", "without boot", "region masks"):
         assert np.abs(pictures[label] - pictures["trained gates"]).max() > 0, label
     assert set(result.files) == {"picture grid", "gate heat map", "entropy curve", "gates"}
     for name, path in result.files.items():
