@@ -89,12 +89,6 @@ class Sampler:
         """One step: the next latents and the predicted clean latents."""
         return self.denoiser.step(self.predict(latents, time, text, empty), time, latents)
 
-    @torch.no_grad()
-    def sample(self, steps: int, text: Condition, empty: Condition, draws: torch.Generator) -> Tensor:
-        """Sample clean latents (batch, c, h, w) over the whole schedule, without gradient."""
-        times = self.denoiser.schedule(steps)
-        return self.run(self.noise(len(text), draws), times, text, empty)
-
     def rollout(
         self,
         steps: int,
