@@ -316,7 +316,9 @@ def test_sampling_is_that_of_the_pipeline(pipe: Any, concepts: list[Concept], ti
     trainer = GateTrainer(pipe, PROMPT, concepts, tiny(guidance=3.0))
     ours = trainer.objective.bench.draw([PROMPT], torch.Generator().manual_seed(4))
     latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(4))
-    theirs = pipe(PROMPT, num_inference_steps=4, guidance_scale=3.0, latents=latents, output_type="pt").images
+    theirs = pipe(
+        PROMPT, num_inference_steps=4, guidance_scale=3.0, latents=latents, output_type="pt", mixture="gates"
+    ).images
     torch.testing.assert_close(ours, theirs, atol=1 / 200, rtol=0)
 
 
