@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from mole_diffusion.core.config import MoLEConfig
@@ -9,18 +10,28 @@ from mole_diffusion.core.ensemble import Ensemble
 from mole_diffusion.core.errors import InjectionError, NoExpertsError
 from mole_diffusion.core.mixture_set import Choice
 
-from .binding import KEY, Applied, Binding, LastRun, bare_weights, facts_of, networks_of
+from .auto import ClipReader
+from .binding import KEY, Applied, Binding, LastRun, bare_weights, facts_of, networks_of, text_encoders_of
 from .experts import ExpertSet, GatesFile
 
+logger = logging.getLogger(__name__)
 
-def apply_experts(model: Any, clip: Any, experts: ExpertSet, gates: GatesFile | None) -> tuple[Any, Any]:
+#: What experts without gates are mixed by.
+AUTO, EQUAL = WITHOUT_GATES = ("auto", "equal shares")
+
+
+def apply_experts(
+    model: Any, clip: Any, experts: ExpertSet, gates: GatesFile | None, without: str = EQUAL
+) -> tuple[Any, Any]:
     """Clones of `model` and `clip` that mix the experts while they are loaded; the originals stay as is.
 
     Args:
         model: ComfyUI's ModelPatcher of a UNet.
         clip: ComfyUI's CLIP.
         experts: at least one.
-        gates: None weighs all experts alike.
+        gates: those that were trained for the experts, or None.
+        without: what mixes the experts without gates: "auto" lets words and places find their experts by the
+            prompt, where the MODEL has cross-attention; "equal shares" gives each 1/N.
     Raises:
         NoExpertsError: there are no experts.
         InjectionError: MODEL or CLIP have experts already.
@@ -53,13 +64,25 @@ def apply_experts(model: Any, clip: Any, experts: ExpertSet, gates: GatesFile | 
         ensemble.load_gates(gates.path)
     for mixture in ensemble.mixtures.values():
         mixture.gates.requires_grad_(False)
-    ensemble.activate(Choice(experts.active, experts.scales, experts.regions or None))
+    auto = _reader(new_clip, ensemble, experts) if gates is None and without == AUTO else None
+    ensemble.activate(Choice(experts.active, experts.scales, experts.regions or None, auto=auto))
     ensemble.record(LastRun())
-    for patcher, own in zip((new_model, new_clip.patcher), networks, strict=True):
-        Binding(ensemble, list(own)).install(patcher)
+    Binding(ensemble, list(networks[0])).install(new_model)
+    Binding(ensemble, list(networks[1]), auto).install(new_clip.patcher)
     for patcher in (new_model, new_clip.patcher):
         patcher.set_attachments(KEY, Applied(experts, ensemble))
     return new_model, new_clip
+
+
+def _reader(clip: Any, ensemble: Ensemble, experts: ExpertSet) -> ClipReader | None:
+    """What reads the prompts; None where nothing can be told by them."""
+    if not all(mixture.finds_places for mixture in ensemble.mixtures.values() if mixture.in_picture):
+        logger.warning(
+            "this MODEL has no cross-attention to read: without gates every expert counts alike (1/N)"
+        )
+        return None
+    active = [one for one in experts.experts if experts.active is None or one.name in experts.active]
+    return ClipReader(clip, active, text_encoders_of(clip.patcher.model))
 
 
 def applied_to(model: Any) -> Applied:

@@ -28,6 +28,7 @@ from mole_diffusion.core.networks.transformers import TRANSFORMER
 from mole_diffusion.core.networks.unet import UNET
 from mole_diffusion.core.records import MeanWeights, Recorder
 
+from .auto import ClipReader
 from .experts import ExpertSet
 
 #: Name of everything that these nodes leave on a model.
@@ -59,6 +60,11 @@ def networks_of(model: nn.Module) -> dict[str, nn.Module]:
             f"to the models of {', '.join(known_families())}."
         )
     return found
+
+
+def text_encoders_of(clip_model: nn.Module) -> dict[str, str]:
+    """Part -> ComfyUI's name of a text encoder, of those that experts can change."""
+    return {part: name for name, part in _TEXT_ENCODERS.items() if hasattr(clip_model, name)}
 
 
 def _slot(network: nn.Module) -> str:
@@ -114,10 +120,12 @@ class Binding:
     Attributes:
         ensemble: the experts on the networks of the MODEL and of the CLIP.
         parts: those of this one.
+        reader: of a CLIP, reads the texts that it encodes; None for none.
     """
 
     ensemble: Ensemble
     parts: Sequence[str]
+    reader: ClipReader | None = None
     _owner: int | None = None
     _modules: dict[str, list[int]] = field(default_factory=dict)
 
@@ -133,6 +141,8 @@ class Binding:
                 _take_over(networks[part], self.ensemble.mixtures[part])
                 _make_room(networks[part], self.ensemble.mixtures[part])
         self.ensemble.unpark(self.parts)
+        if self.reader is not None:
+            self.reader.attach(patcher.model)
         self._owner = id(patcher)
 
     def _renew(self, part: str, network: nn.Module) -> None:
@@ -148,6 +158,8 @@ class Binding:
         if self._owner == id(patcher):
             self._owner = None
             self.ensemble.park(self.parts)
+            if self.reader is not None:
+                self.reader.detach(patcher.model)
 
     def release(self, patcher: Any, everything: bool) -> None:
         """Let go of memory on the device where the model goes back to where it waits.

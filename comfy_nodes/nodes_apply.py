@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from mole_diffusion.core.errors import ConfigError, RegionMaskError
 from mole_diffusion.core.records import in_order
 
-from .apply import applied_to, apply_experts
+from .apply import AUTO, WITHOUT_GATES, applied_to, apply_experts
 from .experts import ExpertSet, GatesFile, read_names, read_strengths
 from .heat_map import draw_heat_map
 from .nodes_load import CATEGORY, Experts, Gates
@@ -30,8 +30,8 @@ class ApplyMoLE(io.ComfyNode):  # type: ignore[misc]
             display_name="MoLE Apply",
             category=CATEGORY,
             description="Attaches experts to a MODEL and its CLIP. With gates, every block decides how much "
-            "each expert counts there; without, all count alike (1/N each). LoRA loaders, ControlNet and "
-            "samplers work as usual.",
+            "each expert counts there; without, words and places find their experts by the prompt (the "
+            "trigger words). LoRA loaders, ControlNet and samplers work as usual.",
             inputs=[
                 io.Model.Input("model"),
                 io.Clip.Input("clip"),
@@ -39,7 +39,16 @@ class ApplyMoLE(io.ComfyNode):  # type: ignore[misc]
                 Gates.Input(
                     "gates",
                     optional=True,
-                    tooltip="Gates that were trained for these experts. None: all experts count alike.",
+                    tooltip="Gates that were trained for these experts. None: see 'without gates'.",
+                ),
+                io.Combo.Input(
+                    "without_gates",
+                    options=list(WITHOUT_GATES),
+                    default=AUTO,
+                    optional=True,
+                    tooltip="auto: each expert has its own words and the places that look at them; for "
+                    "models with cross-attention (SD 1, SD 2, SDXL), others take equal shares. equal shares: "
+                    "every expert counts 1/N everywhere.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="MODEL"), io.Clip.Output(display_name="CLIP")],
@@ -47,9 +56,14 @@ class ApplyMoLE(io.ComfyNode):  # type: ignore[misc]
 
     @classmethod
     def execute(
-        cls, model: Any, clip: Any, experts: ExpertSet, gates: GatesFile | None = None
+        cls,
+        model: Any,
+        clip: Any,
+        experts: ExpertSet,
+        gates: GatesFile | None = None,
+        without_gates: str = AUTO,
     ) -> io.NodeOutput:
-        return io.NodeOutput(*apply_experts(model, clip, experts, gates))
+        return io.NodeOutput(*apply_experts(model, clip, experts, gates, without_gates))
 
 
 class MaskExperts(io.ComfyNode):  # type: ignore[misc]

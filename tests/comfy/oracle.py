@@ -57,14 +57,14 @@ def _write_static(pipe: Any, folder: Path) -> None:
     save_file({**pictures, "picture": _draw(plain)}, folder / "static_picture.safetensors")
 
 
-def _draw(pipe: Any) -> torch.Tensor:
+def _draw(pipe: Any, **mixed: Any) -> torch.Tensor:
     """A picture of the noise that ComfyUI makes of seed 1."""
     channels = pipe.unet.config.in_channels
     noise = torch.randn(1, channels, 16, 16, generator=torch.Generator().manual_seed(1))
     # ComfyUI begins at a little more than pure noise, so that its sigma is finite.
     pipe.scheduler.alphas_cumprod[-1] = 4.8973451890853435e-08
     # ComfyUI's sampler does not rescale guidance.
-    chosen = {"num_inference_steps": 10, "guidance_scale": 5.0, "guidance_rescale": 0.0}
+    chosen = {**mixed, "num_inference_steps": 10, "guidance_scale": 5.0, "guidance_rescale": 0.0}
     drawn = pipe(PROMPT, latents=noise, **chosen, output_type="pt")
     images: torch.Tensor = drawn.images.contiguous()
     return images
@@ -97,6 +97,7 @@ def _answers(pipe: Any) -> dict[str, torch.Tensor]:
     ):
         tensors["masked_noise"] = _noise(pipe, tensors, tensors["text"])
     tensors["picture"] = _draw(pipe)
+    tensors["auto_picture"] = _draw(pipe, mixture="auto")
     return tensors
 
 

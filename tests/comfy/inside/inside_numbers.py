@@ -82,6 +82,22 @@ def test_sampling_draws_the_picture_that_diffusers_draws(
     assert (picture - tensors["picture"]).abs().max() < 1e-3
 
 
+def test_without_gates_it_draws_what_auto_draws_in_diffusers(
+    starter: tuple[Any, Any, Any], experts: Any, oracle: Path
+) -> None:
+    model, clip, vae = starter
+    tensors = load_file(oracle / "starter.safetensors")
+    mixed = part("apply").apply_experts(model, clip, experts, None, "auto")
+    # A second picture is found its own places, and nothing of a clip's own stays on what it was cloned from.
+    pictures = [vae.decode(draw(*mixed, PROMPT, seed=1, steps=10)).movedim(-1, 1) for _ in range(2)]
+    for picture in pictures:
+        assert (picture - tensors["auto_picture"]).abs().max() < 1e-3
+    assert (pictures[0] - tensors["picture"]).abs().max() > 1e-2
+    draw(model, clip, PROMPT, steps=1)
+    assert "encode_token_weights" not in vars(clip.cond_stage_model)
+    assert not clip.cond_stage_model.clip_l._forward_pre_hooks
+
+
 def test_the_picture_is_seen_while_it_is_sampled(starter: tuple[Any, Any, Any]) -> None:
     """ComfyUI's preview of the latents of a picture is the picture, an eighth as large."""
     model, _, vae = starter
