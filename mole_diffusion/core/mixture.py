@@ -74,7 +74,7 @@ class Mixture:
         self.part = layout.part
         self.architecture: Architecture = layout.architecture
         self.base = fingerprint(network, layout)
-        self.finds_places = bool(layout.architecture.cross_attentions(layout.sites))
+        self.finds_places = bool(layout.architecture.text_readers(layout.sites))
         self.owner: weakref.ref[Any] | None = None
         self._context = ForwardContext(self.part, len(self.experts))
         self._handles: list[RemovableHandle] = []
@@ -101,8 +101,8 @@ class Mixture:
         return self.role == DENOISER
 
     @property
-    def _cross_attentions(self) -> tuple[tuple[Site, Site], ...]:
-        return self.architecture.cross_attentions(map_network(self.network, self.part).sites)
+    def _text_readers(self) -> tuple[tuple[Site, Site], ...]:
+        return self.architecture.text_readers(map_network(self.network, self.part).sites)
 
     @property
     def role(self) -> Role:
@@ -247,7 +247,7 @@ class Mixture:
         """
         if not self.in_picture:
             return TextShares(auto, self.part, self.expert_names, active)
-        layers = self._cross_attentions
+        layers = self._text_readers
         if not layers:
             raise ConfigError(
                 f"mixture='auto' reads cross-attention, and {self.architecture.name} networks have none: "

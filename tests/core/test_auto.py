@@ -66,7 +66,7 @@ def test_attention_is_what_diffusers_computes() -> None:
     unet, processor = make_unet(), _Keeping()
     unet.set_attn_processor(processor)
     sites = map_network(unet, "unet")
-    maps = AttentionMaps(unet, sites.architecture.cross_attentions(sites.sites))
+    maps = AttentionMaps(unet, sites.architecture.text_readers(sites.sites))
     latent, time, text = drawn()
     words = torch.zeros(*text.shape[:2], 2)
     words[:, 1:3, 0], words[:, 4, 1] = 1.0, 1.0

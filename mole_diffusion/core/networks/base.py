@@ -263,7 +263,7 @@ class Architecture(Protocol):
     def why_not(self, flat: str) -> str | None:
         """Reason for a name that such networks have, but that cannot be gated."""
 
-    def cross_attentions(self, sites: Sequence[Site]) -> tuple[tuple[Site, Site], ...]:
+    def text_readers(self, sites: Sequence[Site]) -> tuple[tuple[Site, Site], ...]:
         """Matrices of queries and of keys, by layer, of image tokens that look at text alone."""
 
     def leaf(self, matrix: str) -> str:

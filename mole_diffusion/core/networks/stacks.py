@@ -251,7 +251,7 @@ class Stack:
         """See `Architecture`."""
         return next((reason for pattern, reason in self.refused if re.search(pattern, flat)), None)
 
-    def cross_attentions(self, sites: Sequence[Site]) -> tuple[tuple[Site, Site], ...]:
+    def text_readers(self, sites: Sequence[Site]) -> tuple[tuple[Site, Site], ...]:
         """See `Architecture`."""
         return ()
 

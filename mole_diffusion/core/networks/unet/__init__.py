@@ -77,7 +77,7 @@ class UNet:
             return "normalisation layers multiply no matrix, so there is nothing to gate"
         return None
 
-    def cross_attentions(self, sites: Sequence[Site]) -> tuple[tuple[Site, Site], ...]:
+    def text_readers(self, sites: Sequence[Site]) -> tuple[tuple[Site, Site], ...]:
         """See `Architecture`."""
         named = {site.name: site for site in sites}
         pairs = ((site, named.get(site.name.replace("to_q", "to_k"))) for site in sites)
