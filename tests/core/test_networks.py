@@ -173,11 +173,17 @@ def test_each_network_is_told_of_in_its_own_file_alone() -> None:
     transformers = CORE / "networks" / "transformers.py"
     assert len(files) > len(room) > len(unet) > 1
     assert words(f"{UNET_WORDS}|{CLIP_WORDS}|{BLOCK_WORDS}", files - room) == []
-    # Blocks of Stable Diffusion 3.5 have a second attention too.
-    sd3 = CORE / "networks" / "sd3.py"
-    assert words(UNET_WORDS, room - unet - {registry, transformers, sd3}) == []
+    # Three transformers have some of these names themselves.
+    sd3, krea2, anima = (CORE / "networks" / f"{name}.py" for name in ("sd3", "krea2", "anima"))
+    assert words(UNET_WORDS, room - unet - {registry, transformers, sd3, krea2, anima}) == []
     assert words(UNET_WORDS.replace("attn[12]", "attn1"), {sd3}) == []
-    assert words(CLIP_WORDS, room - unet - {clip, foreign_names}) == []
+    assert words(UNET_WORDS.replace("|time_emb", ""), {krea2}) == []
+    assert (
+        words(UNET_WORDS.replace("|time_emb", "").replace(r"|attn[12]\b", "").replace("unet|", ""), {anima})
+        == []
+    )
+    assert words(CLIP_WORDS, room - unet - {clip, foreign_names, anima}) == []
+    assert words(CLIP_WORDS.replace("|self_attn", ""), {anima}) == []
     # The registry names the kinds and no more; the search does find what it looks for.
     assert len(words(UNET_WORDS, {registry})) == 2
     assert words(UNET_WORDS, unet)
