@@ -30,6 +30,7 @@ from mole_diffusion import (
 )
 from mole_diffusion.core import functional
 from mole_diffusion.core.functional import balance_loss, entropy
+from mole_diffusion.core.networks import architectures
 from mole_diffusion.core.networks.base import Forward
 from mole_diffusion.core.records import GateRecord, GateWeights, Recorder
 
@@ -263,7 +264,7 @@ def test_injection_errors(unet: nn.Module, clip: nn.Module) -> None:
         inject(unet, [experts[0], experts[0]], MoLEConfig())
     with pytest.raises(
         InjectionError,
-        match="Linear has no matrices of a known unet or clip or flux or sd3 or t5-encoder or t5-decoder",
+        match=f"Linear has no matrices of a known {' or '.join(a.name for a in architectures())}; looked for",
     ):
         inject(nn.Linear(2, 2), experts, MoLEConfig())
     with pytest.raises(

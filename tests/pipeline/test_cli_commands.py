@@ -205,7 +205,7 @@ def training(options, tmp_path):
 
 
 def test_ctrl_c_twice_ends_a_drawing_like_once(model, lora_files, tmp_path):
-    command = ["generate", "a red boot", "--model", model, "-e", lora_files["boot"], "--steps", 150]
+    command = ["generate", "a red boot", "--model", model, "-e", lora_files["boot"], "--steps", 999]
     process = subprocess.Popen(
         [sys.executable, "-m", "mole_diffusion.cli", *map(str, command), "--out", str(tmp_path / "boot.png")],
         stderr=subprocess.PIPE,

@@ -274,14 +274,14 @@ def test_from_pipe_with_another_text_encoder_does_not_share(loaded, plain, lora_
 def test_composing_holds_for_its_block_only(loaded, draw) -> None:
     other = StableDiffusionPipeline(**loaded.components, requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
-    gates = draw(loaded)
+    gates = draw(loaded, mixture="gates")
     torch.testing.assert_close(draw(other), gates, rtol=0, atol=0)
-    with loaded.composing(active_experts=["cat"], expert_scales={"cat": 0.5}):
+    with loaded.composing(mixture="gates", active_experts=["cat"], expert_scales={"cat": 0.5}):
         inside = draw(other)
-        torch.testing.assert_close(draw(loaded), gates, rtol=0, atol=0)
+        torch.testing.assert_close(draw(loaded, mixture="gates"), gates, rtol=0, atol=0)
         torch.testing.assert_close(draw(other), inside, rtol=0, atol=0)
     torch.testing.assert_close(draw(other), gates, rtol=0, atol=0)
-    half = draw(loaded, active_experts=["cat"], expert_scales={"cat": 0.5})
+    half = draw(loaded, mixture="gates", active_experts=["cat"], expert_scales={"cat": 0.5})
     torch.testing.assert_close(inside, half, rtol=0, atol=0)
 
 

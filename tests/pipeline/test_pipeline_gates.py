@@ -66,7 +66,7 @@ def test_no_record_before_the_first_call(loaded) -> None:
 
 
 def test_rows_say_network_group_step_branch_entry_expert(loaded, draw) -> None:
-    draw(loaded, ["a boot", "a cat"], num_inference_steps=3)
+    draw(loaded, ["a boot", "a cat"], num_inference_steps=3, mixture="gates")
     weights = loaded.gate_weights()
     unet = weights.where(network="unet")
     names = [group.name for group in loaded.mixtures["unet"].groups]

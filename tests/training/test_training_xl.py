@@ -95,7 +95,12 @@ def test_training_draws_what_the_pipeline_draws(make_xl: Any, concepts: list[Con
     noise = torch.randn(1, *bench.denoiser.latent_shape, generator=torch.Generator().manual_seed(4))
     steps = bench.settings.sampling_steps
     expected = pipe(
-        PROMPT, latents=noise, num_inference_steps=steps, guidance_scale=3.0, output_type="pt"
+        PROMPT,
+        latents=noise,
+        num_inference_steps=steps,
+        guidance_scale=3.0,
+        output_type="pt",
+        mixture="gates",
     ).images
     torch.testing.assert_close(found, expected, rtol=0, atol=1 / 255)
 
