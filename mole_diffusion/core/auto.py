@@ -219,7 +219,10 @@ class PictureShares:
 
         Raises:
             ConfigError: the denoiser is given no text, or one that nobody knows.
+            RegionMaskError: a mask is not of the latent's proportions.
         """
+        if self._regions is not None and forward.size is not None:
+            self._regions.check_aspect(forward.size)
         self._take()
         time = 1.0 if forward.timestep is None else float(torch.as_tensor(forward.timestep).max())
         if time > self._last + _ANEW or time >= self._start > self._last:

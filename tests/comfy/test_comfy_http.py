@@ -201,7 +201,7 @@ def test_two_applications_in_a_row_are_refused(server: ComfyServer) -> None:
 
 def test_exported_lora_goes_into_the_core_loader(server: ComfyServer) -> None:
     """With gates that weigh alike, the frozen mixture is the mixture."""
-    prompt = applied("boot", "clock")
+    prompt = applied("boot", "clock", without_gates="equal shares")
     target = {"filename_prefix": "loras/both", "rank": 0}
     prompt["60"] = node("MoLEExportLoRA", model=["10", 0], after=["53", 0], **target)
     run = server.run(sampling(prompt, ["10", 0], ["10", 1], steps=3))
