@@ -385,9 +385,12 @@ class Mixture:
             )
         self._follow()
         start = NetworkHook(self._context, self.groups, self._bundles, self.architecture, self._follow)
-        # Before the hooks that hide experts' trigger words from a text encoder.
-        for hook in (start, self._move):
-            self._handles.append(self.network.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
+        # Before the hooks that hide experts' trigger words from a text encoder; after those of a host that
+        # change a denoiser's weights.
+        first = not self.in_picture
+        for hook in (start, self._move) if first else (self._move, start):
+            handle = self.network.register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
+            self._handles.append(handle)
         for group in self.groups:
             if group.block is not None:
                 block = BlockHook(group, self._context)
