@@ -23,6 +23,9 @@ QUICK = TrainingConfig(
     sampling_steps=2,
     pool_size=8,
     collage_batch=4,
+    # Said here: a pipeline of the starter would take its own, which a MODEL of ComfyUI does not know.
+    guidance=2.0,
+    guidance_rescale=0.7,
     progress=False,
 )
 

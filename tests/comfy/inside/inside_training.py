@@ -66,7 +66,7 @@ def test_gates_are_those_that_diffusers_trains(
     assert ours.keys() == theirs.keys()
     # Adam turns rounding into steps where a gradient is next to nothing, so the gates are nearly the same.
     for name, gate in theirs.items():
-        assert (ours[name] - gate).norm() <= 0.2 * gate.norm() + 1e-4, name
+        assert (ours[name] - gate).norm() <= 0.2 * gate.norm() + 1e-3, name
     losses = json.loads((oracle / "losses.json").read_text())
     assert [row["loss"] for row in result.history] == pytest.approx(losses, rel=2e-2)
     assert any(line.startswith("iteration") for line in lines)
