@@ -66,10 +66,10 @@ def test_gates_are_those_that_diffusers_trains(
     assert ours.keys() == theirs.keys()
     # Adam turns rounding into steps where a gradient is next to nothing, so the gates are nearly the same.
     # One block may stray further than all together.
-    for part in ("unet", "text_encoder"):
-        names = [name for name in theirs if name.startswith(f"{part}/")]
+    for network in ("unet", "text_encoder"):
+        names = [name for name in theirs if name.startswith(f"{network}/")]
         flat = [torch.cat([gates[name].flatten() for name in names]) for gates in (ours, theirs)]
-        assert (flat[0] - flat[1]).norm() <= 0.2 * flat[1].norm(), part
+        assert (flat[0] - flat[1]).norm() <= 0.2 * flat[1].norm(), network
     for name, gate in theirs.items():
         assert (ours[name] - gate).norm() <= 0.5 * gate.norm() + 1e-3, name
     losses = json.loads((oracle / "losses.json").read_text())
