@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.ensemble import Ensemble
 from mole_diffusion.core.errors import InjectionError, NoExpertsError
+from mole_diffusion.core.experts import Expert
 from mole_diffusion.core.mixture_set import Choice
 
 from .auto import ClipReader
 from .binding import KEY, Applied, Binding, LastRun, bare_weights, facts_of, networks_of, text_encoders_of
 from .experts import ExpertSet, GatesFile
+from .texts import PromptCheck, TextListener
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +23,17 @@ logger = logging.getLogger(__name__)
 AUTO, EQUAL = WITHOUT_GATES = ("auto", "equal shares")
 
 
+def _nobody(text: str) -> None:
+    """Nobody is told."""
+
+
 def apply_experts(
-    model: Any, clip: Any, experts: ExpertSet, gates: GatesFile | None, without: str = EQUAL
+    model: Any,
+    clip: Any,
+    experts: ExpertSet,
+    gates: GatesFile | None,
+    without: str = EQUAL,
+    tell: Callable[[str], None] = _nobody,
 ) -> tuple[Any, Any]:
     """Clones of `model` and `clip` that mix the experts while they are loaded; the originals stay as is.
 
@@ -32,6 +44,7 @@ def apply_experts(
         gates: those that were trained for the experts, or None.
         without: what mixes the experts without gates: "auto" lets words and places find their experts by the
             prompt, where the MODEL has cross-attention; "equal shares" gives each 1/N.
+        tell: called before a run with the experts that no prompt of it names, see `PromptCheck`.
     Raises:
         NoExpertsError: there are no experts.
         InjectionError: MODEL or CLIP have experts already.
@@ -67,8 +80,12 @@ def apply_experts(
     auto = _reader(new_clip, ensemble, experts) if gates is None and without == AUTO else None
     ensemble.activate(Choice(experts.active, experts.scales, experts.regions or None, auto=auto))
     ensemble.record(LastRun())
-    Binding(ensemble, list(networks[0])).install(new_model)
-    Binding(ensemble, list(networks[1]), auto).install(new_clip.patcher)
+    check = PromptCheck(clip, _active(experts), tell)
+    listeners: list[TextListener] = [check] if auto is None else [auto, check]
+    on_model = Binding(ensemble, list(networks[0]))
+    on_model.install(new_model)
+    on_model.check_prompts(new_model, check)
+    Binding(ensemble, list(networks[1]), listeners).install(new_clip.patcher)
     for patcher in (new_model, new_clip.patcher):
         patcher.set_attachments(KEY, Applied(experts, ensemble))
     return new_model, new_clip
@@ -81,8 +98,11 @@ def _reader(clip: Any, ensemble: Ensemble, experts: ExpertSet) -> ClipReader | N
             "this MODEL has no cross-attention to read: without gates every expert counts alike (1/N)"
         )
         return None
-    active = [one for one in experts.experts if experts.active is None or one.name in experts.active]
-    return ClipReader(clip, active, text_encoders_of(clip.patcher.model))
+    return ClipReader(clip, _active(experts), text_encoders_of(clip.patcher.model))
+
+
+def _active(experts: ExpertSet) -> list[Expert]:
+    return [one for one in experts.experts if experts.active is None or one.name in experts.active]
 
 
 def applied_to(model: Any) -> Applied:

@@ -17,7 +17,6 @@ from mole_diffusion.core.words import TokenPhrases, places_of
 
 #: No token has this number: an embedding stands in its place.
 _NO_TOKEN = -1
-_ENCODE = "encode_token_weights"
 
 
 class ClipReader(Auto):
@@ -57,27 +56,17 @@ class ClipReader(Auto):
             self.everywhere = self._calling.everywhere(named, self._experts)
 
     def attach(self, clip_model: nn.Module) -> None:
-        """Watch what ComfyUI's text encoders read and write; its object of all of them together."""
+        """Watch what ComfyUI's text encoders read; its object of all of them together."""
         self.detach(clip_model)
         for part, name in self._encoders.items():
             encoder = getattr(clip_model, name)
             self._handles.append(encoder.register_forward_pre_hook(self._before(part)))
-        whole: Any = clip_model
-        encode = whole.encode_token_weights
-
-        def noting(tokens: Mapping[str, Any]) -> Any:
-            encoded = encode(tokens)
-            self._note(tokens, encoded[0])
-            return encoded
-
-        whole.__dict__[_ENCODE] = noting
 
     def detach(self, clip_model: nn.Module) -> None:
         """Stop that; doing it twice does no harm."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        clip_model.__dict__.pop(_ENCODE, None)
 
     def _before(self, part: str) -> Any:
         def before(encoder: nn.Module, args: tuple[Any, ...]) -> None:
@@ -85,8 +74,8 @@ class ClipReader(Auto):
 
         return before
 
-    def _note(self, tokens: Mapping[str, Any], encoded: torch.Tensor) -> None:
-        """Note whose words the text (1, L, d) is made of, whose sections come one after the other."""
+    def note(self, tokens: Mapping[str, Any], encoded: torch.Tensor) -> Mapping[str, Any]:
+        """Note whose words the text is made of, whose sections come one after the other."""
         # Encoders write the same words into the same places.
         part, name = next(iter(self._encoders.items()))
         sections = tokens[name.removeprefix("clip_")]
@@ -94,6 +83,7 @@ class ClipReader(Auto):
         if encoded.shape[1] == ids.shape[1]:
             with torch.inference_mode(False):
                 self.remember(encoded.clone(), places_of(ids, self.phrases[part]))
+        return {}
 
 
 def _numbers(sections: Sequence[Sequence[Any]]) -> torch.Tensor:

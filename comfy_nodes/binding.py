@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.model_sampling
-from comfy.patcher_extension import CallbacksMP, PatcherInjection
+from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP
 from torch import nn
 
 from mole_diffusion.core.dora import BaseWeight, own_weight
@@ -28,8 +28,8 @@ from mole_diffusion.core.networks.transformers import TRANSFORMER
 from mole_diffusion.core.networks.unet import UNET
 from mole_diffusion.core.records import MeanWeights, Recorder
 
-from .auto import ClipReader
 from .experts import ExpertSet
+from .texts import PromptCheck, TextListener, listen, stop_listening
 
 #: Name of everything that these nodes leave on a model.
 KEY = "mole"
@@ -120,12 +120,12 @@ class Binding:
     Attributes:
         ensemble: the experts on the networks of the MODEL and of the CLIP.
         parts: those of this one.
-        reader: of a CLIP, reads the texts that it encodes; None for none.
+        listeners: of a CLIP, hear of the texts that it encodes.
     """
 
     ensemble: Ensemble
     parts: Sequence[str]
-    reader: ClipReader | None = None
+    listeners: Sequence[TextListener] = ()
     _owner: int | None = None
     _modules: dict[str, list[int]] = field(default_factory=dict)
 
@@ -141,8 +141,10 @@ class Binding:
                 _take_over(networks[part], self.ensemble.mixtures[part])
                 _make_room(networks[part], self.ensemble.mixtures[part])
         self.ensemble.unpark(self.parts)
-        if self.reader is not None:
-            self.reader.attach(patcher.model)
+        for listener in self.listeners:
+            listener.attach(patcher.model)
+        if self.listeners:
+            listen(patcher.model, self.listeners)
         self._owner = id(patcher)
 
     def _renew(self, part: str, network: nn.Module) -> None:
@@ -158,8 +160,10 @@ class Binding:
         if self._owner == id(patcher):
             self._owner = None
             self.ensemble.park(self.parts)
-            if self.reader is not None:
-                self.reader.detach(patcher.model)
+            if self.listeners:
+                stop_listening(patcher.model)
+            for listener in self.listeners:
+                listener.detach(patcher.model)
 
     def release(self, patcher: Any, everything: bool) -> None:
         """Let go of memory on the device where the model goes back to where it waits.
@@ -189,6 +193,11 @@ class Binding:
         ):
             patcher.remove_callbacks_with_key(event, KEY)
             patcher.add_callback_with_key(event, KEY, callback)
+
+    def check_prompts(self, patcher: Any, check: PromptCheck) -> None:
+        """Let the samplers of a MODEL look at their texts first."""
+        patcher.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
+        patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, check.begin_sampling)
 
     def _begin_run(self) -> None:
         if isinstance(recorder := self.ensemble.recorder, LastRun):

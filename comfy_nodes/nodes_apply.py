@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from .apply import AUTO, WITHOUT_GATES, applied_to, apply_experts
 from .experts import ExpertSet, GatesFile, read_names, read_strengths
 from .heat_map import draw_heat_map
 from .nodes_load import CATEGORY, Experts, Gates
+from .notes import show_text
 from .weights import weights_of_gates
 
 #: Masks that Region Masks takes.
@@ -52,6 +54,7 @@ class ApplyMoLE(io.ComfyNode):  # type: ignore[misc]
                 ),
             ],
             outputs=[io.Model.Output(display_name="MODEL"), io.Clip.Output(display_name="CLIP")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -63,7 +66,8 @@ class ApplyMoLE(io.ComfyNode):  # type: ignore[misc]
         gates: GatesFile | None = None,
         without_gates: str = AUTO,
     ) -> io.NodeOutput:
-        return io.NodeOutput(*apply_experts(model, clip, experts, gates, without_gates))
+        tell = partial(show_text, cls.hidden.unique_id)
+        return io.NodeOutput(*apply_experts(model, clip, experts, gates, without_gates, tell))
 
 
 class MaskExperts(io.ComfyNode):  # type: ignore[misc]

@@ -42,11 +42,18 @@ function expertsInto(node) {
   const source = throughReroutes(inputOf(node, "experts"));
   if (!source) return null;
   const before = expertsInto(source);
-  if (source.type === "MoLEMaskExperts" || source.type === "MoLERegionMasks") return before;
+  if (source.type === "MoLERegionMasks") return before;
+  if (source.type === "MoLEMaskExperts") return before && counting(source, before);
   if (source.type !== "MoLELoadExpert" || before === null) return null;
   const [lora, name, strength] = ["lora", "name", "strength"].map((one) => widgetOf(source, one)?.value);
   if (typeof lora !== "string") return null;
   return [...before, { lora, name: (name ?? "").trim() || stem(lora), strength: Number(strength ?? 1) }];
+}
+
+// The experts behind a Mask Experts node: those that it leaves out do not count.
+function counting(node, experts) {
+  const chosen = names(widgetOf(node, "active")?.value);
+  return experts.map((expert) => ({ ...expert, out: chosen.length ? !chosen.includes(expert.name) : expert.out }));
 }
 
 // ---- what the server knows of files ----
@@ -214,14 +221,25 @@ function prompts(node) {
   return found.length && found.every(Boolean) ? found : null;
 }
 
-// Experts whose trigger words no prompt has: they would be drawn without their subject.
+// Whether a text has a phrase in it, with or without its article; as `names_phrase` of core/phrases.py.
+function namesPhrase(text, phrase) {
+  const words = phrase.trim().replace(/^(?:a|an|the)\s+/i, "").replace(/[\\^$.*+?()[\]{}|\/]/g, "\\$&");
+  return new RegExp(`(?<![\\p{L}\\p{N}_])${words}(?![\\p{L}\\p{N}_])`, "iu").test(text);
+}
+
+// Experts that count and whose trigger words no prompt has: they would be drawn without their subject.
 function unnamed(experts, texts) {
-  const all = texts.map((text) => String(text).toLowerCase()).join("\n");
   return experts.filter((expert) => {
     expert.triggers = factsOf("expert", expert.lora)?.triggers ?? [];
-    return expert.triggers.length && !expert.triggers.some((words) => all.includes(words.toLowerCase()));
+    const named = expert.triggers.some((phrase) => texts.some((text) => namesPhrase(String(text), phrase)));
+    return !expert.out && expert.triggers.length && !named;
   });
 }
+
+const WITHOUT_GATES = {
+  auto: "No gates: words and places find their experts by the prompt.",
+  "equal shares": "No gates: every expert counts 1/N everywhere.",
+};
 
 function notesOfApply(node) {
   const notes = [];
@@ -229,7 +247,7 @@ function notesOfApply(node) {
   if (throughReroutes(inputOf(node, "model"))?.type === "MoLEApply")
     notes.push("This MODEL has experts already: chain all Load Expert nodes into one MoLE Apply. Run will stop.");
   const gates = throughReroutes(inputOf(node, "gates"));
-  if (!isConnected(node, "gates")) notes.push("No gates: all experts count alike.");
+  if (!isConnected(node, "gates")) notes.push(WITHOUT_GATES[widgetOf(node, "without_gates")?.value] ?? "No gates.");
   else if (gates?.type === "MoLELoadGates" && experts) {
     const trained = factsOf("gates", widgetOf(gates, "gates")?.value)?.experts;
     const here = experts.map((expert) => expert.name);

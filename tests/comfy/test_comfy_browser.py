@@ -213,7 +213,9 @@ def test_nodes_say_before_they_run_what_they_will_do(server: ComfyServer) -> Non
             "() => { const n = window.app.graph.nodes.find(n => n.type === 'MoLEApply');"
             " n.disconnectInput(n.inputs.findIndex(i => i.name === 'gates')); }"
         )
-        _note(page, "MoLEApply", "No gates: all experts count alike.")
+        _note(page, "MoLEApply", "No gates: words and places find their experts by the prompt.")
+        _set(page, "MoLEApply", "without_gates", "equal shares")
+        _note(page, "MoLEApply", "No gates: every expert counts 1/N everywhere.")
         page.evaluate(
             "() => { const [a, b] = window.app.graph.nodes.filter(n => n.type === 'MoLEApply');"
             " b.connect(0, a, 0); }"

@@ -324,6 +324,17 @@ def test_wrong_gates_names_and_masks_are_errors_that_say_why(
     assert not (server.base / "outside").exists()
 
 
+def test_experts_that_no_prompt_names_are_said_when_a_run_begins(server: ComfyServer) -> None:
+    """For programs too, which see nothing of the nodes."""
+    before = len(server.log.read_text(errors="replace"))
+    prompt = applied("boot", "clock")
+    run = server.run(sampling(prompt, ["10", 0], ["10", 1], text="a kipra clock", steps=1))
+    assert run.status == "success", run.error
+    said = server.log.read_text(errors="replace")[before:]
+    assert "MoLE: No prompt names boot: write 'zorin boot'." in said
+    assert "No prompt names clock" not in said
+
+
 def test_clip_objective_without_open_clip_says_what_to_install(server: ComfyServer) -> None:
     assert "needs open_clip" in server.run(training(1, objective="clip")).error
 
