@@ -2,7 +2,7 @@
 
 import sys
 
-from mole_diffusion.cli import app
+from mole_diffusion.cli import main
 
 if __name__ == "__main__":
-    app(["app", *sys.argv[1:]], prog_name="mole")
+    main(["app", *sys.argv[1:]])

@@ -1,7 +1,7 @@
 """Mixture of LoRA Experts: several frozen LoRAs in one picture, mixed by small learned gates.
 
-The core (expert files, gates, hooks) needs torch and safetensors only; what lies above it is imported at
-first use.
+The core (expert files, gates, hooks) needs torch and safetensors only. Everything is imported at first
+use, torch too: who only asks for the version, or presses Ctrl-C at once, does not wait for it.
 """
 
 from __future__ import annotations
@@ -9,27 +9,26 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .core.checkpoint import GatesHeader, load_gates, read_gates_header, save_gates
-from .core.config import MoLEConfig
-from .core.errors import (
-    AllExpertsMaskedError,
-    ConfigError,
-    ExpertLoadError,
-    GateMismatchError,
-    InjectionError,
-    InUseError,
-    MoLEError,
-    NoExpertsError,
-    RegionMaskError,
-    TrainingError,
-    UnknownExpertError,
-    WriteError,
-)
-from .core.experts import Expert, ExpertReport, LoraFactors, load_expert
-from .core.mixture import Mixture, inject
-from .core.records import GateRecord
-
 if TYPE_CHECKING:
+    from .core.checkpoint import GatesHeader, load_gates, read_gates_header, save_gates
+    from .core.config import MoLEConfig
+    from .core.errors import (
+        AllExpertsMaskedError,
+        ConfigError,
+        ExpertLoadError,
+        GateMismatchError,
+        InjectionError,
+        InUseError,
+        MoLEError,
+        NoExpertsError,
+        RegionMaskError,
+        TrainingError,
+        UnknownExpertError,
+        WriteError,
+    )
+    from .core.experts import Expert, ExpertReport, LoraFactors, load_expert
+    from .core.mixture import Mixture, inject
+    from .core.records import GateRecord
     from .pictures.pipelines import (
         ChromaMoLEImg2ImgPipeline,
         ChromaMoLEPipeline,
@@ -62,6 +61,30 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "GatesHeader": "mole_diffusion.core.checkpoint",
+    "load_gates": "mole_diffusion.core.checkpoint",
+    "read_gates_header": "mole_diffusion.core.checkpoint",
+    "save_gates": "mole_diffusion.core.checkpoint",
+    "MoLEConfig": "mole_diffusion.core.config",
+    "AllExpertsMaskedError": "mole_diffusion.core.errors",
+    "ConfigError": "mole_diffusion.core.errors",
+    "ExpertLoadError": "mole_diffusion.core.errors",
+    "GateMismatchError": "mole_diffusion.core.errors",
+    "InjectionError": "mole_diffusion.core.errors",
+    "InUseError": "mole_diffusion.core.errors",
+    "MoLEError": "mole_diffusion.core.errors",
+    "NoExpertsError": "mole_diffusion.core.errors",
+    "RegionMaskError": "mole_diffusion.core.errors",
+    "TrainingError": "mole_diffusion.core.errors",
+    "UnknownExpertError": "mole_diffusion.core.errors",
+    "WriteError": "mole_diffusion.core.errors",
+    "Expert": "mole_diffusion.core.experts",
+    "ExpertReport": "mole_diffusion.core.experts",
+    "LoraFactors": "mole_diffusion.core.experts",
+    "load_expert": "mole_diffusion.core.experts",
+    "Mixture": "mole_diffusion.core.mixture",
+    "inject": "mole_diffusion.core.mixture",
+    "GateRecord": "mole_diffusion.core.records",
     "StableDiffusion3MoLEPipeline": "mole_diffusion.pictures.pipelines",
     "StableDiffusion3MoLEImg2ImgPipeline": "mole_diffusion.pictures.pipelines",
     "StableDiffusion3MoLEInpaintPipeline": "mole_diffusion.pictures.pipelines",

@@ -115,6 +115,66 @@ def test_entry_point_starts_without_the_model_libraries() -> None:
     assert result.stdout.splitlines() == [f"mole {__version__}", "[]"]
 
 
+STRUCK = """
+import atexit, importlib.abc, os, signal, sys, threading, time
+
+def strike():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(5)
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != NAME:
+            return None
+        sys.meta_path.remove(self)
+        try:
+            strike()
+        except KeyboardInterrupt:
+            if WRAPPED:
+                raise RecursionError("a library that is half there")
+            raise
+
+sys.meta_path.insert(0, Finder())
+if TWICE:
+    atexit.register(strike)
+sys.argv = ["mole", "generate", "a boot"]
+from mole_diffusion.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize(("name", "wrapped"), [("typer", False), ("torch", False), ("torch", True)])
+def test_ctrl_c_while_libraries_are_read_ends_it_like_any(name: str, wrapped: bool, twice: bool) -> None:
+    """Some make other errors of it: numpy, half imported, a RecursionError."""
+    code = STRUCK.replace("NAME", repr(name)).replace("WRAPPED", str(wrapped)).replace("TWICE", str(twice))
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "Stopped." in result.stderr
+
+
+def test_a_thread_that_computes_does_not_change_how_it_ends() -> None:
+    """Python takes threads apart where they are, and torch takes that for a crash."""
+    code = """
+import sys, threading, torch
+begun = threading.Event()
+def work():
+    numbers = torch.rand(64, 64, requires_grad=True)
+    while True:
+        (numbers @ numbers).sum().backward()
+        begun.set()
+threading.Thread(target=work, name="mole-worker", daemon=True).start()
+begun.wait()
+sys.argv = ["mole", "generate"]
+from mole_diffusion.cli import main
+main()
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2, result.stderr
+    assert "Missing argument" in result.stderr
+
+
 def test_inspect_a_lora(lora: Path) -> None:
     result = run("inspect", lora)
     assert result.exit_code == 0, result.output

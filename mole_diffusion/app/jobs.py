@@ -70,6 +70,7 @@ class Job:
         like: jobs that are alike in this take times in proportion to their `units`.
         units: how much work it is.
         files: what it reads; they stay until it has finished.
+        awaited: whether the app waits for it before it ends; False for what leaves nothing half done.
     """
 
     def __init__(
@@ -81,8 +82,10 @@ class Job:
         like: Hashable = None,
         units: float = 1.0,
         files: frozenset[Path] = frozenset(),
+        awaited: bool = True,
     ) -> None:
         self.kind = kind
+        self.awaited = awaited
         self.visitor = visitor
         self.like = (kind, like)
         self.units = max(units, 1e-9)
@@ -284,13 +287,15 @@ class Worker:
             return Place(len(waiting) + int(self._current is not None), self._expected(waiting))
 
     def close(self, timeout: float = 30.0) -> None:
-        """Cancel everything and end the thread."""
+        """Cancel everything and end the thread; a job that nobody awaits may go on in it."""
         with self._changed:
             self._closed = True
+            awaited = self._current is None or self._current.awaited
             for job in [*self._waiting, *([self._current] if self._current else [])]:
                 job.cancel()
             self._changed.notify_all()
-        self._thread.join(timeout)
+        if awaited:
+            self._thread.join(timeout)
 
     def _check_room(self, job: Job) -> None:
         waiting = len(self._waiting)

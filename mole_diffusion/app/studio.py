@@ -69,7 +69,7 @@ class Studio:
         self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
         #: Opens the base model, so that the first picture need not wait for it.
-        self.opening = self.worker.submit(Job("open", lambda job: self.base(model)))
+        self.opening = self.worker.submit(Job("open", lambda job: self.base(model), awaited=False))
 
     def session(self, key: str) -> Session:
         """The session of a browser, made where there is none."""

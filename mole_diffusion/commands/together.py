@@ -1,12 +1,10 @@
-"""The command line `mole`: a thin function per command in `commands`; the work is done in what they import.
+"""All commands together: a thin function for each; the work is done in what they import.
 
 Imports of the model libraries stay inside the commands, so that `mole --help` answers at once.
 """
 
 from __future__ import annotations
 
-import signal
-import sys
 from typing import Annotated
 
 import typer
@@ -24,8 +22,6 @@ from mole_diffusion.commands.inspect import inspect
 from mole_diffusion.commands.text_baseline import text
 from mole_diffusion.commands.train_expert import train_expert
 from mole_diffusion.commands.train_gates import train_gates
-
-__all__ = ["app", "main"]
 
 app = typer.Typer(
     name="mole",
@@ -56,19 +52,3 @@ def _options(
     ] = False,
 ) -> None:
     pass
-
-
-def main() -> None:
-    """Entry point of the `mole` script."""
-    try:
-        app(prog_name="mole")
-    except KeyboardInterrupt:
-        # A second Ctrl-C while the first one ends the command.
-        sys.exit(1)
-    finally:
-        # One more while Python ends would end it by the signal, with another exit code and a traceback.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-if __name__ == "__main__":
-    main()

@@ -246,6 +246,18 @@ def test_many_watchers_hold_no_threads(queue: Worker) -> None:
     assert not job._listeners
 
 
+def test_the_end_waits_for_nothing_that_leaves_nothing_half_done() -> None:
+    """A model that is opened for minutes cannot be stopped, and nobody needs it any more."""
+    closing, go = Worker(4), threading.Event()
+    opening = closing.submit(Job("open", lambda job: go.wait(60), awaited=False))
+    while opening.state == "waiting":
+        time.sleep(0.01)
+    start = time.monotonic()
+    closing.close()
+    assert time.monotonic() - start < 5
+    go.set()
+
+
 def test_a_closed_queue_takes_nothing() -> None:
     worker = Worker(2)
     worker.close()

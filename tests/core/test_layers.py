@@ -123,11 +123,9 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
             del edges[name]
 
 
-def test_the_package_itself_imports_only_the_core_at_once() -> None:
-    tree = ast.parse((PACKAGE / "__init__.py").read_text())
-    at_once = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.level]
-    assert len(at_once) > 3
-    assert all((node.module or "").split(".")[0] == "core" for node in at_once)
+def test_the_package_itself_and_the_entry_of_the_command_line_import_no_library() -> None:
+    code = "import sys, mole_diffusion.cli; print({'torch', 'typer'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
 def test_core_works_with_everything_else_blocked() -> None:
