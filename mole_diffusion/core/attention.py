@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,22 @@ from .torch_state import without_autocast
 Grid = Callable[[int], tuple[int, int]]
 
 
+@dataclass(eq=False)
+class _Layer:
+    """One cross-attention layer in the current forward.
+
+    Attributes:
+        heads: number of heads.
+        queries, keys: as they were computed, until both are there.
+        seen: (B, N, H, W) how much each image token looks at the words of each expert.
+    """
+
+    heads: int
+    queries: Tensor | None = None
+    keys: Tensor | None = None
+    seen: Tensor | None = None
+
+
 class AttentionMaps:
     """Watches the queries and keys of cross-attention layers and keeps what their words are looked at with.
 
@@ -32,20 +49,20 @@ class AttentionMaps:
     def __init__(self, network: nn.Module, layers: Sequence[tuple[Site, Site]]) -> None:
         self._words: Tensor | None = None
         self._grid: Grid | None = None
-        self._queries: dict[int, Tensor] = {}
-        self._keys: dict[int, Tensor] = {}
-        self._maps: list[Tensor] = []
+        self._network, self._sites = network, layers
+        self._layers: list[_Layer] = []
         self._handles: list[RemovableHandle] = []
-        self._network, self._layers = network, layers
 
     def attach(self) -> None:
         """Put the hooks on; doing it twice does no harm."""
-        for index, sites in enumerate(() if self._handles else self._layers):
-            holder = self._network.get_submodule(sites[0].path.rpartition(".")[0])
-            heads = int(getattr(holder, "heads", 1))
-            for site, kept in zip(sites, (self._queries, self._keys), strict=True):
+        for queries, keys in () if self._handles else self._sites:
+            holder = self._network.get_submodule(queries.path.rpartition(".")[0])
+            # Each layer has its own place, so that equal blocks compile to one graph, see `Voice`.
+            layer = _Layer(int(getattr(holder, "heads", 1)))
+            self._layers.append(layer)
+            for site in (queries, keys):
                 module = base_layer(self._network.get_submodule(site.path))
-                watch = self._watcher(index, site.rows, kept, heads)
+                watch = self._watcher(layer, site.rows, queries=site is queries)
                 self._handles.append(module.register_forward_hook(watch))
 
     def remove(self) -> None:
@@ -53,6 +70,7 @@ class AttentionMaps:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._layers.clear()
 
     def begin(self, words: Tensor | None, grid: Grid | None) -> None:
         """A forward begins.
@@ -64,13 +82,14 @@ class AttentionMaps:
         if words is not None:
             self.attach()
         self._words, self._grid = words, grid
-        self._queries.clear()
-        self._keys.clear()
-        self._maps = []
+        for layer in self._layers:
+            layer.queries = layer.keys = layer.seen = None
 
     def taken(self) -> Tensor | None:
         """(B, N, H, W) mean over the layers of the last forward on their finest grid; None if nothing was."""
-        maps, self._maps = self._maps, []
+        maps = [layer.seen for layer in self._layers if layer.seen is not None]
+        for layer in self._layers:
+            layer.seen = None
         if not maps:
             return None
         finest = max((one.shape[-2:] for one in maps), key=lambda size: size[0] * size[1])
@@ -78,23 +97,28 @@ class AttentionMaps:
         return torch.stack(resized).mean(0)
 
     def _watcher(
-        self, index: int, rows: slice | None, kept: dict[int, Tensor], heads: int
+        self, layer: _Layer, rows: slice | None, *, queries: bool
     ) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def watch(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             if self._words is None:
                 return
-            kept[index] = output if rows is None else output[..., rows]
-            if index in self._queries and index in self._keys:
-                self._read(self._queries.pop(index), self._keys.pop(index), heads)
+            own = output if rows is None else output[..., rows]
+            if queries:
+                layer.queries = own
+            else:
+                layer.keys = own
+            if layer.queries is not None and layer.keys is not None:
+                layer.seen = self._read(layer.queries, layer.keys, layer.heads)
+                layer.queries = layer.keys = None
 
         return watch
 
     @torch.no_grad()
-    def _read(self, queries: Tensor, keys: Tensor, heads: int) -> None:
-        """Add the map of one layer: queries (B, T, d), keys (B, L, d)."""
+    def _read(self, queries: Tensor, keys: Tensor, heads: int) -> Tensor | None:
+        """The map of one layer: queries (B, T, d), keys (B, L, d); None where the keys are no words."""
         words, grid = self._words, self._grid
         if words is None or grid is None or keys.shape[:2] != words.shape[:2]:
-            return
+            return None
         height, width = grid(queries.shape[1])
         batch = queries.shape[0]
         with without_autocast(queries.device):
@@ -103,4 +127,4 @@ class AttentionMaps:
             )
             looks = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), dim=-1).mean(1)
             share = looks @ words / words.sum(1, keepdim=True).clamp_min(1.0)
-        self._maps.append(share.transpose(1, 2).reshape(batch, -1, height, width))
+        return share.transpose(1, 2).reshape(batch, -1, height, width)

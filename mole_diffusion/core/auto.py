@@ -8,7 +8,8 @@ token, beside the others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +21,8 @@ from .attention import AttentionMaps
 from .context import ForwardContext, GateValue, RegionMasks
 from .errors import ConfigError
 from .networks.base import CONTEXT, EMBEDDING, TOKENS, Forward
-from .torch_state import on_device
+from .rules import number
+from .torch_state import is_compiling, on_device
 from .words import TokenPhrases, places_of
 
 # A row of a denoiser's text is a known one up to rounding.
@@ -29,6 +31,14 @@ _SAME = 1e-2
 _ANEW = 0.1
 # Texts that are kept.
 _KEPT = 256
+
+
+_ALLOWED = {
+    "sharpness": number(0, math.inf, above=True),
+    "strength": number(0, math.inf, above=True),
+    "until": number(0, 1),
+    "floor": number(0, 1),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +63,8 @@ class AutoSettings:
     floor: float = 0.25
 
     def __post_init__(self) -> None:
-        for name in ("sharpness", "strength"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed; it must be above 0.")
-        for name in ("until", "floor"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed; allowed is 0 to 1.")
+        for name, rule in _ALLOWED.items():
+            rule.check(name, getattr(self, name))
 
 
 @dataclass(eq=False)
@@ -132,10 +138,10 @@ class _Rows:
         names = (name for index, name in enumerate(self.names) if named[index] and index in self.active)
         self.auto.meet(frozenset(names))
 
-    def with_everywhere(self, weights: Tensor) -> Tensor:
-        """Weights (..., N) with those of experts that count everywhere."""
-        everywhere = self.everywhere(weights.device)
-        return torch.where(everywhere != 0, everywhere.expand_as(weights), weights)
+
+def _with_everywhere(weights: Tensor, everywhere: Tensor) -> Tensor:
+    """Weights (..., N) with those (N,) of experts that count everywhere."""
+    return torch.where(everywhere != 0, everywhere.expand_as(weights), weights)
 
 
 class TextShares:
@@ -169,7 +175,8 @@ class TextShares:
         places = places_of(ids, self._phrases)
         self._rows.meet(places)
         weights = places.to(ids.device)
-        weights = self._rows.with_everywhere(weights * self._rows.counting(weights.device))
+        counting, everywhere = self._rows.counting(ids.device), self._rows.everywhere(ids.device)
+        weights = _with_everywhere(weights * counting, everywhere)
         self._value = GateValue(weights.flatten(0, 1), len(weights), None, in_backward=False)
 
     def value(self, context: ForwardContext, stream: str, tokens: int) -> GateValue:
@@ -204,9 +211,10 @@ class PictureShares:
         self._rows = _Rows(auto, names, active)
         self._known: tuple[Tensor, Tensor] | None = None
         self._values: dict[tuple[str, int], GateValue] = {}
-        self._words = torch.zeros(0)
+        self._words = self._everywhere = torch.zeros(0)
         self._sum: Tensor | None = None
-        self._reading = False
+        self._own: Tensor | None = None
+        self._order: Tensor | None = None
         self._forwards = 0
         self._start = self._last = 0.0
 
@@ -233,9 +241,11 @@ class PictureShares:
         if forward.text is None:
             raise ConfigError(f"mixture='auto' needs the {context.part} to be called with a text.")
         self._words = self._places(forward.text)
+        self._everywhere = self._rows.everywhere(self._words.device)
         watched = self._sum is None or time > self._auto.settings.until
-        self._reading = self._regions is None and watched and bool(self._words.any())
-        self._maps.begin(self._words if self._reading else None, context.token_grid)
+        reading = self._regions is None and watched and bool(self._words.any())
+        self._maps.begin(self._words if reading else None, context.token_grid)
+        self._lay_out(reading=reading)
         self._forwards += 1
         self._values.clear()
 
@@ -285,55 +295,80 @@ class PictureShares:
 
     def value(self, context: ForwardContext, stream: str, tokens: int) -> GateValue:
         """Weights (B * T, N) of the tokens of a stream; one row per picture where it is "embedding"."""
+        if is_compiling():  # a block that finds what an earlier one computed would not be like that one
+            return self._value(context, stream, tokens)
         key = stream, tokens
         if key not in self._values:
-            if stream == CONTEXT:
-                weights = self._words
-            elif stream == EMBEDDING:
-                weights = self._picture(*(self._sum.shape[-2:] if self._sum is not None else (1, 1)))
-                weights = weights.mean(1, keepdim=True)
-            else:
-                weights = self._picture(*context.token_grid(tokens))
-            weights = self._rows.with_everywhere(weights)
-            if stream == TOKENS and self._regions is not None:
-                weights = weights * self._regions.on_grid(*context.token_grid(tokens), weights.device)
-            self._values[key] = GateValue(weights.flatten(0, 1), len(weights), None, in_backward=False)
+            self._values[key] = self._value(context, stream, tokens)
         return self._values[key]
+
+    def _value(self, context: ForwardContext, stream: str, tokens: int) -> GateValue:
+        if stream == CONTEXT:
+            weights = self._words
+        elif stream == EMBEDDING:
+            size = self._own.shape[-2:] if self._own is not None and self._regions is None else (1, 1)
+            weights = self._picture(int(size[0]), int(size[1])).mean(1, keepdim=True)
+        else:
+            weights = self._picture(*context.token_grid(tokens))
+        weights = _with_everywhere(weights, self._everywhere)
+        if stream == TOKENS and self._regions is not None:
+            weights = weights * self._regions.on_grid(*context.token_grid(tokens), weights.device)
+        return GateValue(weights.flatten(0, 1), len(weights), None, in_backward=False)
+
+    def _lay_out(self, *, reading: bool) -> None:
+        """Share out the places, once per forward: what depends on a layer's size is left to `_picture`."""
+        self._own = self._order = None
+        named = self._named
+        if self._regions is not None:
+            seen = self._words.amax(1)[named][..., None, None]
+            own = shared_places(seen, self._auto.settings, inside=1.0)
+        elif self._sum is None or reading:
+            return
+        else:
+            own = shared_places(self._sum, self._auto.settings)
+        if not len(own):
+            return
+        order = _order(named.tolist(), len(own))
+        if len(own) in order:
+            own = torch.cat([own, own.mean(0, keepdim=True)])
+        self._own = own
+        self._order = torch.tensor(order, device=own.device)
 
     def _picture(self, height: int, width: int) -> Tensor:
         """(B, H * W, N) weights of the experts that the texts name; 0 while their places are looked for."""
-        batch, named = len(self._words), self._named
+        if self._own is None or self._order is None:
+            return self._words.new_zeros(len(self._words), height * width, self._words.shape[-1])
+        own = F.interpolate(self._own, size=(height, width), mode="bilinear", align_corners=False)
+        own = own.flatten(2).transpose(1, 2)
         if self._regions is not None:
-            seen = self._words.amax(1)[named][..., None, None].expand(-1, -1, height, width)
-            own = shared_places(seen, self._auto.settings, (height, width), inside=1.0)
             masks = self._regions.on_grid(height, width, own.device)
             own = functional.region_weights(own, masks) * own.sum(-1, keepdim=True)
-        elif self._sum is None or self._reading:
-            return self._words.new_zeros(batch, height * width, self._words.shape[-1])
-        else:
-            own = shared_places(self._sum, self._auto.settings, (height, width))
-        if not len(own):
-            return self._words.new_zeros(batch, height * width, self._words.shape[-1])
-        if int(named.sum()) != len(own):  # the prompt and its negative in turns
-            return own.expand(batch, -1, -1) if len(own) in (1, batch) else own.mean(0).expand(batch, -1, -1)
-        found = own.new_zeros(batch, *own.shape[1:])
-        found[named] = own
-        found[~named] = own if batch == 2 * len(own) else own.mean(0, keepdim=True)
-        return found
+        return own.index_select(0, self._order)
 
 
-def shared_places(
-    maps: Tensor, settings: AutoSettings, size: tuple[int, int], inside: float | None = None
-) -> Tensor:
+def _order(named: Sequence[bool], count: int) -> list[int]:
+    """Which weights each row of a batch has, of those of `count` texts; `count` itself for their mean.
+
+    Args:
+        named: whether the text of a row names an expert; a negative prompt does not.
+        count: of the texts that do, perhaps in another forward.
+    """
+    batch = len(named)
+    if sum(named) != count:  # the prompt and its negative in turns
+        return list(range(count)) if count == batch else [0 if count == 1 else count] * batch
+    theirs, others = iter(range(count)), iter(range(count))
+    return [next(theirs) if own else next(others) if batch == 2 * count else count for own in named]
+
+
+def shared_places(maps: Tensor, settings: AutoSettings, inside: float | None = None) -> Tensor:
     """Weights of the experts in each place of a picture, from how much it looks at their words.
 
     Args:
-        maps: (B, N, h, w) attention, 0 for experts that the text does not name.
+        maps: (B, N, H, W) attention, 0 for experts that the text does not name.
         settings: how places are shared out.
-        size: (H, W) of the image tokens.
         inside: how far each place belongs to any expert; None to tell it by the attention.
     Returns:
-        (B, H * W, N). A single expert has the whole picture, at 1.
+        (B, N, H, W). A single expert has the whole picture, at 1.
     """
     peak = maps.amax((-1, -2), keepdim=True)
     named = peak > 0
@@ -346,6 +381,4 @@ def shared_places(
     else:
         held = torch.full_like(seen[:, :1], inside)
     several = named.sum(1, keepdim=True) > 1
-    weights = torch.where(several, shares * held * settings.strength, shares)
-    weights = F.interpolate(weights, size=size, mode="bilinear", align_corners=False)
-    return weights.flatten(2).transpose(1, 2)
+    return torch.where(several, shares * held * settings.strength, shares)

@@ -46,12 +46,17 @@ class RegionMasks:
 
     def on_grid(self, height: int, width: int, device: torch.device) -> Tensor:
         """(height * width, N) masks of a token grid."""
+        if is_compiling():  # blocks that find what others left here would not be like these
+            return self._laid(height, width, device)
         key = (height, width, device)
         if key not in self._grids:
             with torch.inference_mode(False):
-                columns = [self._column(index, height, width) for index in range(self._experts)]
-                self._grids[key] = torch.stack(columns, dim=-1).to(device)
+                self._grids[key] = self._laid(height, width, device)
         return self._grids[key]
+
+    def _laid(self, height: int, width: int, device: torch.device) -> Tensor:
+        columns = [self._column(index, height, width) for index in range(self._experts)]
+        return torch.stack(columns, dim=-1).to(device)
 
     def everywhere(self, tokens: int, device: torch.device) -> Tensor:
         """(tokens, N) masks of tokens that are nowhere in the picture: all active experts are allowed."""
@@ -123,9 +128,9 @@ class Activation:
         return replace(self, scales=scales, fixed=fixed, mask=mask)
 
 
-#: Rank weights, and the matrix they were computed at, by layout of the matrix, data type and, where it
+#: Rank weights, and the matrix (slot) they were computed at, by layout of the matrix, data type and, where it
 #: matters, number of tokens.
-Expanded = dict[tuple[tuple[int, torch.device], torch.dtype, int], tuple[Tensor, str]]
+Expanded = dict[tuple[tuple[int, torch.device], torch.dtype, int], tuple[Tensor, object]]
 
 
 @dataclass(eq=False)
@@ -186,6 +191,24 @@ class GateValue:
         return self.joint[1]
 
 
+@dataclass(eq=False)
+class Voice:
+    """Where what one gate says is kept until the next forward.
+
+    Each gate has its own: blocks that are compiled one by one and are alike share one graph if they look up
+    nothing by name.
+
+    Attributes:
+        label: name under which it is recorded.
+        value: what it said last; None before it is asked.
+        live: the same, of the forward itself and not of a recomputation.
+    """
+
+    label: str
+    value: GateValue | None = None
+    live: GateValue | None = None
+
+
 class _Graph:
     """Lives as long as the autograd graph of one forward that has a gradient hook of it."""
 
@@ -206,6 +229,7 @@ class ForwardContext:
 
     Attributes:
         chosen: whether the experts were chosen anew since the last forward.
+        voices: of all gates, in execution order.
     """
 
     def __init__(self, part: str, experts: int) -> None:
@@ -217,13 +241,22 @@ class ForwardContext:
         self.activation = Activation(tuple(range(experts)))
         self.given_size: tuple[int, int] | None = None
         self.forward = Forward()
-        self.values: dict[str, GateValue] = {}
-        self.live: dict[str, GateValue] = {}
+        self.voices: list[Voice] = []
         self._time: Tensor | None = None
         self._pooled: tuple[Tensor | None, dict[str, tuple[list[int], GateValue]]] = (None, {})
         self._real: dict[str, Tensor] = {}
         self._graphs: weakref.WeakSet[_Graph] = weakref.WeakSet()
         self._tracked = False
+
+    @property
+    def values(self) -> dict[str, GateValue]:
+        """What gates said last in the current forward, by label."""
+        return {voice.label: voice.value for voice in self.voices if voice.value is not None}
+
+    @property
+    def live(self) -> dict[str, GateValue]:
+        """The same, of the forward itself and not of recomputations."""
+        return {voice.label: voice.live for voice in self.voices if voice.live is not None}
 
     @property
     def activation(self) -> Activation:
@@ -259,21 +292,21 @@ class ForwardContext:
             if forward.size is not None:
                 self.activation.regions.check_aspect(forward.size)
         self._time = None
-        self._real.clear()
+        self._real = {stream: self._shares_of_mean(mask) for stream, mask in forward.masks.items()}
         self.forget()
         if self.activation.shares is not None:
             self.activation.shares.begin(self, forward)
 
     def forget(self) -> None:
         """Drop what earlier gates said."""
-        self.values.clear()
-        self.live.clear()
+        for voice in self.voices:
+            voice.value = voice.live = None
         self._tracked = False
 
     def fixed(self, device: torch.device) -> GateValue:
         """The weights that replace the gates, the same in every forward."""
-        found = self._fixed
-        if found is None or is_compiling():
+        found = None if is_compiling() else self._fixed
+        if found is None:
             assert self.activation.fixed is not None
             rows = on_device(self.activation.fixed, device).view(1, -1)
             found = GateValue(rows, 1, None, in_backward=False)
@@ -283,8 +316,8 @@ class ForwardContext:
 
     def equal(self, batch: int, device: torch.device) -> GateValue:
         """The weights where no gate has a say, the same in every forward: equal for active experts."""
-        found = self._equal
-        if found is None or is_compiling():
+        found = None if is_compiling() else self._equal
+        if found is None:
             mask = self.activation.mask
             rows = torch.ones(1, self.experts) if mask is None else mask.float().view(1, -1)
             found = on_device(rows / len(self.activation.active), device), {}
@@ -292,12 +325,12 @@ class ForwardContext:
             self._equal = found
         return GateValue(found[0], batch, None, in_backward(), expanded=found[1])
 
-    def store(self, label: str, value: GateValue) -> GateValue:
+    def store(self, voice: Voice, value: GateValue) -> GateValue:
         """Keep a gate's value for the rest of the group; note it unless it is a recomputation."""
-        self.values[label] = value
+        voice.value = value
         if not value.in_backward:
             # Means are taken when asked for: a recomputation must keep the same tensors for autograd.
-            self.live[label] = value
+            voice.live = value
             self._track(value.rows)
         return value
 
@@ -309,7 +342,8 @@ class ForwardContext:
             versions: of its parameters.
         """
         if (
-            self.forward.memory is None
+            is_compiling()
+            or self.forward.memory is None
             or self.forward.memory is not self._pooled[0]
             or torch.is_grad_enabled()
         ):
@@ -327,29 +361,29 @@ class ForwardContext:
 
     def _track(self, weights: Tensor) -> None:
         """Notice a forward whose graph waits for a backward pass, once per forward."""
-        if weights.requires_grad and not self._tracked and not is_compiling():
+        if not is_compiling() and weights.requires_grad and not self._tracked:
             self._tracked = True
             graph = _Graph()
             weights.register_hook(graph.finish)  # type: ignore[no-untyped-call]
             self._graphs.add(graph)
 
-    def fetch(self, label: str, matrix: str) -> GateValue:
+    def fetch(self, voice: Voice, matrix: str) -> GateValue:
         """The gate value that the group's first matrix left behind.
 
         Raises:
             InjectionError: the first matrix has not run, or it is unclear which forward is meant.
         """
-        value = self.values.get(label)
+        value = voice.value
         if value is None:
             raise InjectionError(
-                f"{matrix!r} ran before the gate {label!r} was computed: the network does not run its "
+                f"{matrix!r} ran before the gate {voice.label!r} was computed: the network does not run its "
                 "matrices in the known order."
             )
         if in_backward() and not value.in_backward:
             waiting = sum(not graph.finished for graph in self._graphs)
             if waiting > 1:
                 raise InjectionError(
-                    f"Gradient checkpointing recomputes {matrix!r}, whose gate {label!r} was computed "
+                    f"Gradient checkpointing recomputes {matrix!r}, whose gate {voice.label!r} was computed "
                     f"outside the checkpoint, and {waiting} forwards with gradient wait for a "
                     "backward pass: the recomputation cannot tell them apart. Run one forward with "
                     "gradient per backward pass (others under torch.no_grad()), or turn checkpointing off."
@@ -370,6 +404,12 @@ class ForwardContext:
             self._time = functional.timestep_features(time)
         return self._time
 
+    @staticmethod
+    def _shares_of_mean(mask: Tensor) -> Tensor:
+        """(B, L, 1) from (B, L) where tokens are real."""
+        kept = mask.float().unsqueeze(-1)
+        return kept / kept.sum(1, keepdim=True).clamp_min(1.0)
+
     def real_tokens(self, stream: str, like: Tensor, *, folded: bool = False) -> Tensor | None:
         """(B, L, 1) share of each token of a stream in a mean: 0 for padding; None where all are real.
 
@@ -379,13 +419,9 @@ class ForwardContext:
         Raises:
             InjectionError: the mask is of other tokens.
         """
-        mask = self.forward.masks.get(stream)
-        if mask is None:
-            return None
         if stream not in self._real:
-            kept = mask.to(like.device, torch.float32).unsqueeze(-1)
-            self._real[stream] = kept / kept.sum(1, keepdim=True).clamp_min(1.0)
-        real = self._real[stream]
+            return None
+        real = on_device(self._real[stream], like.device)
         appended = self.forward.appended.get(stream, 0)
         if appended and like.shape[1] == real.shape[1] - appended:
             real = real[:, :-appended]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import functional
 from .caches import ParameterCache
 from .config import MoLEConfig
-from .context import ForwardContext, GateValue
+from .context import ForwardContext, GateValue, Voice
 from .errors import ConfigError, InjectionError
 from .matrices import MatrixPlan, MatrixSlot
 from .modules import base_layer, site_shape
@@ -225,6 +225,7 @@ class Group:
         pooled: whether the gate reads a causal network's context, for all tokens and steps.
         reader: then the matrix whose experts' outputs for the context it reads; None where it reads the
             context itself.
+        voices: what its gates say, by the stream that they read.
     """
 
     name: str
@@ -235,17 +236,25 @@ class Group:
     returns: tuple[str, ...] = (TOKENS,)
     pooled: bool = False
     reader: MatrixSlot | None = None
+    voices: dict[str, Voice] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.voices = {TOKENS: Voice(self.name)}
+        if self.gate.context_projection is not None:
+            self.voices[CONTEXT] = Voice(f"{self.name}.{CONTEXT}")
 
     @property
     def matrices(self) -> tuple[str, ...]:
         """Canonical names in execution order."""
         return tuple(slot.name for slot in self.slots)
 
+    def voice(self, stream: str) -> Voice:
+        """Where the gate of a stream keeps what it says."""
+        return self.voices[stream if stream in self.voices else TOKENS]
+
     def label(self, stream: str) -> str:
-        """Name under which the gate of a stream is stored and recorded."""
-        if stream == CONTEXT and self.gate.context_projection is not None:
-            return f"{self.name}.{CONTEXT}"
-        return self.name
+        """Name under which the gate of a stream is recorded."""
+        return self.voice(stream).label
 
     def first(self, stream: str) -> MatrixSlot:
         """The matrix at which the gate for `stream` is computed: the first to run that reads it."""
@@ -276,7 +285,7 @@ class Group:
         """
         batch = x.shape[0]
         if logits is None:
-            return context.store(self.label(stream), context.equal(batch, x.device))
+            return context.store(self.voice(stream), context.equal(batch, x.device))
         gate, active = self.gate, context.activation.mask
         strength = on_device(gate.strength, logits.device)
         if gate.timestep_projection is not None:
@@ -287,7 +296,7 @@ class Group:
             strength = strength * functional.sigmoid_total(rows, active=active)
         else:
             weights = functional.gate_weights(rows, active=active)
-        return context.store(self.label(stream), GateValue(weights, batch, strength, in_backward(), real))
+        return context.store(self.voice(stream), GateValue(weights, batch, strength, in_backward(), real))
 
     def _timestep_logits(self, context: ForwardContext, device: torch.device) -> Tensor:
         """(B or 1, 1, N), over tau."""

@@ -10,13 +10,21 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from . import functional
-from .context import Expanded, ForwardContext, GateValue, TokenShares
+from .context import Expanded, ForwardContext, GateValue, TokenShares, Voice
 from .errors import InjectionError
 from .gates import BASE, Gate, Group
 from .matrices import Bundle, MatrixPlan, MatrixSlot, output_tokens
+from .modules import network_device
 from .networks.base import CONTEXT, EMBEDDING, JOINT, TOKENS, Architecture, streams_of
 from .routing import KEYS
-from .torch_state import as_type, in_backward, is_compiling, on_device, without_autocast
+from .torch_state import (
+    as_type,
+    has_compiled_parts,
+    in_backward,
+    is_compiling,
+    on_device,
+    without_autocast,
+)
 
 
 def mixing_weights(
@@ -104,9 +112,9 @@ class MatrixHook:
         self.bundle = bundle
         self.context = context
         self._reading = reading
-        # What the tokens are, the gate's label, and the matrix it is read off if it is computed here.
+        # What the tokens are, the gate's voice, and the matrix it is read off if it is computed here.
         self._gates = tuple(
-            (stream, group.label(stream), group.leader(stream) if group.first(stream) is slot else None)
+            (stream, group.voice(stream), group.leader(stream) if group.first(stream) is slot else None)
             for stream in streams_of(slot.stream)
         )
 
@@ -143,7 +151,7 @@ class MatrixHook:
             plan = slot.plan(self.context.layouts, device, dtype)
             if self.context.activation.route is not None:
                 return self._routed(plan, x, output)
-            values = [self._gate(stream, label, leader, x, output) for stream, label, leader in self._gates]
+            values = [self._gate(stream, voice, leader, x, output) for stream, voice, leader in self._gates]
             z = self.bundle.project(slot, x, device, dtype) if slot.read else None
             if plan.up is None or z is None:
                 return None
@@ -176,28 +184,24 @@ class MatrixHook:
         )
 
     def _gate(
-        self, stream: str, label: str, leader: MatrixSlot | None, x: Tensor, output: Tensor
+        self, stream: str, voice: Voice, leader: MatrixSlot | None, x: Tensor, output: Tensor
     ) -> GateValue:
         """The gate of tokens of a stream: computed here if this is its first matrix, else looked up."""
         context, activation = self.context, self.context.activation
         if activation.fixed is not None:
             return context.fixed(x.device)
         if activation.shares is not None:
-            return self._share(activation.shares, stream, label, output)
-        if self.group.pooled:
-            return (
-                context.fetch(label, self.slot.name)
-                if label in context.values
-                else self._pooled(label, output)
-            )
-        if leader is None:
-            return context.fetch(label, self.slot.name)
+            return self._share(activation.shares, stream, voice, output)
+        if self.group.pooled and voice.value is None:
+            return self._pooled(voice, output)
+        if leader is None or self.group.pooled:
+            return context.fetch(voice, self.slot.name)
         logits = real = None
         if len(activation.active) > 1 and not self.group.gate.indifferent:
             logits, real = self._logits(stream, leader, x, output)
         return self.group.evaluate(logits, x, context, stream, real)
 
-    def _share(self, shares: TokenShares, stream: str, label: str, output: Tensor) -> GateValue:
+    def _share(self, shares: TokenShares, stream: str, voice: Voice, output: Tensor) -> GateValue:
         """The weights of the tokens of a stream in the matrix' output."""
         context = self.context
         rows = output.shape[2:].numel() if output.dim() == 4 else output.shape[1:-1].numel()
@@ -205,7 +209,7 @@ class MatrixHook:
             span = context.span(stream, rows)
             rows = span.stop - span.start
         value = shares.value(context, stream, rows)
-        return value if label in context.values else context.store(label, value)
+        return value if voice.value is not None else context.store(voice, value)
 
     def _logits(
         self, stream: str, leader: MatrixSlot, x: Tensor, output: Tensor
@@ -230,18 +234,18 @@ class MatrixHook:
         factors = leader.gate_factors(context.experts, features.device)
         return gate.rank_logits(features, factors, stream, real), real
 
-    def _pooled(self, label: str, output: Tensor) -> GateValue:
+    def _pooled(self, voice: Voice, output: Tensor) -> GateValue:
         """The gate for all tokens of a causal network, from its context: the same in all steps."""
         context, gate, memory = self.context, self.group.gate, self.context.forward.memory
         if memory is None:
             raise InjectionError(
-                f"The gate {label!r} of the {context.part} is pooled over what the model reads, and it was "
-                "run without."
+                f"The gate {voice.label!r} of the {context.part} is pooled over what the model reads, and it "
+                "was run without."
             )
         versions = [parameter._version for parameter in gate.parameters()]
-        kept = context.pooled(label, versions)
+        kept = context.pooled(voice.label, versions)
         if kept is not None:
-            return context.store(label, kept)
+            return context.store(voice, kept)
         logits, real = None, None
         if len(context.activation.active) > 1:
             real = context.real_tokens(CONTEXT, memory)
@@ -253,7 +257,7 @@ class MatrixHook:
                 z = as_type(z.view(*memory.shape[:2], -1), torch.float32)
                 logits = gate.rank_logits(z, reader.gate_factors(context.experts, z.device), CONTEXT, real)
         value = self.group.evaluate(logits, memory, context, CONTEXT, real)
-        context.keep_pooled(label, versions, value)
+        context.keep_pooled(voice.label, versions, value)
         return value
 
     def _rank_weights(
@@ -285,9 +289,9 @@ class MatrixHook:
             expanded = {}
         # A recomputation (checkpointing) must save what the forward saved: the same matrix does it again.
         known = expanded.get(key)
-        if known is None or (known[1] == self.slot.name and in_backward() and not value.in_backward):
+        if known is None or (in_backward() and known[1] is self.slot and not value.in_backward):
             if joint:
-                for (kind, _, _), one in zip(self._gates, values, strict=True):
+                for (kind, *_), one in zip(self._gates, values, strict=True):
                     span = context.span(kind, tokens)
                     self._check_tokens(one, span.stop - span.start)
                 weights = joint_weights(values, context, tokens) @ plan.owners
@@ -297,7 +301,7 @@ class MatrixHook:
                 weights = rank_weights(value, self.group.gate, plan, context)
             weights = as_type(weights, dtype)
             if known is None:
-                expanded[key] = weights, self.slot.name
+                expanded[key] = weights, self.slot
         else:
             weights = known[0]
         # Not "in (1, rows)": torch.compile of 2.8 cannot tell for sizes that vary.
@@ -456,6 +460,7 @@ class NetworkHook:
     ) -> None:
         self.context = context
         self.groups = [group for group in groups if group.block is not None]
+        self.timed = next((one.gate for one in groups if one.gate.timestep_projection is not None), None)
         self.bundles = bundles
         self.architecture = architecture
         self.follow = follow
@@ -467,10 +472,14 @@ class NetworkHook:
         for group in self.groups:
             group.solo = None
         prepare = self.context.chosen and not is_compiling()
+        compiled_on = network_device(module) if prepare and has_compiled_parts(module) else None
         for bundle in self.bundles:
             bundle.clear()
             if prepare:
                 # Blocks that are compiled alone find ready what they must not make themselves.
-                bundle.prepare(self.context.layouts)
+                bundle.prepare(self.context.layouts, self.context.experts, compiled_on)
+        timed = self.timed
+        if timed is not None and self.context.activation.gated and self.context.forward.timestep is not None:
+            self.context.time_features(timed.projection.device)
         if prepare:
             self.context.chosen = False

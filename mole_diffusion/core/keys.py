@@ -92,7 +92,8 @@ def parse_keys(
     """Read the keys of one LoRA file; never fails, an unusable key carries its reason.
 
     Where several kinds of networks have matrices of one name, the kind is meant whose matrices may have such
-    a shape, and among those the one that knows more of the file.
+    a shape, among those the one that knows more of the file, and where two know as much, the one that
+    recognises it by its names and widths together.
 
     Args:
         keys: of the file.
@@ -100,9 +101,9 @@ def parse_keys(
     """
     split = {key: split_role(key) for key in keys}
     readings = {module: _readings(module) for module in {module: None for module, _, _ in split.values()}}
-    if shapes is not None:
-        _leave_out_misfits(readings, split, shapes)
-    votes = Counter(one.architecture.name for known in readings.values() for one in known)
+    sizes = _sizes(readings, split, shapes or {})
+    _leave_out_misfits(readings, sizes)
+    votes = _votes(readings, sizes)
     return {key: _parsed(key, *split[key], readings[split[key][0]], votes) for key in split}
 
 
@@ -122,22 +123,47 @@ def _readings(module: str) -> list[_Reading]:
     return []
 
 
-def _leave_out_misfits(
-    readings: dict[str, list[_Reading]],
+def _sizes(
+    readings: Mapping[str, Sequence[_Reading]],
     split: Mapping[str, tuple[str, str | None, str | None]],
     shapes: Mapping[str, Sequence[int]],
-) -> None:
-    """Of several readings of a name keep those that the shape of its matrix allows, if any are left."""
+) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of the matrices whose names have several readings, as far as they are known."""
     unclear = {module for module, known in readings.items() if len(known) > 1}
     tensors: dict[str, dict[str, Sequence[int]]] = {}
     for key, (module, role, _) in split.items():
         if module in unclear and role is not None and key in shapes:
             tensors.setdefault(module, {})[role] = shapes[key]
-    for module, roles in tensors.items():
-        size = matrix_size(roles)
-        if size is not None:
-            fitting = [one for one in readings[module] if one.architecture.fits(one.flat, *size)]
-            readings[module] = fitting or readings[module]
+    found = {module: matrix_size(roles) for module, roles in tensors.items()}
+    return {module: size for module, size in found.items() if size is not None}
+
+
+def _leave_out_misfits(readings: dict[str, list[_Reading]], sizes: Mapping[str, tuple[int, int]]) -> None:
+    """Of several readings of a name keep those that the size of its matrix allows, if any are left."""
+    for module, size in sizes.items():
+        fitting = [one for one in readings[module] if one.architecture.fits(one.flat, *size)]
+        readings[module] = fitting or readings[module]
+
+
+def _votes(
+    readings: Mapping[str, Sequence[_Reading]], sizes: Mapping[str, tuple[int, int]]
+) -> dict[str, tuple[int, bool]]:
+    """Name of an architecture -> how many names it knows, and whether that tells a base of its own."""
+    known: dict[str, dict[str, int]] = {}
+    counts: Counter[str] = Counter()
+    unclear: dict[str, _Reading] = {}
+    for module, own in readings.items():
+        for one in own:
+            name = one.architecture.name
+            counts[name] += 1
+            if len(own) > 1:
+                unclear[name] = one
+            inputs = known.setdefault(name, {})
+            inputs.update((place.matrix, sizes.get(module, (0, 0))[1]) for place in one.places)
+    telling = {
+        name for name, one in unclear.items() if one.architecture.family(one.slot, known[name]) is not None
+    }
+    return {name: (count, name in telling) for name, count in counts.items()}
 
 
 def _parsed(
@@ -146,7 +172,7 @@ def _parsed(
     role: str | None,
     refused: str | None,
     readings: list[_Reading],
-    votes: Counter[str],
+    votes: Mapping[str, tuple[int, bool]],
 ) -> ParsedKey:
     if role is None and refused is None:
         return ParsedKey(key, None, None, (), NOT_LORA)

@@ -53,6 +53,8 @@ class MatrixSlot:
         may_lead: whether its gate is read off it where another matrix of the same source could do.
         leads: whether it computes a gate of its group from its own rank activations.
         doras: expert index -> what its factors are computed from, beside the module's weight.
+        answers: whether that gate is asked in forwards with the present choice.
+        place: of this matrix among those of its bundle whose down factors are multiplied.
         used: active experts that have this matrix.
         read: experts whose down factors are multiplied: all if the gate reads them, else the active ones.
     """
@@ -67,6 +69,8 @@ class MatrixSlot:
     folds: bool = False
     may_lead: bool = True
     leads: bool = False
+    answers: bool = False
+    place: int = -1
     used: tuple[int, ...] = ()
     read: tuple[int, ...] = ()
     doras: Mapping[int, Dora] = field(default_factory=dict)
@@ -81,7 +85,8 @@ class MatrixSlot:
     def choose(self, activation: Activation) -> None:
         """Be ready for forwards with these experts."""
         self.used = self.read = self.mixed(activation.active)
-        if self.leads and activation.gated and len(activation.active) > 1:
+        self.answers = self.leads and activation.gated and len(activation.active) > 1
+        if self.answers:
             self.read = tuple(self.factors)
         self.plans.choose((self.read, self.used))
 
@@ -157,22 +162,39 @@ class Bundle:
         self._wanted: list[MatrixSlot] = []
         self._input: Tensor | None = None
         self._folded: tuple[Tensor, Tensor] | None = None
-        self._parts: dict[str, Tensor] = {}
+        # By place, not by name: see `Voice`.
+        self._parts: list[Tensor | None] = []
+        self._waiting = 0
 
     def choose(self, activation: Activation) -> None:
         """Be ready for forwards with these experts."""
         for slot in self.slots:
             slot.choose(activation)
         self._wanted = [slot for slot in self.slots if slot.read]
+        for place, slot in enumerate(self._wanted):
+            slot.place = place
         self._plans.choose(tuple((slot.name, slot.read) for slot in self._wanted))
 
-    def prepare(self, layouts: Layouts) -> None:
-        """Make ready what the next forward needs, as far as earlier ones told where it will run."""
-        for device, dtype in self._plans.places if self._wanted else ():
-            self._plan(device, dtype)
+    def prepare(self, layouts: Layouts, experts: int, compiled_on: torch.device | None) -> None:
+        """Make ready what the next forward needs, as far as earlier ones told where it will run.
+
+        Args:
+            layouts: of the mixture.
+            experts: N.
+            compiled_on: where the network computes if parts of it are compiled, which are to find everything
+                ready in the first forward too; else None.
+        """
         for slot in self.slots:
-            for device, dtype in slot.plans.places:
+            places = slot.plans.places
+            dtype = getattr(getattr(slot.module, "weight", None), "dtype", None)
+            if compiled_on is not None and not places and dtype is not None and dtype.is_floating_point:
+                places = [(compiled_on, dtype)]
+            for device, dtype in places:
                 slot.plan(layouts, device, dtype)
+                if slot.read:
+                    self._plan(device, dtype)
+                if compiled_on is not None and slot.answers:
+                    slot.gate_factors(experts, device)
 
     def project(self, slot: MatrixSlot, x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Rank activations (B * L, R) of `slot` for its input x (B, L, d).
@@ -185,19 +207,21 @@ class Bundle:
             device, dtype: of the output.
         """
         part = self.peek(slot, x, device, dtype)
-        del self._parts[slot.name]
-        if not self._parts:
-            self._input = self._folded = None
+        self._parts[slot.place] = None
+        self._waiting -= 1
+        if self._waiting == 0:
+            self.clear()
         return part
 
     def peek(self, slot: MatrixSlot, x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         """As `project`, for a matrix that runs later on the same input."""
-        if self._input is not x or slot.name not in self._parts:
+        part = self._parts[slot.place] if self._input is x else None
+        if part is None:
             plan = self._plan(device, dtype)
             parts = plan.parts(rank_rows(slot.module, x, plan))
-            self._parts = {one.name: part for one, part in zip(self._wanted, parts, strict=True)}
-            self._input = x
-        return self._parts[slot.name]
+            self._parts, self._waiting, self._input = list(parts), len(parts), x
+            part = parts[slot.place]
+        return part
 
     def alone(
         self, slot: MatrixSlot, expert: int, x: Tensor, device: torch.device, dtype: torch.dtype
@@ -211,9 +235,9 @@ class Bundle:
 
     def clear(self) -> None:
         """Let go of tensors that an interrupted forward left behind."""
-        self._input = None
-        self._parts = {}
-        self._folded = None
+        self._input = self._folded = None
+        self._parts = []
+        self._waiting = 0
 
     def fold(self, x: Tensor, pictures: int) -> Tensor:
         """(B, L, in) of an input with other axes beside these; the same tensor for all matrices that read it.

@@ -83,6 +83,7 @@ class Mixture:
         slots, self.unmatched = build_slots(network, self.experts, layout, base_weight)
         with network_device(network) or nullcontext():
             self.groups = build_groups(network, slots, layout, len(self.experts), config, flatten_tokens)
+        self._context.voices = [voice for group in self.groups for voice in group.voices.values()]
         self._bundles = build_bundles(slots, layout)
         self._base_weight = base_weight
         self._doras = [slot for slot in slots.values() if slot.doras]

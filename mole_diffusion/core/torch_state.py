@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # The oldest supported torch can ask no device and knows these.
 _is_autocast_available: Callable[[str], bool] = getattr(
@@ -41,6 +41,11 @@ def in_backward() -> bool:
     if is_compiling():
         return False
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def has_compiled_parts(network: nn.Module) -> bool:
+    """Whether modules of a network are compiled one by one, as by diffusers' `compile_repeated_blocks`."""
+    return any(getattr(module, "_compiled_call_impl", None) is not None for module in network.modules())
 
 
 # `Tensor.to` costs a call of PyTorch's dispatcher also where there is nothing to do.

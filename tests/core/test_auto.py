@@ -13,7 +13,7 @@ from tiny.networks import LATENT, TEXT, WIDTH, make_experts, make_unet
 from torch import Tensor
 
 from mole_diffusion.core.attention import AttentionMaps
-from mole_diffusion.core.auto import Auto, AutoSettings, shared_places
+from mole_diffusion.core.auto import Auto, AutoSettings, _order, shared_places
 from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.mixture import Mixture, inject
@@ -91,18 +91,29 @@ def test_places_are_shared_out() -> None:
     maps = torch.zeros(1, 3, 4, 4)
     maps[0, 0, :, 0], maps[0, 1, :, 3] = 1.0, 0.5
     settings = AutoSettings(sharpness=20.0, strength=1.5)
-    weights = shared_places(maps, settings, (4, 4)).view(4, 4, 3)
+    weights = shared_places(maps, settings)[0].permute(1, 2, 0)
     torch.testing.assert_close(weights[:, 0], torch.tensor([1.5, 0.0, 0.0]).expand(4, 3), atol=1e-5, rtol=0)
     torch.testing.assert_close(weights[:, 3], torch.tensor([0.0, 1.5, 0.0]).expand(4, 3), atol=1e-5, rtol=0)
     assert not weights[:, 1:3].any()
-    alone = shared_places(maps * torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1), settings, (2, 2))
-    torch.testing.assert_close(alone, torch.tensor([1.0, 0.0, 0.0]).expand(1, 4, 3))
+    alone = shared_places(maps * torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1), settings)
+    torch.testing.assert_close(alone[0].permute(1, 2, 0), torch.tensor([1.0, 0.0, 0.0]).expand(4, 4, 3))
+
+
+def test_each_row_of_a_batch_has_the_places_of_its_picture() -> None:
+    """A batch of prompts, with their negatives before or behind, or one by one; else all have the mean."""
+    assert _order([True, True], 2) == [0, 1]
+    assert _order([False, False, True, True], 2) == [0, 1, 0, 1]
+    assert _order([True, False, True, False], 2) == [0, 0, 1, 1]
+    assert _order([False, False], 2) == [0, 1]
+    assert _order([False, False, False], 1) == [0, 0, 0]
+    assert _order([True, True, False], 2) == [0, 1, 2]
+    assert _order([False, False, False], 2) == [2, 2, 2]
 
 
 def test_settings_out_of_range_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"sharpness=0 is not allowed; it must be above 0"):
+    with pytest.raises(ConfigError, match=r"sharpness is 0; allowed are numbers above 0"):
         AutoSettings(sharpness=0)
-    with pytest.raises(ConfigError, match=r"until=2 is not allowed; allowed is 0 to 1"):
+    with pytest.raises(ConfigError, match=r"until is 2; allowed are numbers from 0 to 1"):
         AutoSettings(until=2)
 
 

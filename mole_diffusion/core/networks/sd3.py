@@ -5,7 +5,8 @@ Names of diffusers, and of Stability AI as in ComfyUI and kohya's files. Latents
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -45,6 +46,30 @@ _NATIVE: dict[str, str | Mapping[str, int]] = {
     "x_block.adaLN_modulation.1": "norm1.linear",
 }
 _EMBEDDERS = {"t_embedder": "timestep", "y_embedder": "text"}
+
+
+# Width of SD 3 and SD 3.5 medium, and of SD 3.5 large.
+_WIDTHS = (1536, 2432)
+
+
+def _tell(slot: str, inputs: Mapping[str, int]) -> Base | None:
+    """FLUX.1's double blocks have the same names, but other widths, and none of them ends the text."""
+    width = next((inputs[name] for name in inputs if name.endswith("attn.to_q")), 0)
+    own = "pos_embed.proj" in inputs or any(".attn2." in name for name in inputs)
+    return Base(FAMILY, None) if own or width in _WIDTHS or _ends_the_text(inputs) else None
+
+
+def _ends_the_text(names: Iterable[str]) -> bool:
+    """Whether the last block reads the text and gives none on, while those before it do."""
+    readers, writers = (
+        {
+            int(name.split(".")[1])
+            for name in names
+            if re.match(rf"transformer_blocks\.\d+\.attn\.{leaf}$", name)
+        }
+        for leaf in ("add_k_proj", "to_add_out")
+    )
+    return len(readers) > 1 and readers - writers == {max(readers)}
 
 
 def _read(args: tuple[Any, ...], kwargs: Mapping[str, Any], given: tuple[int, int] | None) -> Forward:
@@ -103,6 +128,6 @@ SD3 = Stack(
     inputs=_read,
     counter=counting(_TOKENS_OF_A_TEXT),
     kohya=KOHYA,
-    tell=lambda slot, inputs: Base(FAMILY, None),
+    tell=_tell,
     text_gates=True,
 )
