@@ -5,15 +5,16 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from comfy_api.latest import io
 
 from mole_diffusion.core.errors import ConfigError, RegionMaskError
 from mole_diffusion.core.records import in_order
+from mole_diffusion.training.heat_map import gate_heat_map
 
 from .apply import AUTO, WITHOUT_GATES, applied_to, apply_experts
 from .experts import ExpertSet, GatesFile, read_names, read_strengths
-from .heat_map import draw_heat_map
 from .nodes_load import CATEGORY, Experts, Gates
 from .notes import show_text
 from .weights import weights_of_gates
@@ -204,4 +205,5 @@ class GateHeatMap(io.ComfyNode):  # type: ignore[misc]
             names, means = weights_of_gates(gates)
         else:
             raise ConfigError("Nothing to draw: connect a MODEL or GATES.")
-        return io.NodeOutput(draw_heat_map(means, names))
+        pixels = np.asarray(gate_heat_map(means, names), dtype=np.float32) / 255
+        return io.NodeOutput(torch.from_numpy(pixels)[None])

@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 
 from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.core.heat_map import heat_map, short_group_name
 from mole_diffusion.core.records import GateRecord, GateWeights, in_order
 from mole_diffusion.pictures.grid import GridRow, picture_grid
-from mole_diffusion.training.charts import entropy_curve, gate_heat_map, short_group_name
+from mole_diffusion.training.charts import entropy_curve
+from mole_diffusion.training.heat_map import gate_heat_map
 
 NAMES = ["boot", "cat", "clock"]
 
@@ -48,30 +50,39 @@ def test_means_of_an_expert_without_a_place_are_refused() -> None:
         in_order({"unet": {"g": {"dog": 1.0}}}, NAMES)
 
 
-def test_heat_map_has_one_panel_per_network_with_experts_as_rows() -> None:
+def test_a_heat_map_has_one_panel_per_network_with_experts_as_rows() -> None:
     column = np.array([0.1, 0.2, 0.7])
     weights = {
         "unet": {f"down_blocks.{i}.attentions.0.transformer_blocks.0": column for i in range(3)},
         "text_encoder": {"encoder.layers.0": np.array([0.4, 0.4, 0.2])},
     }
+    shown = heat_map(weights, NAMES, {"unet": "UNet"})
+    unet, text = shown.panels
+    assert (unet.title, text.title) == (
+        "UNet: 3 gates, first to last",
+        "text encoder: 1 gates, first to last",
+    )
+    assert unet.labels == ("down 0.0.0", "down 1.0.0", "down 2.0.0")
+    np.testing.assert_allclose(unet.rows, [[0.1] * 3, [0.2] * 3, [0.7] * 3])
+    assert shown.experts == tuple(NAMES)
+    assert shown.top == 0.7
+    assert (shown.colour(0.0), shown.colour(0.7)) == ((68, 1, 84), (253, 231, 37))
+    assert shown.is_light(0.7)
+    assert not shown.is_light(0.1)
 
-    figure = gate_heat_map(weights, NAMES, title="after training")
 
-    unet, text, _colour_bar = figure.axes
-    assert unet.get_title(loc="left") == "unet: 3 gates"
-    assert text.get_title(loc="left") == "text_encoder: 1 gates"
-    assert [label.get_text() for label in unet.get_yticklabels()] == NAMES
-    assert unet.get_xticklabels()[0].get_text() == "down 0.0.0"
-    np.testing.assert_allclose(unet.images[0].get_array(), np.array([[0.1] * 3, [0.2] * 3, [0.7] * 3]))
-    assert unet.images[0].get_clim() == text.images[0].get_clim() == (0.0, 0.7)
-    assert "0.70" in {text.get_text() for text in unet.texts}
-
-
-def test_heat_map_with_many_gates_drops_names_and_values() -> None:
-    weights = {"unet": {f"mid_block.{i}": np.array([0.5, 0.25, 0.25]) for i in range(60)}}
-    axes = gate_heat_map(weights, NAMES).axes[0]
-    assert not axes.texts
-    assert axes.get_xlabel() == "gates in execution order"
+@pytest.mark.parametrize("ground", ["paper", "glass"])
+def test_a_drawn_heat_map_has_a_cell_of_the_right_colour_for_each_weight(ground: str) -> None:
+    """Names, values and all: wide columns for few gates, narrow ones for many."""
+    for count in (2, 48, 160):
+        weights = {"unet": {f"mid_block.{i}": np.array([0.5, 0.25, 0.0]) for i in range(count)}}
+        shown = heat_map(weights, NAMES)
+        drawn = gate_heat_map(weights, NAMES, **({} if ground == "paper" else {"paper": (0, 0, 0, 0)}))
+        assert drawn.mode == ("RGB" if ground == "paper" else "RGBA")
+        pixels = np.asarray(drawn)[..., :3]
+        found = [(pixels == shown.colour(weight)).all(-1).sum() for weight in (0.5, 0.25, 0.0)]
+        assert min(found) > 0.5 * 28 * max(4, min(32, 34 * 48 // count - 2)) * count
+        assert drawn.width < 2200
 
 
 @pytest.mark.parametrize(
@@ -79,7 +90,7 @@ def test_heat_map_with_many_gates_drops_names_and_values() -> None:
     [
         ({}, "no gate weights"),
         ({"unet": {}}, "no gate weights"),
-        ({"unet": {"g": np.array([0.5, 0.5])}}, r"weights\['unet'\]\['g'\]: shape \(2,\); need \(3,\)"),
+        ({"unet": {"g": np.array([0.5, 0.5])}}, r"weights\['unet'\]\['g'\]: 2 for 3 experts"),
     ],
 )
 def test_heat_map_refuses(weights: dict[str, dict[str, np.ndarray]], message: str) -> None:
@@ -88,7 +99,7 @@ def test_heat_map_refuses(weights: dict[str, dict[str, np.ndarray]], message: st
 
 
 def test_figures_can_be_written(tmp_path) -> None:
-    gate_heat_map({"unet": {"a": np.array([0.2, 0.3, 0.5])}}, NAMES).savefig(tmp_path / "map.png")
+    gate_heat_map({"unet": {"a": np.array([0.2, 0.3, 0.5])}}, NAMES).save(tmp_path / "map.png")
     entropy_curve([0, 50], [1.09, 0.4], 3).savefig(tmp_path / "curve.png")
     for name in ("map.png", "curve.png"):
         with Image.open(tmp_path / name) as picture:

@@ -1,14 +1,14 @@
-"""Heat map of gate weights as SVG: hosts have no plotting library in common."""
+"""Drawings of the panel as SVG: cells of the heat map tell their gate and weight under the pointer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from mole_diffusion.core.heat_map import HeatMap, Panel, heat_map
+
 CELL, HEIGHT, LEFT = 14, 22, 130
-_TITLES = {"unet": "UNet", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
-# Colour stops from 0 to the largest weight (red, green, blue); readable on dark and light pages.
-_STOPS = ((34, 38, 70), (45, 105, 140), (60, 160, 130), (160, 205, 80), (250, 230, 60))
+_TITLES = {"unet": "UNet", "text_encoder_2": "second text encoder"}
 
 
 def gate_map(weights: Mapping[str, Mapping[str, Sequence[float]]], experts: Sequence[str]) -> str:
@@ -20,29 +20,29 @@ def gate_map(weights: Mapping[str, Mapping[str, Sequence[float]]], experts: Sequ
     Returns:
         HTML; a sentence if there is nothing to draw.
     """
-    panels = [_panel(part, gates, experts) for part, gates in weights.items() if gates]
-    if not panels:
+    if not any(weights.values()):
         return "<p class='mole-note'>No gate weights yet: draw a picture with MoLE on.</p>"
-    return f"<div class='mole-heatmap'>{''.join(panels)}</div>"
+    shown = heat_map(weights, experts, _TITLES)
+    return f"<div class='mole-heatmap'>{''.join(_panel(shown, panel) for panel in shown.panels)}</div>"
 
 
-def _panel(part: str, gates: Mapping[str, Sequence[float]], experts: Sequence[str]) -> str:
-    top = max(max(row) for row in gates.values()) or 1.0
+def _panel(shown: HeatMap, panel: Panel) -> str:
     # Wide enough for the title.
-    width, height = max(LEFT + CELL * len(gates) + 70, LEFT + 380), HEIGHT * (len(experts) + 1)
+    right = LEFT + CELL * len(panel.gates)
+    width, height = max(right + 70, LEFT + 380), HEIGHT * (len(shown.experts) + 1)
     cells = []
-    for row, name in enumerate(experts):
-        y = HEIGHT * (row + 1)
-        mean = sum(values[row] for values in gates.values()) / len(gates)
+    for number, (name, row) in enumerate(zip(shown.experts, panel.rows, strict=True), 1):
+        y = HEIGHT * number
         cells.append(_text(LEFT - 6, y + 15, _shortened(name), "end"))
-        cells.append(_text(LEFT + CELL * len(gates) + 6, y + 15, f"{mean:.2f}", "start"))
-        for column, (gate, values) in enumerate(gates.items()):
-            title = escape(f"{name} in {gate}: {values[row]:.3f}")
+        cells.append(_text(right + 6, y + 15, f"{sum(row) / len(row):.2f}", "start"))
+        for column, (gate, value) in enumerate(zip(panel.gates, row, strict=True)):
+            title = escape(f"{name} in {gate}: {value:.3f}")
+            colour = "".join(f"{part:02x}" for part in shown.colour(value))
             cells.append(
                 f"<rect x='{LEFT + CELL * column}' y='{y + 1}' width='{CELL - 1}' height='{HEIGHT - 2}' "
-                f"fill='{_colour(values[row] / top)}'><title>{title}</title></rect>"
+                f"fill='#{colour}'><title>{title}</title></rect>"
             )
-    title = f"{_TITLES.get(part, part)}: {len(gates)} gates in running order, brightest = {top:.2f}"
+    title = f"{panel.title}; brightest = {shown.top:.2f}"
     cells.append(_text(LEFT, 15, title, "start"))
     return (
         f"<svg viewBox='0 0 {width} {height}' width='{width}' height='{height}' role='img' "
@@ -94,11 +94,3 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
 
 def _shortened(name: str) -> str:
     return name if len(name) <= 17 else f"{name[:15]}…"
-
-
-def _colour(share: float) -> str:
-    position = min(max(share, 0.0), 1.0) * (len(_STOPS) - 1)
-    index = min(int(position), len(_STOPS) - 2)
-    rest = position - index
-    mixed = (round(a + (b - a) * rest) for a, b in zip(_STOPS[index], _STOPS[index + 1], strict=True))
-    return "#" + "".join(f"{value:02x}" for value in mixed)

@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from mole_diffusion.core.heat_map import short_group_name
 from mole_diffusion.evaluation.schema import Heading
 from mole_diffusion.evaluation.statistics import Estimate
-from mole_diffusion.training.charts import MAX_COLUMNS_WITH_NAMES, short_group_name
+from mole_diffusion.training.heat_map import MAX_COLUMNS_WITH_NAMES
 
 #: Colours that stay apart for most colour-blind people (Okabe and Ito 2008).
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F", "#F0E442")

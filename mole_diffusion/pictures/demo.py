@@ -32,7 +32,8 @@ from mole_diffusion.starter.location import (
     default_experts,
     starter_experts,
 )
-from mole_diffusion.training.charts import entropy_curve, gate_heat_map
+from mole_diffusion.training.charts import entropy_curve
+from mole_diffusion.training.heat_map import gate_heat_map
 
 __all__ = ["DemoOptions", "DemoResult", "region_strips", "run_demo"]
 
@@ -117,7 +118,7 @@ def run_demo(options: DemoOptions, say: Say = print) -> DemoResult:
     }
     write_picture(picture_grid(rows, title=prompt), files["picture grid"])
     heat_map = gate_heat_map(weights, list(chosen), title="Mean gate weights after training")
-    heat_map.savefig(files["gate heat map"], dpi=120)
+    write_picture(heat_map, files["gate heat map"])
     _entropy_figure(history, len(chosen)).savefig(files["entropy curve"], dpi=120)
     pipe.save_gates(files["gates"])
     return DemoResult(files, rows, _next_steps(chosen, prompt, files["gates"]))

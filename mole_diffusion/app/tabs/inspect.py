@@ -18,12 +18,12 @@ from mole_diffusion.app.studio import Studio
 from mole_diffusion.core.inspection import FileDescription, describe_file
 from mole_diffusion.core.records import GateWeights, in_order
 from mole_diffusion.pictures.files import open_picture
-from mole_diffusion.training.charts import gate_heat_map
+from mole_diffusion.training.heat_map import gate_heat_map
 
 _PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 _NETWORKS = {"UNet": "unet", "Text encoder": "text_encoder", "Second text encoder": "text_encoder_2"}
 #: Readable on light and on dark ground.
-_INK = "#8a8379"
+_INK, _GREY = "#8a8379", (138, 131, 121)
 _EMPTY = markup.html(
     '<div class="empty-view"><p><b>What did the gates do?</b></p><p>Draw a picture with gates in Compose: its'
     " weights appear here, expert by expert and gate by gate.</p></div>"
@@ -49,7 +49,14 @@ class InspectTab:
                     )
                 self.empty = gr.HTML(_EMPTY)
                 self.maps = gr.HTML(elem_id="expert-maps")
-                self.heat = gr.Plot(label="Gate weights: experts × gates", elem_id="heat", visible=False)
+                self.heat = gr.Image(
+                    label="Gate weights: experts × gates",
+                    elem_id="heat",
+                    visible=False,
+                    format="png",
+                    type="pil",
+                    interactive=False,
+                )
                 self.steps = gr.HTML(elem_id="over-steps")
             with gr.Column(scale=5, min_width=320):
                 self.known = gr.Dropdown([], label="An expert of your library", elem_id="known-file")
@@ -108,11 +115,12 @@ def _weights(session: Session, network: str, step: Any) -> list[Any]:
     n_steps = max((row.step for row in found if row.step is not None), default=-1) + 1
     at = min(int(step or 0), n_steps)
     shown = found if at == 0 else found.where(step=at - 1)
-    figure = gate_heat_map(in_order(shown.means(), names), names)
+    # Without a ground of its own, in a grey that can be read on light and on dark.
+    heat = gate_heat_map(in_order(shown.means(), names), names, ink=_GREY, paper=(*_GREY, 0))
     return [
         gr.update(visible=False),
         _maps(session),
-        gr.update(value=_on_any_ground(figure), visible=True),
+        gr.update(value=heat, visible=True),
         _over_steps(session, found, names, n_steps),
         gr.update(maximum=max(n_steps, 1), value=at, interactive=n_steps > 0),
         gr.update(choices=choices, value=network if network in choices else choices[0]),
@@ -143,25 +151,6 @@ def _over_steps(session: Session, rows: GateWeights, names: Sequence[str], n_ste
     }
     drawn = charts.curves("Mean weight at each step", series, n_steps, bottom=0.0)
     return markup.html('<div class="charts">{}</div>', drawn)
-
-
-def _on_any_ground(figure: Any) -> Any:
-    """The figure without a ground of its own, in a grey that can be read on light and on dark."""
-    figure.set_facecolor("none")
-    for axes in figure.axes:
-        axes.set_facecolor("none")
-        axes.tick_params(colors=_INK)
-        axes.xaxis.label.set_color(_INK)
-        axes.yaxis.label.set_color(_INK)
-        axes.title.set_color(_INK)
-        for text in (axes.get_title("left"), axes.get_title()):
-            if text:
-                axes.set_title(
-                    text, loc="left" if text == axes.get_title("left") else "center", color=_INK, fontsize=10
-                )
-        for spine in axes.spines.values():
-            spine.set_color(_INK)
-    return figure
 
 
 def description_html(description: FileDescription) -> Markup:

@@ -21,7 +21,7 @@ from mole_diffusion.evaluation.schema import Row
 from mole_diffusion.evaluation.table import ALL, Table
 from mole_diffusion.pictures.files import open_picture
 from mole_diffusion.pictures.grid import GridRow, picture_grid
-from mole_diffusion.training.charts import gate_heat_map
+from mole_diffusion.training.heat_map import gate_heat_map
 
 _HISTORY = "history.jsonl"
 #: Side of a picture in the grids, in pixels.
@@ -159,7 +159,10 @@ def _weight_figures(protocol: Protocol, out: Path) -> Iterable[Path]:
                 continue
             record = read_record(path)
             title = f"{chosen.label}, {method.name}"
-            tables = {network: entry.by_gate for network, entry in record.items()}
+            tables = {
+                network: {gate: own.tolist() for gate, own in entry.by_gate.items()}
+                for network, entry in record.items()
+            }
             experts = next(iter(record.values())).experts
             yield _save(gate_heat_map(tables, experts, title=title), path.with_suffix(".png"))
             unet = record.get("unet")

@@ -33,7 +33,7 @@ from mole_diffusion.starter.text.tasks import EXPERTS
 from mole_diffusion.text import MoLEForSeq2SeqLM, TextTrainingConfig
 from mole_diffusion.text.merging import Merged, alone, lorahub, mix_factors, pems, searched, tuned
 from mole_diffusion.text.phatgoose import ExpertKeys, KeyConfig, phatgoose, train_keys
-from mole_diffusion.training.charts import gate_heat_map
+from mole_diffusion.training.heat_map import gate_heat_map
 
 TEXTS = Schema(
     items="answers",
@@ -167,7 +167,7 @@ class Texts:
             figure = gate_heat_map(tables, names, title=f"{batch.place}, {batch.maker}")
             path = self._out / "gate-weights" / f"{batch.place}-{batch.maker}.png"
             path.parent.mkdir(exist_ok=True)
-            figure.savefig(path, dpi=100)
+            figure.save(path)
         made = []
         for row, example, answer in zip(rows, task.test, answers, strict=True):
             if is_wanted(row):
