@@ -18,11 +18,13 @@ from torch import Tensor
 
 from . import functional
 from .attention import AttentionMaps
-from .context import ForwardContext, GateValue, RegionMasks
+from .context import ForwardContext
 from .errors import ConfigError
 from .networks.base import CONTEXT, EMBEDDING, TOKENS, Forward
+from .regions import RegionMasks
 from .rules import number
 from .torch_state import is_compiling, on_device
+from .values import GateValue
 from .words import TokenPhrases, places_of
 
 # A row of a denoiser's text is a known one up to rounding.

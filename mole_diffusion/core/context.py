@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -14,61 +13,10 @@ from . import functional
 from .errors import InjectionError, RegionMaskError
 from .networks.base import Forward
 from .ranks import Layouts
+from .regions import RegionMasks
 from .routing import Route
 from .torch_state import in_backward, is_compiling, on_device
-
-
-class RegionMasks:
-    """Region masks of a picture, resized to any token grid on demand.
-
-    Args:
-        masks: expert index -> (H, W) in 0..1, validated.
-        experts: N. Experts without a mask are allowed everywhere.
-        active: indices of active experts; the others get 0.
-    """
-
-    def __init__(self, masks: Mapping[int, Tensor], experts: int, active: tuple[int, ...]) -> None:
-        self._masks = dict(masks)
-        self._experts = experts
-        self._active = active
-        self._grids: dict[tuple[int, int, torch.device], Tensor] = {}
-
-    def check_aspect(self, latent_size: tuple[int, int]) -> None:
-        """Raise RegionMaskError if a mask is not of the latent's proportions."""
-        height, width = latent_size
-        for mask in self._masks.values():
-            rows, columns = mask.shape
-            if rows * width != columns * height:
-                raise RegionMaskError(
-                    f"A region mask of {rows} x {columns} (height x width) does not have the proportions of "
-                    f"the latent, {height} x {width}; draw it at the picture's size."
-                )
-
-    def on_grid(self, height: int, width: int, device: torch.device) -> Tensor:
-        """(height * width, N) masks of a token grid."""
-        if is_compiling():  # blocks that find what others left here would not be like these
-            return self._laid(height, width, device)
-        key = (height, width, device)
-        if key not in self._grids:
-            with torch.inference_mode(False):
-                self._grids[key] = self._laid(height, width, device)
-        return self._grids[key]
-
-    def _laid(self, height: int, width: int, device: torch.device) -> Tensor:
-        columns = [self._column(index, height, width) for index in range(self._experts)]
-        return torch.stack(columns, dim=-1).to(device)
-
-    def everywhere(self, tokens: int, device: torch.device) -> Tensor:
-        """(tokens, N) masks of tokens that are nowhere in the picture: all active experts are allowed."""
-        allowed = functional.active_mask(self._active, self._experts, device).float()
-        return allowed.expand(tokens, -1)
-
-    def _column(self, index: int, height: int, width: int) -> Tensor:
-        if index not in self._active:
-            return torch.zeros(height * width)
-        if index not in self._masks:
-            return torch.ones(height * width)
-        return functional.resize_mask(self._masks[index], (height, width)).flatten()
+from .values import Expanded, GateValue, Voice
 
 
 class TokenShares(Protocol):
@@ -126,87 +74,6 @@ class Activation:
             None if value is None else value.to(device) for value in (self.scales, self.fixed, self.mask)
         )
         return replace(self, scales=scales, fixed=fixed, mask=mask)
-
-
-#: Rank weights, and the matrix (slot) they were computed at, by layout of the matrix, data type and, where it
-#: matters, number of tokens.
-Expanded = dict[tuple[tuple[int, torch.device], torch.dtype, int], tuple[Tensor, object]]
-
-
-@dataclass(eq=False)
-class GateValue:
-    """What a gate said in the current forward.
-
-    Attributes:
-        rows: (B * T, N) gate weights before strength, scales and regions, one row per token of the batch
-            where T is L; or (1, N) for all of them.
-        batch: B.
-        strength: scalar as trained, or (B * T, 1) where the gates set it token by token; None where it does
-            not apply (fixed weights, one expert alone).
-        in_backward: whether a recomputation inside a backward pass computed it.
-        real: (B, T, 1) how much each token counts in means, where there is padding; else None.
-        expanded: rank weights.
-        joint: the same for a sequence with the text tokens too, and their gate's value.
-    """
-
-    rows: Tensor
-    batch: int
-    strength: Tensor | None
-    in_backward: bool
-    real: Tensor | None = None
-    expanded: Expanded = field(default_factory=dict)
-    joint: tuple[GateValue, Expanded] | None = None
-
-    @property
-    def tokens(self) -> int:
-        """T."""
-        return max(self.rows.shape[0] // self.batch, 1)
-
-    @property
-    def weights(self) -> Tensor:
-        """(B, T, N)."""
-        if self.rows.shape[0] == 1:
-            return self.rows.unsqueeze(0).expand(self.batch, 1, -1)
-        return self.rows.view(self.batch, -1, self.rows.shape[-1])
-
-    def mean(self) -> Tensor:
-        """(B, N) weights, mean over the tokens that are no padding."""
-        if self.real is None or self.tokens == 1:
-            return self.weights.mean(1)
-        return functional.mean_tokens(self.weights, self.real).squeeze(1)
-
-    def pooled(self) -> GateValue:
-        """The same with the mean weights over the tokens."""
-        strength = self.strength
-        if strength is not None and strength.dim() > 0:
-            strength = strength.view(self.batch, -1, 1)
-            strength = functional.mean_tokens(strength, self.real if strength.shape[1] > 1 else None)
-            strength = strength.view(self.batch, 1)
-        return GateValue(self.mean(), self.batch, strength, self.in_backward)
-
-    def expanded_with(self, text: GateValue) -> Expanded:
-        """As `expanded`, of the sequence with text tokens; empty again when their gate says something new."""
-        if self.joint is None or self.joint[0] is not text:
-            self.joint = text, {}
-        return self.joint[1]
-
-
-@dataclass(eq=False)
-class Voice:
-    """Where what one gate says is kept until the next forward.
-
-    Each gate has its own: blocks that are compiled one by one and are alike share one graph if they look up
-    nothing by name.
-
-    Attributes:
-        label: name under which it is recorded.
-        value: what it said last; None before it is asked.
-        live: the same, of the forward itself and not of a recomputation.
-    """
-
-    label: str
-    value: GateValue | None = None
-    live: GateValue | None = None
 
 
 class _Graph:

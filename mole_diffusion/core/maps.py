@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from . import functional
-from .context import ForwardContext, GateValue
-from .gates import Group
+from .context import ForwardContext
+from .groups import Group
 from .networks.base import JOINT, TOKENS
+from .values import GateValue
 
 
 @torch.no_grad()

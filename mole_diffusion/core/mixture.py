@@ -14,8 +14,9 @@ from torch.utils.hooks import RemovableHandle
 from . import functional
 from .attention import AttentionMaps
 from .auto import Auto, PictureShares, TextShares
+from .block_hook import BlockHook
 from .config import MoLEConfig
-from .context import Activation, ForwardContext, RegionMasks, TokenShares
+from .context import Activation, ForwardContext, TokenShares
 from .dora import BaseWeight, looks, own_weight
 from .errors import (
     AllExpertsMaskedError,
@@ -27,13 +28,14 @@ from .errors import (
 )
 from .experts import Expert
 from .fitting import build_slots, fingerprint
-from .gates import build_groups
-from .hooks import BlockHook, MatrixHook, NetworkHook
+from .groups import build_groups
+from .hooks import MatrixHook, NetworkHook
 from .maps import mean_map
 from .matrices import build_bundles
 from .modules import Arrangement, base_layer, network_device, unwrapped
 from .networks import map_network
 from .networks.base import DENOISER, Architecture, NetworkMap, Role, Site
+from .regions import RegionMasks
 from .routing import Route
 from .scaling import check_scale
 from .torch_state import is_compiling

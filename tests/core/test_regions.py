@@ -8,7 +8,7 @@ from tiny.networks import LDMUNet, lora_state, make_experts, make_unet, randomis
 from torch import nn
 
 from mole_diffusion import MoLEConfig, RegionMaskError, inject
-from mole_diffusion.core.context import RegionMasks
+from mole_diffusion.core.regions import RegionMasks
 
 from .test_invariants import assert_close, differs
 
