@@ -13,6 +13,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
+from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 from typer.testing import CliRunner, Result
@@ -152,6 +153,37 @@ def test_ctrl_c_while_libraries_are_read_ends_it_like_any(name: str, wrapped: bo
     assert result.returncode == 1, result.stderr
     assert "Traceback" not in result.stderr
     assert "Stopped." in result.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "generate A --out OUT/a.png",
+        "train-gates A --out OUT/gates",
+        "train-expert PICTURES A --out OUT/a.safetensors",
+        "baseline ties -e boot -e cat --out OUT/ties",
+        "export OUT/a.safetensors A",
+        "evaluate starter --out OUT/run",
+        "evaluate text-table3 --out OUT/run",
+        "demo --out OUT/demo",
+        "app --out OUT/app",
+        "text train-expert EXAMPLES --out OUT/expert",
+        "text train-gates EXAMPLES --out OUT/gates",
+        "text baseline lorahub EXAMPLES --out OUT/found",
+    ],
+)
+def test_a_place_that_cannot_be_written_is_said_at_once_and_in_one_line(command: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "pictures" / "a.png")
+    (tmp_path / "examples.jsonl").write_text(json.dumps({"input": "a", "output": "b"}) + "\n")
+    places = {"OUT": "file", "PICTURES": "pictures", "EXAMPLES": "examples.jsonl"}
+    for name, place in places.items():
+        command = command.replace(name, str(tmp_path / place))
+    result = run(*command.split())
+    assert result.exit_code == 1, result.output
+    assert "cannot be written" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
 
 
 def test_a_thread_that_computes_does_not_change_how_it_ends() -> None:

@@ -78,7 +78,7 @@ def read(values: Any) -> list[dict[str, Any]]:
             {
                 "name": str(tile["name"]),
                 "on": bool(tile["on"]),
-                "strength": float(tile.get("strength") or 1.0),
+                "strength": float(tile.get("strength", 1.0)),
             }
             for tile in values
         ]

@@ -10,6 +10,7 @@ import typer
 
 from mole_diffusion.commands.common import JsonOption, console, errors, say, split_names
 from mole_diffusion.commands.diagnosis import need_extra
+from mole_diffusion.core.files import check_writable
 
 
 def evaluate(
@@ -64,7 +65,7 @@ def evaluate(
         )
     whole = load_protocol(protocol)
     wanted = whole.restricted(split_names(sets, "--sets"), split_names(methods, "--methods"), seeds)
-    folder = out or Path("outputs") / "evaluation" / Path(protocol).stem
+    folder = _writable(out, protocol)
     where = None if device is None else torch.device(pick_device(device))
     try:
         if report:
@@ -77,6 +78,17 @@ def evaluate(
         errors.print("Stopped. The same command goes on where it was.")
         raise typer.Exit(1) from None
     _show(folder, table, as_json)
+
+
+def _writable(out: Path | None, protocol: str) -> Path:
+    """The folder of a run.
+
+    Raises:
+        WriteError: nothing can be written there.
+    """
+    folder = out or Path("outputs") / "evaluation" / Path(protocol).stem
+    check_writable(folder)
+    return folder
 
 
 def is_of_texts(protocol: str) -> bool:
@@ -106,7 +118,7 @@ def _texts(
     if rescore:
         raise typer.BadParameter("goes with pictures alone", param_hint="--rescore")
     wanted = load_text_protocol(protocol).restricted(*names, seeds)
-    folder = out or Path("outputs") / "evaluation" / Path(protocol).stem
+    folder = _writable(out, protocol)
     where = torch.device(pick_device(device or "auto"))
     try:
         if report:

@@ -23,6 +23,7 @@ from mole_diffusion.commands.common import (
 )
 from mole_diffusion.commands.train_gates import parse_settings
 from mole_diffusion.core.errors import ConfigError, TrainingError
+from mole_diffusion.core.files import check_writable
 
 if TYPE_CHECKING:
     from mole_diffusion.text import MoLEForSeq2SeqLM
@@ -183,6 +184,7 @@ def train_expert(
 
     values = {"iterations": iterations, "batch_size": batch, "rank": rank, "seed": seed}
     config = _config(TextExpertConfig, {**values, **parse_settings(settings)})
+    check_writable(out)
     opened = open_model(model, None, None, device)
     work = out.with_name(f"{out.name}.training")
     result = _going_on(
@@ -237,6 +239,7 @@ def train_gates(
     values = {"iterations": iterations, "batch_size": batch, "patience": patience, "seed": seed}
     config = _config(TextTrainingConfig, {**values, **parse_settings(settings)})
     form = MoLEConfig.from_dict(parse_settings(gates_form)) if gates_form else None
+    check_writable(out)
     opened = open_model(model, experts, None, device)
     opened.need_experts("train-gates")
     if form is not None:

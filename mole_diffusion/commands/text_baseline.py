@@ -18,6 +18,7 @@ from mole_diffusion.commands.text import (
     open_model,
     text,
 )
+from mole_diffusion.core.files import check_writable, replacing
 
 __all__ = ["text"]
 
@@ -50,13 +51,14 @@ def baseline(
     if method not in _METHODS:
         raise typer.BadParameter(f"{method!r} is none of {', '.join(_METHODS)}", param_hint="METHOD")
     pairs = pairs_of(examples)
+    check_writable(out)
     opened = open_model(model, experts, None, device)
     opened.need_experts("baseline")
     searches: dict[str, Any] = {"budget": budget, "seed": seed} if method in ("lorahub", "searched") else {}
     given = () if method == "pems" else (opened.tokenizer, pairs)
     found = getattr(merging, method)(opened, *given, **searches)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "weights.json").write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
+    with replacing(out / "weights.json") as temporary:
+        temporary.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
     if found.expert is not None:
         found.save(out, model)
     if as_json:

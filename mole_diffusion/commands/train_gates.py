@@ -110,6 +110,7 @@ def train_gates(
     given = {"objective": objective.value, "iterations": iterations, "batch": batch, "seed": seed}
     shown = {"preview_every": preview_every, "checkpoint_every": checkpoint_every}
     config = TrainingConfig.from_dict({**given, **shown, **parse_settings(settings)})
+    check_writable(out)
     say(f"Loading {model} ...")
     pipe = open_pipeline(model, choices, None, device, training=True)
     known = known_concepts(pipe.experts, texts, references, model)
@@ -138,7 +139,6 @@ def _train(
     from mole_diffusion.training.state import PREPARATION_FILE, STATE_FILE
 
     done = 0
-    check_writable(out)
 
     def count(event: TrainingEvent) -> None:
         nonlocal done

@@ -26,6 +26,11 @@ UNNAMED = """() => [...document.querySelectorAll('input, textarea, select, butto
   .map((e) => e.outerHTML.slice(0, 160))"""
 
 
+# Names of experts that do not fit their tiles.
+CUT = """() => [...document.querySelectorAll('#library .tile-name, #train-experts .tile-name')]
+  .filter((e) => e.offsetParent !== null && e.scrollWidth > e.clientWidth).map((e) => e.innerText)"""
+
+
 def draw(visitor: Any, steps: int = 3) -> None:
     """Draw with few steps and wait for the picture."""
     page = visitor.page
@@ -311,6 +316,7 @@ def test_every_tab_fits_and_every_control_has_a_name(visit: Any, width: int, dar
         )
         assert wide <= 0, f"{name} is {wide} pixels too wide"
         assert page.evaluate(UNNAMED) == [], name
+        assert page.evaluate(CUT) == [], name
     ground = page.evaluate("() => getComputedStyle(document.body).backgroundColor")
     channels = [int(part) for part in ground[ground.index("(") + 1 : -1].split(",")[:3]]
     assert (sum(channels) < 150) == dark

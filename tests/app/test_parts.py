@@ -209,6 +209,7 @@ def test_a_session_knows_its_experts(tmp_path: Path) -> None:
     ]
     with pytest.raises(ConfigError, match="strength of 'boot' is 9"):
         tiles.read([{"name": "boot", "on": True, "strength": 9}])
+    assert tiles.read([{"name": "boot", "on": True, "strength": 0}])[0]["strength"] == 0.0
     session.close()
     assert not (tmp_path / "s").exists()
 

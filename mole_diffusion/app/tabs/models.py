@@ -99,7 +99,7 @@ class ModelsTab:
                 label="Pictures of one subject (png, jpg, webp)",
                 file_count="multiple",
                 file_types=list(PICTURE_SUFFIXES),
-                height=130,
+                height=150,
                 elem_id="teach-pictures",
             )
             with gr.Row():
@@ -115,7 +115,7 @@ class ModelsTab:
         self.gates = gr.File(
             label="Load trained gates (safetensors)",
             file_types=[".safetensors"],
-            height=120,
+            height=150,
             elem_id="gates-upload",
         )
         self.said = gr.HTML(elem_id="library-said")
