@@ -1,4 +1,4 @@
-"""Anima in the core: order of matrices, regions, what runs beside the transformer."""
+"""Anima in the core: regions, what runs beside the transformer."""
 
 from __future__ import annotations
 
@@ -6,29 +6,10 @@ import pytest
 import torch
 from tiny.networks import make_experts, randomise, run
 from tiny.transformers import make_anima
-from torch import nn
 
 from mole_diffusion import Expert, MoLEConfig, inject
-from mole_diffusion.core.bases import base_of_networks
-from mole_diffusion.core.networks import map_network
 
 from .test_invariants import assert_close, differs
-
-
-def test_matrices_run_in_the_order_of_the_table() -> None:
-    network = make_anima()
-    layout = map_network(network)
-    ran: list[str] = []
-    for site in layout.sites:
-        network.get_submodule(site.path).register_forward_hook(lambda *_, path=site.path: ran.append(path))
-    run(network)
-    assert ran == [site.path for site in layout.sites]
-    assert {site.name for site in layout.sites} == {
-        name for name, module in network.named_modules() if isinstance(module, nn.Linear)
-    }
-    base = base_of_networks({"transformer": network})
-    assert base is not None
-    assert base.family == "Anima"
 
 
 @pytest.mark.parametrize("pooling", ["mean", "token"])

@@ -1,4 +1,4 @@
-"""Qwen-Image in the core: order of matrices, texts of several lengths, pictures that are shown."""
+"""Qwen-Image in the core: texts of several lengths, pictures that are shown."""
 
 from __future__ import annotations
 
@@ -6,34 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny.networks import make_experts, randomise, run
+from tiny.networks import make_experts, randomise
 from tiny.transformers import make_qwen_image, qwen_image_inputs
-from torch import nn
 
 from mole_diffusion import Expert, MoLEConfig, RegionMaskError, inject
-from mole_diffusion.core.bases import base_of_expert, base_of_networks
-from mole_diffusion.core.networks import map_network
+from mole_diffusion.core.bases import base_of_expert
 
 from .test_invariants import FORMS, assert_close, differs, form_id
-from .test_robustness import gradients
 
 forms = pytest.mark.parametrize("form", [form for form in FORMS if form.pooling != "flatten"], ids=form_id)
-
-
-def test_matrices_run_in_the_order_of_the_table() -> None:
-    network = make_qwen_image()
-    layout = map_network(network)
-    ran: list[str] = []
-    for site in layout.sites:
-        network.get_submodule(site.path).register_forward_hook(lambda *_, path=site.path: ran.append(path))
-    run(network)
-    assert ran == [site.path for site in layout.sites]
-    assert {site.name for site in layout.sites} == {
-        name for name, module in network.named_modules() if isinstance(module, nn.Linear)
-    }
-    base = base_of_networks({"transformer": network})
-    assert base is not None
-    assert base.family == "Qwen-Image"
 
 
 def test_a_file_of_attention_alone_is_told_by_its_blocks() -> None:
@@ -92,20 +73,3 @@ def test_tokens_of_shown_pictures_have_gates_and_no_regions(pooling: str) -> Non
         sizes = [[(1, 4, 4), (1, 2, 3)], [(1, 2, 8), (1, 2, 3)]]
         with pytest.raises(RegionMaskError, match="need the latent's size"):
             network(**{**told, "img_shapes": sizes})
-
-
-# With smaller gates some of the last block's have no way to the picture, and no gradient.
-@pytest.mark.parametrize(
-    "form",
-    [form for form in FORMS if form.pooling != "flatten" and form.granularity in ("block", "network")],
-    ids=form_id,
-)
-def test_gradient_checkpointing(form: MoLEConfig) -> None:
-    network = make_qwen_image().requires_grad_(False)
-    mixture = inject(network, make_experts(3, network), form)
-    randomise(mixture)
-    expected = gradients(network, mixture)
-    network.train().enable_gradient_checkpointing()
-    for found, wanted in zip(gradients(network, mixture), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-6)
-    assert any(gradient.abs().max() > 0 for gradient in expected)

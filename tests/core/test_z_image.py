@@ -6,16 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny.networks import make_experts, randomise, run
+from tiny.networks import make_experts, randomise
 from tiny.transformers import make_z_image, z_image_inputs
 from torch import nn
 
 from mole_diffusion import Expert, InjectionError, MoLEConfig, inject
-from mole_diffusion.core.bases import base_of_expert, base_of_networks
-from mole_diffusion.core.networks import find_network, map_network
+from mole_diffusion.core.bases import base_of_expert
+from mole_diffusion.core.networks import find_network
 
 from .test_invariants import FORMS, assert_close, differs, form_id
-from .test_robustness import gradients
 
 forms = pytest.mark.parametrize("form", [form for form in FORMS if form.pooling != "flatten"], ids=form_id)
 
@@ -23,22 +22,6 @@ forms = pytest.mark.parametrize("form", [form for form in FORMS if form.pooling 
 def drawn(network: nn.Module, told: dict[str, Any]) -> torch.Tensor:
     with torch.no_grad():
         return torch.stack(network(**told).sample)
-
-
-def test_matrices_run_in_the_order_of_the_table() -> None:
-    network = make_z_image()
-    layout = map_network(network)
-    ran: list[str] = []
-    for site in layout.sites:
-        network.get_submodule(site.path).register_forward_hook(lambda *_, path=site.path: ran.append(path))
-    run(network)
-    assert ran == [site.path for site in layout.sites]
-    assert {site.name for site in layout.sites} == {
-        name for name, module in network.named_modules() if isinstance(module, nn.Linear)
-    }
-    base = base_of_networks({"transformer": network})
-    assert base is not None
-    assert base.family == "Z-Image"
 
 
 def test_lumina_2_is_not_taken_for_it() -> None:
@@ -93,18 +76,6 @@ def test_regions_end_where_the_padding_of_the_picture_begins(pooling: str) -> No
         assert torch.all(grid[:, :, :2][..., owners == 1] == 0)
         assert torch.all(grid[:, :, 2:][..., owners == 0] == 0)
         assert torch.all(weights[:, 16:] > 0)
-
-
-@forms
-def test_gradient_checkpointing(form: MoLEConfig) -> None:
-    network = make_z_image().requires_grad_(False)
-    mixture = inject(network, make_experts(3, network), form)
-    randomise(mixture)
-    expected = gradients(network, mixture)
-    network.train().enable_gradient_checkpointing()
-    for found, wanted in zip(gradients(network, mixture), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-6)
-    assert any(gradient.abs().max() > 0 for gradient in expected)
 
 
 def test_places_that_cannot_be_told_are_refused() -> None:
