@@ -1,9 +1,9 @@
 """Gates without training: words go to their experts by the prompt, image tokens by attention to those words.
 
 Each expert has the tokens of its phrases to itself, in the text encoders and in the keys and values of
-cross-attention. While the picture's layout forms, the denoiser's own cross-attention tells which image tokens
-look at whose words; from then on they belong to that expert. Experts of the whole picture (styles) have every
-token, beside the others.
+cross-attention; the text encoders' other tokens are shared by all. While the picture's layout forms, the
+denoiser's own cross-attention tells which image tokens look at whose words; from then on they belong to that
+expert. Experts of the whole picture (styles) have every token, beside the others.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ class TextShares:
         self._rows.meet(places)
         weights = places.to(ids.device)
         counting, everywhere = self._rows.counting(ids.device), self._rows.everywhere(ids.device)
-        weights = _with_everywhere(weights * counting, everywhere)
+        weights = _with_everywhere(shared_rest(weights * counting), everywhere)
         self._value = GateValue(weights.flatten(0, 1), len(weights), None, in_backward=False)
 
     def value(self, context: ForwardContext, stream: str, tokens: int) -> GateValue:
@@ -325,7 +325,8 @@ class PictureShares:
             seen = self._words.amax(1)[named][..., None, None]
             own = shared_places(seen, self._auto.settings, inside=1.0)
         elif self._sum is None or reading:
-            return
+            # The layout forms, and it forms as the experts have it: without them some subjects never come.
+            own = self._words.amax(1)[named][..., None, None]
         else:
             own = shared_places(self._sum, self._auto.settings)
         if not len(own):
@@ -337,7 +338,7 @@ class PictureShares:
         self._order = torch.tensor(order, device=own.device)
 
     def _picture(self, height: int, width: int) -> Tensor:
-        """(B, H * W, N) weights of the experts that the texts name; 0 while their places are looked for."""
+        """(B, H * W, N) weights of the experts that the texts name; all in full while they are looked for."""
         if self._own is None or self._order is None:
             return self._words.new_zeros(len(self._words), height * width, self._words.shape[-1])
         own = F.interpolate(self._own, size=(height, width), mode="bilinear", align_corners=False)
@@ -360,6 +361,22 @@ def _order(named: Sequence[bool], count: int) -> list[int]:
         return list(range(count)) if count == batch else [0 if count == 1 else count] * batch
     theirs, others = iter(range(count)), iter(range(count))
     return [next(theirs) if own else next(others) if batch == 2 * count else count for own in named]
+
+
+def shared_rest(weights: Tensor) -> Tensor:
+    """Give tokens of no phrase to all experts that the text names, in equal parts.
+
+    The end of a text is among them, in which the whole of it is summed up: with no expert there, some
+    subjects stay the base's own.
+
+    Args:
+        weights: (B, L, N) of the tokens of texts.
+    Returns:
+        (B, L, N).
+    """
+    named = (weights > 0).any(1, keepdim=True).to(weights)
+    free = (weights == 0).all(-1, keepdim=True)
+    return weights + free * named / named.sum(-1, keepdim=True).clamp_min(1)
 
 
 def shared_places(maps: Tensor, settings: AutoSettings, inside: float | None = None) -> Tensor:

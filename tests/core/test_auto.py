@@ -13,7 +13,7 @@ from tiny.networks import LATENT, TEXT, WIDTH, make_experts, make_unet
 from torch import Tensor
 
 from mole_diffusion.core.attention import AttentionMaps
-from mole_diffusion.core.auto import Auto, AutoSettings, _order, shared_places
+from mole_diffusion.core.auto import Auto, AutoSettings, _order, shared_places, shared_rest
 from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.mixture import Mixture, inject
@@ -140,19 +140,19 @@ def test_words_have_their_expert_alone_while_places_are_looked_for() -> None:
         ours = unet(latent, time, text).sample
     mixture.eject()
 
-    # The oracle: keys and values of cross-attention, and nothing else, with one delta per word.
+    # The oracle: one delta per word in keys and values of cross-attention, all of them everywhere else.
     def add(slot: Any) -> Any:
         def hook(_: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
             output = output.clone()
             for index, factors in slot.factors.items():
-                word = args[0][:, index + 1]
-                output[:, index + 1] += factors.scaling * (word @ factors.down.T) @ factors.up.T
+                own = slice(index + 1, index + 2) if slot.stream == "context" else slice(None)
+                output[:, own] += factors.scaling * (args[0][:, own] @ factors.down.T) @ factors.up.T
             return output
 
         return slot.module.register_forward_hook(hook)
 
-    slots = [slot for group in mixture.groups for slot in group.slots if slot.stream == "context"]
-    assert slots
+    slots = [slot for group in mixture.groups for slot in group.slots]
+    assert {slot.stream for slot in slots} == {"context", "tokens"}
     handles = [add(slot) for slot in slots]
     with torch.no_grad():
         expected = unet(latent, time, text).sample
@@ -171,7 +171,7 @@ def test_experts_get_their_places_once_they_are_known() -> None:
     with torch.no_grad():
         unet(latent, 900, text)
         weights = mixture.live_weights()
-        assert not any(value.any() for name, value in weights.items() if not name.endswith(".context"))
+        assert all((value == 1).all() for name, value in weights.items() if not name.endswith(".context"))
         unet(latent, 400, text)
     weights = mixture.live_weights()
     tokens = [value for name, value in weights.items() if not name.endswith(".context")]
@@ -179,6 +179,16 @@ def test_experts_get_their_places_once_they_are_known() -> None:
     words = [value for name, value in weights.items() if name.endswith(".context")]
     for value in words:
         torch.testing.assert_close(value, torch.full_like(value, 1.0 / text.shape[1]))
+
+
+def test_tokens_of_no_phrase_are_of_all_experts_that_the_text_names() -> None:
+    text = torch.zeros(2, 6, 3)
+    text[0, 1, 0] = text[0, 3, 2] = 1.0
+    shared = shared_rest(text)
+    rest = torch.tensor([0.5, 0.0, 0.5])
+    assert torch.equal(shared[0, [0, 2, 4, 5]], rest.expand(4, 3))
+    assert torch.equal(shared[0, [1, 3]], text[0, [1, 3]])
+    assert not shared[1].any()  # a negative prompt names nobody
 
 
 def test_an_expert_of_the_whole_picture_has_every_token() -> None:
