@@ -93,6 +93,7 @@ def test_train_cancel_go_on_inspect_and_export(tab: Any) -> None:
     assert "both" in tab._library.experts()
 
 
+@pytest.mark.slow  # tests/training/test_training_xl.py trains the same, in this process
 def test_sdxl_is_trained_in_the_tab(
     xl_components: dict[str, Any], xl_lora_files: dict[str, Path], tab: Any, tmp_path: Path
 ) -> None:

@@ -94,6 +94,7 @@ def test_a_width_that_is_not_that_of_the_heads_is_refused() -> None:
         Shape(50, 16, 24, 2, 6, 2, 2)
 
 
+@pytest.mark.slow  # compiles for half a minute what only the build of the starter runs
 def test_a_compiled_step_is_the_plain_one() -> None:
     pytest.importorskip("torch._inductor")
     ids, targets = torch.randint(3, 50, (4, 12)), torch.randint(3, 50, (4, 7))

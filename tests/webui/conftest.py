@@ -26,6 +26,11 @@ sys.path.insert(0, str(FAKE))
 
 
 @dataclasses.dataclass
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """One process for this host, with one of it, where the tests run in several."""
+    item.add_marker(pytest.mark.xdist_group("webui"))
+
+
 class World:
     """A running fake host with the extension.
 
