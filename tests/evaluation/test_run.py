@@ -114,7 +114,14 @@ def test_figures_and_costs_are_written(finished: tuple[Protocol, Path]) -> None:
         assert sheet.width > 6 * 160
         assert sheet.height > len(protocol.methods) * 160
     for name in (
-        *("bars.png", "entropy.png", "expert-weights.png", "grids/boot+cat.png", "grids/cat+clock.png"),
+        *(
+            "random.png",
+            "bars.png",
+            "entropy.png",
+            "expert-weights.png",
+            "grids/boot+cat.png",
+            "grids/cat+clock.png",
+        ),
         *("gate_weights/boot+cat/few.png", "gate_weights/boot+cat/few-steps.png"),
         *("masks/boot+cat-few.png", "masks/cat+clock-few.png"),
     ):

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -26,12 +27,14 @@ from mole_diffusion.training.heat_map import gate_heat_map
 _HISTORY = "history.jsonl"
 #: Side of a picture in the grids, in pixels.
 _CELL = 160
+#: Pictures of each method on the sheet of random ones.
+_RANDOM = 10
 
 
 def write_figures(protocol: Protocol, out: Path, rows: Sequence[Row], table: Table) -> list[Path]:
     """Write every figure there is something for; returns the files."""
     kept = [row for row in rows if row.get("picture") and (out / row["picture"]).is_file()]
-    written = [*_grids(protocol, out, kept), *_sheet(protocol, out, kept)]
+    written = [*_grids(protocol, out, kept), *_sheet(protocol, out, kept), *_random(protocol, out, kept)]
     if ALL in table:
         written.append(_save(measure_bars(table[ALL], PICTURES.headings), out / "bars.png"))
     return [*written, *_training_figures(protocol, out), *_weight_figures(protocol, out)]
@@ -62,6 +65,20 @@ def _sheet(protocol: Protocol, out: Path, rows: Sequence[Row]) -> Iterable[Path]
     grid = _method_rows(protocol, out, rows, columns, captions)
     if grid:
         yield _save(picture_grid(grid, title=protocol.title, cell=_CELL), out / "grid.png")
+
+
+def _random(protocol: Protocol, out: Path, rows: Sequence[Row]) -> Iterable[Path]:
+    """`random.png`: as `grid.png`, of pictures that nobody chose, out of those that every method drew."""
+    drawn: dict[str, set[tuple[str, int, int]]] = {}
+    for row in rows:
+        drawn.setdefault(row["method"], set()).add((row["set"], row["prompt"], row["seed"]))
+    common = sorted(set.intersection(*drawn.values())) if drawn else []
+    cells = sorted(Random(0).sample(common, min(_RANDOM, len(common))))
+    sets = {chosen.label: chosen for chosen in protocol.sets}
+    columns = [(sets[label], prompt, seed) for label, prompt, seed in cells]
+    grid = _method_rows(protocol, out, rows, columns, [label for label, _, _ in cells])
+    if grid:
+        yield _save(picture_grid(grid, title="Chosen at random", cell=_CELL), out / "random.png")
 
 
 def _method_rows(
