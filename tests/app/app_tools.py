@@ -144,7 +144,7 @@ class Visitor:
     def close(self) -> None:
         """Leave; nothing may have gone wrong."""
         self._context.close()
-        assert not self.problems
+        assert not self.problems, self.problems
 
     def _console(self, message: Any) -> None:
         if message.type == "error":
