@@ -43,7 +43,7 @@ def base_of_expert(expert: Expert) -> Base:
         if architecture is None:
             continue
         inputs = {name: pair.matrices[0].shape[1] for name, pair in factors.items()}
-        base = _family(architecture, slot, inputs)
+        base = architecture.family(slot, inputs)
         if base is not None:
             told.setdefault(architecture.role == DENOISER, base)
     base = told.get(True, Base(None, None))
@@ -163,15 +163,12 @@ def _architecture(expert: Expert, slot: str) -> Architecture | None:
 
 
 def _base(layout: NetworkMap, inputs: Mapping[str, int]) -> Base:
-    return _family(layout.architecture, layout.part, inputs) or Base(None, None)
-
-
-def _family(architecture: Architecture, slot: str, inputs: Mapping[str, int]) -> Base | None:
     """As `Architecture.family`; where nothing tells, a kind of denoiser of one family alone does."""
-    base = architecture.family(slot, inputs)
-    if base is None and architecture.role == DENOISER and len(architecture.families) == 1:
-        return Base(architecture.families[0], None)
-    return base
+    kind = layout.architecture
+    base = kind.family(layout.part, inputs)
+    if base is None and kind.role == DENOISER and len(kind.families) == 1:
+        return Base(kind.families[0], None)
+    return base or Base(None, None)
 
 
 def _shape(factors: LoraFactors) -> tuple[int, int]:

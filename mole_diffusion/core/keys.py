@@ -160,8 +160,12 @@ def _votes(
                 unclear[name] = one
             inputs = known.setdefault(name, {})
             inputs.update((place.matrix, sizes.get(module, (0, 0))[1]) for place in one.places)
+    # What tells a base of no names at all, being the only one of its kind, tells nothing by these.
     telling = {
-        name for name, one in unclear.items() if one.architecture.family(one.slot, known[name]) is not None
+        name
+        for name, one in unclear.items()
+        if one.architecture.family(one.slot, known[name]) is not None
+        and one.architecture.family(one.slot, {}) is None
     }
     return {name: (count, name in telling) for name, count in counts.items()}
 
