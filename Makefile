@@ -39,13 +39,13 @@ demo: $(STAMP)
 app: $(STAMP)
 	$(VENV)/bin/mole app $(ARGS)
 
-# Two processes of one thread each, which do not get in each other's way: first the hosts, each in one of them,
-# for their tests share servers and a browser; then all else. With ARGS it is one plain run of pytest.
+# Browsers and servers have the machine to themselves; all else runs on two processes of one thread each, which
+# do not get in each other's way. With ARGS it is one plain run of pytest.
 test: $(STAMP)
 ifdef ARGS
 	$(PY) -m pytest $(ARGS)
 else
-	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadgroup $(HOSTS)
+	$(PY) -m pytest $(HOSTS)
 	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist worksteal $(HOSTS:%=--ignore=%)
 endif
 

@@ -12,11 +12,6 @@ from machine import browser
 from mole_diffusion.app.studio import Studio
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """One process for this host, with one of it, where the tests run in several."""
-    item.add_marker(pytest.mark.xdist_group("app"))
-
-
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The app with the starter; every test has a browser, and so a session, of its own."""

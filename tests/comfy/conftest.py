@@ -19,11 +19,6 @@ collect_ignore = ["inside"]
 INSIDE = Path(__file__).parent / "inside"
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """One process for this host, with one of it, where the tests run in several."""
-    item.add_marker(pytest.mark.xdist_group("comfy"))
-
-
 @pytest.fixture(scope="session")
 def comfyui() -> ComfyInstallation:
     """ComfyUI in an environment of its own."""

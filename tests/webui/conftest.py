@@ -25,11 +25,6 @@ EXPERTS = ("dog", "cat", "animals/fox")
 sys.path.insert(0, str(FAKE))
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """One process for this host, with one of it, where the tests run in several."""
-    item.add_marker(pytest.mark.xdist_group("webui"))
-
-
 @dataclasses.dataclass
 class World:
     """A running fake host with the extension.
