@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,7 @@ def _tabs(studio: Studio) -> list[tuple[str, Any]]:
 
 @contextmanager
 def serving(options: AppOptions) -> Iterator[tuple[str, str | None]]:
-    """Serve the app inside the `with` block; inside `own_folder`, for what need not stay.
+    """Serve the app inside the `with` block, the last thing a process does; inside `own_folder`.
 
     Args:
         options: how.
@@ -139,7 +139,9 @@ def serving(options: AppOptions) -> Iterator[tuple[str, str | None]]:
     """
     check_writable(options.outputs)
     hosts = Hosts(options.host, options.hosts)
-    with closing(_studio(options)) as studio:
+    with ExitStack() as stack:
+        studio = _studio(options)
+        stack.callback(studio.close, ending=True)
         demo = build(studio)
         try:
             _, local, public = demo.launch(**_launch_options(options, hosts))

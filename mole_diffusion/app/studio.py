@@ -166,9 +166,16 @@ class Studio:
             )
         return source
 
-    def close(self) -> None:
-        """Stop all work; what was made stays."""
+    def close(self, *, ending: bool = False) -> None:
+        """Stop all work; what was made stays.
+
+        Args:
+            ending: whether the process ends with it. Else a model that is still being opened is waited for:
+                meanwhile the libraries build networks without weights, in every thread of the process.
+        """
         self.worker.close()
+        if not ending:
+            self.opening.wait()
         for session in self._sessions.values():
             session.rest()
 

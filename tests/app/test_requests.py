@@ -258,6 +258,13 @@ def test_the_end_waits_for_nothing_that_leaves_nothing_half_done() -> None:
     go.set()
 
 
+def test_a_closed_studio_opens_no_model_any_more(tmp_path: Path) -> None:
+    """Libraries build networks without weights while they open one, and in every thread."""
+    made = Studio(tmp_path, device="cpu")
+    made.close()
+    assert made.opening.state in ("done", "cancelled")
+
+
 def test_a_closed_queue_takes_nothing() -> None:
     worker = Worker(2)
     worker.close()
