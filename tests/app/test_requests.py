@@ -261,6 +261,8 @@ def test_the_end_waits_for_nothing_that_leaves_nothing_half_done() -> None:
 def test_a_closed_studio_opens_no_model_any_more(tmp_path: Path) -> None:
     """Libraries build networks without weights while they open one, and in every thread."""
     made = Studio(tmp_path, device="cpu")
+    while made.opening.state == "waiting":
+        time.sleep(0.01)
     made.close()
     assert made.opening.state in ("done", "cancelled")
 
