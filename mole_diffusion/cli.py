@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from mole_diffusion.app import WORKER_THREAD
+
 if TYPE_CHECKING:
     from mole_diffusion.commands.together import app
 
 __all__ = ["app", "main"]
-
-#: Name of threads that may still compute at the end, see `mole_diffusion.app.jobs`.
-_WORKER = "mole-worker"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -32,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # One more while Python ends would end it by the signal, with another exit code and a traceback.
     with suppress(ValueError):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if any(thread.name == _WORKER for thread in threading.enumerate()):
+    if any(thread.name == WORKER_THREAD for thread in threading.enumerate()):
         # Python would end a thread in the middle of torch's code, which takes that for a crash.
         sys.stdout.flush()
         sys.stderr.flush()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mole_diffusion.app import WORKER_THREAD
 from mole_diffusion.core.errors import MoLEError
 
 logger = logging.getLogger(__name__)
@@ -244,7 +245,7 @@ class Worker:
         self._turn = 0
         self._turns: dict[Hashable, int] = {}
         self._speeds: dict[Hashable, float] = {}
-        self._thread = threading.Thread(target=self._loop, name="mole-worker", daemon=True)
+        self._thread = threading.Thread(target=self._loop, name=WORKER_THREAD, daemon=True)
         self._thread.start()
 
     def submit(self, job: Job) -> Job:
