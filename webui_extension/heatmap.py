@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import TYPE_CHECKING
 
-from mole_diffusion.core.heat_map import HeatMap, Panel, heat_map
+if TYPE_CHECKING:
+    from mole_diffusion.core.heat_map import HeatMap, Panel
 
 CELL, HEIGHT, LEFT = 14, 22, 130
 _TITLES = {"unet": "UNet", "text_encoder_2": "second text encoder"}
@@ -22,6 +24,9 @@ def gate_map(weights: Mapping[str, Mapping[str, Sequence[float]]], experts: Sequ
     """
     if not any(weights.values()):
         return "<p class='mole-note'>No gate weights yet: draw a picture with MoLE on.</p>"
+    # Here, not above: panels are built before the host has loaded torch, which comes with the package.
+    from mole_diffusion.core.heat_map import heat_map
+
     shown = heat_map(weights, experts, _TITLES)
     return f"<div class='mole-heatmap'>{''.join(_panel(shown, panel) for panel in shown.panels)}</div>"
 

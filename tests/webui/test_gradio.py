@@ -17,9 +17,9 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="module", params=["3.41.2", "4.40.0"])
 def seen(request: pytest.FixtureRequest) -> dict[str, Any]:
     python = gradio_environment(request.param)
-    result = subprocess.run(
-        [str(python), str(HERE / "drive_gradio.py")], capture_output=True, text=True, timeout=300, check=False
-    )
+    # Isolated: a PYTHONPATH of the caller would show it packages that the hosts do not have.
+    command = [str(python), "-I", str(HERE / "drive_gradio.py")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr[-4000:]
     found = json.loads(result.stdout.strip().splitlines()[-1])
     assert found["gradio"] == request.param
