@@ -37,11 +37,11 @@ def oracle_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def run_inside(
     comfyui: ComfyInstallation, oracle_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., None]:
-    """Runs a test file of `inside/` in ComfyUI's environment and fails with its output."""
+) -> Callable[..., str]:
+    """Runs test files of `inside/` in ComfyUI's environment and returns what they print; fails if they do."""
     base = tmp_path_factory.mktemp("comfy_base")
 
-    def run(name: str, **variables: str) -> None:
+    def run(*arguments: str, fails: bool = True, **variables: str) -> str:
         environment = {
             **comfyui.environment(),
             "MOLE_COMFY_SOURCE": str(comfyui.source),
@@ -49,16 +49,18 @@ def run_inside(
             "MOLE_COMFY_ORACLE": str(oracle_folder),
             **variables,
         }
-        command = [str(comfyui.python), "-m", "pytest", "-c", "pytest.ini", name]
+        command = [str(comfyui.python), "-m", "pytest", "-c", "pytest.ini", *arguments]
         result = subprocess.run(command, cwd=INSIDE, env=environment, capture_output=True, text=True)
-        if result.returncode:
-            pytest.fail(f"{result.stdout[-8000:]}\n{result.stderr[-2000:]}", pytrace=False)
+        printed = f"{result.stdout[-8000:]}\n{result.stderr[-2000:]}"
+        if result.returncode and fails:
+            pytest.fail(printed, pytrace=False)
+        return printed
 
     return run
 
 
 @pytest.fixture(scope="session")
-def sd15_folder(run_inside: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def sd15_folder(run_inside: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A random checkpoint, ControlNet and LoRAs of Stable Diffusion 1.5's shape, compared with diffusers."""
     folder = tmp_path_factory.mktemp("sd15")
     write_sd15(folder)
