@@ -19,7 +19,7 @@ def test_there_are_files_to_run() -> None:
 def results(
     request: pytest.FixtureRequest, run_inside: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, list[ElementTree.Element]], str]:
-    """The cases of each chosen file, and what was printed: one process, for importing ComfyUI takes longest."""
+    """The cases of each chosen file, and what was printed: one process, since importing takes longest."""
     names = [item.callspec.params["name"] for item in request.session.items if "results" in item.fixturenames]
     report = tmp_path_factory.mktemp("inside") / "report.xml"
     printed = run_inside(*names, "--junitxml", str(report), fails=False)

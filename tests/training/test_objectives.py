@@ -229,6 +229,27 @@ def test_the_pool_is_made_anew_bit_by_bit(pipe: Any, concepts: list[Concept], ti
     assert changed == [True, True, False, False, False, False]
 
 
+def test_a_short_training_makes_the_collages_it_learns_from_and_a_longer_one_adds_the_rest(
+    pipe: Any, concepts: list[Concept], tiny: Tiny
+) -> None:
+    def trainer(iterations: int) -> GateTrainer:
+        settings = {"pool_size": 6, "collage_batch": 2, "redraw_every": 9, "iterations": iterations}
+        return GateTrainer(pipe, PROMPT, concepts, tiny(**settings))
+
+    short = trainer(2).objective
+    short.prepare()
+    state = short.state_dict()
+    kept = state["task"]["latents"].clone()
+    assert len(kept) == 4
+    longer = trainer(400).objective
+    longer.load_state_dict(state)
+    list(longer.losses(2))
+    pool = longer.task.state_dict()
+    assert len(pool["latents"]) == len(pool["inside"]) == len(pool["captions"]) == 6
+    assert torch.equal(pool["latents"][:4], kept)
+    assert pool["latents"][4:].abs().sum(dim=(1, 2, 3)).all()
+
+
 @pytest.mark.parametrize("layout", ["scene", "strips"])
 def test_collages_follow_the_order_of_the_prompt(
     pipe: Any, concepts: list[Concept], tiny: Tiny, layout: str

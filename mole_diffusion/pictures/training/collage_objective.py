@@ -30,12 +30,16 @@ class CollageObjective:
         bench: The shared workbench.
         pictures: Pictures of the concepts.
         settings: How collages are made.
+        iterations: Of the training; a short one has no use for a whole pool.
     """
 
-    def __init__(self, bench: Workbench, pictures: ConceptPictures, settings: Collage) -> None:
+    def __init__(
+        self, bench: Workbench, pictures: ConceptPictures, settings: Collage, iterations: int
+    ) -> None:
         self._bench = bench
         self._settings = settings
         self._pictures = pictures
+        self._size = min(settings.pool_size, settings.batch * iterations)
         self._latents = torch.zeros(0)
         self._inside = torch.zeros(0)
         self._captions: list[str] = []
@@ -43,23 +47,23 @@ class CollageObjective:
 
     def prepare(self) -> None:
         """Make the first pool. The pictures must be prepared."""
-        settings = self._settings
-        size = settings.batch
         channels, height, width = self._bench.denoiser.latent_shape
-        self._latents = torch.zeros(settings.pool_size, channels, height, width)
-        self._inside = torch.zeros(settings.pool_size, 1, height, width)
-        self._captions = [""] * settings.pool_size
-        for first in range(0, settings.pool_size, size):
-            self._renew(range(first, min(first + size, settings.pool_size)))
+        self._latents, self._inside = (
+            torch.zeros(0, channels, height, width),
+            torch.zeros(0, 1, height, width),
+        )
+        self._captions, self._next = [], 0
+        self._fill()
 
     def losses(self, iteration: int) -> Losses:
         """The denoising loss of a batch from the pool."""
         bench, settings = self._bench, self._settings
+        self._fill()  # the checkpoint may be of a shorter training
         if iteration and iteration % settings.redraw_every == 0:
-            entries = [(self._next + i) % settings.pool_size for i in range(settings.batch)]
-            self._next = (self._next + settings.batch) % settings.pool_size
+            entries = [(self._next + i) % self._size for i in range(settings.batch)]
+            self._next = (self._next + settings.batch) % self._size
             self._renew(entries)
-        chosen = torch.randperm(settings.pool_size, generator=bench.draws.tensors)[: settings.batch]
+        chosen = torch.randperm(self._size, generator=bench.draws.tensors)[: settings.batch]
         batch = NoisyBatch.draw(bench.denoiser, self._latents[chosen], bench.draws.tensors)
         inside = self._inside[chosen].to(bench.device)
         captions = [self._captions[i] for i in chosen.tolist()]
@@ -119,8 +123,18 @@ class CollageObjective:
         boxes = self._settings.boxes
         return boxes if boxes is not None and len(boxes) == count else collage.scene_boxes(count)
 
-    def _renew(self, entries: Any) -> None:
-        entries = list(entries)
+    def _fill(self) -> None:
+        """Add what is missing in the pool."""
+        while (first := len(self._captions)) < self._size:
+            entries = range(first, min(first + self._settings.batch, self._size))
+            self._latents, self._inside = (
+                torch.cat([pool, pool.new_zeros(len(entries), *pool.shape[1:])])
+                for pool in (self._latents, self._inside)
+            )
+            self._captions += [""] * len(entries)
+            self._renew(list(entries))
+
+    def _renew(self, entries: list[int]) -> None:
         prompts = [self._bench.draws.choices.randrange(len(self._pictures.prompts)) for _ in entries]
         collages, captions = zip(*(self.make_collage(prompt) for prompt in prompts), strict=True)
         latents = self._bench.encode_pictures(torch.stack([made.pixels for made in collages]))

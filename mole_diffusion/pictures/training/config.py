@@ -116,7 +116,7 @@ class Collage:
         seam: Width of the soft seams as a share of the picture.
         box_jitter: Largest random shift and change of size of a box, as a share of the picture.
         outside_weight: Weight of the denoising loss outside the objects of a scene (1 inside).
-        pool_size: Collages kept ready as latents.
+        pool_size: Collages kept ready as latents; no more than all iterations take.
         redraw_every: Iterations after which `batch` collages of the pool are made anew.
         empty_prompts: Share of collages that are captioned with the empty prompt.
         prior_weight: Weight of the distance to the prediction of the base alone outside the objects.

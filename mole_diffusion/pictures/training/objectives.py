@@ -102,18 +102,18 @@ class PictureObjective:
         self.bench.counter.load_state_dict(state["passes"])
 
     def _task(self, settings: Collage | Clip | ClipWalk | Both) -> Objective:
-        bench, pictures = self.bench, self.pictures
+        bench, pictures, iterations = self.bench, self.pictures, self._config.iterations
         if isinstance(settings, Collage):
-            return CollageObjective(bench, pictures, settings)
+            return CollageObjective(bench, pictures, settings, iterations)
         assert self._guide is not None
         if isinstance(settings, ClipWalk):
             return ClipWalkObjective(bench, pictures, settings, self._guide)
         if isinstance(settings, Clip):
             return ClipObjective(bench, pictures, settings, self._guide)
         return BothObjectives(
-            CollageObjective(bench, pictures, settings.collage),
+            CollageObjective(bench, pictures, settings.collage, iterations),
             ClipObjective(bench, pictures, settings.clip, self._guide),
-            first_iteration=settings.start * self._config.iterations,
+            first_iteration=settings.start * iterations,
             weight=settings.weight,
         )
 
