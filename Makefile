@@ -20,7 +20,7 @@ LOCK := $(UV) pip compile --quiet --universal --python-version 3.10 --no-annotat
 
 HOSTS := tests/app tests/comfy tests/webui
 
-.PHONY: demo app test test-slow test-newest test-lowest lock soak gpu-kit lint types format clean help
+.PHONY: demo app test test-app test-hosts test-slow test-newest test-lowest lock soak gpu-kit lint types format clean help
 
 help:
 	@echo "make demo    the demo: one picture grid in demo/ (a few minutes)"
@@ -39,15 +39,22 @@ demo: $(STAMP)
 app: $(STAMP)
 	$(VENV)/bin/mole app $(ARGS)
 
-# Browsers and servers have the machine to themselves; all else runs on two processes of one thread each, which
-# do not get in each other's way. With ARGS it is one plain run of pytest.
+# Always two processes of one thread each, which do not get in each other's way: first the hosts, whose tests
+# share servers and a browser, then all else. With ARGS it is one plain run of pytest.
+test: export OMP_NUM_THREADS := 1
 test: $(STAMP)
 ifdef ARGS
 	$(PY) -m pytest $(ARGS)
 else
-	$(PY) -m pytest $(HOSTS)
-	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist worksteal $(HOSTS:%=--ignore=%)
+	$(MAKE) --jobs 2 --output-sync test-app test-hosts
+	$(PY) -m pytest --numprocesses 2 --dist worksteal $(HOSTS:%=--ignore=%)
 endif
+
+test-app: $(STAMP)
+	$(PY) -m pytest tests/app
+
+test-hosts: $(STAMP)
+	$(PY) -m pytest tests/comfy tests/webui
 
 test-slow: $(STAMP)
 	$(PY) -m pytest -m slow $(ARGS)
