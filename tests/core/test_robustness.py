@@ -111,7 +111,11 @@ def test_checkpointing_two_forwards_where_it_cannot_work_says_so(unet: nn.Module
         torch.testing.assert_close(parameter.grad, 2 * gradient, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("form", [FORMS[2], FORMS[6], FORMS[7]], ids=form_id)
+@pytest.mark.parametrize(
+    "form",
+    [FORMS[2], *(pytest.param(form, marks=pytest.mark.slow) for form in (FORMS[6], FORMS[7]))],
+    ids=form_id,
+)
 def test_a_compiled_text_encoder_gives_the_same_output(form: MoLEConfig, clip: nn.Module) -> None:
     mixture = inject(clip, make_experts(2, clip), form)
     randomise(mixture)

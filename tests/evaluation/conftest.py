@@ -54,7 +54,7 @@ def protocol_values(world: Path) -> Callable[..., dict[str, Any]]:
                 {"name": "few", "base": "gates"},
             ],
             "masks": ["few"],
-            "cost_rounds": 1,
+            "cost_rounds": 0,
             "training": {
                 "iterations": 2,
                 "collage_batch": 1,
