@@ -20,7 +20,7 @@ LOCK := $(UV) pip compile --quiet --universal --python-version 3.10 --no-annotat
 
 HOSTS := tests/app tests/comfy tests/webui
 
-.PHONY: demo app test test-app test-hosts test-slow test-newest test-lowest lock soak gpu-kit lint types format clean help
+.PHONY: demo app test test-gradio test-comfy test-slow test-newest test-lowest lock soak gpu-kit lint types format clean help
 
 help:
 	@echo "make demo    the demo: one picture grid in demo/ (a few minutes)"
@@ -46,15 +46,15 @@ test: $(STAMP)
 ifdef ARGS
 	$(PY) -m pytest $(ARGS)
 else
-	$(MAKE) --jobs 2 --output-sync test-app test-hosts
+	$(MAKE) --jobs 2 --output-sync test-gradio test-comfy
 	$(PY) -m pytest --numprocesses 2 --dist worksteal $(HOSTS:%=--ignore=%)
 endif
 
-test-app: $(STAMP)
-	$(PY) -m pytest tests/app
+test-gradio: $(STAMP)
+	$(PY) -m pytest tests/app tests/webui
 
-test-hosts: $(STAMP)
-	$(PY) -m pytest tests/comfy tests/webui
+test-comfy: $(STAMP)
+	$(PY) -m pytest tests/comfy
 
 test-slow: $(STAMP)
 	$(PY) -m pytest -m slow $(ARGS)
