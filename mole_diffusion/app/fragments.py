@@ -10,6 +10,7 @@ from mole_diffusion.app import markup
 from mole_diffusion.app.metadata import PictureSettings
 from mole_diffusion.app.session import Session
 from mole_diffusion.app.setup import STARTER
+from mole_diffusion.methods import METHODS
 
 #: Pictures that the gallery shows at once.
 SHOWN = 64
@@ -30,8 +31,8 @@ def notice(session: Session) -> Markup:
     if session.gates() is not None or len(session.chosen) == 1:
         return markup.NOTHING
     text = (
-        "These experts have no trained gates yet, so each counts equally."
-        " <b>Train</b> teaches the gates who acts where."
+        "These experts have no trained gates yet: words and places find them by the prompt (auto)."
+        " <b>Train</b> makes gates that know who acts where, in minutes."
     )
     return markup.notice(markup.html(text))
 
@@ -83,4 +84,5 @@ def _mixture(settings: PictureSettings) -> str:
     """What mixed the experts, and where there were no gates how to get some."""
     if settings.mixture == "auto":
         return "auto: by the prompt, no training; Train makes gates for these experts in minutes"
-    return f"{settings.mixture}{f' ({settings.gates} gates)' if settings.gates else ''}"
+    label = METHODS[settings.mixture].label if settings.mixture in METHODS else settings.mixture
+    return f"{label}{f' ({settings.gates})' if settings.gates else ''}"

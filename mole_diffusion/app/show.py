@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, TypeVar, cast
@@ -76,6 +76,14 @@ def warned() -> Iterator[None]:
         yield
     except (MoLEError, FileNotFoundError) as error:
         gr.Warning(plain(error))
+
+
+def news(found: Sequence[Any], held: Sequence[Any]) -> list[Any]:
+    """Values for components, without those that the page holds already.
+
+    Sent again, they would undo what the user has changed in the meantime.
+    """
+    return [gr.skip() if new == old else new for new, old in zip(found, held, strict=True)]
 
 
 def plain(error: BaseException) -> Markup:

@@ -27,7 +27,9 @@ class Method:
 
 
 _ALL = (
-    Method("gates", "MoLE", True, "Mixture of LoRA Experts: gates trained for the prompts (Wu et al. 2024)."),
+    Method(
+        "gates", "gates", True, "Mixture of LoRA Experts: gates trained for the prompts (Wu et al. 2024)."
+    ),
     Method(
         "auto",
         "auto",

@@ -386,6 +386,7 @@ def test_examples_in_the_repository_are_complete() -> None:
     assert sorted(path.stem for path in EXAMPLES.glob("*.json")) == sorted(WORKFLOWS)
 
 
+@pytest.mark.slow
 def test_sd15_shaped_checkpoint_with_core_lora_and_controlnet(server: ComfyServer, sd15_folder: Path) -> None:
     """The fourth example workflow, at 64 pixels and one step, on files with random weights."""
     models = server.base / "models"

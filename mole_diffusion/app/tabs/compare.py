@@ -105,7 +105,7 @@ class CompareTab:
         async for bar in show.watch(self.studio, job):
             yield bar, gr.skip(), gr.skip()
         if job.state == "done":
-            yield show.progress_bar(None), *_results(session, wanted, names, job.result)
+            yield show.progress_bar(None), *_results(session, wanted, job.result)
         show.raise_if_failed(job)
 
     @show.friendly
@@ -175,10 +175,11 @@ def _lists(session: Session, chosen: list[str] | None) -> list[Any]:
 
 
 def _results(
-    session: Session, wanted: ComposeRequest, names: list[str], pictures: list[Picture]
+    session: Session, wanted: ComposeRequest, pictures: list[Picture]
 ) -> tuple[list[tuple[str, str]], Any]:
     """The strip of pictures, and the same as one file."""
-    labels = [METHODS[name].label for name in names]
+    # By what drew them: without trained gates, "gates" is auto.
+    labels = [METHODS[picture.settings.mixture].label for picture in pictures]
     images = [open_picture(picture.path) for picture in pictures]
     path: Path = session.new_path("comparison", ".png")
     row = GridRow(f"seed {wanted.seed}", images, f"{wanted.steps} steps", labels)

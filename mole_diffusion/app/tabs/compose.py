@@ -77,19 +77,19 @@ class ComposeTab(ComposeLayout):
         demo.load(self.rejoin, None, results, **_LIVE)
         self.refreshed = (
             self.refresh,
-            [self.mix],
+            [self.library, self.mix, self.prompt],
             [*shown, self.gallery, self.prompt, *named, self.guidance],
         )
 
     @show.friendly
-    def refresh(self, values: Any, request: gr.Request) -> list[Any]:
+    def refresh(self, library: Any, values: Any, written: str, request: gr.Request) -> list[Any]:
         """What the session has, after work in other tabs: tiles, notices, brush colours, gallery, prompt."""
         session = show.session_of(self.studio, request)
         prompt = str(page.controls(session)["prompt"])
+        there, mix, *rest = self._experts(session, values)
+        there, mix, fresh = show.news([there, mix, prompt], [library, values, written])
         return [
-            *self._experts(session, values),
-            fragments.gallery(session),
-            prompt,
+            *(there, mix, *rest, fragments.gallery(session), fresh),
             *_named(session, prompt, values),
             page.controls(session)["guidance"],
         ]

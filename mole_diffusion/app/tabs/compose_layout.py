@@ -6,16 +6,12 @@ import gradio as gr
 
 from mole_diffusion.app import regions, show, tiles
 from mole_diffusion.app.composing import MAX_COUNT, MAX_SIDE, MAX_STEPS
+from mole_diffusion.methods import METHODS
 from mole_diffusion.pictures.samplers import SAMPLERS
 from mole_diffusion.starter.location import GUIDANCE
 
-MIXTURES = {
-    "Gates": "gates",
-    "Auto (no training)": "auto",
-    "All in full (LA)": "la",
-    "Averaged (NLA)": "nla",
-    "Base model only": "none",
-}
+#: What Compose offers; everything else that mixes experts is in Compare.
+_MIXTURES = ("gates", "auto", "la", "nla", "none")
 FIRST_PROMPT = "a zorin boot, a vekka monster and a kipra clock on the beach"
 _OWN_SAMPLER = "The model's own"
 #: Shown name -> name, of the samplers.
@@ -23,12 +19,13 @@ SAMPLER_CHOICES = [(_OWN_SAMPLER, ""), *((name, name) for name in SAMPLERS)]
 _WORDS = """
 <details class="words"><summary>What do the words mean?</summary><dl class="facts">
 <dt>Expert</dt><dd>one LoRA; its phrase has the trigger word it was trained on</dd>
-<dt>Gates</dt><dd>small networks that decide, place by place and word by word, how much each expert counts;
+<dt>gates</dt><dd>small networks that decide, place by place and word by word, how much each expert counts;
 they are trained for a set of experts and leave the LoRAs as they are</dd>
-<dt>Auto</dt><dd>gates without training: words go to their experts by the prompt, places by what looks at
+<dt>auto</dt><dd>gates without training: words go to their experts by the prompt, places by what looks at
 those words; used until gates are trained for the set</dd>
 <dt>LA</dt><dd>linear arithmetic: all experts added up in full</dd>
 <dt>NLA</dt><dd>the same, each at an equal share (1/N)</dd>
+<dt>base</dt><dd>the model without any expert</dd>
 <dt>Region</dt><dd>where an expert counts; what stands there is still up to prompt and seed</dd>
 <dt>Entropy</dt><dd>how undecided gates are: 0 where one counts alone, highest where all count equally</dd>
 </dl></details>
@@ -117,7 +114,7 @@ class ComposeLayout:
         with gr.Accordion("Settings", open=False, elem_id="settings-box", elem_classes="late"):
             self.negative = gr.Textbox("", label="Negative prompt", lines=1, elem_id="negative")
             self.mixture = gr.Radio(
-                list(MIXTURES.items()),
+                [(METHODS[name].label, name) for name in _MIXTURES],
                 value="gates",
                 label="How experts are mixed",
                 elem_id="mixture",

@@ -182,7 +182,7 @@ def _who(session: Session) -> Markup:
     states = {
         "trained": "trained gates",
         "partly trained": "gates whose training was stopped before its end",
-        "fresh": "fresh gates: every expert counts equally",
+        "fresh": "no trained gates: the file is the experts' plain mean",
     }
     state = states[session.setup().gates_state]
     return markup.notice(markup.html('<div class="legend">{}</div>{}', markup.dots(session.chosen), state))

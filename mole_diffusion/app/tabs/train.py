@@ -168,13 +168,14 @@ class TrainTab:
         self.keep.click(self.save_phrases, [self.concept, self.text, self.class_text], concept, **quick)
         self.upload.upload(self.add_pictures, [self.concept, self.upload], [*concept, self.upload], **quick)
         self.clear.click(self.remove_pictures, self.concept, concept, **quick)
-        self.refreshed = (self.refresh, [self.prompt, self.concept], shown)
-        demo.load(self.refresh, [self.prompt, self.concept], shown, **quick)
+        self.refreshed = (self.refresh, [self.experts, self.prompt, self.concept], shown)
+        demo.load(self.refresh, [self.experts, self.prompt, self.concept], shown, **quick)
 
     @show.friendly
-    def refresh(self, prompt: str, concept: str | None, request: gr.Request) -> list[Any]:
+    def refresh(self, values: Any, prompt: str, concept: str | None, request: gr.Request) -> list[Any]:
         """Experts, a prompt that names them, and the concept shown."""
-        return self._shown(show.session_of(self.studio, request), prompt, concept)
+        experts, carried, *rest = self._shown(show.session_of(self.studio, request), prompt, concept)
+        return [*show.news([experts, carried], [values, prompt]), *rest]
 
     @show.friendly
     def choose(self, values: Any, prompt: str, concept: str | None, request: gr.Request) -> list[Any]:
