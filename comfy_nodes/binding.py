@@ -35,7 +35,7 @@ from .texts import PromptCheck, TextListener, listen, stop_listening
 KEY = "mole"
 #: ComfyUI's name of a text encoder -> ours.
 _TEXT_ENCODERS = {"clip_l": TEXT_ENCODER, "clip_h": TEXT_ENCODER, "clip_g": TEXT_ENCODER_2}
-# Denoiser -> what gate files call it.
+# Denoiser -> what gates files call it.
 _slots: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 #: Network -> the mixture that ran on it last, for which things may be ready on the device.
 _ready: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Mixture]] = weakref.WeakKeyDictionary()
@@ -68,7 +68,7 @@ def text_encoders_of(clip_model: nn.Module) -> dict[str, str]:
 
 
 def _slot(network: nn.Module) -> str:
-    """What gate files call a denoiser: a UNet or a transformer."""
+    """What gates files call a denoiser: a UNet or a transformer."""
     if network not in _slots:
         layout = find_network(network)
         _slots[network] = UNET if layout is None else layout.part

@@ -161,7 +161,7 @@ class LoadGates(io.ComfyNode):  # type: ignore[misc]
                 io.Combo.Input(
                     "gates",
                     options=places.gates_choices(),
-                    tooltip="A gate file. It fits the experts it was trained for and no others.",
+                    tooltip="A gates file. It fits the experts it was trained for and no others.",
                 )
             ],
             outputs=[Gates.Output(display_name="GATES")],

@@ -54,7 +54,7 @@ def expert_file(choice: str) -> Path:
 
 
 def gates_choices() -> list[str]:
-    """Gate files of ComfyUI's folders, and those that come with the starter."""
+    """Gates files of ComfyUI's folders, and those that come with the starter."""
     names: list[str] = folder_paths.get_filename_list(GATES)
     return [*names, *([STARTER_GATES] if _starter_gates().is_file() else [])]
 
@@ -69,7 +69,7 @@ def gates_file(choice: str) -> Path:
         return _starter_gates()
     found = folder_paths.get_full_path(GATES, choice)
     if not found:
-        raise GateMismatchError(f"There is no gate file {choice!r} in models/{GATES} or output/{GATES}.")
+        raise GateMismatchError(f"There is no gates file {choice!r} in models/{GATES} or output/{GATES}.")
     return Path(found)
 
 

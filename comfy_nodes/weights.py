@@ -1,4 +1,4 @@
-"""Mean gate weights in the header of a gate file, as Train Gates writes them."""
+"""Mean gate weights in the header of a gates file, as Train Gates writes them."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ class Panel:
             )
             # Floats: pasting PNG info casts to the type of the default, and turns 0.5 into 500 for an int.
             scale = gr.Slider(
-                label="Scale",
+                label="Strength",
                 minimum=-1.0,
                 maximum=2.0,
                 step=0.05,

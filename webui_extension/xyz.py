@@ -1,4 +1,4 @@
-"""Axes for the X/Y/Z plot: active experts, gates file, scale."""
+"""Axes for the X/Y/Z plot: active experts, gates file, strength."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from .session import Session, add_change
 from .settings import Settings, as_number
 
-ACTIVE, GATES, SCALE = "[MoLE] Active experts", "[MoLE] Gates file", "[MoLE] Scale"
+ACTIVE, GATES, STRENGTH = "[MoLE] Active experts", "[MoLE] Gates file", "[MoLE] Strength"
 
 
 def add_axes(scripts_data: list[Any], session: Session) -> None:
@@ -28,7 +28,7 @@ def _axes(option: Any, session: Session) -> list[Any]:
     return [
         option(ACTIVE, str, _apply_active),
         option(GATES, str, _apply_gates, choices=session.library.gates),
-        option(SCALE, str, _apply_scale),
+        option(STRENGTH, str, _apply_scale),
     ]
 
 

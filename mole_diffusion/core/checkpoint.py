@@ -31,7 +31,7 @@ _STRUCTURE = ("granularity", "gate_input", "pooling", "composition", "gate_funct
 
 @dataclass(frozen=True)
 class GatesHeader:
-    """What a gate file says about itself.
+    """What a gates file says about itself.
 
     Attributes:
         version: format version.
@@ -94,17 +94,17 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
 
 def read_gates_header(path: str | Path) -> GatesHeader:
-    """Read what a gate file says about itself, without its tensors.
+    """Read what a gates file says about itself, without its tensors.
 
     Raises:
-        GateMismatchError: the file is missing, is not a gate file, is damaged, or is of a newer format.
+        GateMismatchError: the file is missing, is not a gates file, is damaged, or is of a newer format.
     """
     try:
         metadata = read_header(Path(path)).metadata
     except (BadFileError, OSError) as error:
-        raise GateMismatchError(f"{str(path)!r} cannot be read as a gate file: {error}.") from error
+        raise GateMismatchError(f"{str(path)!r} cannot be read as a gates file: {error}.") from error
     if metadata.get("format") != FORMAT:
-        raise GateMismatchError(f"{str(path)!r} is not a gate file: its header has no format={FORMAT!r}.")
+        raise GateMismatchError(f"{str(path)!r} is not a gates file: its header has no format={FORMAT!r}.")
     version = metadata.get("format_version", "")
     if version not in map(str, range(1, FORMAT_VERSION + 1)):
         raise GateMismatchError(
@@ -219,7 +219,7 @@ def _fill(path: str | Path, mixtures: Mapping[str, Mixture], orders: Mapping[str
     try:
         tensors = read_safetensors(Path(path)).tensors
     except (BadFileError, OSError) as error:
-        raise GateMismatchError(f"{str(path)!r} cannot be read as a gate file: {error}.") from error
+        raise GateMismatchError(f"{str(path)!r} cannot be read as a gates file: {error}.") from error
     states: list[tuple[torch.nn.Module, dict[str, Tensor]]] = []
     differences: list[str] = []
     for part, mixture in mixtures.items():

@@ -52,7 +52,7 @@ class AllExpertsMaskedError(MoLEError, ValueError):
 
 
 class GateMismatchError(MoLEError, ValueError):
-    """A gate file does not fit the mixture it is loaded into.
+    """A gates file does not fit the mixture it is loaded into.
 
     Args:
         message: one sentence saying what was tried.

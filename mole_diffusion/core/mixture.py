@@ -48,7 +48,7 @@ class Mixture:
     """Experts and gates attached to one network. Made by `inject`.
 
     Attributes:
-        part: what the host calls the network; gate files have it under this name.
+        part: what the host calls the network; gates files have it under this name.
         architecture: what kind of network it is.
         config: the form of the gates.
         network: the network the hooks are on.

@@ -235,7 +235,7 @@ def test_wrong_files_are_refused_and_right_ones_taken(visit: Any, tmp_path: Path
     page.locator("#library-said", has_text="Added: car 2.").wait_for()
     gates = starter_experts()["car"].path
     page.locator("#gates-upload input[type=file]").set_input_files(gates)
-    visitor.message("'car.safetensors' is not a gate file")
+    visitor.message("'car.safetensors' is not a gates file")
     page.click("#remove-lora")
     page.locator("#library-said", has_text="Removed: car 2.").wait_for()
     page.locator("label", has_text="Another Stable Diffusion").click()

@@ -253,7 +253,7 @@ def test_what_users_bring_is_copied_and_checked(studio: Studio, tmp_path: Path) 
     gates = starter_dir() / "experts" / "gates.safetensors"
     assert add_gates(session, gates) == ("boot", "monster", "clock")
     assert session.chosen == ("boot", "monster", "clock")
-    with pytest.raises(GateMismatchError, match="not a gate file"):
+    with pytest.raises(GateMismatchError, match="not a gates file"):
         add_gates(session, card.path)
     with pytest.raises(ExpertLoadError):
         add_file(studio, session, gates)

@@ -1,4 +1,4 @@
-"""Gate files: the same outputs after loading, and refusal of what does not fit."""
+"""Gates files: the same outputs after loading, and refusal of what does not fit."""
 
 from __future__ import annotations
 
@@ -261,10 +261,10 @@ def test_flattened_gates_of_another_resolution(tmp_path: Path, unet: nn.Module) 
 def test_files_that_are_no_gate_files(tmp_path: Path, unet: nn.Module) -> None:
     mixtures = {"unet": inject(unet, make_experts(2, unet), MoLEConfig())}
     path = tmp_path / "gates.safetensors"
-    with pytest.raises(GateMismatchError, match="cannot be read as a gate file"):
+    with pytest.raises(GateMismatchError, match="cannot be read as a gates file"):
         load_gates(path, mixtures)
     save_file({"x": torch.zeros(1)}, path)
-    with pytest.raises(GateMismatchError, match="is not a gate file: its header has no format='mole-gates'"):
+    with pytest.raises(GateMismatchError, match="is not a gates file: its header has no format='mole-gates'"):
         read_gates_header(path)
     save_gates(path, mixtures)
     with safe_open(path, framework="pt") as file:

@@ -145,7 +145,7 @@ def test_generate_says_that_nobody_reads_lora_tags(options, tmp_path, caplog):
         (("-e", "cat=much"), 2, "'much' in 'cat=much' is no number"),
         (("-e", "boott"), 1, "Did you mean 'boot'?"),
         (("-e", "there/is/none.safetensors"), 1, "no expert at"),
-        (("--gates", "none.safetensors"), 1, "cannot be read as a gate file"),
+        (("--gates", "none.safetensors"), 1, "cannot be read as a gates file"),
         (("--device", "toaster"), 1, "device 'toaster' cannot be used"),
     ],
 )

@@ -32,7 +32,7 @@ def test_it_builds_without_torch(seen: dict[str, Any]) -> None:
 
 
 def test_controls_are_those_of_the_settings(seen: dict[str, Any]) -> None:
-    row = ["On", "Expert {}", "Scale", "Region"]
+    row = ["On", "Expert {}", "Strength", "Region"]
     rows = [label.format(i + 1) for i in range(4) for label in row]
     assert seen["labels"] == ["MoLE: several LoRAs in one picture", "Gates", "Record gate weights", *rows]
     # Pasting PNG info casts to the type of the default: an int here would turn 0.5 into 500.

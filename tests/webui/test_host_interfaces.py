@@ -45,7 +45,7 @@ def axes(world: World) -> dict[str, AxisOption]:
         world.host.script_callbacks.call("before_ui")
     assert not world.host.script_callbacks.failures
     labels = [axis.label for axis in plot.axis_options]
-    assert labels == ["Seed", "[MoLE] Active experts", "[MoLE] Gates file", "[MoLE] Scale"]
+    assert labels == ["Seed", "[MoLE] Active experts", "[MoLE] Gates file", "[MoLE] Strength"]
     world.host.scripts.scripts_data.pop(0)
     return {axis.label: axis for axis in plot.axis_options}
 
@@ -69,8 +69,8 @@ def plotted(
         ("[MoLE] Active experts", "all", {}),
         ("[MoLE] Gates file", "pooled", {"gates": "pooled"}),
         ("[MoLE] Gates file", "uniform", {"gates": "uniform"}),
-        ("[MoLE] Scale", "0.5", {"experts": {"dog": 0.5, "cat": 0.5}}),
-        ("[MoLE] Scale", "cat=0.5", {"experts": {"dog": 1.0, "cat": 0.5}}),
+        ("[MoLE] Strength", "0.5", {"experts": {"dog": 0.5, "cat": 0.5}}),
+        ("[MoLE] Strength", "cat=0.5", {"experts": {"dog": 1.0, "cat": 0.5}}),
     ],
 )
 def test_axes_of_the_plot(world: World, axes: dict[str, Any], label: str, value: str, same: Any) -> None:
@@ -87,7 +87,7 @@ def test_axes_of_the_plot(world: World, axes: dict[str, Any], label: str, value:
 def test_a_wrong_value_on_an_axis_is_shown(world: World, axes: dict[str, Any]) -> None:
     for label, value in (
         ("[MoLE] Active experts", "bird"),
-        ("[MoLE] Scale", "much"),
+        ("[MoLE] Strength", "much"),
         ("[MoLE] Gates file", "x"),
     ):
         with pytest.raises(RuntimeError, match="MoLE: "):

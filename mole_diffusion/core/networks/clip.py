@@ -15,7 +15,7 @@ from .base import EMBEDDING, ENCODER, TOKENS, Base, Forward
 from .families import SDXL
 from .stacks import Blocks, Leaf, Stack
 
-#: What hosts, and gate files, call a base's text encoder, and the second one.
+#: What hosts, and gates files, call a base's text encoder, and the second one.
 TEXT_ENCODER = "text_encoder"
 TEXT_ENCODER_2 = "text_encoder_2"
 #: Tokens of a text.

@@ -16,7 +16,7 @@ from ..errors import ConfigError
 from .base import CONTEXT, LANGUAGE, TOKENS, Forward, Site
 from .stacks import Blocks, Leaf, Stack
 
-#: What hosts, and gate files, call the two stacks.
+#: What hosts, and gates files, call the two stacks.
 READER, WRITER = "encoder", "decoder"
 _CROSS = ".EncDecAttention."
 

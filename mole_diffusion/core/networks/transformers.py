@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-#: What hosts, and gate files, call a transformer that denoises.
+#: What hosts, and gates files, call a transformer that denoises.
 TRANSFORMER = "transformer"
 #: Beginnings of names in files. kohya and its kin call every denoiser a unet; some double the underscore.
 PREFIXES = {

@@ -22,7 +22,7 @@ from .sites import UNetSite, unet_sites
 
 __all__ = ["UNET", "UNet", "halved_grid"]
 
-#: What hosts, and gate files, call a UNet.
+#: What hosts, and gates files, call a UNet.
 UNET = "unet"
 
 # The width of the text that the cross-attention reads tells the families apart.
