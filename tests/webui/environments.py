@@ -35,7 +35,7 @@ def _make(folder: Path, requirements: Path) -> None:
         # The pip that runs these tests installs; one of its own takes longer to make than all else.
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(unfinished)], check=True)
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(unfinished)]
-        command = [*pip, "install", "--quiet", "--no-deps", "-r", str(requirements)]
+        command = [*pip, "install", "--quiet", "--no-compile", "--no-deps", "-r", str(requirements)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             lacking(f"the packages of {requirements.name} cannot be had: {result.stderr.strip()[-300:]}")
