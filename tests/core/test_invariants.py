@@ -57,6 +57,22 @@ def form_id(config: MoLEConfig) -> str:
 
 forms = pytest.mark.parametrize("form", FORMS, ids=form_id)
 networks = pytest.mark.parametrize("kind", NETWORKS)
+#: Transformers have the same hooks: of all but the first, every run tries the default form, a pooled one and the
+#: one that some refuse; the rest are slow tests.
+_TOLD = (FORMS[2], FORMS[4], FORMS[8])
+_ALL_FORMS = {"linear", "conv", "clip", "joint", next(iter(KINDS)).__name__}
+cases = pytest.mark.parametrize(
+    ("kind", "form"),
+    [
+        pytest.param(
+            *(kind, form),
+            id=f"{kind}-{form_id(form)}",
+            marks=() if kind in _ALL_FORMS or form in _TOLD else pytest.mark.slow,
+        )
+        for kind in NETWORKS
+        for form in FORMS
+    ],
+)
 counts = pytest.mark.parametrize("count", [1, 3, 6])
 
 
@@ -136,8 +152,7 @@ def test_fresh_gates_are_nla_in_every_form(form: MoLEConfig) -> None:
         mixture.eject()
 
 
-@forms
-@networks
+@cases
 def test_one_active_expert_is_that_lora_alone_after_training(form: MoLEConfig, kind: str) -> None:
     network = NETWORKS[kind]()
     if has_no_fixed_size(network, form):
@@ -164,8 +179,7 @@ def test_one_expert_among_n(count: int, unet: nn.Module) -> None:
     assert_close(run(unet), expected)
 
 
-@forms
-@networks
+@cases
 def test_masking_keeps_the_ratios_of_the_first_gate(form: MoLEConfig, kind: str) -> None:
     network = NETWORKS[kind]()
     if has_no_fixed_size(network, form):
@@ -247,8 +261,7 @@ def test_reordering_experts_with_their_gate_rows_changes_nothing(form: MoLEConfi
     assert differs(run(unet), expected)
 
 
-@forms
-@networks
+@cases
 def test_eject_restores_bitwise_and_leaves_no_hook(form: MoLEConfig, kind: str) -> None:
     network = NETWORKS[kind]()
     if has_no_fixed_size(network, form):
@@ -308,8 +321,7 @@ def test_fixed_weights_equal_single_deltas_and_merged_weights(kind: str, count: 
             mixture.eject()
 
 
-@forms
-@networks
+@cases
 def test_a_batch_of_two_is_two_singles(form: MoLEConfig, kind: str) -> None:
     network = NETWORKS[kind]()
     if has_no_fixed_size(network, form):
