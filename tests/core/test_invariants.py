@@ -57,8 +57,8 @@ def form_id(config: MoLEConfig) -> str:
 
 forms = pytest.mark.parametrize("form", FORMS, ids=form_id)
 networks = pytest.mark.parametrize("kind", NETWORKS)
-#: Transformers have the same hooks: of all but the first, every run tries the default form, a pooled one and the
-#: one that some refuse; the rest are slow tests.
+#: Transformers have the same hooks: of all but the first, every run tries the default form, a pooled one and
+#: the one that some refuse; the rest are slow tests.
 _TOLD = (FORMS[2], FORMS[4], FORMS[8])
 _ALL_FORMS = {"linear", "conv", "clip", "joint", next(iter(KINDS)).__name__}
 cases = pytest.mark.parametrize(
