@@ -6,7 +6,6 @@ PYTHONPATH=tests python tests/comfy/cost.py    # writes bench/results/comfy.md
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import tempfile
 from typing import Annotated, Any
@@ -48,7 +47,6 @@ def main(
                 "MOLE_COMFY_SOURCE": str(comfyui.source),
                 "MOLE_COMFY_BASE": base,
                 "MOLE_COMFY_ORACLE": base,
-                "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", ""),
             },
             stdout=subprocess.PIPE,
             text=True,
