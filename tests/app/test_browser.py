@@ -44,6 +44,11 @@ def draw(visitor: Any, steps: int = 3) -> None:
     )
 
 
+def no_notice(page: Any) -> None:
+    """Wait until nothing is said of the gates; while the page asks, Gradio's own unseen words stand there."""
+    page.wait_for_function("() => document.querySelector('#gates-notice').innerText.trim() === ''")
+
+
 def test_compose_draws_keeps_settings_and_takes_a_picture_back(visit: Any, tmp_path: Path) -> None:
     visitor = visit()
     page = visitor.page
@@ -77,7 +82,7 @@ def test_compose_draws_keeps_settings_and_takes_a_picture_back(visit: Any, tmp_p
 def test_other_experts_start_without_gates_and_regions_are_kept(visit: Any) -> None:
     visitor = visit()
     page = visitor.page
-    assert page.locator("#gates-notice").inner_text().strip() == ""
+    no_notice(page)
     visitor.unfold("#library-box")
     page.locator("#library input[data-tile=teapot]").check(force=True)
     page.locator("#mix [data-tile=teapot]").wait_for(state="attached")
@@ -182,7 +187,7 @@ def test_training_survives_a_reload_can_be_cancelled_and_goes_on(visit: Any) -> 
     assert load_file(download.value.path())
     visitor.tab("Compose")
     page.wait_for_function("() => document.querySelectorAll('#mix .tile').length === 2")
-    assert page.locator("#gates-notice").inner_text().strip() == ""
+    no_notice(page)
 
 
 def test_inspect_compare_and_export(visit: Any, tmp_path: Path) -> None:

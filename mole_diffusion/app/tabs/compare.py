@@ -92,7 +92,8 @@ class CompareTab:
     def refresh(self, prompt: str, chosen: list[str] | None, request: gr.Request) -> list[Any]:
         """The methods that there are for the session's experts."""
         session = show.session_of(self.studio, request)
-        return [page.carried(session, "compare", prompt or ""), *_lists(session, chosen)]
+        carried = page.carried(session, "compare", prompt or "")
+        return [*show.news([carried], [prompt]), *_lists(session, chosen, held=chosen)]
 
     @show.friendly
     async def compare(
@@ -157,8 +158,14 @@ class CompareTab:
         return Work(work, setup)
 
 
-def _lists(session: Session, chosen: list[str] | None) -> list[Any]:
-    """Updates of the list of methods, of the list of those to prepare, and what they are."""
+def _lists(session: Session, chosen: list[str] | None, held: list[str] | None = None) -> list[Any]:
+    """Updates of the list of methods, of the list of those to prepare, and what they are.
+
+    Args:
+        session: whose.
+        chosen: what is to be ticked; None is the first choice.
+        held: what the page has ticked now. The same is not sent again: it would undo a tick set meanwhile.
+    """
     prepared = session.prepared_for(session.setup())
     ready = {
         name: method
@@ -167,8 +174,9 @@ def _lists(session: Session, chosen: list[str] | None) -> list[Any]:
     }
     rest = [name for name in METHODS if name not in ready]
     ticked = [name for name in (chosen or _FIRST) if name in ready]
+    value = {} if ticked == held else {"value": ticked}
     return [
-        gr.update(choices=[(method.label, name) for name, method in ready.items()], value=ticked),
+        gr.update(choices=[(method.label, name) for name, method in ready.items()], **value),
         gr.update(choices=[(METHODS[name].label, name) for name in rest], value=next(iter(rest), None)),
         markup.facts({method.label: method.description for method in METHODS.values()}),
     ]

@@ -101,7 +101,7 @@ class ExportTab:
     def refresh(self, prompt: str, request: gr.Request) -> list[Any]:
         """Which experts go into the file."""
         session = show.session_of(self.studio, request)
-        return [_who(session), page.carried(session, "export", prompt or "")]
+        return [_who(session), *show.news([page.carried(session, "export", prompt or "")], [prompt])]
 
     @show.friendly
     async def export(
