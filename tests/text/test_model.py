@@ -186,12 +186,19 @@ def test_masks_and_scales(make: Make) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(make: Make, dtype: torch.dtype) -> None:
+    """What a data type costs depends on the processor; what it costs the base is the measure."""
     model = make(2)
     batch = model.read(TEXTS)
-    whole = logits(model, batch)
+    mixtures = ("none", "nla", "gates")
+    whole = [logits(model, batch, mixture=mixture) for mixture in mixtures]
     model.model.to(dtype)
-    # Gates at random lie on knife's edges; bfloat16 has eight bits.
-    assert float((logits(model, batch).float() - whole).norm() / whole.norm()) < 0.25
+    halves = [logits(model, batch, mixture=mixture).float() for mixture in mixtures]
+    base, mean, gates = (
+        float((half - one).norm() / one.norm()) for half, one in zip(halves, whole, strict=True)
+    )
+    # The experts change more than the base computes, and gates at random lie on knife's edges.
+    assert mean < 5 * base
+    assert gates < 5 * mean
     assert model.generate(**batch, max_new_tokens=3).shape[0] == 3
 
 
