@@ -18,7 +18,9 @@ LOWEST_TESTS := tests/core tests/pipeline tests/methods tests/training tests/tes
 
 LOCK := $(UV) pip compile --quiet --universal --python-version 3.10 --no-annotate --custom-compile-command "make lock" $(UPGRADE)
 
-HOSTS := tests/app tests/comfy tests/webui
+# Two halves that take about as long, each in one process: servers and browsers are shared by the tests of a host.
+GRADIO := tests/app tests/webui
+COMFY := tests/comfy tests/evaluation tests/starter
 
 .PHONY: demo app test test-gradio test-comfy test-slow test-newest test-lowest lock soak gpu-kit lint types format clean help
 
@@ -39,22 +41,22 @@ demo: $(STAMP)
 app: $(STAMP)
 	$(VENV)/bin/mole app $(ARGS)
 
-# Always two processes of one thread each, which do not get in each other's way: first the hosts, whose tests
-# share servers and a browser, then all else. With ARGS it is one plain run of pytest.
+# Always two processes of one thread each, which do not get in each other's way. With ARGS it is one plain run
+# of pytest.
 test: export OMP_NUM_THREADS := 1
 test: $(STAMP)
 ifdef ARGS
 	$(PY) -m pytest $(ARGS)
 else
 	$(MAKE) --jobs 2 --output-sync test-gradio test-comfy
-	$(PY) -m pytest --numprocesses 2 --dist worksteal $(HOSTS:%=--ignore=%)
+	$(PY) -m pytest --numprocesses 2 --dist worksteal $(patsubst %,--ignore=%,$(GRADIO) $(COMFY))
 endif
 
 test-gradio: $(STAMP)
-	$(PY) -m pytest tests/app tests/webui
+	$(PY) -m pytest $(GRADIO)
 
 test-comfy: $(STAMP)
-	$(PY) -m pytest tests/comfy
+	$(PY) -m pytest $(COMFY)
 
 test-slow: $(STAMP)
 	$(PY) -m pytest -m slow $(ARGS)

@@ -169,6 +169,7 @@ def test_networks_have_the_shapes_hosts_expect() -> None:
     assert base.new_scheduler().alphas_cumprod[-1] == 0
 
 
+@pytest.mark.slow
 def test_the_codec_keeps_scenes_it_has_not_seen() -> None:
     score = evaluate.codec_score(starter_dir(), 40)
     assert score["whole"] > 28
@@ -255,6 +256,7 @@ def test_wrong_descriptions_say_something_else() -> None:
     assert torch.equal(right.sort(1).values[two], swapped.sort(1).values[two])
 
 
+@pytest.mark.slow
 def test_wrong_pictures_show_something_else() -> None:
     described = _described()
     variety = torch.zeros(4 * BATCH, dtype=torch.long)
