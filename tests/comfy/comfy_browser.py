@@ -191,6 +191,27 @@ def alerts(page: Page) -> list[str]:
     ]
 
 
+#: Left, top, width and height in pixels of the page of all nodes and groups, and a margin around them.
+_GRAPH = """(margin) => {
+  const { graph, ds, canvas } = window.app.canvas, page = canvas.getBoundingClientRect();
+  const boxes = [...graph.nodes.map((node) => node.boundingRect ?? [...node.pos, ...node.size]),
+    ...graph.groups.map((group) => [...group.pos, ...group.size])];
+  const least = (axis) => Math.min(...boxes.map((box) => box[axis]));
+  const most = (axis) => Math.max(...boxes.map((box) => box[axis] + box[axis + 2]));
+  const seen = (value, axis) => (value + ds.offset[axis]) * ds.scale;
+  const x = page.left + seen(least(0), 0) - margin, y = page.top + seen(least(1), 1) - margin;
+  return { x, y, width: (most(0) - least(0)) * ds.scale + 2 * margin,
+    height: (most(1) - least(1)) * ds.scale + 2 * margin };
+}"""
+
+
+def graph_picture(page: Page, margin: int = 12) -> bytes:
+    """The whole workflow as a PNG, and nothing around it."""
+    show_whole_graph(page)
+    shot: bytes = page.screenshot(clip=page.evaluate(_GRAPH, margin))
+    return shot
+
+
 def show_whole_graph(page: Page) -> None:
     """Zoom so that the whole workflow is seen, and nothing lies over it."""
     banner = page.get_by_text("Introducing Nodes 2.0")

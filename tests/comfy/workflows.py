@@ -196,15 +196,13 @@ LAYOUTS: dict[str, Layout] = {
 RUNNABLE = ("1_masked_inference", "2_train_and_save", "3_region_masks")
 EXAMPLES = ROOT / "example_workflows"
 PICTURES = ROOT / "assets" / "comfyui"
-#: The part of the page with the workflow.
-_PART = (350, 90, 1300, 860)
 #: Width and height of a thumbnail.
 _THUMBNAIL = (320, 200)
 
 
 def write_examples() -> None:
     """Write the workflows, run those that need no download, and keep pictures of them."""
-    from comfy_browser import front_end, load_workflow, queue_and_wait, show_whole_graph, workflow_of
+    from comfy_browser import front_end, graph_picture, load_workflow, queue_and_wait, workflow_of
 
     EXAMPLES.mkdir(exist_ok=True)
     PICTURES.mkdir(exist_ok=True)
@@ -222,8 +220,8 @@ def write_examples() -> None:
                 load_workflow(page, EXAMPLES / f"{name}.json")
                 if name in RUNNABLE:
                     queue_and_wait(page, seconds=3600)
-                show_whole_graph(page)
-                shown = Image.open(io.BytesIO(page.screenshot())).convert("RGB").crop(_PART)
+                page.wait_for_timeout(8000)  # until what says that the queue has ended is gone
+                shown = Image.open(io.BytesIO(graph_picture(page))).convert("RGB")
                 shown.save(PICTURES / f"{name}.webp", quality=82)
                 drawn = sorted((Path(folder) / "output").glob("mole_*.png"))
                 thumbnail = _side_by_side(drawn) if name in RUNNABLE else shown
