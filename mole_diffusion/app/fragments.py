@@ -19,7 +19,7 @@ SHOWN = 64
 def gallery(session: Session) -> list[tuple[str, str]]:
     """The newest pictures with their captions."""
     return [
-        (str(picture.path), f"{_label(picture.settings)} · seed {picture.settings.seed}")
+        (str(picture.path), f"{label_of(picture.settings)} · seed {picture.settings.seed}")
         for picture in session.pictures[:SHOWN]
     ]
 
@@ -84,9 +84,9 @@ def _mixture(settings: PictureSettings) -> str:
     """What mixed the experts, and where there were no gates how to get some."""
     if settings.mixture == "auto":
         return "auto: by the prompt, no training; Train makes gates for these experts in minutes"
-    return f"{_label(settings)}{f' ({settings.gates})' if settings.gates else ''}"
+    return f"{label_of(settings)}{f' ({settings.gates})' if settings.gates else ''}"
 
 
-def _label(settings: PictureSettings) -> str:
+def label_of(settings: PictureSettings) -> str:
     """The name of what mixed the experts; a dropped picture may name what this version does not know."""
     return METHODS[settings.mixture].label if settings.mixture in METHODS else settings.mixture

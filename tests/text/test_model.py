@@ -197,8 +197,8 @@ def test_half_precision(make: Make, dtype: torch.dtype) -> None:
         float((half - one).norm() / one.norm()) for half, one in zip(halves, whole, strict=True)
     )
     # The experts change more than the base computes, and gates at random lie on knife's edges.
-    assert mean < 5 * base
-    assert gates < 5 * mean
+    assert mean < 4 * base
+    assert gates < 3.5 * mean
     assert model.generate(**batch, max_new_tokens=3).shape[0] == 3
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from mole_diffusion.app import markup, page, show
+from mole_diffusion.app import fragments, markup, page, show
 from mole_diffusion.app.composing import MAX_STEPS, ComposeRequest, compose
 from mole_diffusion.app.jobs import Job
 from mole_diffusion.app.session import Picture, Session
@@ -187,7 +187,7 @@ def _results(
 ) -> tuple[list[tuple[str, str]], Any]:
     """The strip of pictures, and the same as one file."""
     # By what drew them: without trained gates, "gates" is auto.
-    labels = [METHODS[picture.settings.mixture].label for picture in pictures]
+    labels = [fragments.label_of(picture.settings) for picture in pictures]
     images = [open_picture(picture.path) for picture in pictures]
     path: Path = session.new_path("comparison", ".png")
     row = GridRow(f"seed {wanted.seed}", images, f"{wanted.steps} steps", labels)
