@@ -69,10 +69,13 @@ test-newest: $(UV)
 	$(UV) pip install --quiet --upgrade --python $(NEWEST)/bin/python --editable ".[dev]"
 	$(NEWEST)/bin/python -m pytest $(ARGS)
 
-# Wheels as old as these exist for Python 3.10 to 3.12.
+# Wheels as old as these exist for Python 3.10 to 3.12. The bounds are written down first and then kept: `lowest-direct` alone takes
+# a newer torch where a newer torchvision asks for it, and says nothing. Bounds that do not go together fail here, by name.
 test-lowest: $(UV)
 	$(UV) venv --quiet --clear --seed --python $(PYTHON) $(LOWEST)
-	$(UV) pip install --quiet --resolution lowest-direct --python $(LOWEST)/bin/python --editable ".[baselines,test]"
+	$(UV) pip compile --quiet --no-deps --resolution lowest --python $(LOWEST)/bin/python --no-annotate --no-header \
+	  --extra baselines --extra test --output-file $(LOWEST)/bounds.txt pyproject.toml >/dev/null
+	$(UV) pip install --quiet --constraint $(LOWEST)/bounds.txt --python $(LOWEST)/bin/python --editable ".[baselines,test]"
 	$(LOWEST)/bin/python -m pytest $(LOWEST_TESTS) $(ARGS)
 
 lock: $(UV)
