@@ -22,7 +22,8 @@ from mole_diffusion.core.experts import Expert, ExpertReport
 from mole_diffusion.core.factors import LoraFactors
 from mole_diffusion.evaluation.results import write_text
 from mole_diffusion.text.experts import Seq2SeqExperts, compose
-from tools.starter_text.network import Shape, fresh_experts, named_experts
+from tools.starter_text.shape import Shape
+from tools.starter_text.weights import fresh_experts, named_experts
 
 OUT = Path(__file__).parent / "results" / "text-steps.json"
 SHAPE = Shape(673, encoder=4, decoder=3)

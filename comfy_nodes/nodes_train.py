@@ -28,7 +28,7 @@ from mole_diffusion.pictures.training import (
     TrainingResult,
 )
 from mole_diffusion.pictures.training.concepts import concepts_from_experts
-from mole_diffusion.pictures.training.config import Collage
+from mole_diffusion.pictures.training.tasks import Collage
 from mole_diffusion.pictures.training.workbench import tensor_picture
 from mole_diffusion.training.state import GATES_FILE
 

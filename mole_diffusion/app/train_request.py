@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mole_diffusion.core import rules
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.pictures.training import TrainingConfig
-from mole_diffusion.pictures.training.config import OBJECTIVES
+from mole_diffusion.pictures.training.flat_words import OBJECTIVES
 
 PREVIEW_EVERY = 50
 MAX_BATCH = 64

@@ -13,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from . import functional
 from .attention import AttentionMaps
-from .auto import Auto, PictureShares, TextShares
+from .auto import Auto
+from .auto_shares import PictureShares, TextShares
 from .block_hook import BlockHook
 from .config import MoLEConfig
 from .context import Activation, ForwardContext, TokenShares

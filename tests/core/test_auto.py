@@ -13,7 +13,8 @@ from tiny.networks import LATENT, TEXT, WIDTH, make_experts, make_unet
 from torch import Tensor
 
 from mole_diffusion.core.attention import AttentionMaps
-from mole_diffusion.core.auto import Auto, AutoSettings, _order, shared_places, shared_rest
+from mole_diffusion.core.auto import Auto, AutoSettings
+from mole_diffusion.core.auto_shares import _order, shared_places, shared_rest
 from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.mixture import Mixture, inject

@@ -17,9 +17,11 @@ from mole_diffusion.starter.text.schooling import some_lesson
 from mole_diffusion.starter.text.tasks import EXPERTS, UNSEEN
 from mole_diffusion.text import MoLEForSeq2SeqLM
 from tools.starter_text.build import Build, Recipe
-from tools.starter_text.network import (
-    T5,
-    Shape,
+from tools.starter_text.network import T5
+from tools.starter_text.publish import publish
+from tools.starter_text.shape import Shape
+from tools.starter_text.training import Step
+from tools.starter_text.weights import (
     fresh,
     fresh_experts,
     named,
@@ -27,8 +29,6 @@ from tools.starter_text.network import (
     stacked,
     stacked_experts,
 )
-from tools.starter_text.publish import publish
-from tools.starter_text.training import Step
 
 SHAPE = Shape(50, 16, 24, 2, 8, 2, 2)
 

@@ -10,7 +10,7 @@ import pytest
 
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.pictures.training import TrainingConfig
-from mole_diffusion.pictures.training.config import Both, Clip, ClipWalk, Collage, Pictures
+from mole_diffusion.pictures.training.tasks import Both, Clip, ClipWalk, Collage, Pictures
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,10 @@ from mole_diffusion.starter.text.tasks import EXPERTS, Task
 from mole_diffusion.starter.text.words import Example
 
 from .data import Arrays, Lessons, Makers, beside, sources_of
-from .network import T5, Shape, fresh, fresh_experts, named, named_experts, stacked, stacked_experts
+from .network import T5
+from .shape import Shape
 from .training import Step, train
+from .weights import fresh, fresh_experts, named, named_experts, stacked, stacked_experts
 from .words import SOURCE, TARGET, build_tokenizer, write_tokenizer
 
 BASE, ADAPTERS, REPORT = "base.safetensors", "experts.safetensors", "report.json"

@@ -1,230 +1,27 @@
 """T5 as functions of its weights, made for speed: few large products, half precision, little padding.
 
-The matrices of one shape lie in one tensor (`Stacks`), so that a step casts, adds and updates a handful of
-tensors; `named` and `stacked` go to and from the names of transformers' `T5ForConditionalGeneration`. Rows of
-different lengths come in buckets: linear maps and norms see the tokens of all of them at once, attention each
-bucket by itself. Nothing here waits for the device, so that a whole training step can be a CUDA graph.
+Its parameters come stacked (`weights`). Rows of different lengths come in buckets: linear maps and norms see
+the tokens of all of them at once, attention each bucket by itself. Nothing here waits for the device, so that
+a whole training step can be a CUDA graph.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Parameters by kind; see `fresh`.
-Stacks = Mapping[str, Tensor]
+from .shape import Shape
+from .weights import Stacks
+
 #: (sources (G * rows, L), targets (G * rows, T)) of each bucket; G is the number of experts, or 1.
 Batch = Sequence[tuple[Tensor, Tensor]]
 _MASKED = -1e4
 _KINDS = ("square", "wide", "narrow")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a T5 with tied embeddings and gated GELU, whose heads together are as wide as the model.
-
-    Raises:
-        ValueError: they are not.
-    """
-
-    vocabulary: int
-    width: int = 192
-    inner: int = 512
-    heads: int = 4
-    head: int = 48
-    encoder: int = 4
-    decoder: int = 4
-    buckets: int = 32
-    distance: int = 64
-
-    def __post_init__(self) -> None:
-        """Check the heads."""
-        if self.heads * self.head != self.width:
-            raise ValueError(
-                f"heads * head is {self.heads * self.head}; it has to be the width {self.width}."
-            )
-
-    def config(self) -> dict[str, object]:
-        """Arguments of transformers' `T5Config`."""
-        return {
-            "vocab_size": self.vocabulary,
-            "d_model": self.width,
-            "d_ff": self.inner,
-            "num_heads": self.heads,
-            "d_kv": self.head,
-            "num_layers": self.encoder,
-            "num_decoder_layers": self.decoder,
-            "relative_attention_num_buckets": self.buckets,
-            "relative_attention_max_distance": self.distance,
-            "feed_forward_proj": "gated-gelu",
-            "tie_word_embeddings": True,
-            "dropout_rate": 0.0,
-            "pad_token_id": 0,
-            "eos_token_id": 1,
-            "decoder_start_token_id": 0,
-        }
-
-    def linears(self) -> dict[str, list[str]]:
-        """Kind of stack -> names of its matrices, in their order.
-
-        "square" (width, width), "wide" (inner, width) and "narrow" (width, inner). What reads the same input
-        lies side by side: q, k and v; wi_0 and wi_1; k and v of all the decoder's readings of the encoder.
-        """
-        square = [
-            f"encoder.block.{block}.layer.0.SelfAttention.{one}"
-            for block in range(self.encoder)
-            for one in "qkvo"
-        ]
-        for block in range(self.decoder):
-            at = f"decoder.block.{block}.layer"
-            square += [f"{at}.0.SelfAttention.{one}" for one in "qkvo"]
-            square += [f"{at}.1.EncDecAttention.{one}" for one in "qo"]
-        square += [
-            f"decoder.block.{block}.layer.1.EncDecAttention.{one}"
-            for block in range(self.decoder)
-            for one in "kv"
-        ]
-        feeds = [f"encoder.block.{block}.layer.1.DenseReluDense" for block in range(self.encoder)]
-        feeds += [f"decoder.block.{block}.layer.2.DenseReluDense" for block in range(self.decoder)]
-        wide = [f"{feed}.{one}" for feed in feeds for one in ("wi_0", "wi_1")]
-        return {"square": square, "wide": wide, "narrow": [f"{feed}.wo" for feed in feeds]}
-
-    def sizes(self) -> dict[str, tuple[int, int]]:
-        """Kind of stack -> (out, in) of its matrices."""
-        return {
-            "square": (self.width, self.width),
-            "wide": (self.inner, self.width),
-            "narrow": (self.width, self.inner),
-        }
-
-    def norms(self) -> list[str]:
-        """Names of the norms' weights, in their order."""
-        found = []
-        for part, layers, kinds in (("encoder", self.encoder, 2), ("decoder", self.decoder, 3)):
-            found += [
-                f"{part}.block.{block}.layer.{layer}.layer_norm.weight"
-                for block in range(layers)
-                for layer in range(kinds)
-            ]
-            found.append(f"{part}.final_layer_norm.weight")
-        return found
-
-
-def _bias_name(part: str) -> str:
-    return f"{part}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-
-
-def named(shape: Shape, stacks: Stacks) -> dict[str, Tensor]:
-    """The weights under transformers' names."""
-    weights = {"shared.weight": stacks["shared"]}
-    for kind, names in shape.linears().items():
-        weights |= {f"{name}.weight": stacks[kind][number] for number, name in enumerate(names)}
-    weights |= {name: stacks["norms"][number] for number, name in enumerate(shape.norms())}
-    return weights | {_bias_name(part): stacks["bias"][k] for k, part in enumerate(("encoder", "decoder"))}
-
-
-def stacked(shape: Shape, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The stacks of weights with transformers' names."""
-    stacks = {"shared": weights["shared.weight"]}
-    for kind, names in shape.linears().items():
-        stacks[kind] = torch.stack([weights[f"{name}.weight"] for name in names])
-    stacks["norms"] = torch.stack([weights[name] for name in shape.norms()])
-    stacks["bias"] = torch.stack([weights[_bias_name(part)] for part in ("encoder", "decoder")])
-    return stacks
-
-
-def fresh(shape: Shape, embedding: float, seed: int, *, mimetic: bool = True) -> dict[str, Tensor]:
-    """Weights before training.
-
-    Args:
-        shape: sizes.
-        embedding: standard deviation of the embeddings.
-        seed: of the draw.
-        mimetic: whether attention starts near what trained attention does (after Trockman and Kolter,
-            "Mimetic Initialization of Self-Attention Layers", 2023): q is near k, so that tokens look at
-            their like, o is near v transposed, so that they take over what they look at, and heads look at
-            neighbours. Copying and looking up are then learned in hundreds of steps. Otherwise
-            as transformers draws them.
-
-    Returns:
-        "shared" (vocabulary, width); "square", "wide" and "narrow" (matrices, out, in); "norms" (norms,
-        width); "bias" (2, buckets, heads), of the encoder and the decoder.
-    """
-    rng = torch.Generator().manual_seed(seed)
-
-    def normal(size: tuple[int, ...], std: float) -> Tensor:
-        return torch.randn(size, generator=rng) * std
-
-    weights = {"shared.weight": normal((shape.vocabulary, shape.width), embedding)}
-    for kind, names in shape.linears().items():
-        for name in names:
-            size = shape.sizes()[kind]
-            std = (size[1] * (shape.head if name.endswith(".q") else 1)) ** -0.5
-            weights[f"{name}.weight"] = normal(size, std)
-    weights |= {name: torch.ones(shape.width) for name in shape.norms()}
-    for part in ("encoder", "decoder"):
-        weights[_bias_name(part)] = normal((shape.buckets, shape.heads), shape.width**-0.5)
-    if mimetic:
-        _mimic(shape, weights)
-    return stacked(shape, weights)
-
-
-def _mimic(shape: Shape, weights: dict[str, Tensor]) -> None:
-    for name in shape.linears()["square"]:
-        if not name.endswith(".q"):
-            continue
-        q, k, v, o = (f"{name[:-1]}{one}.weight" for one in "qkvo")
-        weights[q] = 0.3 * weights[q] + weights[k] * shape.head**-0.5
-        weights[o] = 0.5 * weights[o] + 0.7 * weights[v].T
-    # Numbers of the positions one before, two before, one behind, and of the token itself; see `buckets`.
-    before, second, behind, itself = 1, 2, shape.buckets // 2 + 1, 0
-    for part, places in (("encoder", (before, behind, second)), ("decoder", (before, itself, second))):
-        table = torch.zeros(shape.buckets, shape.heads)
-        for head, place in enumerate(places[: shape.heads]):
-            table[place, head] = 2.0
-        weights[_bias_name(part)] = table
-
-
-def fresh_experts(shape: Shape, count: int, rank: int, seed: int) -> dict[str, Tensor]:
-    """Factors before training; all experts start from one A, and from B = 0.
-
-    Returns:
-        "square.A" (count, matrices, rank, in), "square.B" (count, matrices, out, rank), and so on.
-    """
-    rng = torch.Generator().manual_seed(seed)
-    found = {}
-    for kind, names in shape.linears().items():
-        out, inputs = shape.sizes()[kind]
-        down = torch.randn(1, len(names), rank, inputs, generator=rng) * inputs**-0.5
-        found[f"{kind}.A"] = down.expand(count, -1, -1, -1).contiguous()
-        found[f"{kind}.B"] = torch.zeros(count, len(names), out, rank)
-    return found
-
-
-def named_experts(shape: Shape, lora: Stacks, number: int) -> dict[str, Tensor]:
-    """The factors of one expert under the names of its matrices, as PEFT has them."""
-    return {
-        f"{name}.lora_{side}.weight": lora[f"{kind}.{side}"][number, at]
-        for kind, names in shape.linears().items()
-        for at, name in enumerate(names)
-        for side in "AB"
-    }
-
-
-def stacked_experts(shape: Shape, experts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The stacks of several experts' factors; see `named_experts`."""
-    return {
-        f"{kind}.{side}": torch.stack(
-            [torch.stack([one[f"{name}.lora_{side}.weight"] for name in names]) for one in experts]
-        )
-        for kind, names in shape.linears().items()
-        for side in "AB"
-    }
 
 
 def buckets(shape: Shape, queries: int, keys: int, *, both: bool) -> Tensor:

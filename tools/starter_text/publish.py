@@ -16,7 +16,7 @@ from mole_diffusion.starter.text.location import text_starter
 from mole_diffusion.starter.text.tasks import EXPERTS, FAMILIES
 
 from .build import ADAPTERS, BASE, REPORT
-from .network import Shape
+from .shape import Shape
 
 
 def publish(source: Path, target: Path) -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mole_diffusion.pictures.training.clip_guidance import ClipGuide, random_crops, random_views
-from mole_diffusion.pictures.training.config import Clip, ClipWalk
 from mole_diffusion.pictures.training.losses import crop_similarities, global_loss, local_loss, released_loss
 from mole_diffusion.pictures.training.sources import ConceptPictures
+from mole_diffusion.pictures.training.tasks import Clip, ClipWalk
 from mole_diffusion.pictures.training.workbench import Workbench
 from mole_diffusion.training.objective import Losses, LossTerms, Objective
 

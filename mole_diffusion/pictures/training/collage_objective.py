@@ -10,9 +10,9 @@ from torch import Tensor
 
 from mole_diffusion.pictures.training import collage
 from mole_diffusion.pictures.training.concepts import read_prompt
-from mole_diffusion.pictures.training.config import Collage
 from mole_diffusion.pictures.training.denoising import NoisyBatch, denoising_loss
 from mole_diffusion.pictures.training.sources import ConceptPictures
+from mole_diffusion.pictures.training.tasks import Collage
 from mole_diffusion.pictures.training.workbench import Workbench
 from mole_diffusion.training.objective import Losses, LossTerms
 

@@ -14,8 +14,9 @@ from mole_diffusion.pictures.training.clip_guidance import ClipGuide
 from mole_diffusion.pictures.training.clip_objective import BothObjectives, ClipObjective, ClipWalkObjective
 from mole_diffusion.pictures.training.collage_objective import CollageObjective
 from mole_diffusion.pictures.training.concepts import Concept, TrainingPrompt
-from mole_diffusion.pictures.training.config import Both, Clip, ClipWalk, Collage, TrainingConfig
+from mole_diffusion.pictures.training.config import TrainingConfig
 from mole_diffusion.pictures.training.sources import ConceptPictures
+from mole_diffusion.pictures.training.tasks import Both, Clip, ClipWalk, Collage
 from mole_diffusion.pictures.training.workbench import Composing, Workbench
 from mole_diffusion.training.objective import Losses, Objective
 from mole_diffusion.training.state import Preparation, frozen

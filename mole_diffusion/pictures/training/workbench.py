@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from mole_diffusion.pictures.denoiser import Condition, Denoiser
 from mole_diffusion.pictures.denoisers.autoencoder import SmallDecoder
-from mole_diffusion.pictures.training.config import Pictures
 from mole_diffusion.pictures.training.denoising import NoisyBatch
 from mole_diffusion.pictures.training.rollout import PassCounter, Sampler
+from mole_diffusion.pictures.training.tasks import Pictures
 
 #: Guidance where neither the settings nor the pipeline say.
 _GUIDANCE = 5.0
