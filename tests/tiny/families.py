@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,8 @@ from diffusers import (
 )
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from .copying import clone_all
 
 TEXT_1, TEXT_2, TOKENS = 16, 24, 12
 CROSS, DOWN = "CrossAttnDownBlock2D", "DownBlock2D"
@@ -232,7 +233,7 @@ def with_diffusers(parts: Parts, state: Mapping[str, Tensor]) -> dict[str, Tenso
     """The oracle: what copies of the networks say after diffusers' `load_lora_weights`."""
     scheduler = DDIMScheduler(clip_sample=False, steps_offset=1)
     shared = {"vae": None, "tokenizer": None, "scheduler": scheduler, "feature_extractor": None}
-    networks = copy.deepcopy(parts)
+    networks = clone_all(parts)
     if "text_encoder_2" in parts:
         pipe = StableDiffusionXLPipeline(**networks, **shared, tokenizer_2=None, add_watermarker=False)
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -18,6 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from mole_diffusion import Expert, Mixture
 from mole_diffusion.core import networks
 
+from .copying import clone
 from .joint_network import CHANNELS, TEXT_TOKENS, TEXT_WIDTH, JointNetwork, parted
 from .joint_table import JOINT_TABLE
 from .transformers import KINDS
@@ -83,7 +83,9 @@ def lora_state(network: nn.Module, rank: int, seed: int, leaves: Sequence[str] =
     # Every matrix that a transformer of diffusers runs.
     sites = {site.name for site in networks.map_network(network).sites} if type(network) in KINDS else ()
     state = {}
-    for name, module in twin(network).named_modules():
+    # Only the joint network goes by other names than the canonical ones; the others need no copy to be read.
+    canonical = parted(network) if isinstance(network, JointNetwork) else network
+    for name, module in canonical.named_modules():
         if name in sites if sites and not leaves else name.endswith(targets):
             out, fan_in, *kernel = module.weight.shape
             state[f"{name}.lora_A.weight"] = torch.randn(rank, fan_in, *kernel, generator=generator) * 0.2
@@ -117,7 +119,7 @@ def part_of(network: nn.Module) -> str:
 
 def twin(network: nn.Module) -> nn.Module:
     """A copy whose modules have the canonical names."""
-    return parted(network) if isinstance(network, JointNetwork) else copy.deepcopy(network)
+    return parted(network) if isinstance(network, JointNetwork) else clone(network)
 
 
 def run(network: nn.Module, *, batch: slice = slice(None), size: int = LATENT, grad: bool = False) -> Tensor:
@@ -209,7 +211,7 @@ class LDMUNet(nn.Module):
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
-        unet = copy.deepcopy(unet)
+        unet = clone(unet)
         self.time_proj, self.time_embed = unet.time_proj, unet.time_embedding
         rows = [LDMSequential(unet.conv_in)]
         for block in unet.down_blocks:

@@ -1,6 +1,5 @@
 """A Stable Diffusion of a few hundred thousand weights, of the real classes; LoRA files, pictures, a CLIP."""
 
-import copy
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,8 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from PIL import Image, ImageDraw
 from safetensors.torch import save_model
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from .copying import clone, clone_all
 
 COLOURS = {"boot": (220, 30, 40), "cat": (250, 200, 40), "clock": (40, 160, 60)}
 TRIGGERS = {"boot": "zorin", "cat": "vim", "clock": "kipra"}
@@ -109,7 +110,7 @@ def random_lora(network: Any, targets: list[str], rank: int) -> tuple[dict[str, 
 
     The alpha is twice the rank: diffusers keeps it in the file's header, where load_lora_weights finds it.
     """
-    network = copy.deepcopy(network)
+    network = clone(network)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
     inject_adapter_in_model(config, network, "new")
     for name, parameter in network.named_parameters():
@@ -165,7 +166,7 @@ def draw_tensor(pipe: Any, prompt: str | Sequence[str], *, steps: int, **kwargs:
 def build(cls: type[DiffusionPipeline], components: dict[str, Any]) -> Any:
     """A pipeline of `cls` on copies of the components, silent."""
     option = "add_watermarker" if "text_encoder_2" in components else "requires_safety_checker"
-    pipe = cls(**copy.deepcopy(components), **{option: False})
+    pipe = cls(**clone_all(components), **{option: False})
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

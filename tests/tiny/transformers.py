@@ -19,6 +19,8 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
+from .copying import clone
+
 BLOCKS: dict[str, Any] = {
     "patch_size": 1,
     "in_channels": 16,
@@ -296,9 +298,8 @@ def _rows(value: Any, batch: slice, dtype: torch.dtype) -> Any:
 
 def fused(network: nn.Module) -> nn.Module:
     """A copy whose attentions run q, k and v as one."""
-    import copy
 
-    twin: Any = copy.deepcopy(network)
+    twin: Any = clone(network)
     twin.fuse_qkv_projections()
     return twin
 

@@ -51,7 +51,8 @@ class UNetSite(Site):
 
 def unet_sites(network: nn.Module) -> tuple[Site, ...]:
     """All matrices in execution order; where projections are fused, rows of the fused modules."""
-    paths = [path for path, _ in network.named_modules()]
+    modules = dict(network.named_modules())
+    paths = list(modules)
     attentions = [match for path in paths if (match := _ATTENTION.match(path))]
     if not attentions:
         return ()
@@ -66,8 +67,8 @@ def unet_sites(network: nn.Module) -> tuple[Site, ...]:
         _attention_site(match, leaf, rows, places[match["holder"]], last_block[match["holder"]], levels)
         for match, leaf, rows in _running(network, attentions)
     ]
-    for path in paths:
-        if _weighted(network.get_submodule(path)):
+    for path, module in modules.items():
+        if _weighted(module):
             site = _residual_site(path, places, levels) or _root_site(path)
             if site is not None:
                 sites.append(site)
