@@ -36,7 +36,7 @@ from mole_diffusion.commands.common import (
 )
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.files import check_writable
-from mole_diffusion.pictures.components import guidance_arguments, usual_guidance
+from mole_diffusion.pictures.components import guidance_arguments, size_arguments, usual_guidance
 from mole_diffusion.pictures.files import PICTURES, open_picture, write_picture
 from mole_diffusion.pictures.opening import STARTER, from_picture
 from mole_diffusion.pictures.samplers import SAMPLERS, sampler_of, sampling
@@ -180,8 +180,10 @@ def _from_picture(
     from mole_diffusion.pictures.denoisers import own_size
 
     height, width = own_size(pipe)
-    size = (pixels.get("width", width), pixels.get("height", height))
-    return from_picture(pipe), {"image": ImageOps.fit(picture, size), "strength": denoising}
+    width, height = pixels.get("width", width), pixels.get("height", height)
+    begins = from_picture(pipe)
+    image = ImageOps.fit(picture, (width, height))
+    return begins, {"image": image, "strength": denoising, **size_arguments(begins, height, width)}
 
 
 def _use(expert: Any, names: Sequence[str] | None) -> ExpertUse:

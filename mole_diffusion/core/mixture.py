@@ -254,8 +254,8 @@ class Mixture:
         layers = self._text_readers
         if not layers:
             raise ConfigError(
-                f"mixture='auto' reads cross-attention, and {self.architecture.name} networks have none: "
-                "train gates, or use mixture='nla'."
+                f"Cross-attention tells which place is whose, and {self.architecture.name} networks have "
+                "none: train gates, or use mixture='nla'."
             )
         maps = AttentionMaps(self.network, layers)
         return PictureShares(auto, maps, self.expert_names, active, regions)

@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
+from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.mixture import Mixture
+from mole_diffusion.core.networks.unet import UNET
 from mole_diffusion.pictures.choosing import Request, register
 from mole_diffusion.pictures.components import networks_of
 
@@ -51,11 +53,17 @@ def routed(pipe: Any, mixture: str, request: Request) -> Iterator[None]:
 
     Raises:
         NoExpertsError, UnknownExpertError, AllExpertsMaskedError, RegionMaskError: as for any mixture.
+        ConfigError: the pipeline draws with a transformer.
     """
+    if UNET not in networks_of(pipe):
+        raise ConfigError(
+            f"mixture={mixture!r} takes turns in the forwards of a UNet, and {type(pipe).__name__} draws "
+            "with a transformer: train gates, or use mixture='nla'"
+        )
     with pipe.composing(mixture="la", **request.arguments()):
         names = list(pipe.experts if request.active_experts is None else request.active_experts)
         mixtures: dict[str, Mixture] = dict(pipe.mixtures)
-        unet = mixtures.pop("unet", None)
+        unet = mixtures.pop(UNET, None)
         if mixture == "switch":
             for encoder in mixtures.values():
                 encoder.activate(names[:1], expert_scales=request.expert_scales, weights={names[0]: 1.0})
@@ -73,7 +81,7 @@ def routed(pipe: Any, mixture: str, request: Request) -> Iterator[None]:
                 weights={name: 1.0},
             )
 
-        network = networks_of(pipe)["unet"]
+        network = networks_of(pipe)[UNET]
         handles = (
             _switching(network, choose, lambda: int(getattr(pipe.scheduler, "order", 1)))
             if mixture == "switch"

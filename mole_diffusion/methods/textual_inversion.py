@@ -16,6 +16,8 @@ from torch import Tensor
 
 from mole_diffusion.core.checkpoint import write_safetensors
 from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.core.networks.clip import TEXT_ENCODER, TEXT_ENCODER_2
+from mole_diffusion.core.networks.unet import UNET
 from mole_diffusion.core.phrases import without_article
 from mole_diffusion.methods.concept_training import ConceptTrainer
 from mole_diffusion.methods.job import ConceptRecipe, Job
@@ -42,9 +44,9 @@ def word_of(name: str) -> str:
 
 
 def one_text_encoder(pipe: Any, method: str) -> None:
-    """Raise ConfigError for pipelines whose text encoders are two: a word has an embedding in one."""
+    """Raise ConfigError for all but Stable Diffusion 1 and 2: a word has an embedding in one encoder."""
     networks = networks_of(pipe)
-    if "text_encoder" not in networks or "text_encoder_2" in networks:
+    if UNET not in networks or TEXT_ENCODER not in networks or TEXT_ENCODER_2 in networks:
         raise ConfigError(f"{method!r} is for Stable Diffusion 1 and 2, whose text encoder is one")
 
 

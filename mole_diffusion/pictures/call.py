@@ -59,6 +59,7 @@ class WithExperts(HoldsExperts):
             ("batch, prompt first"), or in "turns": the prompt, then the negative.
         guided_by: the argument of a call that says how strongly the prompt guides.
         draws_from_text: whether a prompt is all that it needs.
+        as_large_as_its_picture: whether a call without a size takes that of its `image`.
         call_defaults: what a call is drawn with where it does not say, in place of diffusers' defaults: the
             guidance that suits the starter.
     """
@@ -67,6 +68,7 @@ class WithExperts(HoldsExperts):
     guided_in: ClassVar[GuidedIn] = "batch"
     guided_by: ClassVar[str] = "guidance_scale"
     draws_from_text: ClassVar[bool] = False
+    as_large_as_its_picture: ClassVar[bool] = False
     _ensemble: Ensemble | None = None
     _recorder: Recorder | None = None
     call_defaults: Mapping[str, Any] = MappingProxyType({})
@@ -165,7 +167,7 @@ class WithExperts(HoldsExperts):
         given = signature.bind_partial(*args, **kwargs).arguments
         known = {name: value for name, value in self.call_defaults.items() if name in signature.parameters}
         kwargs = {**{name: value for name, value in known.items() if name not in given}, **kwargs}
-        height, width = picture_size(self, given, from_picture="height" not in signature.parameters)
+        height, width = picture_size(self, given)
         with self.composing(
             active_experts=active_experts,
             expert_scales=expert_scales,

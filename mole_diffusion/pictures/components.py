@@ -69,15 +69,16 @@ def facts_of(pipe: Any) -> dict[str, str]:
     return {PREDICTION_TYPE: str(scheduler.config.get("prediction_type", "epsilon"))}
 
 
-def picture_size(pipe: Any, given: Mapping[str, Any], *, from_picture: bool) -> tuple[int, int]:
+def picture_size(pipe: Any, given: Mapping[str, Any]) -> tuple[int, int]:
     """Height and width in pixels of what a call draws.
 
     Args:
         pipe: the pipeline.
         given: the call's arguments.
-        from_picture: the call takes its size from its `image`.
     """
     own = denoiser_of(pipe)
+    told = given.get("height") and given.get("width")
+    from_picture = "height" not in _arguments(pipe) or (pipe.as_large_as_its_picture and not told)
     # Some latents are packed.
     factor = own.picture_size[0] // own.latent_shape[1]
     rows, columns = own.latent_shape[1:]
@@ -88,7 +89,7 @@ def picture_size(pipe: Any, given: Mapping[str, Any], *, from_picture: bool) -> 
         rows, columns = picture.shape[-2:]
         if picture.shape[1] != own.latent_shape[0]:
             return rows, columns
-    elif given.get("height") and given.get("width"):
+    elif told:
         return given["height"], given["width"]
     return rows * factor, columns * factor
 
@@ -112,6 +113,12 @@ def guidance_arguments(pipe: Any, guidance: float | None, negative: str = "") ->
     if negative:
         raise ConfigError(f"{type(pipe).__name__} knows no negative prompt; leave {negative!r} out")
     return found
+
+
+def size_arguments(pipe: Any, height: int, width: int) -> dict[str, int]:
+    """Arguments of a call for pictures of this size; none where they are as large as the picture given."""
+    known = _arguments(pipe)
+    return {name: value for name, value in (("height", height), ("width", width)) if name in known}
 
 
 def usual_guidance(pipe: Any) -> float:

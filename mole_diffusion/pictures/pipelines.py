@@ -296,6 +296,7 @@ class ZImageMoLEImg2ImgPipeline(WithExperts, ZImageImg2ImgPipeline):
 
     diffusers_class = ZImageImg2ImgPipeline
     guided_in = "batch, prompt first"
+    as_large_as_its_picture = True
 
 
 class ZImageMoLEInpaintPipeline(WithExperts, ZImageInpaintPipeline):
@@ -303,6 +304,7 @@ class ZImageMoLEInpaintPipeline(WithExperts, ZImageInpaintPipeline):
 
     diffusers_class = ZImageInpaintPipeline
     guided_in = "batch, prompt first"
+    as_large_as_its_picture = True
 
 
 class QwenImageMoLEPipeline(WithExperts, QwenImagePipeline):

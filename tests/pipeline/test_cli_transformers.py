@@ -15,6 +15,7 @@ from tiny.flux import (
     FLUX_TARGETS,
     make_chroma_components,
     make_flux_components,
+    make_sd3_components,
     write_transformer_lora,
 )
 from tiny.qwen import (
@@ -32,11 +33,14 @@ from mole_diffusion import (
     FluxMoLEPipeline,
     Krea2MoLEPipeline,
     QwenImageMoLEPipeline,
+    StableDiffusion3MoLEPipeline,
     ZImageMoLEPipeline,
 )
+from mole_diffusion.app.metadata import read_settings
 from mole_diffusion.cli import app
+from mole_diffusion.pictures import pipelines
 from mole_diffusion.pictures.components import guidance_arguments
-from mole_diffusion.pictures.opening import open_base
+from mole_diffusion.pictures.opening import from_picture, open_base
 
 
 def run(*arguments: Any) -> Any:
@@ -47,6 +51,7 @@ def run(*arguments: Any) -> Any:
 # Our class, components, and what `inspect` calls the family.
 FAMILIES: dict[str, tuple[Any, Callable[[Path], dict[str, Any]], str]] = {
     "flux": (FluxMoLEPipeline, make_flux_components, "FLUX.1"),
+    "sd3": (StableDiffusion3MoLEPipeline, make_sd3_components, "Stable Diffusion 3"),
     "chroma": (ChromaMoLEPipeline, lambda _: make_chroma_components(), "FLUX.1"),
     "klein": (Flux2KleinMoLEPipeline, lambda _: make_flux2_components(), "FLUX.2"),
     "krea-2": (Krea2MoLEPipeline, lambda _: make_krea2_components(), "Krea 2"),
@@ -127,6 +132,12 @@ def test_training_and_export(model: Model, tmp_path: Path) -> None:
     result = run("export", file, "a red boot", *options, "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["experts"] == ["boot", "cat"]
+    drawn = ["--steps", 1, "--size", 32, "--out", tmp_path / "picture.png", "--json"]
+    result = run("generate", "a red boot", *model.options, "--gates", told["gates"], *drawn)
+    assert result.exit_code == 0, result.output
+    assert read_settings(tmp_path / "picture.png").gates == "trained"
+    result = run("inspect", told["gates"], "--json")
+    assert [one["name"] for one in json.loads(result.stdout)["experts"]] == ["boot", "cat"]
     plain = model.cls.diffusers_class.from_pretrained(model.folder)
     plain.load_lora_weights(file)
     result = run("inspect", file, "--json")
@@ -140,6 +151,57 @@ def test_inspect(model: Model) -> None:
     told = json.loads(result.stdout)
     assert told["base"]["family"] == model.family
     assert list(told["networks"]) == ["transformer"]
+
+
+def test_a_picture_to_begin_from_has_the_size_that_is_asked_for(model: Model, tmp_path: Path) -> None:
+    begin, out = tmp_path / "begin.png", tmp_path / "picture.png"
+    Image.new("RGB", (96, 64), (200, 90, 30)).save(begin)
+    drawn = ["--steps", 2, "--guidance", 2, "--seed", 5, "--size", "48x32", "--out", out]
+    result = run("generate", "a boot and a cat", *model.options, "--image", begin, *drawn)
+    if not hasattr(pipelines, model.cls.__name__.replace("MoLE", "MoLEImg2Img")):
+        assert result.exit_code == 1
+        assert f"{model.cls.__name__} does not begin from a picture" in result.output
+        return
+    assert result.exit_code == 0, result.output
+    pipe = open_base(str(model.folder))
+    for file in model.files:
+        pipe.load_expert(file)
+    pipe = from_picture(pipe)
+    expected = pipe(
+        prompt="a boot and a cat", image=Image.open(begin).resize((48, 32)), strength=0.6,
+        height=32, width=48, num_inference_steps=2,
+        generator=torch.Generator().manual_seed(5), **guidance_arguments(pipe, 2.0),
+    ).images[0]  # fmt: skip
+    found = Image.open(out)
+    assert found.size == (48, 32)
+    assert np.abs(np.asarray(found, dtype=int) - np.asarray(expected, dtype=int)).max() <= 1
+
+
+@pytest.mark.parametrize("model", ["flux", "z-image"], indirect=True)
+def test_what_is_for_a_unet_is_said_in_a_sentence(model: Model, tmp_path: Path) -> None:
+    drawn = ["--steps", 1, "--size", 32, "--out", tmp_path / "picture.png"]
+    for option, sentence in {
+        ("--mixture", "auto"): "Cross-attention tells which place is whose",
+        ("--mixture", "freefuse"): "Cross-attention tells which place is whose",
+        ("--mixture", "switch"): "takes turns in the forwards of a UNet",
+        ("--mixture", "composite"): "takes turns in the forwards of a UNet",
+        ("--mixture", "loratorio"): "needs experts that change a UNet",
+        ("--sampler", "DDIM"): "this model draws with its own",
+    }.items():
+        result = run("generate", "a boot and a cat", *model.options, *option, *drawn)
+        assert result.exit_code == 1, result.output
+        assert sentence in result.output
+    pictures = tmp_path / "boot"
+    pictures.mkdir()
+    Image.new("RGB", (32, 32)).save(pictures / "1.png")
+    result = run("train-expert", pictures, "a sks boot", "--model", model.folder)
+    assert result.exit_code == 1, result.output
+    assert f"trained here on Stable Diffusion 1 and 2, and {model.cls.__name__} is none" in result.output
+    for method in ("textual_inversion", "custom_diffusion"):
+        texts = ["--concept", "boot=a red boot|a boot", "--concept", "cat=a dull cat"]
+        result = run("baseline", method, *model.options, *texts, "--out", tmp_path / method)
+        assert result.exit_code == 1, result.output
+        assert f"{method!r} is for Stable Diffusion 1 and 2" in result.output
 
 
 def test_what_cannot_be_opened_is_said(tmp_path: Path) -> None:

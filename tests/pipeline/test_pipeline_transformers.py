@@ -236,6 +236,9 @@ def test_from_a_picture_and_a_mask(family: Family) -> None:
         expected = family.draw(with_adapters(plain, family.files, {"cat": 1.0}), **options)
         torch.testing.assert_close(family.draw(ours, active_experts=["cat"], **options), expected, **CLOSE)
         assert (expected - base).abs().max() > 0.01
+        if ours.as_large_as_its_picture:
+            unsaid = {**options, "height": None, "width": None}
+            torch.testing.assert_close(family.draw(ours, active_experts=["cat"], **unsaid), expected, **CLOSE)
 
 
 def test_gates_folders_and_exports(family: Family, tmp_path: Path) -> None:

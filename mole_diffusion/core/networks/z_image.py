@@ -54,7 +54,7 @@ def _read(args: tuple[Any, ...], kwargs: Mapping[str, Any], given: tuple[int, in
     if len(sizes) > 1:
         return read
     height, width = sizes.pop()
-    read.size = given or (height, width)
+    read.size = height, width
     grid = patched_grid(read.size)
     images, lengths = [grid[0] * grid[1]] * len(first), [len(one) for one in text]
     image, padded = _padded(images[0]), [_padded(length) for length in lengths]

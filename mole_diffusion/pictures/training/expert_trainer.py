@@ -16,6 +16,8 @@ from torch import Tensor
 from mole_diffusion.core.checkpoint import write_safetensors
 from mole_diffusion.core.errors import ConfigError, TrainingError
 from mole_diffusion.core.files import check_writable
+from mole_diffusion.core.networks.unet import UNET
+from mole_diffusion.pictures.components import networks_of
 from mole_diffusion.pictures.denoisers import denoiser_of
 from mole_diffusion.pictures.files import pictures_digest
 from mole_diffusion.pictures.training.denoising import NoisyBatch, denoising_loss
@@ -83,7 +85,8 @@ class ExpertTrainer:
 
     Raises:
         ConfigError: no pictures, no text, or no class text where it is needed.
-        TrainingError: the pipeline has experts or LoRAs, is of SDXL, or its scheduler cannot be trained with.
+        TrainingError: the pipeline has experts or LoRAs, is of another family, or its scheduler cannot be
+            trained with.
     """
 
     def __init__(
@@ -97,6 +100,11 @@ class ExpertTrainer:
         self.config = config or ExpertTrainingConfig()
         if pipe.experts:
             raise TrainingError(f"the pipeline has the experts {list(pipe.experts)}; train on the base alone")
+        if UNET not in networks_of(pipe):
+            raise TrainingError(
+                f"experts are trained here on Stable Diffusion 1 and 2, and {type(pipe).__name__} is none: "
+                "any program that trains LoRAs for it makes experts for it"
+            )
         if hasattr(pipe.unet, "peft_config"):
             raise TrainingError("the pipeline has LoRAs loaded; unload_lora_weights() first")
         if getattr(pipe, "text_encoder_2", None) is not None:
