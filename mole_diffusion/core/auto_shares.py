@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import functional
 from .attention import AttentionMaps
 from .auto import Auto, AutoSettings
 from .context import ForwardContext
 from .errors import ConfigError
-from .networks.base import CONTEXT, EMBEDDING, TOKENS, Forward
+from .networks.base import CONTEXT, DENOISER, EMBEDDING, TOKENS, Forward, NetworkMap
 from .regions import RegionMasks
 from .torch_state import is_compiling, on_device
 from .values import GateValue
@@ -256,6 +256,38 @@ class PictureShares:
             masks = self._regions.on_grid(height, width, own.device)
             own = functional.region_weights(own, masks) * own.sum(-1, keepdim=True)
         return own.index_select(0, self._order)
+
+
+def shares_of(
+    auto: Auto,
+    network: nn.Module,
+    layout: NetworkMap,
+    names: tuple[str, ...],
+    active: tuple[int, ...],
+    regions: RegionMasks | None,
+) -> TextShares | PictureShares:
+    """Weights of a network's tokens by the prompt.
+
+    Args:
+        auto: what the host knows.
+        network: a denoiser or a text encoder.
+        layout: what it is.
+        names: of the experts, in the order of the rows.
+        active: indices of those that count.
+        regions: where experts count; None for everywhere.
+
+    Raises:
+        ConfigError: it is a denoiser that reads its texts otherwise than by cross-attention.
+    """
+    if layout.architecture.role != DENOISER:
+        return TextShares(auto, layout.part, names, active)
+    layers = layout.architecture.text_readers(layout.sites)
+    if not layers:
+        raise ConfigError(
+            f"Cross-attention tells which place is whose, and {layout.architecture.name} networks have "
+            "none: train gates, or use mixture='nla'."
+        )
+    return PictureShares(auto, AttentionMaps(network, layers), names, active, regions)
 
 
 def _order(named: Sequence[bool], count: int) -> list[int]:

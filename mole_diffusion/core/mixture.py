@@ -12,21 +12,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from . import functional
-from .attention import AttentionMaps
 from .auto import Auto
-from .auto_shares import PictureShares, TextShares
+from .auto_shares import shares_of
 from .block_hook import BlockHook
 from .config import MoLEConfig
-from .context import Activation, ForwardContext, TokenShares
-from .dora import BaseWeight, looks, own_weight
-from .errors import (
-    AllExpertsMaskedError,
-    ConfigError,
-    InjectionError,
-    NoExpertsError,
-    RegionMaskError,
-    UnknownExpertError,
-)
+from .context import Activation, ForwardContext
+from .counting import check_together, checked_masks, counting, fixed_weights
+from .dora import BaseWeight, own_weight
+from .dora_slots import DoraSlots
+from .errors import ConfigError, InjectionError, NoExpertsError, RegionMaskError
 from .experts import Expert
 from .fitting import build_slots, fingerprint
 from .groups import build_groups
@@ -35,10 +29,9 @@ from .maps import mean_map
 from .matrices import build_bundles
 from .modules import Arrangement, base_layer, network_device, unwrapped
 from .networks import map_network
-from .networks.base import DENOISER, Architecture, NetworkMap, Role, Site
+from .networks.base import DENOISER, Architecture, NetworkMap, Role
 from .regions import RegionMasks
 from .routing import Route
-from .scaling import check_scale
 from .torch_state import is_compiling
 
 # Network -> the mixture whose hooks are on it; a hook keeps the mixture alive.
@@ -88,10 +81,7 @@ class Mixture:
             self.groups = build_groups(network, slots, layout, len(self.experts), config, flatten_tokens)
         self._context.voices = [voice for group in self.groups for voice in group.voices.values()]
         self._bundles = build_bundles(slots, layout)
-        self._base_weight = base_weight
-        self._doras = [slot for slot in slots.values() if slot.doras]
-        self._looks = self._look()
-        self._looked = True
+        self._doras = DoraSlots([slot for slot in slots.values() if slot.doras], base_weight)
         self.gates = nn.ModuleDict({_module_key(group.name): group.gate for group in self.groups})
 
     @property
@@ -103,10 +93,6 @@ class Mixture:
     def in_picture(self) -> bool:
         """Whether the network has image tokens, which region masks can weight."""
         return self.role == DENOISER
-
-    @property
-    def _text_readers(self) -> tuple[tuple[Site, Site], ...]:
-        return self.architecture.text_readers(map_network(self.network, self.part).sites)
 
     @property
     def role(self) -> Role:
@@ -206,24 +192,14 @@ class Mixture:
             RegionMaskError: a mask has wrong axes, values or proportions, or this is a text encoder.
             ConfigError: a route is asked for beside fixed weights or regions, or block outputs are mixed.
         """
-        if auto is not None and (weights is not None or route is not None):
-            raise ConfigError("auto finds weights by the prompt: it goes with neither weights nor a route.")
-        if route is not None and (weights is not None or region_masks or self.config.composition == "output"):
-            raise ConfigError(
-                "A route is how matrices weigh the experts by themselves: it goes with neither fixed "
-                "weights, nor region masks, nor composition='output'."
-            )
-        active, scales = self._chosen(active_experts, expert_scales or {})
-        fixed: list[float] | None = None
-        if weights is not None:
-            fixed = [0.0] * len(self.experts)
-            for name, weight in weights.items():
-                fixed[self._index(name)] = check_scale("weight", name, weight)
-            active = tuple(i for i in active if fixed[i] != 0.0)
-        elif not active:
-            fixed = [0.0] * len(self.experts)
+        check_together(auto, weights, route, region_masks, self.config)
+        active, scales = counting(self.experts, active_experts, expert_scales or {})
+        active, fixed = fixed_weights(self.experts, active, weights)
         regions = self._regions(region_masks, active, latent_size) if region_masks else None
-        shares = self._shares(auto, active, regions) if auto is not None and len(active) > 1 else None
+        shares = None
+        if auto is not None and len(active) > 1:
+            layout = map_network(self.network, self.part)
+            shares = shares_of(auto, self.network, layout, self.expert_names, active, regions)
         if self._context.activation.shares is not None:
             self._context.activation.shares.remove()
         self._context.forget()
@@ -240,25 +216,8 @@ class Mixture:
                 shares,
             )
         self.to(network_device(self.network) or self._device)
-        self._measure()
+        self._renew_doras()
         self._choose()
-
-    def _shares(self, auto: Auto, active: tuple[int, ...], regions: RegionMasks | None) -> TokenShares:
-        """Weights of tokens by the prompt.
-
-        Raises:
-            ConfigError: the network reads its texts otherwise.
-        """
-        if not self.in_picture:
-            return TextShares(auto, self.part, self.expert_names, active)
-        layers = self._text_readers
-        if not layers:
-            raise ConfigError(
-                f"Cross-attention tells which place is whose, and {self.architecture.name} networks have "
-                "none: train gates, or use mixture='nla'."
-            )
-        maps = AttentionMaps(self.network, layers)
-        return PictureShares(auto, maps, self.expert_names, active, regions)
 
     def _choose(self) -> None:
         """Let everything know which experts count from now on."""
@@ -272,58 +231,25 @@ class Mixture:
         self, active_experts: Sequence[str] | None = None, expert_scales: Mapping[str, float] | None = None
     ) -> tuple[str, ...]:
         """Names of the experts that count with these choices, see `activate`; in the order of the rows."""
-        return tuple(self.expert_names[i] for i in self._chosen(active_experts, expert_scales or {})[0])
-
-    def _chosen(
-        self, names: Sequence[str] | None, scales: Mapping[str, float]
-    ) -> tuple[tuple[int, ...], list[float]]:
-        """Indices of the experts that count, and the scale of each expert."""
-        active = self._active(names)
-        if names is not None and not active:
-            raise AllExpertsMaskedError(
-                f"active_experts is empty; name at least one of {', '.join(self.expert_names)}, or disable()."
-            )
-        found = [expert.scale for expert in self.experts]
-        for name, scale in scales.items():
-            found[self._index(name)] = check_scale("scale", name, scale)
-        counting = tuple(i for i in active if found[i] != 0.0)
-        # Where gates read whole block outputs they read those of experts that are left out too.
-        return counting, [
-            scale or expert.scale or 1.0 for scale, expert in zip(found, self.experts, strict=True)
-        ]
+        active, _ = counting(self.experts, active_experts, expert_scales or {})
+        return tuple(self.expert_names[i] for i in active)
 
     @property
     def _device(self) -> torch.device:
         """Where the gates are."""
         return self.groups[0].gate.projection.device
 
-    def _look(self) -> list[tuple[float, ...] | None]:
-        """What the weights look like that DoRA experts were computed from."""
-        return looks([self._base_weight(slot.module) for slot in self._doras]) if self._doras else []
-
-    def _measure(self) -> None:
-        """Compute DoRA experts anew where somebody changed the weights (a LoRA was fused, or unfused).
-
-        Asked when hooks are attached or experts activated, and by the first forward after that.
-        """
-        found, self._looked = self._look(), False
-        changed = {
-            slot.name: slot
-            for slot, before, now in zip(self._doras, self._looks, found, strict=True)
-            if now is not None and now != before
-        }
-        for slot in changed.values():
-            with torch.inference_mode(False), torch.no_grad():
-                slot.measure(self._base_weight(slot.module))
-        if changed:
+    def _renew_doras(self) -> None:
+        """Follow weights that somebody changed."""
+        if self._doras.renew():
             self.release()
-        self._looks = [old if now is None else now for old, now in zip(self._looks, found, strict=True)]
 
     def _move(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-hook of the network: the gates go where its inputs are."""
-        if self._doras and not self._looked and not is_compiling():
-            self._measure()
-            self._looked = True
+        # Whoever changed the weights may have done so after the experts were activated.
+        if self._doras.due and not is_compiling():
+            self._renew_doras()
+            self._doras.due = False
         device = self._device
         for x in (*args, *kwargs.values()):  # a generator in `next` does not compile in torch 2.8
             if isinstance(x, Tensor):
@@ -343,36 +269,12 @@ class Mixture:
         """Where in the picture each expert acted in the last forward, (B, N, h, w); see `mean_map`."""
         return mean_map(self._context, self.groups)
 
-    def _index(self, name: str) -> int:
-        if name not in self.expert_names:
-            raise UnknownExpertError(name, self.expert_names)
-        return self.expert_names.index(name)
-
-    def _active(self, names: Sequence[str] | None) -> tuple[int, ...]:
-        if names is None:
-            return tuple(range(len(self.experts)))
-        return tuple(sorted({self._index(name) for name in ([names] if isinstance(names, str) else names)}))
-
     def _regions(
         self, masks: Mapping[str, Tensor], active: tuple[int, ...], latent_size: tuple[int, int] | None
     ) -> RegionMasks:
         if not self.in_picture:
             raise RegionMaskError("Region masks weight image tokens; a text encoder has none.")
-        checked = {}
-        for name, mask in masks.items():
-            index = self._index(name)
-            if mask.dim() != 2:
-                raise RegionMaskError(
-                    f"The region mask of {name!r} has shape {tuple(mask.shape)}; allowed: (height, width)."
-                )
-            mask = mask.detach().float().cpu()
-            low, high = float(mask.min()), float(mask.max())
-            if not (low >= 0.0 and high <= 1.0):
-                raise RegionMaskError(
-                    f"The region mask of {name!r} has values from {low:g} to {high:g}; allowed: 0 to 1."
-                )
-            checked[index] = mask
-        regions = RegionMasks(checked, len(self.experts), active)
+        regions = RegionMasks(checked_masks(self.experts, masks), len(self.experts), active)
         if latent_size is not None:
             regions.check_aspect(latent_size)
         return regions
@@ -405,7 +307,7 @@ class Mixture:
         self._hook_matrices()
         _carried[self.network] = weakref.ref(self)
         self.to(network_device(self.network) or self._device)
-        self._measure()
+        self._renew_doras()
 
     def _hook_matrices(self) -> None:
         by_matrix = {slot.name: bundle for bundle in self._bundles for slot in bundle.slots}
