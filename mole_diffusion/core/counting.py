@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -12,6 +12,20 @@ from .errors import AllExpertsMaskedError, ConfigError, RegionMaskError, Unknown
 from .experts import Expert
 from .routing import Route
 from .scaling import check_scale
+
+
+def by_name(experts: Iterable[Expert]) -> dict[str, Expert]:
+    """Experts by name, in their order.
+
+    Raises:
+        ConfigError: two have one name.
+    """
+    chosen = list(experts)
+    names = [expert.name for expert in chosen]
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise ConfigError(f"Expert names must differ; used more than once: {', '.join(doubled)}.")
+    return dict(zip(names, chosen, strict=True))
 
 
 def check_together(

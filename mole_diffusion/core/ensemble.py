@@ -5,26 +5,25 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from .bases import check_prediction
+from .carrier import Carrier
 from .checkpoint import load_gates, read_gates_header, save_gates
 from .config import MoLEConfig
+from .counting import by_name
 from .dora import BaseWeight, own_weight
-from .errors import ConfigError, InjectionError
+from .errors import InjectionError
 from .experts import Expert
 from .mixture import Mixture, mixture_on
-from .mixture_set import Choice, Companion, Companions, MixtureSet
+from .mixture_set import Choice, Companions, MixtureSet
 from .modules import unwrapped
 from .networks import map_network
-from .records import Recorder
-from .turns import OneThread
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +31,11 @@ logger = logging.getLogger(__name__)
 PREDICTION_TYPE = "prediction_type"
 
 
-class Ensemble:
+class Ensemble(Carrier):
     """The experts of one model: a mixture on each of its networks that an expert changes.
 
-    Every host holds one: it carries experts, gates, what counts in the next forwards, and records. Whatever
-    fails leaves everything as it was.
+    Every host holds one: it carries experts, gates, what counts in the next forwards, and records (see
+    `Carrier` for what is done with those that are here). Whatever fails leaves everything as it was.
 
     Args:
         networks: part -> network; an expert's file says which parts it changes.
@@ -50,7 +49,6 @@ class Ensemble:
 
     Attributes:
         networks, facts, flatten_tokens: as given.
-        recorder: watches all networks while their hooks are on; None for none.
     """
 
     def __init__(
@@ -63,15 +61,12 @@ class Ensemble:
         base_weight: BaseWeight | None = None,
         attached: bool = True,
     ) -> None:
+        super().__init__(MixtureSet(config=config or MoLEConfig()))
         self.networks = {part: unwrapped(network) for part, network in networks.items()}
         self.facts = dict(facts)
         self.flatten_tokens = dict(flatten_tokens or {})
-        self.recorder: Recorder | None = None
-        self._watched: dict[str, RemovableHandle] = {}
         self._attached = attached
         self._base_weight = base_weight or own_weight
-        self._held = MixtureSet(config=config or MoLEConfig())
-        self._turn = OneThread()
 
     @classmethod
     def carrying(cls, networks: Mapping[str, nn.Module]) -> Ensemble | None:
@@ -83,40 +78,6 @@ class Ensemble:
             if isinstance(owner, Ensemble) and owner.networks == wanted:
                 return owner
         return None
-
-    @property
-    def experts(self) -> dict[str, Expert]:
-        """The experts by name, in the order of the gates' rows."""
-        return self._held.experts
-
-    @property
-    def mixtures(self) -> dict[str, Mixture]:
-        """The mixture of each network that an expert changes, by part."""
-        return self._held.mixtures
-
-    @property
-    def config(self) -> MoLEConfig:
-        """The form of the gates: of the first network's, where a gates file gave them different ones."""
-        first = next(iter(self._held.mixtures.values()), None)
-        return self._held.config if first is None else first.config
-
-    @property
-    def choice(self) -> Choice:
-        """What counts in the forwards to come."""
-        return self._held.choice
-
-    @property
-    def companions(self) -> list[Companion]:
-        """What the experts bring along beside their matrices."""
-        return self._held.companions
-
-    def in_use(self) -> AbstractContextManager[None]:
-        """Keep other threads out inside the `with` block; what changes experts or choices does so itself.
-
-        Raises:
-            InUseError: another thread is inside.
-        """
-        return self._turn.inside()
 
     def set_experts(
         self,
@@ -176,16 +137,11 @@ class Ensemble:
         Raises:
             InjectionError, ConfigError: see `set_experts`.
         """
-        chosen = list(experts)
-        named = {expert.name: expert for expert in chosen}
-        if len(named) < len(chosen):
-            names = [expert.name for expert in chosen]
-            doubled = sorted({name for name in names if names.count(name) > 1})
-            raise ConfigError(f"Expert names must differ; used more than once: {', '.join(doubled)}.")
+        named = by_name(experts)
         forms = {**(self._held.configs if config is None else {}), **(configs or {})}
         found = MixtureSet(named, config or self._held.config, forms, dict(self.networks))
         for part in self.networks:
-            if any(expert.factors.get(part) for expert in chosen):
+            if any(expert.factors.get(part) for expert in named.values()):
                 found.mixtures[part] = self._mixture(part, found)
         return found
 
@@ -226,8 +182,7 @@ class Ensemble:
 
     def _replace(self, fresh: MixtureSet, companions: Companions) -> None:
         """Have other experts; what fails on the way leaves those from before."""
-        old = self._held
-        attached = [part for part, mixture in old.mixtures.items() if mixture.injected]
+        old, attached = self._held, self._held.attached
         self._unwatch()
         old.detach()
         try:
@@ -237,11 +192,7 @@ class Ensemble:
                 fresh.attach()
         except BaseException:
             fresh.detach()
-            for part in attached:
-                old.mixtures[part].attach()
-            for companion in old.companions:
-                companion.attach()
-                companion.show(not old.choice.base_only)
+            old.attach(attached)
             self._watch(attached)
             raise
         self._held = fresh
@@ -250,8 +201,7 @@ class Ensemble:
 
     def _regate(self, fresh: MixtureSet) -> None:
         """Have other gates for the same experts: what they bring along and what counts stay."""
-        old = self._held
-        attached = [part for part, mixture in old.mixtures.items() if mixture.injected]
+        old, attached = self._held, self._held.attached
         old.choice.apply(fresh.mixtures.values())
         fresh.choice, fresh.companions = old.choice, old.companions
         self.park()
@@ -262,39 +212,6 @@ class Ensemble:
             self._held = old
             self.unpark(attached)
             raise
-
-    def park(self, parts: Iterable[str] | None = None) -> None:
-        """Take hooks off, bitwise; everything else is kept. Doing it twice does no harm.
-
-        Args:
-            parts: the networks; None for all.
-        """
-        for part in list(self.mixtures) if parts is None else parts:
-            if part in self.mixtures:
-                self._unwatch([part])
-                self.mixtures[part].eject()
-
-    def unpark(self, parts: Iterable[str] | None = None) -> None:
-        """Put hooks on that are off.
-
-        Args:
-            parts: the networks; None for all.
-
-        Raises:
-            InjectionError: a network carries another mixture; no hook was put on.
-        """
-        off = [
-            part
-            for part, mixture in self.mixtures.items()
-            if not mixture.injected and (parts is None or part in parts)
-        ]
-        try:
-            for part in off:
-                self.mixtures[part].attach()
-        except BaseException:
-            self.park(off)
-            raise
-        self._watch(off)
 
     def take(self) -> MixtureSet:
         """Take everything off, bitwise, and hand it over for `put`; the ensemble has no experts then.
@@ -339,8 +256,7 @@ class Ensemble:
 
     @contextmanager
     def _others(self, others: MixtureSet) -> Iterator[None]:
-        before = self._held
-        attached = [part for part, mixture in before.mixtures.items() if mixture.injected]
+        before, attached = self._held, self._held.attached
         self.park()
         self._held = replace(others, companions=before.companions)
         for mixture in others.mixtures.values():
@@ -353,56 +269,7 @@ class Ensemble:
             self.park()
             self._held = before
             self.unpark(attached)
-            for companion in before.companions:
-                companion.show(not before.choice.base_only)
-
-    def activate(self, choice: Choice) -> None:
-        """Let this count in the forwards to come.
-
-        Raises:
-            MoLEError: see `Mixture.activate`.
-        """
-        before = self.choice
-        try:
-            if choice.base_only:
-                # A misspelt name must not pass only because nothing is drawn with it.
-                replace(choice, base_only=False).apply(self.mixtures.values())
-            choice.apply(self.mixtures.values())
-        except BaseException:
-            before.apply(self.mixtures.values())
-            raise
-        for companion in self.companions:
-            companion.show(not choice.base_only)
-        self._held.choice = choice
-
-    @contextmanager
-    def choosing(self, choice: Choice) -> Iterator[None]:
-        """`activate` for the `with` block; afterwards what counted before.
-
-        Raises:
-            InUseError: another thread is using these experts.
-        """
-        with self.in_use():
-            before = self.choice
-            self.activate(choice)
-            try:
-                yield
-            finally:
-                self.activate(before)
-
-    @contextmanager
-    def without_companions(self) -> Iterator[None]:
-        """What experts bring along beside their matrices is off inside the `with` block."""
-        with self.in_use():
-            companions = self.companions
-            for companion in companions:
-                companion.detach()
-            try:
-                yield
-            finally:
-                for companion in companions:
-                    companion.attach()
-                    companion.show(not self.choice.base_only)
+            before.show()
 
     def load_gates(
         self, path: str | Path, strict: bool = True, *, parts: Sequence[str] | None = None
@@ -453,21 +320,6 @@ class Ensemble:
             metadata: more to note in the header.
         """
         save_gates(path, self.mixtures, metadata={**self.facts, **(metadata or {})})
-
-    def record(self, recorder: Recorder | None) -> None:
-        """Let a recorder watch the networks while hooks are on them; None for none."""
-        self._unwatch()
-        self.recorder = recorder
-        self._watch(part for part, mixture in self.mixtures.items() if mixture.injected)
-
-    def _watch(self, parts: Iterable[str]) -> None:
-        if self.recorder is not None:
-            self._watched |= {part: self.recorder.watch(self.mixtures[part]) for part in parts}
-
-    def _unwatch(self, parts: Iterable[str] | None = None) -> None:
-        for part in list(self._watched) if parts is None else parts:
-            if (handle := self._watched.pop(part, None)) is not None:
-                handle.remove()
 
 
 def _warn_of_lost_gates(old: Mapping[str, Mixture]) -> None:

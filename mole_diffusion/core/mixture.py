@@ -17,10 +17,10 @@ from .auto_shares import shares_of
 from .block_hook import BlockHook
 from .config import MoLEConfig
 from .context import Activation, ForwardContext
-from .counting import check_together, checked_masks, counting, fixed_weights
+from .counting import by_name, check_together, checked_masks, counting, fixed_weights
 from .dora import BaseWeight, own_weight
 from .dora_slots import DoraSlots
-from .errors import ConfigError, InjectionError, NoExpertsError, RegionMaskError
+from .errors import InjectionError, NoExpertsError, RegionMaskError
 from .experts import Expert
 from .fitting import build_slots, fingerprint
 from .groups import build_groups
@@ -366,10 +366,7 @@ def inject(
     network = unwrapped(network)
     if not experts:
         raise NoExpertsError("There are no experts to inject; load at least one.")
-    names = [expert.name for expert in experts]
-    doubled = sorted({name for name in names if names.count(name) > 1})
-    if doubled:
-        raise ConfigError(f"Expert names must differ; used more than once: {', '.join(doubled)}.")
+    by_name(experts)
     with torch.inference_mode(False):
         mixture = Mixture(network, experts, config, map_network(network, part), flatten_tokens)
         mixture.activate()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -102,22 +102,52 @@ class MixtureSet:
     companions: list[Companion] = field(default_factory=list)
     choice: Choice = field(default_factory=Choice)
 
-    def attach(self) -> None:
+    @property
+    def attached(self) -> list[str]:
+        """The parts whose hooks are on."""
+        return [part for part, mixture in self.mixtures.items() if mixture.injected]
+
+    def activate(self, choice: Choice) -> None:
+        """Let this count in the forwards to come; what fails leaves what counted before.
+
+        Raises:
+            MoLEError: see `Mixture.activate`.
+        """
+        try:
+            if choice.base_only:
+                # A misspelt name must not pass only because nothing is drawn with it.
+                replace(choice, base_only=False).apply(self.mixtures.values())
+            choice.apply(self.mixtures.values())
+        except BaseException:
+            self.choice.apply(self.mixtures.values())
+            raise
+        self.choice = choice
+        self.show()
+
+    def show(self) -> None:
+        """Let the companions be known, or not, as the choice has it."""
+        for companion in self.companions:
+            companion.show(not self.choice.base_only)
+
+    def attach(self, parts: Collection[str] | None = None) -> None:
         """Put hooks and companions on, or nothing of them.
+
+        Args:
+            parts: the networks; None for all.
 
         Raises:
             InjectionError: a network carries another mixture.
         """
         try:
-            for mixture in self.mixtures.values():
-                mixture.attach()
+            for part, mixture in self.mixtures.items():
+                if parts is None or part in parts:
+                    mixture.attach()
             for companion in self.companions:
                 companion.attach()
         except BaseException:
             self.detach()
             raise
-        for companion in self.companions:
-            companion.show(not self.choice.base_only)
+        self.show()
 
     def detach(self) -> None:
         """Take hooks and companions off; the networks are bitwise as before."""
