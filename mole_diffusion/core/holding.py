@@ -12,6 +12,7 @@ from .ensemble import Ensemble
 from .errors import ExpertLoadError, NoExpertsError, UnknownExpertError
 from .experts import Expert
 from .mixture import Mixture
+from .mixture_set import MixtureSet
 
 
 class HoldsExperts:
@@ -36,6 +37,33 @@ class HoldsExperts:
     def mole_config(self) -> MoLEConfig:
         """How gates are built; change it with `configure`."""
         return self.ensemble.config
+
+    def configure(self, config: MoLEConfig) -> None:
+        """Give all experts fresh gates of another kind (granularity, pooling, ...); trained ones are lost.
+
+        Raises:
+            ConfigError: a network cannot have such gates; a decoder that runs token by token is one.
+        """
+        self.ensemble.configure(config)
+
+    def eject(self) -> None:
+        """Take everything away: the networks are bitwise what they were before the first expert."""
+        self.ensemble.eject()
+
+    def detach_experts(self) -> MixtureSet:
+        """Take experts, gates and trigger words off, bitwise, and hand them over for `attach_experts`.
+
+        For hosts that serve several users with one base model, one after the other.
+        """
+        return self.ensemble.take()
+
+    def attach_experts(self, parked: MixtureSet) -> None:
+        """Put on what `detach_experts` took off the same networks; gates are as they were.
+
+        Raises:
+            InjectionError: the model has experts, or other networks.
+        """
+        self.ensemble.put(parked)
 
     def save_gates(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
         """Write the gates, with the names and hashes of the experts they belong to (safetensors).

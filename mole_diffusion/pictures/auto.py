@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mole_diffusion.core.auto import Auto, AutoSettings
 from mole_diffusion.core.calling import Calling
+from mole_diffusion.core.ensemble import Ensemble
 from mole_diffusion.core.errors import UnknownExpertError
 from mole_diffusion.core.experts import Expert
 from mole_diffusion.core.mixture_set import Choice
@@ -23,6 +24,26 @@ from mole_diffusion.pictures.components import tokenizers_of
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
+
+
+def usual_mixture(ensemble: Ensemble) -> str:
+    """What a call without `mixture` is drawn with; see `WithExperts.usual_mixture`."""
+    mixtures = ensemble.mixtures.values()
+    trained = any(one.is_trained for one in mixtures)
+    able = all(one.finds_places for one in mixtures if one.in_picture)
+    return AUTO if able and not trained and len(ensemble.experts) > 1 else "gates"
+
+
+def usual_for(ensemble: Ensemble, given: Mapping[str, Any]) -> str:
+    """What a call with these arguments is drawn with, where they name no mixture."""
+    usual = usual_mixture(ensemble)
+    if usual == AUTO and given.get("prompt") is None:
+        logger.warning(
+            "the gates are not trained, and embeddings in place of a prompt do not say whose words they"
+            " are: every expert counts the same everywhere"
+        )
+        return "gates"
+    return usual
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from mole_diffusion.core.export import (
     lora_header,
     write_lora,
 )
+from mole_diffusion.core.networks.unet import UNET
 from mole_diffusion.core.records import GateRecord, GateWeights
 from mole_diffusion.pictures.components import guidance_arguments
 from mole_diffusion.pictures.denoisers import denoiser_of
@@ -86,6 +87,8 @@ def export_lora(
     _need_text_to_image(pipe)
     target = check_target(path, format, rank)
     texts = _check_calibration(prompts, steps)
+    if guidance_scale is None and UNET in ensemble.networks:
+        guidance_scale = float(pipe.call_defaults.get("guidance_scale", 7.5))
     options: dict[str, Any] = guidance_arguments(pipe, guidance_scale)
     options |= {} if size is None else {"height": size[0], "width": size[1]}
     ticker = _Ticker(len(texts) * steps * _PASSES, callback)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,38 +12,34 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 
-from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.ensemble import Ensemble
-from mole_diffusion.core.errors import NoExpertsError
 from mole_diffusion.core.experts import Expert
 from mole_diffusion.core.export import ExportReport
-from mole_diffusion.core.fixed import fixed_mixture
 from mole_diffusion.core.holding import HoldsExperts
-from mole_diffusion.core.mixture import Mixture
-from mole_diffusion.core.mixture_set import Choice, MixtureSet
-from mole_diffusion.core.modules import unwrapped
 from mole_diffusion.core.networks.clip import TEXT_ENCODER
-from mole_diffusion.core.networks.unet import UNET
-from mole_diffusion.core.records import GateWeights, MapRecorder, Placing, Recorder
-from mole_diffusion.pictures.auto import AUTO, note_prompts, read_prompts
+from mole_diffusion.core.records import GateWeights, MapRecorder, Recorder
+from mole_diffusion.pictures.auto import note_prompts, read_prompts, usual_for, usual_mixture
 from mole_diffusion.pictures.calibration import Progress, export_lora
-from mole_diffusion.pictures.choosing import Engaging, Request, method_of
+from mole_diffusion.pictures.choosing import Engaging, Request, chosen_by
 from mole_diffusion.pictures.components import (
-    facts_of,
-    flatten_tokens,
     latent_size,
     networks_of,
     old_text_model_name,
     picture_size,
 )
-from mole_diffusion.pictures.holding import add_expert, read_expert, remove_expert, warn_of_lora_tags
+from mole_diffusion.pictures.holding import (
+    add_expert,
+    ensemble_of,
+    read_expert,
+    remove_expert,
+    warn_of_lora_tags,
+)
+from mole_diffusion.pictures.placing import placing_of
 from mole_diffusion.pictures.regions import region_tensors
 from mole_diffusion.pictures.single_file import check_safetensors, configuration_of
 
 if TYPE_CHECKING:
     from mole_diffusion.pictures.training import Concept, TrainingConfig, TrainingResult
-
-logger = logging.getLogger(__name__)
 
 P = TypeVar("P", bound="WithExperts")
 GuidedIn = Literal["batch", "batch, prompt first", "turns"]
@@ -77,14 +72,8 @@ class WithExperts(HoldsExperts):
     def ensemble(self) -> Ensemble:
         """The experts on this pipeline's networks; pipelines around the same networks share them."""
         # Made on first use: diffusers builds pipelines from the signature of __init__, which stays its own.
-        networks, found = networks_of(self), self._ensemble
-        if found is None or not found.experts:
-            found = Ensemble.carrying(networks) or found or Ensemble(networks, facts=facts_of(self))
-            self._ensemble = found
-        # Users exchange schedulers and networks.
-        found.networks = {part: unwrapped(network) for part, network in networks.items()}
-        found.facts, found.flatten_tokens = facts_of(self), dict(flatten_tokens(self))
-        return found
+        self._ensemble = ensemble_of(self, self._ensemble)
+        return self._ensemble
 
     @classmethod
     def from_pipe(cls: type[P], pipeline: Any, **kwargs: Any) -> P:
@@ -110,13 +99,12 @@ class WithExperts(HoldsExperts):
             check_safetensors(path)
         named = {"config", "original_config", "original_config_file"} & set(kwargs)
         # Of the families that have a UNet; the others' configurations are as many as their models.
-        if not path.is_file() or named or "unet" not in inspect.signature(cls.__init__).parameters:
+        alone = path.is_file() and not named and "unet" in inspect.signature(cls.__init__).parameters
+        if not alone:
             return cast(P, parent.from_single_file(pretrained_model_link_or_path, **kwargs))
         with configuration_of(path) as config:
-            return cast(
-                P,
-                parent.from_single_file(str(path), **{**kwargs, "config": config, "local_files_only": True}),
-            )
+            kwargs |= {"config": config, "local_files_only": True}
+            return cast(P, parent.from_single_file(str(path), **kwargs))
 
     @torch.no_grad()
     def __call__(
@@ -173,9 +161,9 @@ class WithExperts(HoldsExperts):
             expert_scales=expert_scales,
             region_masks=None if region_masks is None else region_tensors(region_masks, height, width),
             latent_size=latent_size(pipe, height, width),
-            mixture=self._usual(given) if mixture is None else mixture,
+            mixture=usual_for(self.ensemble, given) if mixture is None else mixture,
         ):
-            self._recorder = (MapRecorder if record_maps else Recorder)(_placing(self, given))
+            self._recorder = (MapRecorder if record_maps else Recorder)(placing_of(self, given))
             with self._recorder.watching(self.ensemble.mixtures, networks_of(self)):
                 return parent.__call__(*args, **kwargs)
 
@@ -186,21 +174,7 @@ class WithExperts(HoldsExperts):
         "gates" where any are trained or there is nothing to share out, and for models whose denoiser has no
         cross-attention to read; else "auto".
         """
-        mixtures = self.ensemble.mixtures.values()
-        trained = any(one.is_trained for one in mixtures)
-        able = all(one.finds_places for one in mixtures if one.in_picture)
-        return AUTO if able and not trained and len(self.ensemble.experts) > 1 else "gates"
-
-    def _usual(self, given: Mapping[str, Any]) -> str:
-        """What a call with these arguments is drawn with."""
-        usual = self.usual_mixture
-        if usual == AUTO and given.get("prompt") is None:
-            logger.warning(
-                "the gates are not trained, and embeddings in place of a prompt do not say whose words they"
-                " are: every expert counts the same everywhere"
-            )
-            return "gates"
-        return usual
+        return usual_mixture(self.ensemble)
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
         """As in diffusers; the text encoders' experts count."""
@@ -273,15 +247,8 @@ class WithExperts(HoldsExperts):
 
         After an error the pipeline is as it was before.
         """
-        expert = read_expert(
-            source,
-            name,
-            scale,
-            weight_name=weight_name,
-            rank=rank,
-            hub_options=hub_options,
-            networks=self.ensemble.networks,
-        )
+        options: dict[str, Any] = {"weight_name": weight_name, "rank": rank, "hub_options": hub_options}
+        expert = read_expert(source, name, scale, networks=self.ensemble.networks, **options)
         return self.add_expert(expert, check_base=check_base)
 
     def add_expert(self, expert: Expert, *, check_base: bool = True) -> Expert:
@@ -298,29 +265,6 @@ class WithExperts(HoldsExperts):
             UnknownExpertError: no expert has this name.
         """
         remove_expert(self, self.ensemble, name)
-
-    def configure(self, config: MoLEConfig) -> None:
-        """Give all experts fresh gates of another kind (granularity, pooling, ...); trained ones are lost."""
-        self.ensemble.configure(config)
-
-    def eject(self) -> None:
-        """Take everything away: the networks are bitwise what they were before the first expert."""
-        self.ensemble.eject()
-
-    def detach_experts(self) -> MixtureSet:
-        """Take experts, gates and trigger words off, bitwise, and hand them over for `attach_experts`.
-
-        For hosts that serve several users with one base model, one after the other.
-        """
-        return self.ensemble.take()
-
-    def attach_experts(self, parked: MixtureSet) -> None:
-        """Put on what `detach_experts` took off the same networks; gates are as they were.
-
-        Raises:
-            InjectionError: the pipeline has experts, or other networks.
-        """
-        self.ensemble.put(parked)
 
     @contextmanager
     def composing(
@@ -349,19 +293,8 @@ class WithExperts(HoldsExperts):
             GateMismatchError: a prepared mixture was made for another base or other experts.
             UnknownExpertError, AllExpertsMaskedError, RegionMaskError, ConfigError: see `Mixture.activate`.
         """
-        ensemble, method = self.ensemble, method_of(mixture)
-        if method is not None:
-            request = Request(active_experts, expert_scales, region_masks, latent_size)
-            with ensemble.in_use(), method.engaged(self, request):
-                yield
-            return
-        assert not isinstance(mixture, Engaging)
-        plain = active_experts is None and not expert_scales and not region_masks
-        if not ensemble.experts and not (plain and mixture in ("gates", "none")):
-            raise NoExpertsError("no experts are loaded: call load_expert() first")
-        active, weights = fixed_mixture(mixture, list(ensemble.experts), active_experts)
-        base_only = mixture == "none"
-        with ensemble.choosing(Choice(active, expert_scales, region_masks, latent_size, weights, base_only)):
+        request = Request(active_experts, expert_scales, region_masks, latent_size)
+        with chosen_by(self, mixture, request):
             yield
 
     def gate_weights(self) -> GateWeights:
@@ -448,8 +381,6 @@ class WithExperts(HoldsExperts):
                 pictures (`StableDiffusionMoLEPipeline.from_pipe(pipe)` shares its experts and gates).
         """
         self.need_experts("export_lora")
-        if guidance_scale is None and UNET in networks_of(self):
-            guidance_scale = float(self.call_defaults.get("guidance_scale", 7.5))
         return export_lora(
             self,
             self.ensemble,
@@ -465,35 +396,3 @@ class WithExperts(HoldsExperts):
             dtype=dtype,
             callback=callback,
         )
-
-
-def _guided(pipe: Any, given: Mapping[str, Any]) -> bool:
-    """Whether a call runs a negative prompt beside the prompt."""
-    flag = getattr(pipe, "do_classifier_free_guidance", None)
-    if flag is not None:
-        return bool(flag)
-    usual = inspect.signature(pipe.diffusers_class.__call__).parameters.get("true_cfg_scale")
-    scale = given.get("true_cfg_scale", 1.0 if usual is None else usual.default)
-    named = ("negative_prompt", "negative_prompt_embeds")
-    return scale > 1 and any(given.get(name) is not None for name in named)
-
-
-def _placing(pipe: Any, given: Mapping[str, Any]) -> Placing:
-    """What each forward of a call is for, see `Recorder`.
-
-    A text encoder does not run for embeddings that the caller brings.
-    """
-    branches = {"prompt": "prompt_embeds", "negative": "negative_prompt_embeds"}
-    encoded = [branch for branch, argument in branches.items() if given.get(argument) is None]
-
-    def place(mixture: Mixture, index: int, entries: int) -> tuple[int | None, int]:
-        if mixture.in_picture:
-            if not _guided(pipe, given):
-                return index, 0
-            if pipe.guided_in == "turns":
-                return index // 2, entries * (index % 2)
-            half = entries // 2
-            return index, -half if pipe.guided_in == "batch, prompt first" else half
-        return None, entries if encoded[index : index + 1] == ["negative"] else 0
-
-    return place

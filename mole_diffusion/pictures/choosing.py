@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from mole_diffusion.core.errors import ConfigError
-from mole_diffusion.core.fixed import FIXED
+from mole_diffusion.core.errors import ConfigError, NoExpertsError
+from mole_diffusion.core.fixed import FIXED, fixed_mixture
+from mole_diffusion.core.holding import HoldsExperts
+from mole_diffusion.core.mixture_set import Choice
 
 #: Registers more words when it is imported; it lies above this room, which knows none of its names.
 _MORE = "mole_diffusion.methods"
@@ -88,3 +90,33 @@ def method_of(mixture: str | Mapping[str, float] | Engaging) -> Engaging | None:
     if mixture not in words():
         raise ConfigError(f"mixture is {mixture!r}, expected one of {list(words())} or a weight per expert")
     return _words[mixture]
+
+
+@contextmanager
+def chosen_by(
+    pipe: HoldsExperts, mixture: str | Mapping[str, float] | Engaging, request: Request
+) -> Iterator[None]:
+    """Let experts count so inside the `with` block; see `WithExperts.composing`.
+
+    Args:
+        pipe: a pipeline with experts.
+        mixture: a word, fixed weights, or a method.
+        request: the other options.
+
+    Raises:
+        NoExpertsError: something is asked of experts and none is loaded.
+        MoLEError: see `WithExperts.composing`.
+    """
+    ensemble, method = pipe.ensemble, method_of(mixture)
+    if method is not None:
+        with ensemble.in_use(), method.engaged(pipe, request):
+            yield
+        return
+    assert not isinstance(mixture, Engaging)
+    scales, regions, size = request.expert_scales, request.region_masks, request.latent_size
+    plain = request.active_experts is None and not scales and not regions
+    if not ensemble.experts and not (plain and mixture in ("gates", "none")):
+        raise NoExpertsError("no experts are loaded: call load_expert() first")
+    active, weights = fixed_mixture(mixture, list(ensemble.experts), request.active_experts)
+    with ensemble.choosing(Choice(active, scales, regions, size, weights, base_only=mixture == "none")):
+        yield

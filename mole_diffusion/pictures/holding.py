@@ -16,7 +16,8 @@ from mole_diffusion.core.bases import base_of_networks
 from mole_diffusion.core.ensemble import Ensemble
 from mole_diffusion.core.experts import Expert, load_expert
 from mole_diffusion.core.holding import check_new, unused, without
-from mole_diffusion.pictures.components import networks_of, tokenizers_of
+from mole_diffusion.core.modules import unwrapped
+from mole_diffusion.pictures.components import facts_of, flatten_tokens, networks_of, tokenizers_of
 from mole_diffusion.pictures.triggers import TriggerWords, vectors_of
 from mole_diffusion.sources import find_expert_file
 
@@ -26,6 +27,21 @@ logger = logging.getLogger(__name__)
 _OTHER_NAMES = {"adapter_name": "name", "adapter_weight": "scale", "weight": "scale", "strength": "scale"}
 #: How other programs give LoRAs and their strength in a prompt.
 _LORA_TAG = re.compile(r"<lora:[^<>]*>")
+
+
+def ensemble_of(pipe: Any, known: Ensemble | None) -> Ensemble:
+    """The ensemble of a pipeline as it is now: users exchange schedulers and networks.
+
+    Args:
+        pipe: a pipeline of diffusers.
+        known: what it had so far.
+    """
+    networks, found = networks_of(pipe), known
+    if found is None or not found.experts:
+        found = Ensemble.carrying(networks) or found or Ensemble(networks, facts=facts_of(pipe))
+    found.networks = {part: unwrapped(network) for part, network in networks.items()}
+    found.facts, found.flatten_tokens = facts_of(pipe), dict(flatten_tokens(pipe))
+    return found
 
 
 def read_expert(

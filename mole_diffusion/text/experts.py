@@ -144,18 +144,6 @@ class Seq2SeqExperts(HoldsExperts):
         """
         self.ensemble.set_experts(without(self.ensemble, name))
 
-    def configure(self, config: MoLEConfig) -> None:
-        """Give all experts fresh gates of another form; trained ones are lost.
-
-        Raises:
-            ConfigError: the decoder, which runs token by token, cannot have such gates.
-        """
-        self.ensemble.configure(config)
-
-    def eject(self) -> None:
-        """Take everything away: the model is bitwise what it was before the first expert."""
-        self.ensemble.eject()
-
     @contextmanager
     def active(
         self,
