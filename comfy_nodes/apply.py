@@ -54,13 +54,7 @@ def apply_experts(
     """
     if not experts.experts:
         raise NoExpertsError("There are no experts: connect at least one Load Expert.")
-    for patcher, what in ((model, "MODEL"), (clip.patcher, "CLIP")):
-        if isinstance(before := patcher.get_attachment(KEY), Applied):
-            raise InjectionError(
-                f"This {what} has the experts {', '.join(before.experts.names)} already, from a MoLE Apply "
-                "before this one. Gates share a picture among all experts they know: chain all Load Expert "
-                "nodes, and connect the last of them to one MoLE Apply."
-            )
+    _check_bare(model, clip)
     new_model, new_clip = model.clone(), clip.clone()
     networks = [networks_of(patcher.model) for patcher in (new_model, new_clip.patcher)]
     ensemble = Ensemble(
@@ -89,6 +83,17 @@ def apply_experts(
     for patcher in (new_model, new_clip.patcher):
         patcher.set_attachments(KEY, Applied(experts, ensemble))
     return new_model, new_clip
+
+
+def _check_bare(model: Any, clip: Any) -> None:
+    """Refuse a MODEL or CLIP that has experts already."""
+    for patcher, what in ((model, "MODEL"), (clip.patcher, "CLIP")):
+        if isinstance(before := patcher.get_attachment(KEY), Applied):
+            raise InjectionError(
+                f"This {what} has the experts {', '.join(before.experts.names)} already, from a MoLE Apply "
+                "before this one. Gates share a picture among all experts they know: chain all Load Expert "
+                "nodes, and connect the last of them to one MoLE Apply."
+            )
 
 
 def _reader(clip: Any, ensemble: Ensemble, experts: ExpertSet) -> ClipReader | None:

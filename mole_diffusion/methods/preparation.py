@@ -125,18 +125,23 @@ def prepare(
     made_for = {"base": describe_base(pipe), "experts": describe_experts(pipe), "facts": facts}
     if not _is_done(home, FILE, method, made_for):
         _is_done(home, STARTED, method, made_for)  # what an earlier run began must be the same
-        header = {"format": FORMAT, "format_version": FORMAT_VERSION, "method": method, **made_for}
-        write_json(home / STARTED, header)
-        start = time.monotonic()
-        recipe.work(method, job)
-        seconds = round(time.monotonic() - start + job.earlier_seconds, 3)
-        cost = {"unet_passes": job.passes, "seconds": seconds, "details": job.details}
-        write_json(home / FILE, {**header, **cost})
-        (home / STARTED).unlink()
+        _work(recipe, method, job, home, made_for)
     found = load_prepared(home)
     if temporary:
         weakref.finalize(found, shutil.rmtree, home, ignore_errors=True)
     return found
+
+
+def _work(recipe: _Recipe, method: str, job: Job, home: Path, made_for: Mapping[str, Any]) -> None:
+    """Do a method's work, and write what it was made for and what it cost."""
+    header = {"format": FORMAT, "format_version": FORMAT_VERSION, "method": method, **made_for}
+    write_json(home / STARTED, header)
+    start = time.monotonic()
+    recipe.work(method, job)
+    seconds = round(time.monotonic() - start + job.earlier_seconds, 3)
+    cost = {"unet_passes": job.passes, "seconds": seconds, "details": job.details}
+    write_json(home / FILE, {**header, **cost})
+    (home / STARTED).unlink()
 
 
 def load_prepared(folder: str | Path) -> Prepared:

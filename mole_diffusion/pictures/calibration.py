@@ -25,7 +25,7 @@ from mole_diffusion.core.export import (
 )
 from mole_diffusion.core.networks.unet import UNET
 from mole_diffusion.core.records import GateRecord, GateWeights
-from mole_diffusion.pictures.components import guidance_arguments
+from mole_diffusion.pictures.components import guidance_arguments, networks_of
 from mole_diffusion.pictures.denoisers import denoiser_of
 
 #: The denoiser runs once with the gates, once as the base and once with the static LoRA.
@@ -87,10 +87,7 @@ def export_lora(
     _need_text_to_image(pipe)
     target = check_target(path, format, rank)
     texts = _check_calibration(prompts, steps)
-    if guidance_scale is None and UNET in ensemble.networks:
-        guidance_scale = float(pipe.call_defaults.get("guidance_scale", 7.5))
-    options: dict[str, Any] = guidance_arguments(pipe, guidance_scale)
-    options |= {} if size is None else {"height": size[0], "width": size[1]}
+    options = _options(pipe, guidance_scale, size)
     ticker = _Ticker(len(texts) * steps * _PASSES, callback)
     runs: list[_Calibration] = []
     records: list[GateRecord] = []
@@ -121,6 +118,14 @@ def export_lora(
         prompts=tuple(texts),
         steps=steps,
     )
+
+
+def _options(pipe: Any, guidance_scale: float | None, size: tuple[int, int] | None) -> dict[str, Any]:
+    """Arguments of the calls that calibrate."""
+    if guidance_scale is None and UNET in networks_of(pipe):
+        guidance_scale = float(pipe.call_defaults.get("guidance_scale", 7.5))
+    options: dict[str, Any] = guidance_arguments(pipe, guidance_scale)
+    return options if size is None else {**options, "height": size[0], "width": size[1]}
 
 
 def _calibrate(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,23 +78,9 @@ def train_expert(
         ConfigError: there are no examples, or the model has no such matrices.
         TrainingError: see `TrainingLoop.run`.
     """
-    from peft import LoraConfig, get_peft_model
-
     config = config or TextExpertConfig()
     pairs = pairs_of(examples)
-    present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    targets = [name for name in TARGETS[config.targets] if name in present]
-    if not targets:
-        raise ConfigError(
-            f"{type(model).__name__} has none of the matrices {', '.join(TARGETS[config.targets])}"
-        )
-    torch.manual_seed(config.seed)
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    lora = LoraConfig(
-        task_type="SEQ_2_SEQ_LM", r=config.rank, lora_alpha=2 * config.rank, target_modules=targets
-    )
-    wrapped = get_peft_model(model, lora)
-    try:
+    with _wrapped(model, config) as wrapped:
         named: dict[str, Tensor] = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
         learner = Parameters(
             named, lambda own: torch.optim.AdamW(own, lr=config.learning_rate, weight_decay=0.0)
@@ -107,8 +94,33 @@ def train_expert(
         wrapped.eval()
         result = loop.run(resume)
         wrapped.save_pretrained(out)
+    return result
+
+
+@contextmanager
+def _wrapped(model: Any, config: TextExpertConfig) -> Iterator[Any]:
+    """The model with a fresh LoRA, which alone trains; afterwards the model as it was.
+
+    Raises:
+        ConfigError: it has no such matrices.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    targets = [name for name in TARGETS[config.targets] if name in present]
+    if not targets:
+        raise ConfigError(
+            f"{type(model).__name__} has none of the matrices {', '.join(TARGETS[config.targets])}"
+        )
+    torch.manual_seed(config.seed)
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    lora = LoraConfig(
+        task_type="SEQ_2_SEQ_LM", r=config.rank, lora_alpha=2 * config.rank, target_modules=targets
+    )
+    wrapped = get_peft_model(model, lora)
+    try:
+        yield wrapped
     finally:
         wrapped.unload()
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-    return result

@@ -30,6 +30,9 @@ HOSTS = {
     ),
     "webui_extension": ("core",),
 }
+#: Folders beside the package whose files are as short as its own.
+PRODUCT = (*HOSTS, "tools", "bench")
+LONGEST = 400
 HOST_MODULES = "comfy comfy_api comfy_extras nodes modules modules_forge".split()
 BLOCKED = "diffusers transformers peft accelerate open_clip gradio timm matplotlib".split()
 
@@ -111,6 +114,19 @@ def test_measuring_knows_no_domain_but_in_the_domains_folder() -> None:
         for module in imports(path):
             inside = module.removeprefix("mole_diffusion.").removeprefix("evaluation.").split(".")[0]
             assert inside not in STRANGERS - {own}, f"{path.name} imports {module}"
+
+
+def product_files() -> list[Path]:
+    """What people run, and what builds what they run; tests may be long."""
+    return sorted(
+        path for folder in (PACKAGE, *(ROOT / name for name in PRODUCT)) for path in folder.rglob("*.py")
+    )
+
+
+def test_no_file_of_the_product_is_longer_than_400_lines() -> None:
+    sizes = {module_name(path): len(path.read_text().splitlines()) for path in product_files()}
+    assert len(sizes) > 200
+    assert {name: lines for name, lines in sizes.items() if lines > LONGEST} == {}
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:

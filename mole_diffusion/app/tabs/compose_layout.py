@@ -141,26 +141,7 @@ class ComposeLayout:
                     info=f"{GUIDANCE:g} suits the starter, 7.5 most other models",
                     elem_id="guidance",
                 )
-            with gr.Row():
-                self.width = gr.Number(
-                    0,
-                    label="Width",
-                    info="0: the model's own",
-                    precision=0,
-                    minimum=0,
-                    maximum=MAX_SIDE,
-                    step=8,
-                )
-                self.height = gr.Number(
-                    0,
-                    label="Height",
-                    info="0: the model's own",
-                    precision=0,
-                    minimum=0,
-                    maximum=MAX_SIDE,
-                    step=8,
-                )
-
+            self._build_size()
             with gr.Row():
                 self.count = gr.Slider(
                     1,
@@ -172,23 +153,47 @@ class ComposeLayout:
                     elem_id="count",
                 )
                 self.sampler = gr.Dropdown(SAMPLER_CHOICES, value="", label="Sampler", elem_id="sampler")
-            with gr.Accordion("Begin from a picture", open=False, elem_id="begin-box"):
-                self.image = gr.Image(
-                    label="Picture to begin from",
-                    type="pil",
-                    image_mode="RGB",
-                    sources=["upload"],
-                    height=220,
-                    elem_id="begin-from",
-                )
-                self.denoising = gr.Slider(
-                    0.05,
-                    1,
-                    0.6,
-                    step=0.05,
-                    label="How much of it is drawn anew",
-                    elem_id="denoising",
-                )
+            self._build_begin()
+
+    def _build_size(self) -> None:
+        with gr.Row():
+            self.width = gr.Number(
+                0,
+                label="Width",
+                info="0: the model's own",
+                precision=0,
+                minimum=0,
+                maximum=MAX_SIDE,
+                step=8,
+            )
+            self.height = gr.Number(
+                0,
+                label="Height",
+                info="0: the model's own",
+                precision=0,
+                minimum=0,
+                maximum=MAX_SIDE,
+                step=8,
+            )
+
+    def _build_begin(self) -> None:
+        with gr.Accordion("Begin from a picture", open=False, elem_id="begin-box"):
+            self.image = gr.Image(
+                label="Picture to begin from",
+                type="pil",
+                image_mode="RGB",
+                sources=["upload"],
+                height=220,
+                elem_id="begin-from",
+            )
+            self.denoising = gr.Slider(
+                0.05,
+                1,
+                0.6,
+                step=0.05,
+                label="How much of it is drawn anew",
+                elem_id="denoising",
+            )
 
     def _build_result(self) -> None:
         with gr.Row(equal_height=True):

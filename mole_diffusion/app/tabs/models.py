@@ -75,6 +75,17 @@ class ModelsTab:
             self.remove = gr.Button(
                 "Remove", size="sm", elem_id="remove-lora", elem_classes="slim", scale=1, min_width=90
             )
+        self._build_folder()
+        self._build_teaching()
+        self.gates = gr.File(
+            label="Load trained gates (safetensors)",
+            file_types=[".safetensors"],
+            height=150,
+            elem_id="gates-upload",
+        )
+        self.said = gr.HTML(elem_id="library-said")
+
+    def _build_folder(self) -> None:
         with gr.Accordion("A folder of LoRAs on this machine", open=False, elem_id="folder-box"):
             with gr.Row(equal_height=True):
                 self.folder = gr.Textbox(
@@ -94,6 +105,8 @@ class ModelsTab:
                 buttons=[],
             )
             self.take = gr.Button("Add these", size="sm", elem_id="add-found")
+
+    def _build_teaching(self) -> None:
         with gr.Accordion("Train an expert on pictures", open=False, elem_id="teach-box"):
             self.photos = gr.File(
                 label="Pictures of one subject (png, jpg, webp)",
@@ -112,13 +125,6 @@ class ModelsTab:
                 self.teach = gr.Button("Train this expert", size="sm", elem_id="teach")
                 self.stop_teaching = gr.Button("Cancel", size="sm", elem_id="cancel-teach")
             self.taught = gr.HTML(show.progress_bar(None), elem_id="teach-progress")
-        self.gates = gr.File(
-            label="Load trained gates (safetensors)",
-            file_types=[".safetensors"],
-            height=150,
-            elem_id="gates-upload",
-        )
-        self.said = gr.HTML(elem_id="library-said")
 
     def _connect(self, demo: gr.Blocks) -> None:
         quick: dict[str, Any] = {"show_progress": "hidden", **_PRIVATE}
