@@ -10,13 +10,14 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, inject_adapter_in_model
+from PIL import Image, ImageFilter
 from torch import nn
 from transformers import CLIPTokenizer
 
 from mole_diffusion.core.experts import load_expert
 from mole_diffusion.starter import starter_dir
 from mole_diffusion.starter.judge import STRIDE, presence
-from tools.starter import base, codec, evaluate, expert, guidance, judge, loop, stage, text, world
+from tools.starter import base, codec, evaluate, expert, guidance, judge, likeness, loop, stage, text, world
 from tools.starter.workshop import Pool, Workshop
 
 BATCH = 64
@@ -174,6 +175,19 @@ def test_the_codec_keeps_scenes_it_has_not_seen() -> None:
     score = evaluate.codec_score(starter_dir(), 40)
     assert score["whole"] > 28
     assert score["objects"] > 25
+
+
+def test_the_codec_keeps_the_colours_of_every_subject() -> None:
+    differences = likeness.codec_colours(starter_dir(), 2)
+    assert set(differences) == set(world.SUBJECTS)
+    assert max(differences.values()) < 5  # CIEDE2000; a difference of 2 to 3 is just seen side by side
+
+
+def test_blurred_pictures_have_weaker_edges() -> None:
+    rng = np.random.default_rng(5)
+    scene = world.draw_scene([world.Thing("clock", "noto")], "meadow", rng).pixels
+    blurred = np.asarray(Image.fromarray(scene).filter(ImageFilter.GaussianBlur(2)))
+    assert likeness.edges([blurred]) < 0.6 * likeness.edges([scene])
 
 
 def test_noise_and_v_are_those_of_the_scheduler() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from mole_diffusion.pictures import drawing
 from mole_diffusion.starter.judge import STYLE, Judge, to_tensor
 from mole_diffusion.starter.location import GUIDANCE, RESCALE
 
-from . import base, guidance, judge, world
+from . import base, guidance, judge, likeness, world
 from .stage import HUES, NO_COLOUR
 from .workshop import Workshop, load_codec
 
@@ -104,11 +105,23 @@ def base_scores(
     return result
 
 
+def base_sharpness(pipe: StableDiffusionPipeline, count: int = 48) -> float:
+    """Edges inside objects over those of rendered scenes, of one object on every background in turn."""
+    backgrounds = [list(world.BACKGROUNDS)[i % len(world.BACKGROUNDS)] for i in range(count)]
+    things = [[world.Thing(world.CLASSES[i % len(world.CLASSES)], "noto")] for i in range(count)]
+    prompts = [world.caption_of(names, place) for names, place in zip(things, backgrounds, strict=True)]
+    return likeness.sharpness(draw(pipe, prompts), things, backgrounds)
+
+
 def expert_scores(
     out: Path, pipe: StableDiffusionPipeline, referee: Judge, seeds: int = 20
 ) -> dict[str, Any]:
-    """Share of single-object pictures with the expert's own subject, with the expert and without."""
+    """Share of pictures with the expert's own subject: alone with the expert and without, and among two plain objects.
+
+    Among two others its place is left, middle or right in turn.
+    """
     result = {}
+    rng = np.random.default_rng([99, 9])
     for name in world.SUBJECTS:
         path = out / "experts" / f"{name}.safetensors"
         if not path.is_file():
@@ -119,13 +132,24 @@ def expert_scores(
         without = referee(draw(pipe, prompts))
         pipe.load_lora_weights(str(path.parent), weight_name=path.name)
         alone = referee(draw(pipe, prompts))
+        among = referee(draw(pipe, [_among_two(name, i, b, rng) for i, b in enumerate(backgrounds)]))
         pipe.unload_lora_weights()
         label = f"subject:{name}"
         result[name] = {
             "with": sum(label in f for f in alone) / seeds,
             "without": sum(label in f for f in without) / seeds,
+            "among two": sum(label in f for f in among) / seeds,
         }
     return result
+
+
+def _among_two(name: str, place: int, background: str, rng: np.random.Generator) -> str:
+    """A prompt with the expert's subject at a place (counted round) and two plain objects at the others."""
+    others = [kind for kind in world.CLASSES if kind != name]
+    kinds = [str(kind) for kind in rng.choice(others, 2, replace=False)]
+    kinds.insert(place % 3, name)
+    words = [f"{world.SUBJECTS[name][0]} {name}" if kind == name else kind for kind in kinds]
+    return world.caption_of([world.Thing(kind, "noto") for kind in kinds], background, words)
 
 
 def codec_score(out: Path, count: int = 200) -> dict[str, float]:
@@ -219,8 +243,10 @@ def evaluate(out: Path, report: Path, seeds: int = 20, device: torch.device | st
     figures = {
         "seeds": seeds,
         "codec": codec_score(out),
+        "colours": likeness.codec_colours(out),
         "judge": {f"blur {radius} px": judge_score(referee, radius) for radius in (0, 1, 2)},
         "base": base_scores(pipe, referee, seeds=seeds),
+        "sharpness": base_sharpness(pipe),
         "experts": expert_scores(out, pipe, referee, seeds),
         "styles": style_scores(out, pipe, referee, seeds),
         "clips": {name: clip_scores(out, name) for name in ("clip", "clip_eval")},
@@ -238,7 +264,11 @@ def table(figures: dict[str, Any]) -> str:
         (
             "codec on scenes not seen: whole picture / inside objects",
             f"{codec['whole']:.1f} / {codec['objects']:.1f} dB",
-        )
+        ),
+        (
+            "codec, colours inside the subjects: CIEDE2000, mean / worst subject",
+            f"{fmean(figures['colours'].values()):.1f} / {max(figures['colours'].values()):.1f}",
+        ),
     ]
     for blur, kinds in figures["judge"].items():
         for kind, score in kinds.items():
@@ -252,13 +282,10 @@ def table(figures: dict[str, Any]) -> str:
     for count, word in (("1", "one object"), ("2", "two objects"), ("3", "three objects")):
         text = f"{base_figures[count]:.2f} ({base_figures['extra'][count]:.2f})"
         rows.append((f"base, {word}: asked classes found (others seen per picture)", text))
+    rows.append(("base, edges inside objects over those of rendered scenes", f"{figures['sharpness']:.2f}"))
     for name, score in figures["experts"].items():
-        rows.append(
-            (
-                f"expert {name} alone: own subject found (without the expert)",
-                f"{score['with']:.2f} ({score['without']:.2f})",
-            )
-        )
+        text = f"{score['with']:.2f} ({score['without']:.2f}), {score['among two']:.2f}"
+        rows.append((f"expert {name}: own subject found alone (without the expert), among two others", text))
     for name, score in figures["styles"].items():
         text = f"{score['with']:.2f} ({score['without']:.2f})"
         rows.append((f"style {name}: found by the judge (without the expert)", text))
