@@ -116,9 +116,9 @@ def base_sharpness(pipe: StableDiffusionPipeline, count: int = 48) -> float:
 def expert_scores(
     out: Path, pipe: StableDiffusionPipeline, referee: Judge, seeds: int = 20
 ) -> dict[str, Any]:
-    """Share of pictures with the expert's own subject: alone with the expert and without, and among two plain objects.
+    """Share of pictures with the expert's own subject: alone (also without the expert), and among two others.
 
-    Among two others its place is left, middle or right in turn.
+    The others are plain objects, and its place is left, middle or right in turn.
     """
     result = {}
     rng = np.random.default_rng([99, 9])

@@ -1,4 +1,4 @@
-"""How near the starter's pictures are to the rendered scenes: colours after the codec, edges of what the base draws."""
+"""How near the starter is to the scenes it was trained on: colours after the codec, edges of drawings."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def edges(pictures: Sequence[Pixels]) -> float:
 
 
 def inside(picture: Pixels) -> NDArray[np.bool_]:
-    """Where the objects of a picture (H, W, 3) are, told as collages tell it, for rendered and drawn ones alike."""
+    """Where the objects of a picture (H, W, 3) are; rendered and drawn ones are told alike."""
     values = torch.from_numpy(picture.copy()).permute(2, 0, 1).float() / 255
     return object_mask(values)[0].numpy() > 0.5
 
