@@ -47,12 +47,12 @@ def cells(schema: Schema, rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[C
     }
 
 
-def interval(values: Mapping[Cell, float], n_unit: int) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean (percentiles of 2000 resamples, always the same ones).
+def mean_and_interval(values: Mapping[Cell, float], n_unit: int) -> tuple[float, float, float]:
+    """Mean and its 95 % bootstrap interval (percentiles of 2000 resamples, always the same ones).
 
     Cells that agree in their first `n_unit` entries (pictures of one set and prompt, examples of one task)
-    are alike, so they are resampled together: the units are their means. With a single unit, the units are
-    the cells.
+    are alike, so they are resampled together: the units are their means, and each counts once in the mean,
+    however many cells it has. With a single unit, the units are the cells.
     """
     groups: dict[Cell, list[float]] = {}
     for cell, value in values.items():
@@ -60,8 +60,9 @@ def interval(values: Mapping[Cell, float], n_unit: int) -> tuple[float, float]:
     units = [float(np.mean(group)) for group in groups.values()]
     if len(units) == 1:
         units = list(values.values())
-    if len(units) == 1 or len(set(units)) == 1:
-        return units[0], units[0]
+    mean = float(np.mean(units))
+    if len(set(units)) == 1:
+        return mean, mean, mean
     found = bootstrap(
         (np.asarray(units),),
         np.mean,
@@ -70,7 +71,7 @@ def interval(values: Mapping[Cell, float], n_unit: int) -> tuple[float, float]:
         method="percentile",
         rng=np.random.default_rng(0),
     ).confidence_interval
-    return float(found.low), float(found.high)
+    return mean, float(found.low), float(found.high)
 
 
 def win_rate(values: Mapping[Cell, float], baseline: Mapping[Cell, float]) -> float | None:
@@ -88,7 +89,6 @@ def estimate(
     others = cells(schema, baseline)
     found = {}
     for name, values in cells(schema, rows).items():
-        low, high = interval(values, schema.n_unit)
         wins = None if rows is baseline else win_rate(values, others.get(name, {}))
-        found[name] = Estimate(float(np.mean(list(values.values()))), low, high, len(values), wins)
+        found[name] = Estimate(*mean_and_interval(values, schema.n_unit), len(values), wins)
     return found

@@ -47,20 +47,26 @@ def test_the_interval_is_over_prompts_and_not_over_their_seeds() -> None:
     rng = np.random.default_rng(3)
     centres = rng.normal(size=12)
     alike = {("s", p, seed): float(c) for p, c in enumerate(centres) for seed in range(40)}
-    low, high = statistics.interval(alike, 2)
+    mean, low, high = statistics.mean_and_interval(alike, 2)
     error = centres.std() / np.sqrt(len(centres))
     # Forty equal seeds are no forty independent pictures: the width is that of twelve values.
     assert high - low == pytest.approx(2 * 1.96 * error, rel=0.2)
     assert low < centres.mean() < high
-    assert statistics.interval(alike, 2) == (low, high)
+    assert statistics.mean_and_interval(alike, 2) == (mean, low, high)
 
 
 def test_one_prompt_alone_falls_back_to_its_pictures() -> None:
     values = {("s", 0, seed): float(seed % 2) for seed in range(100)}
-    low, high = statistics.interval(values, 2)
+    _, low, high = statistics.mean_and_interval(values, 2)
     assert 0.35 < low < 0.5 < high < 0.65
-    assert statistics.interval({("s", 0, 0): 0.25}, 2) == (0.25, 0.25)
-    assert statistics.interval({("s", 0, seed): 1.0 for seed in range(5)}, 2) == (1.0, 1.0)
+    assert statistics.mean_and_interval({("s", 0, 0): 0.25}, 2) == (0.25, 0.25, 0.25)
+    sure = {("s", 0, seed): 1.0 for seed in range(5)}
+    assert statistics.mean_and_interval(sure, 2) == (1.0, 1.0, 1.0)
+
+
+def test_a_prompt_with_more_seeds_counts_no_more_than_another() -> None:
+    values = {("s", 0, seed): 0.0 for seed in range(9)} | {("s", 1, 0): 1.0}
+    assert statistics.mean_and_interval(values, 2)[0] == 0.5
 
 
 def test_wins_are_paired_by_set_prompt_and_seed_and_ties_count_half() -> None:
