@@ -18,9 +18,9 @@ import torch
 from comfy.latent_formats import LatentFormat
 from comfy.model_base import ModelType
 from comfy.supported_models_base import ClipTarget
-from PIL import Image
 
 from mole_diffusion.core.errors import UnknownExpertError
+from mole_diffusion.pictures.files import open_picture
 from mole_diffusion.starter import starter_dir, starter_experts
 
 #: Height and width in pixels of what the starter was trained on.
@@ -92,7 +92,7 @@ def starter_pictures(name: str) -> torch.Tensor:
     experts = starter_experts()
     if name not in experts:
         raise UnknownExpertError(name, list(experts))
-    pictures = [Image.open(path).convert("RGB") for path in experts[name].references]
+    pictures = [open_picture(path) for path in experts[name].references]
     return torch.stack([torch.from_numpy(np.asarray(one, dtype=np.float32) / 255) for one in pictures])
 
 

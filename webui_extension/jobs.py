@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -154,13 +153,11 @@ class TrainingJob(Job):
 
     def _publish(self) -> None:
         """Put the gates where the pickers look; they appear whole or not at all."""
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.target.with_name(f".{uuid.uuid4().hex}.tmp")
-        try:
+        # Here, not above: panels are built before the package is at hand.
+        from mole_diffusion.core.files import replacing
+
+        with replacing(self.target) as temporary:
             shutil.copyfile(self.folder / "gates.safetensors", temporary)
-            temporary.replace(self.target)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 class Bench:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from mole_diffusion.core.checkpoint import read_gates_header
+from mole_diffusion.core.files import file_sha256
 from mole_diffusion.starter.location import StarterExpert
 
 STARTER = "starter"
@@ -71,7 +71,7 @@ class Gates:
     @cached_property
     def sha256(self) -> str:
         """Hash of the file."""
-        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+        return file_sha256(self.path)
 
     @property
     def partly(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -35,7 +34,7 @@ from mole_diffusion.commands.common import (
     split_names,
 )
 from mole_diffusion.core.errors import ConfigError
-from mole_diffusion.core.files import check_writable
+from mole_diffusion.core.files import check_writable, file_sha256
 from mole_diffusion.pictures.components import guidance_arguments, size_arguments, usual_guidance
 from mole_diffusion.pictures.files import PICTURES, open_picture, write_picture
 from mole_diffusion.pictures.opening import STARTER, from_picture
@@ -128,10 +127,10 @@ def generate(
         mixture=mixture if mixture in _words() else Path(mixture).name,
         model=model,
         gates=_gates_state(pipe, mixture),
-        gates_sha256="" if gates is None or mixture != "gates" else _sha256(gates),
+        gates_sha256="" if gates is None or mixture != "gates" else file_sha256(gates),
         experts=tuple(_use(expert, names) for expert in pipe.experts.values()),
         sampler=sampler,
-        image_sha256="" if image is None else _sha256(image),
+        image_sha256="" if image is None else file_sha256(image),
         denoising=1.0 if image is None else denoising,
     )
     drawn = [_draw(pipe, call, replace(known, seed=one), out) for one in seeds]
@@ -202,10 +201,6 @@ def _gates_state(pipe: Any, mixture: str) -> str:
     if mixture != "gates" or not pipe.experts:
         return ""
     return "trained" if any(one.is_trained for one in pipe.mixtures.values()) else "fresh"
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _words() -> Sequence[str]:

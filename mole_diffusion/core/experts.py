@@ -20,10 +20,11 @@ from .factors import LoraFactors
 from .key_table import KeyTable
 from .networks import architectures, by_name, known_families, other_base
 from .networks.base import Base
+from .networks.families import header_name
 from .peft_folder import expert_files, own_name, read_files
 from .peft_options import PeftOptions
 from .reading import BadFileError, Content, parse_json
-from .scaling import check_scale
+from .scaling import check_scale, short
 
 __all__ = ["Expert", "ExpertReport", "LoraFactors", "load_expert"]
 
@@ -265,7 +266,7 @@ def _check_use(name: str, scale: float, rank: int | None) -> None:
         raise ConfigError(f"rank={rank!r} of expert {name!r} is not allowed; give a whole number above 0.")
 
 
-def _check_kind(table: KeyTable, name: str, base: Base | None) -> None:
+def _check_kind(table: KeyTable, name: str, metadata: Mapping[str, str], base: Base | None) -> None:
     """Raise ExpertLoadError if a file's denoiser is of another kind than the base's."""
     found = (by_name(meaning.architecture or "") for meaning in table.meanings.values() if meaning.denoises)
     kinds = {kind.name: kind for kind in found if kind is not None}
@@ -276,7 +277,9 @@ def _check_kind(table: KeyTable, name: str, base: Base | None) -> None:
     # Kinds share names: what the base's own kind reads as well is not another's.
     if not any(all(kind.read(name) for name in names) for kind in fitting):
         theirs = " or ".join(family for kind in kinds.values() for family in kind.families)
-        raise ExpertLoadError(f"Expert {name!r} was made for {theirs}; the base here is {base}.")
+        said = header_name(metadata)
+        header = f" (its header says {short(said)})" if said else ""
+        raise ExpertLoadError(f"Expert {name!r} was made for {theirs}{header}; the base here is {base}.")
 
 
 def _check_usable(table: KeyTable, name: str, metadata: Mapping[str, str], base: Base | None) -> None:
@@ -286,7 +289,7 @@ def _check_usable(table: KeyTable, name: str, metadata: Mapping[str, str], base:
         known = ", ".join(known_families())
         here = f"the base here is {base}" if base else f"the bases known here are {known}"
         raise ExpertLoadError(f"Expert {name!r} was made for {other}; {here}.")
-    _check_kind(table, name, base)
+    _check_kind(table, name, metadata, base)
     if table.modules or table.embeddings:
         return
     reasons = {reason: key for key, reason in reversed(list(table.ignored.items()))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
@@ -71,6 +72,19 @@ def writing(path: Path) -> Iterator[None]:
         if _FAILED.search(str(error)) is None:
             raise
         raise WriteError(path, str(error).splitlines()[0]) from error
+
+
+def file_sha256(path: Path) -> str:
+    """The hash of a file's bytes.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def check_writable(folder: Path) -> None:

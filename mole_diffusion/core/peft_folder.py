@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .alphas import ADAPTER_CONFIG, ADAPTER_METADATA, SINGLE_ENTRIES
 from .errors import ExpertLoadError
+from .files import file_sha256
 from .networks import architectures
 from .peft_options import PeftOptions
 from .reading import MAX_HEADER_BYTES, PICKLES, BadFileError, Content, parse_json, read_safetensors
@@ -157,14 +158,7 @@ def expert_sha256(path: str | Path) -> str:
         ExpertLoadError: there is no such file or folder.
         OSError: it cannot be read.
     """
-    hashes = []
-    for file in expert_paths(path).values():
-        with file.open("rb") as opened:
-            digest = hashlib.sha256()
-            while block := opened.read(2**20):
-                digest.update(block)
-        hashes.append((file.name, digest.hexdigest()))
-    return _identity(hashes)
+    return _identity([(file.name, file_sha256(file)) for file in expert_paths(path).values()])
 
 
 def _identity(hashes: Sequence[tuple[str, str]]) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mole_diffusion.core.errors import ConfigError
-from mole_diffusion.core.modules import base_layer
+from mole_diffusion.core.modules import base_layer, unwrapped
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def weight_layers(network: nn.Module, kinds: tuple[type[nn.Module], ...]) -> dic
     Raises:
         ConfigError: a layer has no plain weights in memory (quantised, offloaded).
     """
-    network = getattr(network, "_orig_mod", network)
+    network = unwrapped(network)
     found: dict[str, nn.Module] = {}
     for name, module in network.named_modules():
         inner = base_layer(module)

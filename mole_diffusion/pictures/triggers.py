@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mole_diffusion.core.errors import ExpertLoadError
 from mole_diffusion.core.experts import Expert
+from mole_diffusion.core.modules import unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class TriggerWords:
         self, tokenizer: Any, text_encoder: nn.Module, words: Mapping[str, Mapping[str, Tensor]]
     ) -> None:
         self._tokenizer = tokenizer
-        self._encoder: Any = getattr(text_encoder, "_orig_mod", text_encoder)
+        self._encoder: Any = unwrapped(text_encoder)
         self._owners = self._name_tokens(words)
         self._tokens = list(self._owners)
         self._vectors = torch.cat([vectors.detach() for own in words.values() for vectors in own.values()])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mole_diffusion.core.errors import TrainingError
+from mole_diffusion.core.modules import unwrapped
 from mole_diffusion.pictures.denoisers.diffusion import DiffusionDenoiser
 from mole_diffusion.pictures.denoisers.flow import FlowDenoiser
 from mole_diffusion.pictures.denoisers.flux import ChromaDenoiser, FluxDenoiser
@@ -39,7 +40,7 @@ def denoiser_of(pipe: Any, size: tuple[int, int] | None = None) -> DiffusionDeno
     transformer = getattr(pipe, "transformer", None)
     if transformer is None:
         return DiffusionDenoiser(pipe, size)
-    name = type(getattr(transformer, "_orig_mod", transformer)).__name__
+    name = type(unwrapped(transformer)).__name__
     if name not in _FAMILIES:
         raise TrainingError(f"{name} is not known as a denoiser; known are {', '.join(_FAMILIES)}")
     return _FAMILIES[name](pipe, size)
