@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from PIL import Image, ImageOps
 
 from mole_diffusion.app.infotext import lora_hash
 from mole_diffusion.app.jobs import Job
-from mole_diffusion.app.metadata import ExpertUse, PictureSettings, mask_to_text, save_picture
+from mole_diffusion.app.metadata import ExpertUse, PictureSettings, image_digest, mask_to_text, save_picture
 from mole_diffusion.app.session import Picture, Session
 from mole_diffusion.app.setup import Setup
 from mole_diffusion.app.stopping import stoppable
@@ -264,7 +263,7 @@ class _Drawing:
             regions={name: mask_to_text(mask) for name, mask in request.regions.items() if name in active},
             sampler=request.sampler,
             sampled=sampled,
-            image_sha256="" if request.image is None else sha256(request.image.tobytes()).hexdigest(),
+            image_sha256="" if request.image is None else image_digest(request.image),
             denoising=1.0 if request.image is None else request.denoising,
         )
         picture = Picture(self.session.new_path("picture", ".png"), settings)

@@ -45,17 +45,6 @@ def not_named(missing: Mapping[str, str]) -> Markup:
     return markup.notice(markup.html("The prompt does not name <b>{}</b>: {}.", ", ".join(missing), phrases))
 
 
-def legend(session: Session) -> Markup:
-    """Whose colour is which."""
-    if not session.chosen:
-        return markup.hint("Choose experts first.")
-    text = (
-        "Choose an expert and paint where it counts; one without paint counts everywhere. Regions place no"
-        " subjects: what stands there is up to prompt and seed."
-    )
-    return markup.html('{}<div class="legend">{}</div>', markup.hint(text), markup.dots(session.chosen))
-
-
 def facts(settings: PictureSettings) -> Markup:
     """A picture's settings as a small table."""
     experts = ", ".join(

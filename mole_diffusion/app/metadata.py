@@ -7,6 +7,7 @@ import io
 import json
 import re
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +251,11 @@ def read_settings(path: str | Path) -> PictureSettings:
         f"{Path(path).name!r} carries no settings: PNG files of this app, of `mole generate` and of A1111's"
         " web UI do, unchanged"
     )
+
+
+def image_digest(image: Image.Image) -> str:
+    """What the picture that another was begun from is told by."""
+    return sha256(image.tobytes()).hexdigest()
 
 
 def mask_to_text(mask: Image.Image) -> str:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from mole_diffusion.app import tiles
+from mole_diffusion.app.metadata import image_digest
 from mole_diffusion.app.session import Picture, Session
 from mole_diffusion.app.setup import STARTER
 from mole_diffusion.core.phrases import listed, unnamed
+from mole_diffusion.pictures.files import open_picture, write_picture
 from mole_diffusion.starter.location import GUIDANCE
 
 #: What suits other models than the starter.
@@ -37,6 +44,18 @@ def controls(session: Session) -> dict[str, Any]:
         for name, value in kept.items()
     }
     return {**found, "prompt": found["prompt"] or suggested_prompt(session)}
+
+
+def take(session: Session, held: Mapping[str, Any], shown: Any) -> None:
+    """What the controls and tiles hold is the page's state from now on.
+
+    Args:
+        session: whose.
+        held: by the names of `FIRST`.
+        shown: the tiles' value.
+    """
+    kept = {name: value for name, value in held.items() if name in FIRST and value is not None}
+    session.set_page(**kept, tiles=tiles.read(shown))
 
 
 def suggested_prompt(session: Session) -> str:
@@ -107,6 +126,38 @@ def shown_pictures(session: Session) -> list[Picture]:
     by_name = {picture.path.name: picture for picture in session.pictures}
     found = [by_name[name] for name in names if name in by_name] if isinstance(names, list) else []
     return found or session.pictures[:1]
+
+
+def ground(session: Session) -> Path | None:
+    """The picture that regions are painted over."""
+    name = session.page.get("ground")
+    return next((picture.path for picture in session.pictures if picture.path.name == name), None)
+
+
+def begun_from(session: Session) -> Path | None:
+    """The picture that new ones begin from."""
+    name = session.page.get("begin")
+    path = session.folder / "begin" / str(name)
+    return path if isinstance(name, str) and Path(name).name == name and path.is_file() else None
+
+
+def begun_digest(session: Session) -> str:
+    """What that picture is told by, as in the settings of pictures; empty for none."""
+    path = begun_from(session)
+    return "" if path is None else image_digest(open_picture(path))
+
+
+def begin_from(session: Session, image: Image.Image | None) -> None:
+    """New pictures begin from this one, or from noise; it is kept with the session."""
+    if begun_digest(session) == ("" if image is None else image_digest(image)):
+        return
+    before = begun_from(session)
+    path = None if image is None else session.new_path("begin", ".png")
+    if image is not None and path is not None:
+        write_picture(image, path)
+    session.set_page(begin=path.name if path else "")
+    if before is not None:
+        before.unlink(missing_ok=True)
 
 
 def _number(value: Any, first: Any) -> bool:

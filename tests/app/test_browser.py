@@ -79,6 +79,33 @@ def test_compose_draws_keeps_settings_and_takes_a_picture_back(visit: Any, tmp_p
     assert not page.locator("#mix input[data-tile=clock]").is_checked()
 
 
+def stroke(page: Any, begin: tuple[float, float], end: tuple[float, float]) -> None:
+    """Paint on the sheet for regions, from one place to another (shares of its sides)."""
+    sheet = page.locator("#canvas canvas")
+    sheet.scroll_into_view_if_needed()
+    box = sheet.bounding_box()
+    spots = [(box["x"] + box["width"] * x, box["y"] + box["height"] * y) for x, y in (begin, end)]
+    page.mouse.move(*spots[0])
+    page.mouse.down()
+    page.mouse.move(*spots[1], steps=6)
+    page.mouse.up()
+
+
+def paint(page: Any, x: float, y: float) -> tuple[int, ...]:
+    """The colour at a place of the sheet (shares of its sides)."""
+    look = "([x, y]) => [...document.querySelector('#canvas canvas').getContext('2d')"
+    return tuple(page.evaluate(f"{look}.getImageData(x * 512, y * 512, 1, 1).data]", [x, y]))
+
+
+def painted(page: Any, x: float, y: float) -> None:
+    """Wait for paint at a place of the sheet."""
+    page.wait_for_function(
+        "([x, y]) => document.querySelector('#canvas canvas').getContext('2d')"
+        ".getImageData(x * 512, y * 512, 1, 1).data[3] > 128",
+        arg=[x, y],
+    )
+
+
 def test_other_experts_start_without_gates_and_regions_are_kept(visit: Any) -> None:
     visitor = visit()
     page = visitor.page
@@ -88,26 +115,103 @@ def test_other_experts_start_without_gates_and_regions_are_kept(visit: Any) -> N
     page.locator("#mix [data-tile=teapot]").wait_for(state="attached")
     page.locator("#gates-notice", has_text="no trained gates yet").wait_for()
     visitor.unfold("#regions-box")
-    page.locator("#canvas canvas").first.wait_for()
-    page.locator("#canvas button[aria-label*=rush]").first.click()
-    box = page.locator("#canvas canvas").first.bounding_box()
-    page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] * 0.4)
-    page.mouse.down()
-    page.mouse.move(box["x"] + box["width"] * 0.55, box["y"] + box["height"] * 0.6, steps=6)
-    page.mouse.up()
+    stroke(page, (0.4, 0.4), (0.55, 0.6))
     draw(visitor, steps=2)
     page.locator("#details dt", has_text="Regions").wait_for()
     assert "boot" in page.locator("#details").inner_text()
     page.locator("#regions-box > button", has_text="on for boot").wait_for()
     page.click("#paint-over")
-    page.wait_for_timeout(1500)
+    painted(page, 0.1, 0.9)  # the picture below
     page.click("#clear-regions")
-    page.wait_for_timeout(1500)
-    spinning = (
-        "[...document.querySelectorAll('#canvas .wrap')].filter((e) => getComputedStyle(e).opacity !== '0')"
+    page.wait_for_function(
+        "() => !document.querySelector('#regions-box > button').innerText.includes('on for')"
     )
-    assert not page.evaluate(f"{spinning}.filter((e) => e.querySelector('svg')).length")
-    assert "on for" not in page.locator("#regions-box > button").inner_text()
+    assert paint(page, 0.45, 0.5)[3] == 0
+    page.click("#canvas .painter-undo")
+    painted(page, 0.45, 0.5)
+    page.locator("#regions-box > button", has_text="on for boot").wait_for()
+
+
+def test_what_is_painted_outlives_a_reload_before_anything_is_drawn(visit: Any) -> None:
+    visitor = visit()
+    page = visitor.page
+    no_notice(page)
+    visitor.unfold("#regions-box")
+    stroke(page, (0.2, 0.3), (0.3, 0.6))
+    page.locator("#canvas .painter-chip", has_text="clock").click()
+    stroke(page, (0.7, 0.3), (0.8, 0.6))
+    page.locator("#regions-box > button", has_text="on for boot, clock").wait_for()
+    left, right = paint(page, 0.25, 0.5), paint(page, 0.75, 0.5)
+    assert left != right
+    visitor.reload()
+    page.locator("#regions-box > button", has_text="on for boot, clock").wait_for()
+    # The folded sheet is drawn with as it was.
+    draw(visitor, steps=2)
+    page.locator("#details dd", has_text="boot, clock").last.wait_for()
+    # An expert that goes takes none of the others' places, and has its own when it comes back.
+    visitor.unfold("#library-box")
+    page.locator("#library input[data-tile=boot]").uncheck(force=True)
+    page.locator("#regions-box > button", has_text="on for clock").wait_for()
+    page.locator("#library input[data-tile=boot]").check(force=True)
+    page.locator("#regions-box > button", has_text="on for boot, clock").wait_for()
+    visitor.unfold("#regions-box")
+    painted(page, 0.25, 0.5)
+    assert (paint(page, 0.25, 0.5), paint(page, 0.75, 0.5)) == (left, right)
+
+
+def test_what_the_server_could_not_be_told_any_more_is_in_the_browser(visit: Any) -> None:
+    visitor = visit()
+    page = visitor.page
+    no_notice(page)
+    visitor.unfold("#regions-box")
+    visitor.unfold("#settings-box")
+    waiting: list[Any] = []
+    page.route(
+        "**/queue/join**", lambda route: waiting.append(route)
+    )  # the server is too busy to take anything
+    stroke(page, (0.2, 0.3), (0.3, 0.6))
+    page.locator("#prompt textarea").fill("a vekka monster alone")
+    visitor.number("#seed", 11)
+    page.locator("#mix input[data-tile=clock]").uncheck(force=True)
+    page.wait_for_function("() => (localStorage.getItem('mole-page') || '').includes('\"on\":false')")
+    assert waiting
+    page.unroute("**/queue/join**")
+    visitor.reload()
+    page.locator("#regions-box > button", has_text="on for boot").wait_for()
+    assert page.locator("#prompt textarea").input_value() == "a vekka monster alone"
+    assert not page.locator("#mix input[data-tile=clock]").is_checked()
+    visitor.unfold("#settings-box")
+    assert page.locator("#seed input").input_value() == "11"
+    # Now the server has it: another page of this browser shows it without the storage.
+    page.evaluate("localStorage.clear()")
+    visitor.reload()
+    page.locator("#regions-box > button", has_text="on for boot").wait_for()
+    assert page.locator("#prompt textarea").input_value() == "a vekka monster alone"
+
+
+def test_the_picture_to_begin_from_outlives_a_reload(visit: Any, server: Any) -> None:
+    visitor = visit()
+    page = visitor.page
+    visitor.unfold("#settings-box")
+    visitor.unfold("#begin-box")
+    page.locator("#begin-from input[type=file]").set_input_files(starter_experts()["boot"].references[0])
+
+    def kept(count: int) -> None:
+        while len(list(server.folder.glob("outputs/app/**/begin/*.png"))) != count:
+            page.wait_for_timeout(100)
+
+    kept(1)
+    visitor.reload()
+    draw(visitor, steps=4)
+    page.locator("#details dt", has_text="Begun from").wait_for()
+    visitor.unfold("#begin-box")
+    page.locator("#begin-from img").wait_for()
+    page.locator("#begin-from button[aria-label^=Remove]").click()
+    kept(0)
+    visitor.reload()
+    draw(visitor, steps=2)
+    page.locator("#details dd", has_text="2, ").wait_for()
+    assert "Begun from" not in page.locator("#details").inner_text()
 
 
 def test_the_page_is_as_it_was_after_a_reload_and_the_prompt_goes_along(visit: Any) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image, PngImagePlugin
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from mole_diffusion.app import charts, page, regions, tiles
+from mole_diffusion.app import browser, charts, page, regions, tiles
 from mole_diffusion.app.composing import ComposeRequest, compose
 from mole_diffusion.app.folders import loras_in
 from mole_diffusion.app.infotext import read_infotext
@@ -178,17 +179,60 @@ def test_uploads_are_judged_by_their_content(tmp_path: Path) -> None:
 
 def test_paint_becomes_masks_and_back(tmp_path: Path) -> None:
     session = Session(tmp_path)
-    masks = {"boot": Image.new("L", (64, 64)), "clock": Image.new("L", (64, 64))}
+    masks = {name: Image.new("L", (64, 64)) for name in ("boot", "clock", "stranger", "monster")}
     masks["boot"].paste(255, (0, 0, 32, 64))
     masks["clock"].paste(255, (40, 0, 64, 64))
-    value = regions.paint_regions(session, {**masks, "stranger": masks["boot"]})
-    found = regions.read_regions(session, value)
-    assert set(found) == {"boot", "clock"}
-    for name, mask in masks.items():
-        small = found[name].resize((64, 64), Image.Resampling.NEAREST)
-        assert np.array_equal(np.asarray(small), np.asarray(mask))
-    assert regions.read_regions(session, {"layers": []}) == {}
-    assert regions.paint_regions(session, {}) is None
+    masks["stranger"].paste(255, (0, 0, 64, 64))
+    masks["monster"].putpixel((3, 3), 255)
+    sent = [{"name": name, "mask": mask_to_text(mask)} for name, mask in masks.items()]
+    kept = regions.kept(sent)
+    assert regions.painted(kept) == sent
+    found = regions.masks_of(session, kept)
+    assert list(found) == ["boot", "clock"], "of chosen experts, and no slips of the brush"
+    for name, mask in found.items():
+        small = mask.resize((64, 64), Image.Resampling.NEAREST)
+        assert np.array_equal(np.asarray(small), np.asarray(masks[name]))
+    assert regions.kept(None) == {}
+    assert regions.masks_of(session, None) == {}
+
+
+def test_the_sheet_sends_masks_or_is_refused() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (900, 900), dtype=np.uint8)
+    (text,) = regions.kept([{"name": "boot", "mask": mask_to_text(Image.fromarray(noise))}]).values()
+    assert len(text) < 128 * 2**10, "what is kept is small, whatever comes"
+    wrong: list[Any] = [
+        "text",
+        [1],
+        [{"name": "boot"}],
+        [{"name": 1, "mask": text}],
+        [{"name": "boot", "mask": "no picture"}],
+        [{"name": str(i), "mask": text} for i in range(100)],
+    ]
+    for value in wrong:
+        with pytest.raises(ConfigError):
+            regions.kept(value)
+
+
+def test_the_browser_counts_only_where_it_is_newer_and_of_this_session(tmp_path: Path) -> None:
+    session = Session(tmp_path / "a")
+
+    def brought(mark: str, stamp: Any, held: Any) -> str:
+        return json.dumps([{"mark": mark, "stamp": stamp, "held": held}, None])
+
+    mark, held = browser.mark_of(session), {"prompt": "newer"}
+    assert browser.newer(session, "page", 0, brought(mark, 20, held)) == held
+    session.set_page(stamps=browser.stamps(session, "page", 20))
+    assert browser.newer(session, "page", 0, brought(mark, 20, held)) == {}
+    assert browser.newer(session, "page", 0, brought(mark, 21, held)) == held
+    assert browser.newer(session, "regions", 1, brought(mark, 21, held)) == {}
+    assert (
+        browser.newer(session, "page", 0, brought(browser.mark_of(Session(tmp_path / "b")), 99, held)) == {}
+    )
+    session.use_model("another")
+    assert browser.newer(session, "page", 0, brought(mark, 99, held)) == {}
+    mark = browser.mark_of(session)
+    for text in (None, "", "[", "7", "[[]]", "[" * 9999, brought(mark, "x", held), brought(mark, 99, 7)):
+        assert browser.newer(session, "page", 0, text) == {}
 
 
 def test_a_session_knows_its_experts(tmp_path: Path) -> None:

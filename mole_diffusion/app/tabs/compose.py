@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
-from mole_diffusion.app import fragments, markup, page, regions, show, tiles
+from mole_diffusion.app import browser, fragments, markup, page, regions, show, tiles
 from mole_diffusion.app.composing import ComposeRequest, compose
 from mole_diffusion.app.jobs import Job
-from mole_diffusion.app.metadata import PictureSettings, mask_from_text, mask_to_text, read_settings
+from mole_diffusion.app.metadata import PictureSettings, read_settings
 from mole_diffusion.app.session import Picture, Session
 from mole_diffusion.app.studio import Studio
 from mole_diffusion.app.tabs.compose_layout import ComposeLayout
@@ -20,6 +21,8 @@ from mole_diffusion.core.errors import ConfigError, MoLEError
 
 _PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 _QUIET: dict[str, Any] = {"show_progress": "hidden", **_PRIVATE}
+#: What the browser's storage keeps, each with a time of its own.
+_KINDS = ("page", "regions")
 _LIVE: dict[str, Any] = {"concurrency_limit": None, **_QUIET}
 
 
@@ -49,37 +52,56 @@ class ComposeTab(ComposeLayout):
         self.gallery.change(self.headline, None, self.regions_box, **_QUIET)
         self.cancel.click(self.stop, None, None, **_PRIVATE)
         self.dice.click(lambda: random.randrange(2**32), None, self.seed, **_PRIVATE)
-        shown = [self.library, self.mix, self.notice, self.legend, self.painter, self.canvas]
+        shown = [self.library, self.mix, self.notice, self.canvas, self.regions_box]
         named = [self.unnamed, self.insert]
-        gr.on(
-            [control.change for control in controls],
-            self.remember,
-            [self.mix, *controls],
-            named,
-            trigger_mode="always_last",
-            **_QUIET,
-        )
-        self.mix.select(self.remember, [self.mix, *controls], named, **_QUIET)
         self.beside.input(lambda on: gr.update(visible=on), self.beside, self.nla, **_QUIET)
         self.insert.click(self.insert_phrases, [self.prompt, self.mix], [self.prompt, *named], **_QUIET)
         self.library.select(
             self.choose, [self.library, self.mix, self.prompt], [*shown, self.prompt, *named], **_QUIET
         )
-        self.painter.input(self.take_brush, self.painter, self.canvas, **_QUIET)
         self.over.click(self.paint_over, None, self.canvas, **_QUIET)
         self.clear.click(self.clear_regions, None, [self.canvas, self.regions_box], **_QUIET)
         viewed = [self.picture, self.nla, self.details, self.reuse]
         self.gallery.select(self.select, None, viewed, **_QUIET)
-        filled = [*controls, *shown, *named, self.regions_box]
+        filled = [*controls, *shown, *named, self.image]
         self.reuse.click(self.use_shown, None, filled, **_QUIET)
         self.dropped.upload(self.use_dropped, self.dropped, [*filled, self.dropped], **_QUIET)
-        demo.load(self.restore, None, [*filled, self.gallery], **_QUIET)
+        self._connect_keeping(controls, named)
+        demo.load(
+            self.restore,
+            self.brought,
+            [*filled, self.gallery, self.mark],
+            js=browser.read_js(_KINDS),
+            **_QUIET,
+        )
         demo.load(self.rejoin, None, results, **_LIVE)
         self.refreshed = (
             self.refresh,
             [self.library, self.mix, self.prompt],
-            [*shown, self.gallery, self.prompt, *named, self.guidance],
+            [*shown, self.gallery, self.prompt, *named, self.guidance, self.mark],
         )
+
+    def _connect_keeping(self, controls: list[Any], named: list[Any]) -> None:
+        """Every change goes into the browser's storage at once, and to the server when it can take it."""
+        changes = [*(control.change for control in controls), self.mix.select]
+        held = [self.mix, *controls]
+        regions_now = [self.canvas]
+        for events, kind, inputs, names, handler, outputs in (
+            (changes, "page", held, ["tiles", *self._controls], self.remember, named),
+            ([self.canvas.input], "regions", regions_now, ["regions"], self.keep_regions, [self.regions_box]),
+        ):
+            gr.on(events, None, [self.mark, *inputs], None, js=browser.write_js(kind, names), **_PRIVATE)
+            gr.on(
+                events,
+                handler,
+                [self.stamp, *inputs],
+                outputs,
+                js=browser.STAMPED,
+                trigger_mode="always_last",
+                **_QUIET,
+            )
+        # Not `input`: after a load that brings the picture which was taken away.
+        self.image.change(self.begin_from, self.image, None, trigger_mode="always_last", **_QUIET)
 
     @show.friendly
     def refresh(self, library: Any, values: Any, written: str, request: gr.Request) -> list[Any]:
@@ -92,25 +114,47 @@ class ComposeTab(ComposeLayout):
             *(there, mix, *rest, fragments.gallery(session), fresh),
             *_named(session, prompt, values),
             page.controls(session)["guidance"],
+            browser.mark_of(session),
         ]
 
     @show.friendly
-    def restore(self, request: gr.Request) -> list[Any]:
-        """After a load: everything as it was."""
+    def restore(self, brought: Any, request: gr.Request) -> list[Any]:
+        """After a load: everything as it was, with what the browser has and could not tell any more."""
         session = show.session_of(self.studio, request)
+        held = browser.newer(session, "page", _KINDS.index("page"), brought)
+        painted = browser.newer(session, "regions", _KINDS.index("regions"), brought)
+        with suppress(MoLEError):
+            if held:
+                page.take(session, held, held.get("tiles"))
+        with suppress(MoLEError):
+            if painted:
+                session.set_page(regions=regions.kept(painted.get("regions")))
         kept = page.controls(session)
-        masks = _masks(session.page.get("regions"))
-        values = session.page.get("tiles")
-        return [*self._filled(session, kept, values, masks), fragments.gallery(session)]
+        filled = self._filled(session, kept, session.page.get("tiles"))
+        return [*filled, fragments.gallery(session), browser.mark_of(session)]
 
     @show.friendly
-    def remember(self, request: gr.Request, mix: Any, *values: Any) -> list[Any]:
+    def remember(self, request: gr.Request, stamp: Any, mix: Any, *values: Any) -> list[Any]:
         """Keep what the controls hold, and say what the prompt does not name."""
         session = show.session_of(self.studio, request)
         held = dict(zip(self._controls, values, strict=True))
-        self._keep(session, held, mix)
+        page.take(session, held, mix)
+        session.set_page(stamps=browser.stamps(session, "page", stamp))
         prompt = str(held["prompt"] or "")
         return _named(session, prompt, mix)
+
+    @show.friendly
+    def keep_regions(self, stamp: Any, painted: Any, request: gr.Request) -> Any:
+        """Keep what was painted, whether it is drawn with or not."""
+        session = show.session_of(self.studio, request)
+        texts = regions.kept(painted, session.page.get("regions"))
+        session.set_page(regions=texts, stamps=browser.stamps(session, "regions", stamp))
+        return _heading(session)
+
+    @show.friendly
+    def begin_from(self, image: Any, request: gr.Request) -> None:
+        """Keep the picture that new ones begin from."""
+        page.begin_from(show.session_of(self.studio, request), image)
 
     @show.friendly
     def insert_phrases(self, prompt: str, mix: Any, request: gr.Request) -> list[Any]:
@@ -135,11 +179,11 @@ class ComposeTab(ComposeLayout):
         session = show.session_of(self.studio, request)
         mix, canvas, image, *rest = values
         held = dict(zip(self._controls, rest, strict=True))
-        wanted = self._request(session, held, mix, canvas, image)
+        painted = regions.kept(canvas, session.page.get("regions"))
+        wanted = self._request(session, held, mix, painted, image)
         beside = held["beside"] and wanted.mixture != "nla"
-        masks = {name: mask_to_text(mask) for name, mask in wanted.regions.items()}
-        self._keep(session, held, mix)
-        session.set_page(regions=masks)
+        page.take(session, held, mix)
+        session.set_page(regions=painted)
         work = compose(self.studio, session, wanted, [wanted.mixture, *(["nla"] if beside else [])])
         job = self.studio.submit(session, "compose", work)
         async for update in self._follow(session, job):
@@ -157,30 +201,28 @@ class ComposeTab(ComposeLayout):
     def headline(self, request: gr.Request) -> Any:
         """The heading of the regions, which says for whom there are some."""
         session = show.session_of(self.studio, request)
-        return gr.update(label=regions.title(list(session.page.get("regions") or {})))
+        return _heading(session)
 
     def stop(self, request: gr.Request) -> None:
         """Cancel the drawing."""
         show.session_of(self.studio, request).cancel("compose")
 
-    def take_brush(self, name: str | None, request: gr.Request) -> Any:
-        """The brush in the colour of an expert."""
-        session = show.session_of(self.studio, request)
-        return gr.update(brush=_brush(session, name))
-
+    @show.friendly
     def paint_over(self, request: gr.Request) -> Any:
-        """The picture that is shown as the editor's background."""
-        shown = page.shown_pictures(show.session_of(self.studio, request))
+        """The picture that is shown below what is painted."""
+        session = show.session_of(self.studio, request)
+        shown = page.shown_pictures(session)
         if not shown:
             gr.Info("There is no picture yet: draw one first.")
             return gr.skip()
-        path = str(shown[0].path)
-        return {"background": path, "layers": [], "composite": path}
+        session.set_page(ground=shown[0].path.name)
+        return regions.around(session, shown[0].path)
 
     def clear_regions(self, request: gr.Request) -> list[Any]:
         """No regions, here and in what is kept."""
-        show.session_of(self.studio, request).set_page(regions={})
-        return [regions.EMPTY, gr.update(label=regions.title())]
+        session = show.session_of(self.studio, request)
+        session.set_page(regions={}, ground="")
+        return [{**regions.around(session, None), "value": []}, _heading(session)]
 
     def select(self, event: gr.SelectData, request: gr.Request) -> tuple[Any, ...]:
         """A picture of the gallery, large and with its settings."""
@@ -203,19 +245,14 @@ class ComposeTab(ComposeLayout):
     def use_dropped(self, path: str | None, request: gr.Request) -> list[Any]:
         """The settings of a picture that was dropped into the controls."""
         session = show.session_of(self.studio, request)
-        filled = [gr.skip()] * (len(self._controls) + 9)
+        filled = [gr.skip()] * (len(self._controls) + 8)
         if path is not None:
             with show.warned():
                 filled = self._fill(session, read_settings(path))
         return [*filled, None]
 
-    def _keep(self, session: Session, held: dict[str, Any], mix: Any) -> None:
-        """What the controls hold is the page's state from now on."""
-        kept = {name: value for name, value in held.items() if value is not None}
-        session.set_page(**kept, tiles=tiles.read(mix))
-
     def _request(
-        self, session: Session, held: dict[str, Any], mix: Any, canvas: Any, image: Any
+        self, session: Session, held: dict[str, Any], mix: Any, painted: dict[str, str], image: Any
     ) -> ComposeRequest:
         tiles_shown = tiles.read(mix)
         seed = int(held["seed"] or 0)
@@ -230,7 +267,7 @@ class ComposeTab(ComposeLayout):
             height=int(held["height"] or 0),
             active=tiles.active(tiles_shown),
             strengths={tile["name"]: tile["strength"] for tile in tiles_shown},
-            regions=regions.read_regions(session, canvas),
+            regions=regions.masks_of(session, painted),
             count=int(held["count"] or 1),
             sampler=held["sampler"] or "",
             image=image,
@@ -270,23 +307,21 @@ class ComposeTab(ComposeLayout):
             tiles.library_tiles(session),
             tiles.mixing_tiles(session, values),
             fragments.notice(session),
-            fragments.legend(session),
-            gr.update(choices=list(session.chosen), value=next(iter(session.chosen), None)),
-            gr.update(brush=_brush(session, None)),
+            regions.around(session, page.ground(session)),
+            _heading(session),
         ]
 
-    def _filled(
-        self, session: Session, kept: dict[str, Any], values: Any, masks: dict[str, Any]
-    ) -> list[Any]:
-        """Values for all controls, experts and regions."""
-        *experts, canvas = self._experts(session, values)
-        prompt = str(kept["prompt"])
+    def _filled(self, session: Session, kept: dict[str, Any], values: Any) -> list[Any]:
+        """Values for all controls, experts and regions, and the picture to begin from."""
+        *experts, canvas, heading = self._experts(session, values)
+        begin = page.begun_from(session)
         return [
             *(kept[name] for name in self._controls),
             *experts,
-            {**canvas, "value": regions.paint_regions(session, masks)},
-            *_named(session, prompt, values),
-            gr.update(label=regions.title(list(masks))),
+            {**canvas, "value": regions.painted(session.page.get("regions"))},
+            heading,
+            *_named(session, str(kept["prompt"]), values),
+            None if begin is None else str(begin),
         ]
 
     def _fill(self, session: Session, settings: PictureSettings) -> list[Any]:
@@ -303,8 +338,19 @@ class ComposeTab(ComposeLayout):
             if use.name in session.chosen
         ]
         known = {name: getattr(settings, name) for name in page.FIRST if hasattr(settings, name)}
+        known |= {} if settings.image_sha256 else {"denoising": page.FIRST["denoising"]}
         session.set_page(**known, count=1, tiles=values, regions=dict(settings.regions))
-        return self._filled(session, page.controls(session), values, _masks(settings.regions))
+        _begin_as(session, settings)
+        return self._filled(session, page.controls(session), values)
+
+
+def _begin_as(session: Session, settings: PictureSettings) -> None:
+    """Keep the picture to begin from only where these settings were drawn from it."""
+    if page.begun_digest(session) == settings.image_sha256:
+        return
+    page.begin_from(session, None)
+    if settings.image_sha256:
+        gr.Warning("That picture was begun from a picture that is not here: give it again.")
 
 
 def _pair(pictures: list[Picture]) -> bool:
@@ -312,22 +358,9 @@ def _pair(pictures: list[Picture]) -> bool:
     return len(pictures) > 1 and pictures[0].settings.seed == pictures[1].settings.seed
 
 
-def _brush(session: Session, name: str | None) -> gr.Brush:
-    """The experts' colours, one of them in hand."""
-    colours = [session.colour(one) for one in session.chosen] or ["#7a7268"]
-    hand = session.colour(name) if name in session.chosen and name is not None else colours[0]
-    return gr.Brush(default_size=60, colors=colours, default_color=hand, color_mode="fixed")
-
-
-def _masks(texts: Any) -> dict[str, Any]:
-    """Region masks as they are kept; those that cannot be read are left out."""
-    found = {}
-    for name, text in (texts or {}).items() if isinstance(texts, dict) else ():
-        try:
-            found[str(name)] = mask_from_text(text)
-        except MoLEError:
-            continue
-    return found
+def _heading(session: Session) -> Any:
+    """The heading of the regions: for whom there are some that count."""
+    return gr.update(label=regions.title(list(regions.masks_of(session, session.page.get("regions")))))
 
 
 def _named(session: Session, prompt: str, mix: Any) -> list[Any]:

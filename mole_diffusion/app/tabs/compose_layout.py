@@ -16,6 +16,10 @@ FIRST_PROMPT = "a zorin boot, a vekka monster and a kipra clock on the beach"
 _OWN_SAMPLER = "The model's own"
 #: Shown name -> name, of the samplers.
 SAMPLER_CHOICES = [(_OWN_SAMPLER, ""), *((name, name) for name in SAMPLERS)]
+_REGION_HINT = (
+    '<p class="hint">Choose an expert and paint where it counts; one without paint counts everywhere. Regions'
+    " place no subjects: what stands there is up to prompt and seed.</p>"
+)
 _WORDS = """
 <details class="words"><summary>What do the words mean?</summary><dl class="facts">
 <dt>Expert</dt><dd>one LoRA; its phrase has the trigger word it was trained on</dd>
@@ -56,6 +60,10 @@ class ComposeLayout:
             placeholder="What the picture shows",
             elem_id="prompt",
         )
+        # What the browser's storage needs to be told, and tells.
+        self.mark = gr.Textbox(visible=False)
+        self.stamp = gr.Number(visible=False)
+        self.brought = gr.Textbox(visible=False)
         with gr.Row(equal_height=True, elem_classes="phrases"):
             self.unnamed = gr.HTML(elem_id="unnamed")
             self.insert = gr.Button(
@@ -91,21 +99,8 @@ class ComposeLayout:
         with gr.Accordion(
             regions.title(), open=False, elem_id="regions-box", elem_classes="late"
         ) as self.regions_box:
-            self.legend = gr.HTML(elem_id="legend")
-            self.painter = gr.Radio([], label="Paint for", elem_id="painter")
-            self.canvas = gr.ImageEditor(
-                label="Regions",
-                type="pil",
-                image_mode="RGBA",
-                canvas_size=(regions.CANVAS, regions.CANVAS),
-                fixed_canvas=True,
-                sources=(),
-                transforms=(),
-                layers=False,
-                brush=gr.Brush(default_size=60, colors=["#e4572e"], color_mode="fixed"),
-                elem_id="canvas",
-                height=420,
-            )
+            gr.HTML(_REGION_HINT)
+            self.canvas = regions.sheet()
             with gr.Row():
                 self.over = gr.Button("Paint over the last picture", size="sm", elem_id="paint-over")
                 self.clear = gr.Button("Clear regions", size="sm", elem_id="clear-regions")
