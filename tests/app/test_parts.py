@@ -36,6 +36,7 @@ from mole_diffusion.app.session import MAX_EXPERTS, Picture, Session
 from mole_diffusion.app.setup import Gates
 from mole_diffusion.app.show import progress_bar
 from mole_diffusion.app.studio import Studio
+from mole_diffusion.app.tabs.models import preview_of
 from mole_diffusion.app.teaching import TeachRequest, teach
 from mole_diffusion.app.uploads import check_upload
 from mole_diffusion.core.errors import ConfigError, ExpertLoadError, GateMismatchError, UnknownExpertError
@@ -329,15 +330,18 @@ def test_a_folder_of_loras_says_what_is_in_it(tmp_path: Path) -> None:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
     save_file(tensors, tmp_path / "deep" / "xl.safetensors", {"ss_base_model_version": "sdxl_base_v1-0"})
     save_file(tensors, tmp_path / "Plain.safetensors")
-    Image.new("RGB", (8, 8)).save(tmp_path / "Plain.png")
+    Image.new("RGB", (2000, 1000)).save(tmp_path / "Plain.png")
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
     found = loras_in(tmp_path)
     assert [lora.label for lora in found] == [
         "broken · cannot be read",
         "deep/xl · Stable Diffusion XL",
         "Plain",
     ]
-    assert [lora.preview is not None for lora in found] == [False, False, True]
+    assert [lora.preview is not None for lora in found] == [True, False, True]
+    # A broken picture takes nothing from the others.
+    assert [picture.size for lora in found if (picture := preview_of(lora))] == [(256, 256)]
     with pytest.raises(ConfigError, match="there is no folder"):
         loras_in(tmp_path / "none")
 

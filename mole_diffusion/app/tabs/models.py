@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
-from mole_diffusion.app import markup, show
+from mole_diffusion.app import markup, show, tiles
 from mole_diffusion.app.folders import LoraFile, loras_in
 from mole_diffusion.app.library import add_file, add_gates, add_source
 from mole_diffusion.app.session import Session
@@ -18,12 +20,12 @@ from mole_diffusion.app.studio import Studio, Work
 from mole_diffusion.app.teaching import TeachRequest, teach
 from mole_diffusion.app.uploads import PICTURE_SUFFIXES
 from mole_diffusion.core.errors import ConfigError
-from mole_diffusion.pictures.files import open_picture
 from mole_diffusion.pictures.opening import STARTER
 
 _PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 #: Files of a folder whose pictures are shown.
 _PREVIEWS = 60
+_PREVIEW_SIDE = 256
 _OWN, _OTHER = "The starter that ships with the project", "Another Stable Diffusion"
 
 
@@ -269,8 +271,19 @@ class ModelsTab:
 
 def _folder(folder: str, found: list[LoraFile]) -> list[Any]:
     choices = [(lora.label, str(lora.path)) for lora in found]
-    shown = [(open_picture(lora.preview), lora.name) for lora in found[:_PREVIEWS] if lora.preview]
+    seen = ((preview_of(lora), lora.label) for lora in found if lora.preview)
+    shown = list(islice((one for one in seen if one[0] is not None), _PREVIEWS))
     return [folder, gr.update(choices=choices, value=[]), gr.update(value=shown, visible=bool(shown))]
+
+
+def preview_of(lora: LoraFile) -> Image.Image | None:
+    """The picture beside a LoRA, small; None where there is none that can be read."""
+    if lora.preview is None:
+        return None
+    try:
+        return tiles.thumbnail(lora.preview, _PREVIEW_SIDE)
+    except ConfigError:  # one that is broken takes nothing from the others
+        return None
 
 
 def _state(session: Session, said: str = "") -> list[Any]:
