@@ -9,16 +9,20 @@ expert. Experts of the whole picture (styles) have every token, beside the other
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from .rules import number
+from .torch_state import on_device
 from .words import TokenPhrases
 
 # Texts that are kept.
 _KEPT = 256
+# A denoiser's text is a known one up to rounding.
+_SAME = 1e-2
 
 _ALLOWED = {
     "sharpness": number(0, math.inf, above=True),
@@ -61,10 +65,13 @@ class KnownText:
     Attributes:
         encoded: (L, d).
         places: (L, N), see `places_of`.
+        prompt: whether it is a prompt, or a negative one, which has the places of its prompt; None where
+            nobody knows: then it is a prompt if it names an expert.
     """
 
     encoded: Tensor
     places: Tensor
+    prompt: bool | None = None
 
 
 @dataclass(eq=False)
@@ -80,6 +87,9 @@ class Auto:
     Attributes:
         texts: what the host's text encoders made of texts lately.
         ids: part -> (B, L) tokens that its text encoder is about to read, where a host gives it embeddings.
+        single: whether a host knows that one picture is drawn at a time, by however many texts.
+        continues: whether a host knows that the next steps go on with the picture that was drawn last, in
+            another size or from more noise: what was seen of it holds.
     """
 
     phrases: Mapping[str, TokenPhrases]
@@ -87,16 +97,80 @@ class Auto:
     settings: AutoSettings = field(default_factory=AutoSettings)
     texts: list[KnownText] = field(default_factory=list)
     ids: dict[str, Tensor] = field(default_factory=dict)
+    single: bool = False
+    continues: bool = False
+    _recognised: tuple[Tensor, list[KnownText | None]] | None = field(default=None, init=False, repr=False)
 
     def meet(self, named: frozenset[str]) -> None:
         """A network begins to read texts that name these experts; hosts that know no more decide here."""
 
-    def remember(self, encoded: Tensor, places: Tensor) -> None:
+    def remember(self, encoded: Tensor, places: Tensor, prompts: Sequence[bool | None] | None = None) -> None:
         """Note what denoisers will read for some texts.
 
         Args:
             encoded: (B, L, d).
             places: (B, L, N), see `places_of`.
+            prompts: which of them are prompts, see `KnownText`.
         """
-        self.texts += [KnownText(one.detach(), own) for one, own in zip(encoded, places, strict=True)]
+        kinds = prompts or [None] * len(encoded)
+        rows = zip(encoded, places, kinds, strict=True)
+        self.texts += [KnownText(one.detach(), own, kind) for one, own, kind in rows]
         del self.texts[:-_KEPT]
+
+    def recognise(self, text: Tensor) -> list[KnownText | None]:
+        """Whose words the texts are made of that a denoiser is given.
+
+        Args:
+            text: (B, L, d).
+        Returns:
+            For each of them what is known of it; None for one that nobody remembers.
+        """
+        if self._recognised is None or self._recognised[0] is not text:
+            self._recognised = text, [self._placed(row) for row in text]
+        return self._recognised[1]
+
+    def _placed(self, row: Tensor) -> KnownText | None:
+        """What is known of a text (L, d) that a host may have lengthened to stand beside a longer one.
+
+        Some repeat it, some put an empty text or its last token behind it; some cut it.
+        """
+        found: list[Tensor] = []
+        first: KnownText | None = None
+        start = 0
+        while start < len(row):
+            known = self._known(row[start:], cut=start == 0)
+            if known is None:
+                break
+            first = first or known
+            found.append(known.places[: len(row) - start])
+            start += len(found[-1])
+        if first is None:
+            return None
+        rest = found[0].new_zeros(len(row) - start, found[0].shape[1])
+        return KnownText(row, torch.cat([*found, rest]), first.prompt)
+
+    def _known(self, row: Tensor, *, cut: bool) -> KnownText | None:
+        """What stands at the beginning of a text (L, d): the longest that is known, whole, and the nearest.
+
+        Args:
+            row: the text.
+            cut: whether it may be the beginning of a longer one.
+        """
+        best: KnownText | None = None
+        rank = (0, False, 0.0)
+        for known in reversed(self.texts):
+            length = min(len(known.encoded), len(row))
+            whole = length == len(known.encoded)
+            if known.encoded.shape[1] != row.shape[1] or not (whole or cut) or length < rank[0]:
+                continue
+            # In the numbers that the host made of it, so that most are the same to the bit.
+            own = on_device(known.encoded[:length], row.device).to(row.dtype).float()
+            gap, norm = torch.stack([(own - row[:length].float()).norm(), own.norm()]).tolist()
+            if gap <= _SAME * norm and (length, whole, -gap) > rank:
+                best, rank = known, (length, whole, -gap)
+            if best is known and gap == 0 and whole and length == len(row):
+                break
+        if best is not None:  # the next step is most likely to ask for it again
+            self.texts.remove(best)
+            self.texts.append(best)
+        return best

@@ -13,7 +13,6 @@ from torch.utils.hooks import RemovableHandle
 
 from . import functional
 from .auto import Auto
-from .auto_shares import shares_of
 from .block_hook import BlockHook
 from .config import MoLEConfig
 from .context import Activation, ForwardContext
@@ -30,6 +29,7 @@ from .matrices import build_bundles
 from .modules import Arrangement, base_layer, network_device, unwrapped
 from .networks import map_network
 from .networks.base import DENOISER, Architecture, NetworkMap, Role
+from .picture_shares import shares_of
 from .regions import RegionMasks
 from .routing import Route
 from .torch_state import is_compiling

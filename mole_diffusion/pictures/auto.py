@@ -132,13 +132,16 @@ class PromptReader(Auto):
                 ", ".join(repr(own[0]) for own in calls.values()),
             )
 
-    def note(self, pipe: Any, texts: Sequence[str], embeddings: Tensor) -> None:
+    def note(
+        self, pipe: Any, texts: Sequence[str], embeddings: Tensor, prompts: Sequence[bool | None]
+    ) -> None:
         """Note what the pipeline's text encoders made of texts.
 
         Args:
             pipe: the pipeline.
             texts: prompts or negative prompts.
             embeddings: (B, L, d), several in a row for each text.
+            prompts: which of the texts are prompts, see `KnownText`.
         """
         part, tokenizer = next(iter(self._tokenizers.items()))
         if hasattr(pipe, "maybe_convert_prompt"):
@@ -152,7 +155,12 @@ class PromptReader(Auto):
         ).input_ids
         order = list(pipe.experts)
         found = places_of(ids, {name: self.phrases[part].get(name, ()) for name in order})
-        self.remember(embeddings, found.repeat_interleave(len(embeddings) // len(texts), dim=0))
+        times = len(embeddings) // len(texts)
+        self.remember(
+            embeddings,
+            found.repeat_interleave(times, dim=0),
+            [kind for kind in prompts for _ in range(times)],
+        )
 
 
 def read_prompts(pipe: Any, given: Mapping[str, Any]) -> PromptReader | None:
@@ -179,12 +187,14 @@ def note_prompts(pipe: Any, reader: PromptReader, given: Mapping[str, Any], enco
         reader: what that returned.
         encoded: what the pipeline's `encode_prompt` returned.
     """
-    for name, embeddings in zip(("prompt", "negative_prompt"), encoded, strict=False):
-        texts = _texts(given.get(name))
-        if name == "negative_prompt" and not texts and given.get("negative_prompt_embeds") is None:
-            texts = [""]
-        if texts and isinstance(embeddings, Tensor) and embeddings.dim() == 3:
-            reader.note(pipe, texts, embeddings)
+    texts = {name: _texts(given.get(name)) for name in ("prompt", "negative_prompt")}
+    if not texts["negative_prompt"] and given.get("negative_prompt_embeds") is None:
+        texts["negative_prompt"] = [""]
+    for (name, own), embeddings in zip(texts.items(), encoded, strict=False):
+        if own and isinstance(embeddings, Tensor) and embeddings.dim() == 3:
+            # One that is both cannot be told apart where the denoiser reads it.
+            both = [text for text in own if all(text in others for others in texts.values())]
+            reader.note(pipe, own, embeddings, [None if one in both else name == "prompt" for one in own])
 
 
 def _texts(given: Any) -> list[str]:

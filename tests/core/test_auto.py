@@ -14,11 +14,12 @@ from torch import Tensor
 
 from mole_diffusion.core.attention import AttentionMaps
 from mole_diffusion.core.auto import Auto, AutoSettings
-from mole_diffusion.core.auto_shares import _order, shared_places, shared_rest
+from mole_diffusion.core.auto_shares import shared_places, shared_rest
 from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.mixture import Mixture, inject
 from mole_diffusion.core.networks import map_network
+from mole_diffusion.core.picture_shares import pictures_of
 from mole_diffusion.core.words import places_of
 
 
@@ -100,15 +101,15 @@ def test_places_are_shared_out() -> None:
     torch.testing.assert_close(alone[0].permute(1, 2, 0), torch.tensor([1.0, 0.0, 0.0]).expand(4, 4, 3))
 
 
-def test_each_row_of_a_batch_has_the_places_of_its_picture() -> None:
-    """A batch of prompts, with their negatives before or behind, or one by one; else all have the mean."""
-    assert _order([True, True], 2) == [0, 1]
-    assert _order([False, False, True, True], 2) == [0, 1, 0, 1]
-    assert _order([True, False, True, False], 2) == [0, 0, 1, 1]
-    assert _order([False, False], 2) == [0, 1]
-    assert _order([False, False, False], 1) == [0, 0, 0]
-    assert _order([True, True, False], 2) == [0, 1, 2]
-    assert _order([False, False, False], 2) == [2, 2, 2]
+def test_each_row_of_a_batch_shows_one_picture() -> None:
+    """A batch of prompts, with their negatives before or behind, or one by one; else it cannot be told."""
+    assert pictures_of([True, True], 2) == [0, 1]
+    assert pictures_of([False, False, True, True], 2) == [0, 1, 0, 1]
+    assert pictures_of([True, False, True, False], 2) == [0, 0, 1, 1]
+    assert pictures_of([False, False], 2) == [0, 1]
+    assert pictures_of([False, False, False], 1) == [0, 0, 0]
+    assert pictures_of([True, True, False], 2) == [0, 1, None]
+    assert pictures_of([False, False, False], 2) == [None, None, None]
 
 
 def test_settings_out_of_range_are_refused() -> None:

@@ -77,6 +77,16 @@ def test_a_batch_is_its_singles(loaded, draw) -> None:
     torch.testing.assert_close(several[:1], both[:1], **CLOSE)
 
 
+def test_a_prompt_of_a_batch_may_name_nobody(loaded, draw) -> None:
+    called = AutoMixture(phrases={name: name for name in loaded.experts})
+    latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    both = draw(loaded, ["the beach", "a boot and a cat"], latents=latents, mixture=called)
+    base = draw(loaded, "the beach", latents=latents[:1], mixture="none")
+    torch.testing.assert_close(both[:1], base, **CLOSE)
+    named = draw(loaded, "a boot and a cat", latents=latents[1:], mixture=called)
+    torch.testing.assert_close(both[1:], named, **CLOSE)
+
+
 def test_scales_hold(loaded, draw) -> None:
     none = draw(loaded, mixture="auto", expert_scales={"boot": 0.0})
     masked = draw(loaded, mixture="auto", active_experts=["cat", "clock"])

@@ -1,0 +1,329 @@
+"""`mixture="auto"` in a denoiser: which places of a picture are whose, by how they look at the words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import functional
+from .attention import AttentionMaps
+from .auto import Auto
+from .auto_shares import Counting, TextShares, shared_places, with_everywhere
+from .context import ForwardContext
+from .errors import ConfigError
+from .networks.base import CONTEXT, DENOISER, EMBEDDING, TOKENS, Forward, NetworkMap
+from .regions import RegionMasks
+from .torch_state import is_compiling
+from .values import GateValue
+
+# Samplers go back by less than this within a picture.
+_ANEW = 0.1
+
+
+class _Seen:
+    """What is known of the pictures of a batch.
+
+    Args:
+        pictures: P.
+        names: N.
+
+    Attributes:
+        met: (P, N) for which experts there is a map; on the CPU.
+        now: (P, N) which experts the texts name at this timestep; on the CPU.
+        maps: (P, N, H, W) how much each place looked at the experts' words, summed over forwards.
+    """
+
+    def __init__(self, pictures: int, names: int) -> None:
+        self.met = torch.zeros(pictures, names, dtype=torch.bool)
+        self.now = torch.zeros(pictures, names, dtype=torch.bool)
+        self.maps: Tensor | None = None
+
+    def add(self, maps: Tensor, pictures: Sequence[int | None], named: Tensor) -> None:
+        """Add what one forward looked at.
+
+        Args:
+            maps: (B, N, H, W).
+            pictures: whose row is whose, see `pictures_of`.
+            named: (B, N) the experts that the prompts name.
+        """
+        rows = [row for row, picture in enumerate(pictures) if picture is not None and bool(named[row].any())]
+        into = torch.zeros(len(self.met), len(rows))
+        for column, row in enumerate(rows):
+            into[pictures[row], column] = 1.0
+        counts = into @ named[rows].float()
+        own = maps[rows] * named[rows].to(maps)[..., None, None]
+        found = torch.einsum("pr,rnhw->pnhw", into.to(maps), own)
+        found = found / counts.clamp_min(1.0).to(maps)[..., None, None]
+        if self.maps is None or self.maps.shape != found.shape:
+            self.maps, self.met = found, counts > 0
+        else:
+            self.maps, self.met = self.maps + found, self.met | (counts > 0)
+
+
+class PictureShares:
+    """Weights of a denoiser's tokens, in the forwards of one picture or batch.
+
+    A text may change in the middle of a picture, and several may draw one: places are remembered by picture
+    and expert, and each text has those of the experts that it names.
+
+    Args:
+        auto: what the host knows.
+        maps: watches the denoiser.
+        names: of the experts, in the order of the rows.
+        active: indices of those that count.
+        regions: where experts count; None for everywhere.
+    """
+
+    def __init__(
+        self,
+        auto: Auto,
+        maps: AttentionMaps,
+        names: tuple[str, ...],
+        active: tuple[int, ...],
+        regions: RegionMasks | None,
+    ) -> None:
+        self._auto, self._maps, self._regions = auto, maps, regions
+        self._rows = Counting(auto, names, active)
+        self._known: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self._values: dict[tuple[str, int], GateValue] = {}
+        self._words = self._everywhere = torch.zeros(0)
+        self._seen: _Seen | None = None
+        self._reading: tuple[list[int | None], Tensor] | None = None
+        self._own: Tensor | None = None
+        self._order: Tensor | None = None
+        self._begun = False
+        self._start = self._last = 0.0
+
+    def remove(self) -> None:
+        """Stop watching."""
+        self._maps.remove()
+
+    def begin(self, context: ForwardContext, forward: Forward) -> None:
+        """A forward begins: take what the last one was seen to look at; find out whose the words are.
+
+        Raises:
+            ConfigError: the denoiser is given no text, or one that nobody knows.
+            RegionMaskError: a mask is not of the latent's proportions.
+        """
+        if self._regions is not None and forward.size is not None:
+            self._regions.check_aspect(forward.size)
+        self._take()
+        time = 1.0 if forward.timestep is None else float(torch.as_tensor(forward.timestep).max())
+        if forward.text is None:
+            raise ConfigError(f"mixture='auto' needs the {context.part} to be called with a text.")
+        self._words, named, prompts = self._places(forward.text)
+        self._everywhere = self._rows.everywhere(self._words.device)
+        pictures = self._begin_step(time, named, prompts)
+        lacking = self._lacking(pictures, named)
+        watched = time > self._auto.settings.until
+        reading = self._regions is None and bool(named.any()) and (watched or bool(lacking.any()))
+        self._maps.begin(self._words if reading else None, context.token_grid)
+        self._reading = (pictures, named if watched else lacking) if reading else None
+        self._lay_out(pictures, named, prompts, watched)
+        self._values.clear()
+
+    def _begin_step(self, time: float, named: Tensor, prompts: Tensor) -> list[int | None]:
+        """Which picture each row shows; forget the last ones if these are others.
+
+        Args:
+            time: the timestep, from 1 to 0.
+            named: (B, N) the experts that the prompts name.
+            prompts: (B,) which rows are prompts.
+        """
+        anew = time > self._last + _ANEW or time >= self._start > self._last or not self._begun
+        if anew:
+            self._start, self._begun = time, True
+            if not self._auto.continues:
+                self._seen = None
+        before = 0 if self._seen is None else len(self._seen.met)
+        count = 1 if self._auto.single else int(prompts.sum()) or before
+        pictures = pictures_of(prompts.tolist(), count)
+        if self._seen is None or len(self._seen.met) != count:
+            self._seen = _Seen(count, named.shape[1])
+        if bool(prompts.any()):
+            if time != self._last:
+                self._seen.now.zero_()
+            for row, picture in enumerate(pictures):
+                if picture is not None:
+                    self._seen.now[picture] |= named[row]
+        self._last = time
+        return pictures
+
+    def _lacking(self, pictures: Sequence[int | None], named: Tensor) -> Tensor:
+        """(B, N) the experts that a prompt names and of whose places nothing is known yet."""
+        assert self._seen is not None
+        met = torch.zeros_like(named)
+        for row, picture in enumerate(pictures):
+            if picture is not None:
+                met[row] = self._seen.met[picture]
+        return named & ~met
+
+    def _take(self) -> None:
+        """Add the maps of the last forward, of the rows whose text names experts."""
+        found = self._maps.taken()
+        if found is not None and self._reading is not None and self._seen is not None:
+            self._seen.add(found, *self._reading)
+        self._reading = None
+
+    def _places(self, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What is known of the texts.
+
+        Returns:
+            (B, L, N) whose words their tokens are; on the CPU (B, N) the experts that each prompt names, none
+            for other texts, and (B,) which are prompts.
+        """
+        if self._known is not None and self._known[0] is text:
+            return self._known[1:]
+        rows = self._auto.recognise(text)
+        if all(one is None for one in rows):
+            raise ConfigError(
+                "mixture='auto' reads the words of the prompt, and the denoiser was given a text that this "
+                "pipeline did not encode: draw with a prompt, or with what its encode_prompt returns inside "
+                "composing(mixture='auto')."
+            )
+        nothing = torch.zeros(text.shape[1], len(self._rows.names))
+        places = torch.stack([nothing if one is None else one.places for one in rows])
+        self._rows.meet(places)
+        cpu = places.device
+        places = places * self._rows.counting(cpu) * (self._rows.everywhere(cpu) == 0)
+        named = places.any(1)
+        kinds = [None if one is None else one.prompt for one in rows]
+        decided = zip(kinds, named.any(1).tolist(), strict=True)
+        prompts = torch.tensor([own if kind is None else kind for kind, own in decided])
+        self._known = text, places.to(text.device), named & prompts[:, None], prompts
+        return self._known[1:]
+
+    def value(self, context: ForwardContext, stream: str, tokens: int) -> GateValue:
+        """Weights (B * T, N) of the tokens of a stream; one row per picture where it is "embedding"."""
+        if is_compiling():  # a block that finds what an earlier one computed would not be like that one
+            return self._value(context, stream, tokens)
+        key = stream, tokens
+        if key not in self._values:
+            self._values[key] = self._value(context, stream, tokens)
+        return self._values[key]
+
+    def _value(self, context: ForwardContext, stream: str, tokens: int) -> GateValue:
+        if stream == CONTEXT:
+            weights = self._words
+        elif stream == EMBEDDING:
+            size = self._own.shape[-2:] if self._own is not None and self._regions is None else (1, 1)
+            weights = self._picture(int(size[0]), int(size[1])).mean(1, keepdim=True)
+        else:
+            weights = self._picture(*context.token_grid(tokens))
+        weights = with_everywhere(weights, self._everywhere)
+        if stream == TOKENS and self._regions is not None:
+            weights = weights * self._regions.on_grid(*context.token_grid(tokens), weights.device)
+        return GateValue(weights.flatten(0, 1), len(weights), None, in_backward=False)
+
+    def _lay_out(self, pictures: Sequence[int | None], named: Tensor, prompts: Tensor, watched: bool) -> None:
+        """Share out the places, once per forward: what depends on a layer's size is left to `_picture`.
+
+        Args:
+            pictures: which one each row shows.
+            named: (B, N) the experts that the prompts name.
+            prompts: (B,) which rows are prompts; the others have the places of their picture.
+            watched: whether the layout forms.
+        """
+        assert self._seen is not None
+        self._own = self._order = None
+        if not bool(self._seen.now.any()):
+            return
+        wanted: dict[tuple[int, tuple[bool, ...]], int] = {}
+        order = []
+        for row, picture in enumerate(pictures):
+            if picture is None:
+                order.append(-1)
+                continue
+            experts = named[row] if bool(prompts[row]) else self._seen.now[picture]
+            order.append(wanted.setdefault((picture, tuple(experts.tolist())), len(wanted)))
+        if -1 in order and not wanted:
+            wanted = {(one, tuple(row.tolist())): one for one, row in enumerate(self._seen.now)}
+        asked = torch.tensor([experts for _, experts in wanted])
+        own = self._shared([picture for picture, _ in wanted], asked, watched)
+        if -1 in order:
+            own = torch.cat([own, own.mean(0, keepdim=True)])
+        self._own = own
+        self._order = torch.tensor([len(own) - 1 if one < 0 else one for one in order], device=own.device)
+
+    def _shared(self, pictures: list[int], experts: Tensor, watched: bool) -> Tensor:
+        """(R, N, H, W) the places of some experts in some pictures.
+
+        Args:
+            pictures: R of them.
+            experts: (R, N) those that count; on the CPU.
+            watched: whether the layout forms.
+        """
+        assert self._seen is not None
+        full = experts.to(self._words)[..., None, None]
+        settings = self._auto.settings
+        if self._regions is not None:
+            return shared_places(full, settings, inside=1.0)
+        if watched or self._seen.maps is None:
+            # The layout forms, and it forms as the experts have it: without them some subjects never come.
+            return full
+        own = shared_places(self._seen.maps[pictures] * full, settings)
+        # Those whose places nobody has seen yet are looked for with the experts in full.
+        lacking = (experts & ~self._seen.met[pictures]).to(own)[..., None, None]
+        return own * (1 - lacking) + lacking
+
+    def _picture(self, height: int, width: int) -> Tensor:
+        """(B, H * W, N) weights of the experts that the texts name; all in full while they are looked for."""
+        if self._own is None or self._order is None:
+            return self._words.new_zeros(len(self._words), height * width, self._words.shape[-1])
+        own = F.interpolate(self._own, size=(height, width), mode="bilinear", align_corners=False)
+        own = own.flatten(2).transpose(1, 2)
+        if self._regions is not None:
+            masks = self._regions.on_grid(height, width, own.device)
+            own = functional.region_weights(own, masks) * own.sum(-1, keepdim=True)
+        return own.index_select(0, self._order)
+
+
+def pictures_of(prompts: Sequence[bool], count: int) -> list[int | None]:
+    """Which picture each row of a batch shows; None for a row that may belong to any.
+
+    Args:
+        prompts: whether the text of a row is a prompt.
+        count: of the pictures; the prompts are theirs, in order.
+    """
+    if count == 1:
+        return [0] * len(prompts)
+    theirs = iter(range(count))
+    others = [row for row, own in enumerate(prompts) if not own]
+    # Their negative prompts, before or behind them or in turns; else nobody knows whose they are.
+    paired = dict(zip(others, range(count), strict=True)) if len(others) == count else {}
+    return [next(theirs, None) if own else paired.get(row) for row, own in enumerate(prompts)]
+
+
+def shares_of(
+    auto: Auto,
+    network: nn.Module,
+    layout: NetworkMap,
+    names: tuple[str, ...],
+    active: tuple[int, ...],
+    regions: RegionMasks | None,
+) -> TextShares | PictureShares:
+    """Weights of a network's tokens by the prompt.
+
+    Args:
+        auto: what the host knows.
+        network: a denoiser or a text encoder.
+        layout: what it is.
+        names: of the experts, in the order of the rows.
+        active: indices of those that count.
+        regions: where experts count; None for everywhere.
+
+    Raises:
+        ConfigError: it is a denoiser that reads its texts otherwise than by cross-attention.
+    """
+    if layout.architecture.role != DENOISER:
+        return TextShares(auto, layout.part, names, active)
+    layers = layout.architecture.text_readers(layout.sites)
+    if not layers:
+        raise ConfigError(
+            f"Cross-attention tells which place is whose, and {layout.architecture.name} networks have "
+            "none: train gates, or use mixture='nla'."
+        )
+    return PictureShares(auto, AttentionMaps(network, layers), names, active, regions)
