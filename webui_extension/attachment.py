@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mole_diffusion import (
     Expert,
@@ -24,8 +23,10 @@ from mole_diffusion.core.mixture_set import Choice
 from mole_diffusion.core.phrases import unnamed
 from mole_diffusion.core.records import Recorder
 
-from .host import bare_weights, facts_of, text_encoders_of, unet_of
-from .settings import Settings, SettingsError
+from .hooks import UNET, RegionHook, TextHook, rectangle
+from .host import bare_weights, facts_of, text_encoders_of, text_processors_of, unet_of
+from .reading import Prompt, TextReader
+from .settings import AUTO, Settings, SettingsError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
     from mole_diffusion.core.networks.base import Base
 
     from .library import Library
-
-UNET = "unet"
 
 
 @dataclass
@@ -68,6 +67,10 @@ class Attachment:
         ensemble: the experts on the model's networks.
         notes: sentences for the user on what could not be done.
         hashes: expert's name in the settings -> hash of its file.
+        fallen_back: why experts without gates have equal shares though the prompt was to share out words and
+            places; None where nothing speaks against it.
+        halfway: whether that turned out while the picture was drawn.
+        on_fall_back: called when that turns out while a picture is drawn.
 
     Raises:
         SettingsError: a file is not there, or the model is of another kind.
@@ -79,7 +82,13 @@ class Attachment:
     ) -> None:
         self.settings = settings
         self.notes: list[str] = []
+        self.fallen_back: str | None = None
+        self.halfway = False
+        self.on_fall_back: Callable[[], None] = _nobody
         self._library = library
+        self._sd_model = sd_model
+        self._reader: TextReader | None = None
+        self._latent: tuple[int, int] | None = None
         self._handles: list[RemovableHandle] = []
         networks: dict[str, nn.Module] = {UNET: unet_of(sd_model), **text_encoders_of(sd_model)}
         self.ensemble = Ensemble(
@@ -120,9 +129,81 @@ class Attachment:
     def detach(self) -> None:
         """Take everything off; the networks are as before. Calling it twice does no harm."""
         self.ensemble.park()
+        if self._reader is not None:
+            self._reader.detach()
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    @property
+    def seeks(self) -> bool:
+        """Whether the experts are to find their words and places by the prompt."""
+        return self.settings.gates == AUTO and len(self.settings.active) > 1
+
+    def begin_batch(self, passes: Sequence[Sequence[Prompt]], disturbances: Sequence[str] = ()) -> bool:
+        """A batch begins, whose prompts are not encoded yet.
+
+        Args:
+            passes: its prompts, for each pass.
+            disturbances: what the host does to image tokens.
+        Returns:
+            Whether texts that the host has encoded before are not what they would be now.
+        """
+        if not self.seeks:
+            return False
+        reader, before = self._reader, self._mixed_by()
+        self.halfway = False
+        if disturbances:
+            self.fallen_back = f"{' and '.join(disturbances)} of the web UI is on"
+        elif reader is None:
+            self.fallen_back = "this web UI does not say how it reads prompts"
+        else:
+            self.fallen_back = reader.read(passes)
+        anew = bool(before != self._mixed_by())
+        if anew and reader is not None:
+            reader.forget()
+        # Also for the same texts: what was seen of the last picture does not count for the next one.
+        self.ensemble.activate(self._choice())
+        return anew
+
+    def draw_on(self) -> None:
+        """The next steps go on with the same picture, in another size."""
+        if self._reader is not None:
+            self._reader.continues = True
+
+    def counting_everywhere(self) -> list[str]:
+        """Files of experts that no prompt names and whose own words nobody knows."""
+        if self._auto is None:
+            return []
+        found = self._auto.counting_everywhere()
+        return [name for name, expert in self._experts.items() if expert.name in found]
+
+    @property
+    def _auto(self) -> TextReader | None:
+        """What the experts find their words and places by; None where something else mixes them."""
+        return self._reader if self.seeks and self.fallen_back is None else None
+
+    def _mixed_by(self) -> Any:
+        """What decides how the host's text encoders read a text."""
+        return None if self._auto is None else dict(self._auto.everywhere)
+
+    def _choice(self) -> Choice:
+        """What counts in the forwards to come; regions once the latent's size is known."""
+        active = self._names(self.settings.active)
+        if not self._has_regions or self._latent is None:
+            return Choice(active, auto=self._auto)
+        masks = {
+            self._experts[expert.name].name: rectangle(expert.region, *self._latent)
+            for expert in self.settings.experts
+            if expert.active and expert.region is not None
+        }
+        return Choice(active, regions=masks, latent_size=self._latent, auto=self._auto)
+
+    def fall_back(self, why: str) -> None:
+        """Give the experts equal shares from now on."""
+        self.fallen_back, self.halfway = why, True
+        self.ensemble.activate(self._choice())
+        self.on_fall_back()
 
     def unnamed(self, prompt: str) -> dict[str, str]:
         """The active experts that a prompt does not name: name of the file -> the phrase to write for it."""
@@ -155,14 +236,25 @@ class Attachment:
             raise SettingsError("none of the experts changes the UNet")
         if gates is not None and header is not None:
             self._load_gates(gates, header)
-        ensemble.activate(Choice(self._names(self.settings.active)))
+        self._listen()
+        ensemble.activate(self._choice())
         if self.settings.record:
             ensemble.record(Recorder())
         ensemble.unpark()
         for part in ensemble.mixtures:
             self._watch(ensemble.networks[part])
         if self._has_regions:
-            self._handles.append(_RegionHook(self).register(ensemble.networks[UNET]))
+            self._handles.append(RegionHook(self).register(ensemble.networks[UNET]))
+        if self._reader is not None:
+            self._handles.append(TextHook(self, self._reader).register(ensemble.networks[UNET]))
+
+    def _listen(self) -> None:
+        """Have the host's texts read, if experts are to find their places by them."""
+        processors = text_processors_of(self._sd_model)
+        if self.seeks and processors and hasattr(self._sd_model, "get_learned_conditioning"):
+            active = self._names(self.settings.active)
+            self._reader = TextReader(processors, self._experts.values(), active)
+            self._reader.attach(self._sd_model)
 
     def _load_gates(self, gates: Path, header: GatesHeader) -> None:
         """Gates of the parts that are here; those of an encoder that cannot take experts are left out."""
@@ -178,18 +270,13 @@ class Attachment:
         return any(expert.region is not None for expert in self.settings.experts if expert.active)
 
     def needs_all_tokens(self) -> bool:
-        """Whether gates or regions tell image tokens apart."""
+        """Whether gates or regions tell image tokens apart; experts without gates do without."""
         return self._has_regions or self.ensemble.mixtures[UNET].config.pooling != "mean"
 
     def activate_regions(self, size: tuple[int, int]) -> None:
         """Draw the rectangles for a latent of (height, width)."""
-        masks = {
-            self._experts[expert.name].name: rectangle(expert.region, *size)
-            for expert in self.settings.experts
-            if expert.active and expert.region is not None
-        }
-        active = self._names(self.settings.active)
-        self.ensemble.activate(Choice(active, regions=masks, latent_size=size))
+        self._latent = size
+        self.ensemble.activate(self._choice())
 
     def _names(self, chosen: Sequence[str]) -> list[str]:
         """Names that gates know the experts by."""
@@ -206,69 +293,8 @@ class Attachment:
         self._handles.append(network.register_forward_hook(left, always_call=True))
 
 
-class _RegionHook:
-    """Draws the rectangles anew when the latent's size changes: hires fix, an inpainted detail.
-
-    Args:
-        attachment: whose rectangles.
-    """
-
-    def __init__(self, attachment: Attachment) -> None:
-        self._attachment = attachment
-        self._size: tuple[int, int] | None = None
-
-    def register(self, network: nn.Module) -> RemovableHandle:
-        """Run before the mixture's own hook, which already wants the masks."""
-        return network.register_forward_pre_hook(self, with_kwargs=True, prepend=True)
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        latent = args[0] if args else kwargs.get("x")
-        if not isinstance(latent, Tensor) or not self._attachment.attached:
-            return
-        size = (int(latent.shape[-2]), int(latent.shape[-1]))
-        if size != self._size:
-            self._attachment.activate_regions(size)
-            self._size = size
-
-
-class Refusal:
-    """Makes the next run of a network fail with a message.
-
-    Hosts log what a script raises in its callbacks and go on without it: a picture without the experts, and
-    nobody knows. What the network raises they show to the user.
-
-    Args:
-        network: the UNet.
-        error: what to say.
-    """
-
-    attached = True
-
-    def __init__(self, network: nn.Module, error: Exception) -> None:
-        self._error = error
-        self._handle: RemovableHandle | None = network.register_forward_pre_hook(self._refuse, prepend=True)
-
-    def _refuse(self, module: nn.Module, args: Any) -> None:
-        self.detach()
-        raise self._error
-
-    def detach(self) -> None:
-        """Let the network run."""
-        if self._handle is not None:
-            self._handle.remove()
-        self._handle = None
-
-
-def rectangle(region: tuple[float, float, float, float], height: int, width: int) -> Tensor:
-    """(height, width) share of each cell that lies in a rectangle (left, top, width, height in shares)."""
-    left, top, across, down = region
-    return torch.outer(_covered(top, down, height), _covered(left, across, width))
-
-
-def _covered(start: float, length: float, cells: int) -> Tensor:
-    edges = torch.arange(cells + 1, dtype=torch.float64)
-    low, high = edges[:-1].clamp_min(start * cells), edges[1:].clamp_max((start + length) * cells)
-    return (high - low).clamp(0.0, 1.0).float()
+def _nobody() -> None:
+    """Nobody is told."""
 
 
 def _load(
@@ -294,4 +320,4 @@ def _hints(chosen: set[str], header: GatesHeader) -> list[str]:
     ]
 
 
-__all__ = ["UNET", "Attachment", "LastRun", "MoLEError", "Refusal", "rectangle"]
+__all__ = ["UNET", "Attachment", "LastRun", "MoLEError"]

@@ -64,6 +64,22 @@ def text_encoders_of(sd_model: Any) -> dict[str, nn.Module]:
     return {part: network for part, holder in parts if (network := _clip_inside(holder)) is not None}
 
 
+def text_processors_of(sd_model: Any) -> dict[str, Any]:
+    """The host's objects that make tokens of texts, by the part whose text encoder reads these; {} for none.
+
+    They have `tokenize(texts)`, and `process_texts(texts)` for the chunks of tokens that are encoded.
+    """
+    found = [getattr(sd_model, f"text_processing_engine{suffix}", None) for suffix in ("_l", "_g")]
+    if found == [None, None]:
+        found = [getattr(sd_model, "text_processing_engine", None)]
+    if found == [None]:
+        root = getattr(sd_model, "cond_stage_model", None) or getattr(sd_model, "conditioner", None)
+        found = list(getattr(root, "embedders", None) or [root])[:2]
+    parts = zip(("text_encoder", "text_encoder_2"), found, strict=False)
+    needed = ("tokenize", "process_texts")
+    return {part: one for part, one in parts if all(callable(getattr(one, name, None)) for name in needed)}
+
+
 def facts_of(sd_model: Any) -> dict[str, str]:
     """What experts and gates must agree with: the prediction type, where the host says it."""
     found = _predicted(sd_model)
@@ -154,6 +170,11 @@ def disturbances(p: Any, options: Any) -> list[str]:
     if getattr(options, "hypertile_enable_unet", False):
         found.append("Hypertile")
     return found
+
+
+def misread(options: Any) -> list[str]:
+    """Settings with which the host encodes other tokens than it says that a text has."""
+    return ["Old emphasis"] if getattr(options, "use_old_emphasis_implementation", False) else []
 
 
 def lora_named_twice(prompts: Iterable[str], experts: Iterable[str]) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .settings import UNIFORM, SettingsError
+from .settings import NO_FILE, WITHOUT_GATES, SettingsError
 
 if TYPE_CHECKING:
     from mole_diffusion import Expert
@@ -35,8 +35,12 @@ class Library:
         return _names(self.lora_folder)
 
     def gates(self) -> list[str]:
-        """Names of all gates files, after "uniform"."""
-        return [UNIFORM, *_names(self.gates_folder)]
+        """What may mix experts: "auto", "equal shares", and the names of all gates files."""
+        return [*WITHOUT_GATES, *self.gates_files()]
+
+    def gates_files(self) -> list[str]:
+        """Names of all gates files."""
+        return [name for name in _names(self.gates_folder) if name not in NO_FILE]
 
     def expert_path(self, name: str) -> Path:
         """The file of an expert.
@@ -47,12 +51,12 @@ class Library:
         return _find(self.lora_folder, name, "LoRA")
 
     def gates_path(self, name: str) -> Path | None:
-        """The file of gates; None for "uniform".
+        """The file of gates; None for "auto" and "equal shares".
 
         Raises:
             SettingsError: there is none of this name.
         """
-        return None if name == UNIFORM else _find(self.gates_folder, name, "gates file")
+        return None if name in NO_FILE else _find(self.gates_folder, name, "gates file")
 
     def load(self, name: str, base: Base | None = None) -> Expert:
         """Read an expert; unchanged files are read once.
@@ -99,7 +103,7 @@ class Library:
         return ", ".join([begun, *missing] if begun else missing), " ".join(said)
 
     def header(self, name: str) -> Any:
-        """What a gates file says about itself; None for "uniform".
+        """What a gates file says about itself; None for "auto" and "equal shares".
 
         Raises:
             SettingsError: there is no such file.

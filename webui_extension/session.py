@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .host import disturbances, forget_prompts, lora_named_twice
+from .host import disturbances, forget_prompts, lora_named_twice, misread
 from .library import Library
 from .options import CHECK_BASE
-from .settings import Settings, SettingsError
+from .settings import AUTO, EQUAL, Settings, SettingsError
+
+if TYPE_CHECKING:
+    from .reading import Prompt
 
 logger = logging.getLogger("mole_diffusion")
 
@@ -17,6 +20,10 @@ logger = logging.getLogger("mole_diffusion")
 Change = Callable[[Settings], Settings]
 CHANGES = "mole_changes"
 HASHES = "MoLE hashes"
+MIXED = "MoLE mixed by"
+
+# What a generation's prompts become, for each pass, where the host says it.
+Texts = Callable[[Any], "Sequence[Sequence[Prompt]]"]
 
 
 class Session:
@@ -26,12 +33,17 @@ class Session:
         library: where experts and gates are.
         options: the host's options.
         current_model: the host's model as it is now: refiner and hires fix exchange it while they draw.
+        texts_of: what the prompts of a generation's batch become.
     """
 
-    def __init__(self, library: Library, options: Any, current_model: Callable[[], Any]) -> None:
+    def __init__(
+        self, library: Library, options: Any, current_model: Callable[[], Any], texts_of: Texts
+    ) -> None:
         self.library = library
         self._options = options
         self._current_model = current_model
+        self._texts_of = texts_of
+        self._p: Any = None
         self._attachment: Any = None
         self.last_run: Any = None
 
@@ -52,14 +64,21 @@ class Session:
 
     def process_batch(self, p: Any, args: Sequence[Any]) -> None:
         """A batch begins, its prompts are not encoded yet: attach, unless an earlier batch did."""
-        if self.attachment is not None and not self._is_stale():
-            return
         try:
-            settings = self._settings(p, args)
-            if settings.enabled:
+            if self.attachment is None or self._is_stale():
+                settings = self._settings(p, args)
+                if not settings.enabled:
+                    return
                 self._attach(p, settings)
+            self._begin_batch(p)
         except Exception as error:
             self._refuse(p, error)
+
+    def draw_on(self, p: Any) -> None:
+        """The second pass of hires fix begins, perhaps with another checkpoint."""
+        self.follow()
+        if hasattr(self.attachment, "draw_on"):
+            self.attachment.draw_on()
 
     def follow(self, sd_model: Any = None) -> None:
         """The model may have been exchanged (refiner, hires checkpoint): the experts move with it.
@@ -79,6 +98,8 @@ class Session:
         before.detach()
         try:
             self._attachment = self._attached_to(sd_model, before.settings)
+            if self._p is not None:
+                self._begin_batch(self._p)
         except (MoLEError, SettingsError) as error:
             # A refiner of another kind than the base: SDXL's has other matrices. LoRAs are dropped there too.
             logger.warning("MoLE: the model that took over draws without experts: %s", error)
@@ -98,7 +119,7 @@ class Session:
         if self._attachment is None:
             return
         self._attachment.detach()
-        self._attachment = None
+        self._attachment = self._p = None
         if p is not None:
             forget_prompts(p)
 
@@ -118,8 +139,12 @@ class Session:
         if found and attachment.needs_all_tokens():
             raise SettingsError(
                 f"{' and '.join(found)} of the web UI is on, and these gates and regions need every image "
-                "token: turn it off, or use uniform weights without regions"
+                "token: turn it off, or use equal shares without regions"
             )
+        self._note_experts(p, settings, attachment)
+
+    def _note_experts(self, p: Any, settings: Settings, attachment: Any) -> None:
+        """Say in the PNG info which files they are, and below the picture what is odd about them."""
         names = [expert.name for expert in settings.experts]
         hashes = (f"{name}: {attachment.hashes[name][:12]}" for name in names)
         p.extra_generation_params[HASHES] = " | ".join(hashes)
@@ -130,6 +155,29 @@ class Session:
                 self._say(p, f"MoLE: the prompt does not name {name!r}: write {phrase!r}")
         for name in lora_named_twice(p.all_prompts, names):
             self._say(p, f"MoLE: {name!r} is an expert and a <lora:...> of the prompt: it acts twice")
+
+    def _begin_batch(self, p: Any) -> None:
+        """Have the prompts read that experts without gates find their words and places by."""
+        attachment = self.attachment
+        if not getattr(attachment, "seeks", False):
+            return
+        self._p = p
+        attachment.on_fall_back = lambda: self._note_mixture(p)
+        found = [*disturbances(p, self._options), *misread(self._options)]
+        if attachment.begin_batch(self._texts_of(p), found):
+            forget_prompts(p)
+        self._note_mixture(p)
+        for name in attachment.counting_everywhere():
+            self._say(p, f"MoLE: no prompt says {name!r}, and its file names no phrase: it counts everywhere")
+
+    def _note_mixture(self, p: Any) -> None:
+        """Say it where something else mixes the picture than was asked for."""
+        why = self.attachment.fallen_back
+        p.extra_generation_params.pop(MIXED, None)
+        if why is not None:
+            shares = f"{AUTO}, then {EQUAL}" if self.attachment.halfway else EQUAL
+            p.extra_generation_params[MIXED] = f"{shares}, as {why}"
+            self._say(p, f"MoLE: equal shares instead of auto: {why}")
 
     def _settings(self, p: Any, args: Sequence[Any]) -> Settings:
         settings = Settings.from_args(args)
@@ -149,7 +197,7 @@ class Session:
         """Show an error to the user in place of a picture without the experts."""
         from mole_diffusion import MoLEError
 
-        from .attachment import Refusal
+        from .hooks import Refusal
         from .host import unet_of
 
         known = isinstance(error, (MoLEError, SettingsError))

@@ -10,7 +10,11 @@ from typing import Any
 # Keys in the PNG info.
 EXPERTS, GATES, ACTIVE, REGIONS = "MoLE experts", "MoLE gates", "MoLE active", "MoLE regions"
 INFOTEXT_KEYS = (EXPERTS, GATES, ACTIVE, REGIONS)
-UNIFORM = "uniform"
+# What mixes experts without a gates file: the prompt, or nothing, so that each counts as much as the others.
+# Older pictures have another word for the last.
+AUTO, EQUAL = WITHOUT_GATES = ("auto", "equal shares")
+_EARLIER = {"uniform": EQUAL}
+NO_FILE = (*WITHOUT_GATES, *_EARLIER)
 EVERYWHERE = "everywhere"
 # Names of rectangles (left, top, width, height as shares of the picture) that the panel offers.
 NAMED_REGIONS = {
@@ -70,7 +74,8 @@ class Settings:
     Attributes:
         enabled: False leaves the picture as it is without the extension.
         experts: in the order of the panel's rows; names differ.
-        gates: a gates file by its name without suffix; "uniform" for equal weights.
+        gates: a gates file by its name without suffix; "auto" for words and places by the prompt, "equal
+            shares" for equal weights.
         record: keep the gate weights for the heat map.
 
     Raises:
@@ -79,16 +84,17 @@ class Settings:
 
     enabled: bool = False
     experts: tuple[ExpertSetting, ...] = ()
-    gates: str = UNIFORM
+    gates: str = AUTO
     record: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "enabled", _as_bool(self.enabled, "enabled"))
         object.__setattr__(self, "record", _as_bool(self.record, "record"))
         object.__setattr__(self, "experts", tuple(self.experts))
-        object.__setattr__(self, "gates", self.gates or UNIFORM)
-        if not isinstance(self.gates, str):
-            raise SettingsError(f"gates {self.gates!r} is not the name of a gates file")
+        gates = self.gates or AUTO
+        if not isinstance(gates, str):
+            raise SettingsError(f"gates {gates!r} is not the name of a gates file")
+        object.__setattr__(self, "gates", _EARLIER.get(gates, gates))
         names = [expert.name for expert in self.experts]
         doubled = sorted({name for name in names if names.count(name) > 1})
         if doubled:
@@ -121,7 +127,7 @@ class Settings:
             for row in rows
             if row.get("expert") not in (None, "", "None")
         ]
-        return cls(True, tuple(experts), head.get("gates") or UNIFORM, head.get("record", True))
+        return cls(True, tuple(experts), head.get("gates") or AUTO, head.get("record", True))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Settings:
@@ -196,7 +202,7 @@ class Settings:
             )
             for name, scale in scales.items()
         ]
-        return cls(True, tuple(experts), params.get(GATES) or UNIFORM)
+        return cls(True, tuple(experts), params.get(GATES) or AUTO)
 
     def with_active(self, names: Sequence[str]) -> Settings:
         """The same with these experts active and no others (all for none)."""

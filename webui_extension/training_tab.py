@@ -13,7 +13,7 @@ from .heatmap import gate_map, loss_curve
 from .jobs import Bench, Job, TrainingJob, check_name, export_command, training_command
 from .library import Library
 from .options import Options
-from .settings import UNIFORM, SettingsError
+from .settings import AUTO, NO_FILE, WITHOUT_GATES, SettingsError
 from .training_text import concept, described, distinct, failure, lines, opened, training_status
 from .ui import as_message
 
@@ -193,10 +193,10 @@ class TrainingTab:
 
     def _gates_picker(self, elem_id: str) -> Any:
         gates = gr.Dropdown(
-            label="Gates", choices=self._library.gates()[1:], allow_custom_value=True, elem_id=elem_id
+            label="Gates", choices=self._library.gates_files(), allow_custom_value=True, elem_id=elem_id
         )
         # Read when it is opened, so that a training's result is there at once.
-        gates.focus(lambda: gr.update(choices=self._library.gates()[1:]), [], [gates], show_progress=False)
+        gates.focus(lambda: gr.update(choices=self._library.gates_files()), [], [gates], show_progress=False)
         return gates
 
     def _models(self) -> list[str]:
@@ -229,6 +229,8 @@ class TrainingTab:
         every: float,
     ) -> None:
         name = check_name(name or "")
+        if name in NO_FILE:
+            raise SettingsError(f"the name {name!r} is not allowed: it stands for experts without gates")
         if len(experts or ()) < 2:
             raise SettingsError("choose two or more experts")
         folder = self._options.work_folder / name
@@ -280,7 +282,7 @@ class TrainingTab:
         try:
             path = self._library.gates_path(gates or "")
             if path is None:
-                return as_message("Uniform weights have no file.")
+                return as_message(f"{' and '.join(WITHOUT_GATES)} have no gates file.")
             return described(describe_file(path))
         except (SettingsError, MoLEError) as error:
             return as_message(str(error))
@@ -296,7 +298,7 @@ class TrainingTab:
 
         try:
             target = self._options.lora_folder / f"{check_name(name or '')}.safetensors"
-            path = self._library.gates_path(gates or UNIFORM)
+            path = self._library.gates_path(gates or AUTO)
             if path is None:
                 raise SettingsError("choose gates to freeze")
             command = export_command(

@@ -9,7 +9,7 @@ import gradio as gr
 
 from .heatmap import gate_map, region_map
 from .library import Library
-from .settings import EVERYWHERE, NAMED_REGIONS, UNIFORM, Settings, SettingsError, parse_region
+from .settings import AUTO, EVERYWHERE, NAMED_REGIONS, Settings, SettingsError, parse_region
 
 REFRESH, FILL, INSERT = "\U0001f504", "\U00002935\ufe0f", "\U0001f4dd"
 
@@ -66,7 +66,7 @@ class Panel:
             gates = gr.Dropdown(
                 label="Gates",
                 choices=self._library.gates(),
-                value=UNIFORM,
+                value=AUTO,
                 allow_custom_value=True,
                 elem_id=self._id("mole_gates"),
             )
@@ -162,7 +162,7 @@ class Panel:
         from mole_diffusion import MoLEError
 
         try:
-            names = self._library.experts_of(gates or UNIFORM)
+            names = self._library.experts_of(gates or AUTO)
             if len(names) > self._rows:
                 raise SettingsError(
                     f"these gates have {len(names)} experts; set more rows in Settings > MoLE"
@@ -170,7 +170,7 @@ class Panel:
         except (SettingsError, MoLEError) as error:
             return [*(gr.update() for _ in self._experts), as_message(str(error))]
         if not names:
-            note = "Uniform weights go with any experts."
+            note = "These need no gates file, and go with any experts."
             return [*(gr.update() for _ in self._experts), as_message(note)]
         padded = [*names, *[""] * (self._rows - len(names))]
         return [*(gr.update(value=name) for name in padded), ""]

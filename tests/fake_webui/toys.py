@@ -253,6 +253,8 @@ def _encode(encoder: nn.Module, texts: list[str]) -> Tensor:
 class A1111Model(nn.Module):
     """`sd_model` of AUTOMATIC1111: the text encoder in a wrapper."""
 
+    conditional_first = True
+
     def __init__(self, seed: int, *, encoder: str = "clip", width: int = 16) -> None:
         super().__init__()
         torch.manual_seed(seed)
@@ -273,7 +275,7 @@ class A1111Model(nn.Module):
         wrapped = self.cond_stage_model.wrapped
         return getattr(wrapped, "transformer", wrapped)
 
-    def encode(self, texts: list[str]) -> Tensor:
+    def get_learned_conditioning(self, texts: list[str]) -> Tensor:
         return _encode(self.encoder, texts)
 
     def new_batch(self) -> None:
@@ -282,6 +284,8 @@ class A1111Model(nn.Module):
 
 class ForgeModel:
     """`sd_model` of Forge: patchers that are made anew for every batch, around modules that stay."""
+
+    conditional_first = False
 
     def __init__(self, seed: int, *, encoder: str = "clip", width: int = 16) -> None:
         torch.manual_seed(seed)
@@ -312,7 +316,7 @@ class ForgeModel:
     def encoder(self) -> nn.Module:
         return self._clip.clip_l.transformer
 
-    def encode(self, texts: list[str]) -> Tensor:
+    def get_learned_conditioning(self, texts: list[str]) -> Tensor:
         return _encode(self.encoder, texts)
 
 

@@ -119,7 +119,9 @@ def world(flavour: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Worl
     return make_world(flavour, tmp_path, monkeypatch)
 
 
-def make_world(flavour: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **model: Any) -> World:
+def make_world(
+    flavour: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *, gates: bool = True, **model: Any
+) -> World:
     toys = importlib.import_module("toys")
     names = ("shared", "scripts", "script_callbacks", "processing", "sd_models", "paths")
     host = SimpleNamespace(**{name: importlib.import_module(f"modules.{name}") for name in names})
@@ -141,7 +143,7 @@ def make_world(flavour: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **mo
     (folder / "Lora" / "animals").mkdir(parents=True)
     for seed, name in enumerate(EXPERTS):
         save_file(make_lora(models["other"], 10 + seed), folder / "Lora" / f"{name}.safetensors")
-    for name, config in (("both", MoLEConfig()), ("pooled", MoLEConfig(pooling="mean"))):
+    for name, config in (("both", MoLEConfig()), ("pooled", MoLEConfig(pooling="mean"))) if gates else ():
         train(
             models["other"], folder / "Lora", ("cat", "dog"), folder / "mole" / f"{name}.safetensors", config
         )

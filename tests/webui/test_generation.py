@@ -35,13 +35,13 @@ def test_both_networks_are_changed_and_prompts_are_encoded_anew(world: World) ->
     """The host's cache of encoded prompts knows nothing of experts: stale in either direction."""
     before = world.picture()
     cache = world.host.processing.StableDiffusionProcessing.cached_c
-    plain = cache[1].clone()
+    plain = cache[1][0][0][0][1].clone()
     world.picture(GATED)
     assert set(world.session.last_run.weights) == {"unet", "text_encoder"}
     assert cache[0] is None
-    assert not same(cache[1], plain)
+    assert not same(cache[1][0][0][0][1], plain)
     world.picture()
-    assert same(cache[1], plain)
+    assert same(cache[1][0][0][0][1], plain)
     assert same(world.picture(), before)
 
 

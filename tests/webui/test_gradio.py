@@ -72,7 +72,7 @@ def test_rows_appear_and_lists_are_read_anew(seen: dict[str, Any]) -> None:
     assert seen["rows"][4] == seen["sketch"]
     assert seen["sketch"].count("<rect") == 3
     gates, first, *_ = seen["refreshed"]
-    assert _names(gates["choices"]) == ["uniform", "dog+fox"]
+    assert _names(gates["choices"]) == ["auto", "equal shares", "dog+fox"]
     assert _names(first["choices"]) == ["", "animals/fox", "dog", "new"]
 
 

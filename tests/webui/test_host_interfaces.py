@@ -68,7 +68,8 @@ def plotted(
         ("[MoLE] Active experts", "dog + cat", {}),
         ("[MoLE] Active experts", "all", {}),
         ("[MoLE] Gates file", "pooled", {"gates": "pooled"}),
-        ("[MoLE] Gates file", "uniform", {"gates": "uniform"}),
+        ("[MoLE] Gates file", "equal shares", {"gates": "uniform"}),
+        ("[MoLE] Gates file", "auto", {"gates": "auto"}),
         ("[MoLE] Strength", "0.5", {"experts": {"dog": 0.5, "cat": 0.5}}),
         ("[MoLE] Strength", "cat=0.5", {"experts": {"dog": 1.0, "cat": 0.5}}),
     ],
@@ -92,7 +93,7 @@ def test_a_wrong_value_on_an_axis_is_shown(world: World, axes: dict[str, Any]) -
     ):
         with pytest.raises(RuntimeError, match="MoLE: "):
             plotted(world, axes[label], value)
-    assert axes["[MoLE] Gates file"].choices() == ["uniform", "both", "pooled"]
+    assert axes["[MoLE] Gates file"].choices() == ["auto", "equal shares", "both", "pooled"]
 
 
 def test_png_info_tells_what_was_drawn(world: World) -> None:
@@ -115,7 +116,7 @@ def test_api_routes(world: World) -> None:
     world.host.script_callbacks.call("app_started", None, App())
     assert not world.host.script_callbacks.failures
     assert routes["/mole/v1/experts"]() == {"experts": ["animals/fox", "cat", "dog"]}
-    assert routes["/mole/v1/gates"]() == {"gates": ["uniform", "both", "pooled"]}
+    assert routes["/mole/v1/gates"]() == {"gates": ["auto", "equal shares", "both", "pooled"]}
     assert routes["/mole/v1/last-run"]() == {"experts": [], "weights": {}, "forwards": {}}
     world.draw(TWO)
     run = routes["/mole/v1/last-run"]()
@@ -290,7 +291,7 @@ def test_files_that_png_info_cannot_name_are_not_offered(tmp_path: Path) -> None
         path.touch()
     library = Library(tmp_path, tmp_path / "none")
     assert library.experts() == ["dog", "sub/cat.v2"]
-    assert library.gates() == ["uniform"]
+    assert library.gates() == ["auto", "equal shares"]
     for name in ("../dog", "bird", "/etc/passwd"):
         with pytest.raises(SettingsError, match="there is no LoRA"):
             library.expert_path(name)

@@ -83,7 +83,7 @@ def test_off_on_off(host: Host) -> None:
     assert "MoLE gates: mole-test" in text
     assert draw(host)[0] == before
     assert draw(host, TWO)[0] == on
-    assert draw(host, {**TWO, "gates": "uniform"})[0] not in (before, on)
+    assert draw(host, {**TWO, "gates": "equal shares"})[0] not in (before, on)
     left = {
         "experts": [{"name": A, "region": "left half"}, {"name": B, "region": "right half"}],
         "gates": "mole-test",

@@ -72,6 +72,19 @@ def test_the_api_takes_short_forms() -> None:
     assert partly.experts == (ExpertSetting("dog", 0.5),)
 
 
+def test_without_a_gates_file_the_prompt_decides_unless_equal_shares_are_asked_for() -> None:
+    """In every form: what is left out, and what older pictures say."""
+    one = {"experts": ["dog"]}
+    assert Settings.from_args([one]).gates == Settings.from_args([{**one, "gates": ""}]).gates == "auto"
+    assert Settings.from_args([True, None, True, True, "dog"]).gates == "auto"
+    assert Settings.from_infotext({"MoLE experts": "dog: 1"}).gates == "auto"
+    for word in ("uniform", "equal shares"):
+        equal = Settings.from_args([{**one, "gates": word}])
+        assert equal.to_infotext()["MoLE gates"] == "equal shares"
+        assert Settings.from_infotext({"MoLE experts": "dog: 1", "MoLE gates": word}) == equal
+        assert Settings.from_args([one]).with_gates(word) == equal
+
+
 def test_the_panel_switched_off_may_hold_anything() -> None:
     assert Settings.from_args([False, None, None, None, "dog", "loud", "nowhere"]) == Settings()
     assert Settings.from_args([]) == Settings()

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from modules import paths, script_callbacks, scripts, sd_models, shared, ui_components
+from modules import paths, prompt_parser, script_callbacks, scripts, sd_models, shared, ui_components
 
 PACKAGE = "mole_webui"
 
@@ -37,7 +37,27 @@ from mole_webui.settings import INFOTEXT_KEYS  # noqa: E402
 
 _settings = options.Options(shared.opts, shared.cmd_opts, paths.models_path, paths.data_path)
 _library = Library(_settings.lora_folder, _settings.gates_folder)
-_session = Session(_library, shared.opts, lambda: shared.sd_model)
+
+
+def _texts(prompts: list[str], *steps: int) -> list[list[list[str]]]:
+    """What prompts become: the parts between AND, each as the texts that prompt editing makes of it."""
+    indexes, parts, _ = prompt_parser.get_multicond_prompt_list(prompts)
+    schedules = prompt_parser.get_learned_conditioning_prompt_schedules(parts, *steps)
+    texts = [list(dict.fromkeys(text for _, text in schedule)) for schedule in schedules]
+    return [[texts[index] for index, _ in prompt] for prompt in indexes]
+
+
+def _passes(p: Any) -> list[list[list[list[str]]]]:
+    """The texts of a batch, for each pass."""
+    prompts = list(getattr(p, "prompts", None) or p.all_prompts)
+    passes = [_texts(prompts, p.steps)]
+    if getattr(p, "enable_hr", False):
+        more = getattr(p, "hr_second_pass_steps", 0) or p.steps
+        passes.append(_texts(list(getattr(p, "hr_prompts", None) or prompts), p.steps, more))
+    return passes
+
+
+_session = Session(_library, shared.opts, lambda: shared.sd_model, _passes)
 _widgets = SimpleNamespace(InputAccordion=ui_components.InputAccordion, ToolButton=ui_components.ToolButton)
 
 
@@ -84,7 +104,7 @@ class MoLEScript(scripts.Script):  # type: ignore[misc]
 
     def before_hr(self, p: Any, *args: Any) -> None:
         """Before the second pass, whose checkpoint may be another."""
-        _session.follow()
+        _session.draw_on(p)
 
     def process_before_every_sampling(self, p: Any, *args: Any, **kwargs: Any) -> None:
         """Before each pass, on hosts that say so."""

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from . import script_callbacks, sd_models, shared
+from . import prompt_parser, script_callbacks, sd_models, shared
 
 
 class InterruptedException(Exception):
@@ -19,8 +19,19 @@ class StableDiffusionProcessing:
     cached_c: ClassVar = [None, None]
 
     def __init__(self, prompt="a dog and a cat", n_iter=1, scripts=None, script_args=None, **settings):
-        self.prompt, self.n_iter, self.scripts, self.script_args = prompt, n_iter, scripts, script_args or {}
-        self.all_prompts = [prompt] * n_iter
+        # One prompt, or one for each picture.
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        self.prompt, self.n_iter, self.scripts, self.script_args = (
+            prompts[0],
+            n_iter,
+            scripts,
+            script_args or {},
+        )
+        self.negative_prompt = settings.pop("negative_prompt", "")
+        self.batch_size = settings.pop("batch_size", 1)
+        count = n_iter * self.batch_size
+        self.all_prompts = prompts * count if len(prompts) == 1 else prompts
+        self.begin_batch(0)
         self.size = settings.pop("size", (8, 8))
         self.refiner = settings.pop("refiner", None)
         self.token_merging_ratio = settings.pop("token_merging_ratio", 0.0)
@@ -42,17 +53,27 @@ class StableDiffusionProcessing:
     def get_token_merging_ratio(self, for_hr=False):
         return self.token_merging_ratio
 
-    def _encode(self, texts, cache):
-        key = (tuple(texts), id(shared.sd_model))
+    def begin_batch(self, number):
+        """The prompts of a batch, without what is not to be encoded."""
+        own = self.all_prompts[number * self.batch_size : (number + 1) * self.batch_size]
+        self.prompts = [re.sub(r"<lora:[^>]*>", "", prompt).strip() for prompt in own]
+        self.negative_prompts = [self.negative_prompt] * len(self.prompts)
+
+    def _encode(self, encode, texts, cache):
+        key = (tuple(texts), self.steps, id(shared.sd_model))
         if cache[0] != key:
-            cache[1] = shared.sd_model.encode(texts)
+            cache[1] = encode(shared.sd_model, texts, self.steps)
             cache[0] = key
         return cache[1]
 
+    def _conds(self, cached_uc, cached_c):
+        negative = prompt_parser.SdConditioning(self.negative_prompts, is_negative_prompt=True)
+        prompts = prompt_parser.SdConditioning(self.prompts)
+        self.uc = self._encode(prompt_parser.encode, negative, cached_uc)
+        self.c = self._encode(prompt_parser.encode_parts, prompts, cached_c)
+
     def setup_conds(self):
-        prompt = re.sub(r"<lora:[^>]*>", "", self.prompt).strip()
-        self.uc = self._encode([""], self.cached_uc)
-        self.c = self._encode([prompt], self.cached_c)
+        self._conds(self.cached_uc, self.cached_c)
 
     def sample(self, noise):
         return sample_pass(self, noise, self.size)
@@ -65,6 +86,7 @@ class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
     def __init__(self, *args, hr_size=None, hr_checkpoint=None, **kwargs):
         super().__init__(*args, **kwargs)
         self.hr_size, self.hr_checkpoint = hr_size, hr_checkpoint
+        self.enable_hr = hr_size is not None
         self.cached_hr_uc = StableDiffusionProcessingTxt2Img.cached_hr_uc
         self.cached_hr_c = StableDiffusionProcessingTxt2Img.cached_hr_c
 
@@ -75,7 +97,7 @@ class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
         if self.hr_checkpoint:
             sd_models.load_model(self.hr_checkpoint)
         self.scripts.run("before_hr", self)
-        self.uc, self.c = self._encode([""], self.cached_hr_uc), self._encode([self.prompt], self.cached_hr_c)
+        self._conds(self.cached_hr_uc, self.cached_hr_c)
         larger = torch.nn.functional.interpolate(latent, self.hr_size)
         return sample_pass(self, larger, self.hr_size)
 
@@ -86,7 +108,7 @@ class StableDiffusionProcessingImg2Img(StableDiffusionProcessing):
 
 
 def sample_pass(p, x, size):
-    """A few steps of a sampler; conditional and unconditional prompts share a batch."""
+    """A few steps of a sampler."""
     p.scripts.run("process_before_every_sampling", p, x=x)
     try:
         for step in range(p.steps):
@@ -100,14 +122,38 @@ def sample_pass(p, x, size):
             script_callbacks.call("cfg_denoiser", SimpleNamespace(x=x, sampling_step=step))
             if shared.state.interrupted:
                 raise InterruptedException
-            time = torch.full((2,), 900.0 - 300 * step)
-            uncond, cond = shared.sd_model.unet(
-                x.repeat(2, 1, 1, 1), time, context=torch.cat([p.uc, p.c])
-            ).chunk(2)
-            x = x - 0.2 * (uncond + 5.0 * (cond - uncond))
+            x = x - 0.2 * _guided(p, x, 960.0 - 300 * step, step)
     except InterruptedException:
         pass
     return x
+
+
+def _guided(p, x, time, step):
+    """What the UNet makes of all texts, in the order of the host; 5 times as far as from the negative one."""
+    parts = [[prompt_parser.at_step(one, step) for one in own] for own in p.c]
+    uncond = torch.stack([prompt_parser.at_step(one, step) for one in p.uc])
+    numbers = [number for number, own in enumerate(parts) for _ in own]
+    cond = [row for own in parts for row in own]
+    length = max(len(row) for row in cond)
+    cond = torch.stack([torch.cat([row, row[-1:].expand(length - len(row), -1)]) for row in cond])
+    if p.batch_size == 1 and cond.shape[1] != uncond.shape[1]:
+        # One length after the other, two rows at a time.
+        found = [_unet(x[numbers[i : i + 2]], time, cond[i : i + 2]) for i in range(0, len(cond), 2)]
+        cond_out, uncond_out = torch.cat(found), _unet(x, time, uncond)
+    elif shared.sd_model.conditional_first:
+        out = _unet(torch.cat([x[numbers], x]), time, torch.cat([cond, uncond]))
+        cond_out, uncond_out = out[: len(cond)], out[len(cond) :]
+    else:
+        out = _unet(torch.cat([x, x[numbers]]), time, torch.cat([uncond, cond]))
+        uncond_out, cond_out = out[: len(x)], out[len(x) :]
+    guided = uncond_out.clone()
+    for number, row in zip(numbers, cond_out, strict=True):
+        guided[number] += 5.0 * (row - uncond_out[number])
+    return guided
+
+
+def _unet(x, time, context):
+    return shared.sd_model.unet(x, torch.full((len(x),), time), context=context)
 
 
 class _Lora:
@@ -140,11 +186,12 @@ def process_images(p):
             # A refiner may have taken over.
             sd_models.load_model(next(iter(sd_models.checkpoints)))
             shared.sd_model.new_batch()
+            p.begin_batch(number)
             p.scripts.run("before_process_batch", p, batch_number=number)
             lora = lora or _Lora(p)
             p.scripts.run("process_batch", p, batch_number=number)
             p.setup_conds()
-            noise = torch.randn(1, 4, *p.size, generator=torch.Generator().manual_seed(number))
+            noise = torch.randn(len(p.prompts), 4, *p.size, generator=torch.Generator().manual_seed(number))
             try:
                 latent = p.sample(noise)
             except BaseException:
