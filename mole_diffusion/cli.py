@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "main"]
 
+_BY_SIGNAL = 128 + signal.SIGINT
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `mole` script.
@@ -51,7 +53,9 @@ def _run(arguments: Sequence[str] | None) -> int:
     except SystemExit as end:
         if not isinstance(end.code, int):
             raise
-        return end.code
+        # typer's code for a Ctrl-C that strikes while the commands answer the one before.
+        if end.code != _BY_SIGNAL or not interrupt.came:
+            return end.code
     except (KeyboardInterrupt, Exception):
         # Libraries that Ctrl-C left half imported fail in ways of their own.
         if not interrupt.came:

@@ -155,6 +155,24 @@ def test_ctrl_c_while_libraries_are_read_ends_it_like_any(name: str, wrapped: bo
     assert "Stopped." in result.stderr
 
 
+def test_ctrl_c_while_the_one_before_is_answered_ends_it_like_any() -> None:
+    again = """
+from mole_diffusion.commands import common
+
+class Struck:
+    def print(self, *_, **__):
+        strike()
+
+common.errors = Struck()
+"""
+    code = STRUCK.replace("NAME", "'diffusers'").replace("WRAPPED", "False").replace("TWICE", "False")
+    code = code.replace('sys.argv = ["mole"', f'{again}sys.argv = ["mole"')
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "Stopped." in result.stderr
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -177,6 +195,8 @@ def test_a_place_that_cannot_be_written_is_said_at_once_and_in_one_line(command:
     (tmp_path / "pictures").mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "pictures" / "a.png")
     (tmp_path / "examples.jsonl").write_text(json.dumps({"input": "a", "output": "b"}) + "\n")
+    for library in {"evaluate": ["pydantic", "torchmetrics"], "app": ["gradio"]}.get(command.split()[0], []):
+        pytest.importorskip(library)
     places = {"OUT": "file", "PICTURES": "pictures", "EXAMPLES": "examples.jsonl"}
     for name, place in places.items():
         command = command.replace(name, str(tmp_path / place))
