@@ -44,17 +44,19 @@ _ready: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Mixture]] = weakref.Wea
 def networks_of(model: nn.Module) -> dict[str, nn.Module]:
     """The networks inside what a ModelPatcher holds that experts can change, by part.
 
+    None of a CLIP whose text encoders are language models alone, as those of most transformers.
+
     Raises:
-        InjectionError: it holds none.
+        InjectionError: it is neither a MODEL nor a CLIP.
     """
     found: dict[str, nn.Module] = {}
     if isinstance(network := getattr(model, "diffusion_model", None), nn.Module):
-        found[_slot(network)] = network
+        found[slot_of(network)] = network
     for name, part in _TEXT_ENCODERS.items():
         if isinstance(encoder := getattr(model, name, None), nn.Module):
             inner: Any = encoder.transformer
             found[part] = inner
-    if not found:
+    if not found and not hasattr(model, "encode_token_weights"):
         raise InjectionError(
             f"{type(model).__name__} is neither a denoiser nor a CLIP text encoder; experts can be attached "
             f"to the models of {', '.join(known_families())}."
@@ -67,7 +69,7 @@ def text_encoders_of(clip_model: nn.Module) -> dict[str, str]:
     return {part: name for name, part in _TEXT_ENCODERS.items() if hasattr(clip_model, name)}
 
 
-def _slot(network: nn.Module) -> str:
+def slot_of(network: nn.Module) -> str:
     """What gates files call a denoiser: a UNet or a transformer."""
     if network not in _slots:
         layout = find_network(network)

@@ -65,7 +65,8 @@ class TrainGates(io.ComfyNode):  # type: ignore[misc]
             category=CATEGORY,
             description="Trains the gates of these experts for a prompt that names all of them. Model and "
             "experts stay as they are. Cancel stops at once and keeps what there is: queue again to go on, "
-            "with more iterations too. Stable Diffusion 1.x, 2.x and XL.",
+            "with more iterations too. Stable Diffusion 1.x, 2.x and XL, FLUX.1, FLUX.2, Chroma, Z-Image, "
+            "Qwen-Image.",
             inputs=[
                 io.Model.Input("model", tooltip="The bare model, without MoLE Apply."),
                 io.Clip.Input("clip"),
@@ -108,8 +109,8 @@ class TrainGates(io.ComfyNode):  # type: ignore[misc]
                     min=0,
                     max=2048,
                     step=8,
-                    tooltip="Height and width of the pictures in pixels. 0: 128 for the starter, 1024 for "
-                    "SDXL, 512 for others.",
+                    tooltip="Height and width of the pictures in pixels. 0: 128 for the starter, 512 for "
+                    "Stable Diffusion 1 and 2, 1024 for others.",
                 ),
                 io.Int.Input(
                     "pictures",
@@ -130,6 +131,17 @@ class TrainGates(io.ComfyNode):  # type: ignore[misc]
                     default=STARTER_CLIP,
                     tooltip="Guiding CLIP of the objectives clip and both: 'starter', a name of open_clip "
                     "such as ViT-B-32/openai, or local-dir:FOLDER.",
+                ),
+                io.Float.Input(
+                    "guidance",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip="Guidance that you will draw with: of FluxGuidance where the model reads it "
+                    "(FLUX.1 dev, FLUX.2), else KSampler's cfg; 1 for models of few steps. 0: 3.5, 4 for "
+                    "other transformers, 5 for Stable Diffusion.",
                 ),
                 *references,
             ],
@@ -157,6 +169,7 @@ class TrainGates(io.ComfyNode):  # type: ignore[misc]
         pictures: int,
         preview_every: int,
         clip_model: str,
+        guidance: float = 0.0,
         **references: Any,
     ) -> io.NodeOutput:
         prompts = [line.strip() for line in prompt.splitlines() if line.strip()]
@@ -171,6 +184,7 @@ class TrainGates(io.ComfyNode):  # type: ignore[misc]
             preview_every=preview_every,
             checkpoint_every=CHECKPOINT_EVERY,
             resolution=size or None,
+            guidance=guidance or None,
             clip=read_clip(clip_model),
             progress=False,
         )

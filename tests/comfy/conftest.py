@@ -72,6 +72,6 @@ def sd15_folder(run_inside: Callable[..., str], tmp_path_factory: pytest.TempPat
 @pytest.fixture(scope="session")
 def server(comfyui: ComfyInstallation, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     """ComfyUI with our nodes as a symlink of `comfy_nodes/`, one for the whole run."""
-    base, others = tmp_path_factory.mktemp("comfyui"), (Path(__file__).parent / "tiny_xl",)
+    base, others = tmp_path_factory.mktemp("comfyui"), (Path(__file__).parent / "tiny_models",)
     with ComfyServer(comfyui, base, ROOT / "comfy_nodes", others) as running:
         yield running

@@ -21,6 +21,7 @@ from tiny.flux import filled
 from torch import Tensor, nn
 
 from mole_diffusion import Expert, MoLEConfig, inject, load_expert, save_gates
+from mole_diffusion.core.mixture import Mixture
 from mole_diffusion.core.networks import map_network
 
 BLOCKS: dict[str, Any] = {
@@ -79,18 +80,19 @@ def write_flux(folder: Path) -> None:
         _write_answers(network, home)
 
 
+@torch.no_grad()
 def _write_answers(network: Any, home: Path) -> None:
     experts = [_write_expert(network, home / f"{name}.safetensors", seed) for seed, name in enumerate("abc")]
     mixture = inject(network, experts, MoLEConfig())
     draws = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for value in mixture.parameters():
-            value.add_(torch.randn(value.shape, generator=draws) * 0.3)
+    for value in mixture.parameters():
+        value.add_(torch.randn(value.shape, generator=draws) * 0.3)
     save_gates(home / "gates.safetensors", {"transformer": mixture})
     left = torch.zeros(SIZE)
     left[:, :6] = 1
     tensors = _inputs(network)
     answers = {"gated": _run(network, tensors)}
+    _write_gradients(mixture, network, tensors, home)
     mixture.activate(["a", "c"], expert_scales={"c": 0.5}, region_masks={"a": left})
     answers["regions"] = _run(network, tensors)
     mixture.activate(["b"])
@@ -100,6 +102,17 @@ def _write_answers(network: Any, home: Path) -> None:
     save_file(
         {name: value.contiguous() for name, value in {**tensors, **answers}.items()},
         home / "answers.safetensors",
+    )
+
+
+def _write_gradients(mixture: Mixture, network: Any, tensors: dict[str, Tensor], home: Path) -> None:
+    """What a loss says to the gates, under the names that they have in a file."""
+    network.requires_grad_(False)
+    with torch.enable_grad():
+        _run(network, tensors).square().mean().backward()
+    save_file(
+        {name: value.grad for name, value in mixture.gates.named_parameters() if value.grad is not None},
+        home / "gradients.safetensors",
     )
 
 
@@ -120,7 +133,8 @@ def _inputs(network: Any) -> dict[str, Tensor]:
     tensors = {
         "latents": torch.randn(2, 16, *SIZE, generator=draws),
         "timesteps": torch.tensor([0.5, 0.25]),
-        "text": torch.randn(2, TEXT, 32, generator=draws),
+        # ComfyUI pads those of FLUX.2.
+        "text": torch.randn(2, 512 if _is_flux2(network) else TEXT, 32, generator=draws),
     }
     if network.config.get("guidance_embeds"):
         tensors["guidance"] = torch.full((2,), 3.5)
@@ -129,14 +143,13 @@ def _inputs(network: Any) -> dict[str, Tensor]:
     return tensors
 
 
-@torch.no_grad()
 def _run(network: Any, tensors: dict[str, Tensor]) -> Tensor:
     if isinstance(network, ZImageTransformer2DModel):
         pictures = list(tensors["latents"].unsqueeze(2))
         # ComfyUI turns time and sign itself.
         found = network(pictures, 1 - tensors["timesteps"], list(tensors["text"])).sample
         return -torch.stack(found).squeeze(2)
-    if isinstance(network, Flux2Transformer2DModel):
+    if _is_flux2(network):
         return _run_flux2(network, tensors)
     height, width = SIZE
     ids = FluxPipeline._prepare_latent_image_ids(
@@ -155,6 +168,10 @@ def _run(network: Any, tensors: dict[str, Tensor]) -> Tensor:
     ).sample
     unpacked: Tensor = FluxPipeline._unpack_latents(found, height * 8, width * 8, 8)
     return unpacked
+
+
+def _is_flux2(network: nn.Module) -> bool:
+    return isinstance(network, Flux2Transformer2DModel)
 
 
 def _run_flux2(network: Any, tensors: dict[str, Tensor]) -> Tensor:

@@ -14,13 +14,16 @@ import pytest
 import torch
 from comfy_environment import ComfyInstallation
 from comfy_server import ROOT, ComfyServer, Prompt, Run
+from diffusers import FluxTransformer2DModel
 from PIL import Image
 from prompts import TEXT, node, sampling, starter
 from safetensors.torch import load_file, save_file
+from tiny_loras import write_flux_lora, write_xl_lora, write_z_image_lora
+from transformers import CLIPTextConfig, CLIPTextModel
 from workflows import EXAMPLES, RUNNABLE, WORKFLOWS
-from xl_lora import write_xl_lora
 
 from mole_diffusion import load_expert, read_gates_header
+from mole_diffusion.core.ensemble import Ensemble
 
 NODES = """
 MoLEStarterLoader MoLEStarterPictures MoLELoadExpert MoLELoadGates MoLESaveGates MoLEApply MoLEMaskExperts
@@ -165,13 +168,13 @@ def test_more_iterations_go_on_with_a_training_and_fewer_are_another(server: Com
     assert {key: len(rows) for key, rows in histories().items()} == {name: 4, f"{name}-3": 3}
 
 
-def test_gates_for_both_text_encoders_of_an_sdxl_are_trained_and_applied(server: ComfyServer) -> None:
-    loras = server.base / "models" / "loras"
-    prompt: Prompt = {"2": node("TinyXLLoader")}
+def trained_and_drawn(server: ComfyServer, loader: dict[str, Any], write: Any, family: str) -> Run:
+    """Gates of a tiny model's two experts are trained, saved (node 11) and drawn with."""
+    prompt: Prompt = {"2": loader}
     before: dict[str, Any] = {}
     for number, name in enumerate(("dog", "cat")):
-        write_xl_lora(loras, f"xl_{name}", number)
-        lora = {"lora": f"xl_{name}.safetensors", "strength": 1.0, "name": name}
+        file = write(server.base / "models" / "loras", f"{family}_{name}", number)
+        lora = {"lora": file.name, "strength": 1.0, "name": name}
         prompt[str(3 + number)] = node("MoLELoadExpert", **lora, **before)
         before = {"experts": [str(3 + number), 0]}
     phrases = "dog = a sks dog | a dog\ncat = a sks cat | a cat"
@@ -180,16 +183,70 @@ def test_gates_for_both_text_encoders_of_an_sdxl_are_trained_and_applied(server:
         "model": ["2", 0],
         "clip": ["2", 1],
         "vae": ["2", 2],
+        "guidance": 1.0,
     }
     prompt["10"] = node("MoLETrainGates", **values)
-    prompt["11"] = node("MoLESaveGates", gates=["10", 0], filename_prefix="mole_gates/xl")
+    prompt["11"] = node("MoLESaveGates", gates=["10", 0], filename_prefix=f"mole_gates/{family}")
     links = {"model": ["2", 0], "clip": ["2", 1], "experts": ["4", 0], "gates": ["10", 0]}
     prompt["12"] = node("MoLEApply", **links)
     run = server.run(sampling(prompt, ["12", 0], ["12", 1], text=text, vae=("2", 2)))
     assert run.status == "success", run.error
+    return run
+
+
+def test_gates_for_both_text_encoders_of_an_sdxl_are_trained_and_applied(server: ComfyServer) -> None:
+    run = trained_and_drawn(server, node("TinyXLLoader"), write_xl_lora, "xl")
     header = read_gates_header(Path(run.outputs["11"]["text"][0]))
     assert set(header.parts) == {"unet", "text_encoder", "text_encoder_2"}
     assert header.expert_names("text_encoder_2") == ("dog", "cat")
+
+
+def test_gates_for_a_flux_are_trained_and_applied_and_load_in_diffusers(server: ComfyServer) -> None:
+    loader = node("TinyTransformerLoader", family="flux")
+    run = trained_and_drawn(server, loader, write_flux_lora, "flux")
+    path = Path(run.outputs["11"]["text"][0])
+    ensemble = Ensemble(tiny_flux_of_diffusers(), facts={})
+    loras = [server.base / "models" / "loras" / f"flux_{name}.safetensors" for name in ("dog", "cat")]
+    experts = [load_expert(file, name) for file, name in zip(loras, ("dog", "cat"), strict=True)]
+    ensemble.set_experts(experts)
+    ensemble.load_gates(path)
+    assert set(ensemble.mixtures) == {"transformer", "text_encoder"}
+    assert all(mixture.is_trained for mixture in ensemble.mixtures.values())
+    again = path.with_name("again.safetensors")
+    ensemble.save_gates(again)
+    stored, written = load_file(path), load_file(again)
+    assert stored.keys() == written.keys()
+    assert all(torch.equal(value, written[name]) for name, value in stored.items())
+
+
+@pytest.mark.slow  # layers as wide as ComfyUI's Z-Image must be
+def test_gates_for_a_z_image_are_trained_and_applied(server: ComfyServer) -> None:
+    loader = node("TinyTransformerLoader", family="z_image")
+    run = trained_and_drawn(server, loader, write_z_image_lora, "z_image")
+    header = read_gates_header(Path(run.outputs["11"]["text"][0]))
+    # Its text encoder is a language model, which nobody's LoRA changes.
+    assert set(header.parts) == {"transformer"}
+    assert header.expert_names("transformer") == ("dog", "cat")
+
+
+def tiny_flux_of_diffusers() -> dict[str, Any]:
+    """The networks of `tiny_models.transformers.FLUX`."""
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=64,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 4, 8),
+    )
+    text = CLIPTextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2
+    )
+    return {"transformer": transformer, "text_encoder": CLIPTextModel(text)}
 
 
 def test_two_applications_in_a_row_are_refused(server: ComfyServer) -> None:

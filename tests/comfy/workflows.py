@@ -66,6 +66,7 @@ def train_and_save(iterations: int = 200) -> Prompt:
         pictures=12,
         preview_every=50,
         clip_model="starter",
+        guidance=0,
         **references,
     )
     prompt["11"] = node("MoLESaveGates", gates=["10", 0], filename_prefix="mole_gates/boot+monster+clock")

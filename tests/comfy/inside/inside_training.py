@@ -201,7 +201,7 @@ def test_models_that_cannot_be_trained_are_refused(starter: Any, experts: Any) -
     import comfy.model_sampling
 
     with pytest.raises(TrainingError, match="ModelSamplingFlux"):
-        part("native").NoiseLevels(comfy.model_sampling.ModelSamplingFlux())
+        part("native_diffusion").NoiseLevels(comfy.model_sampling.ModelSamplingFlux())
     model, clip, vae = starter
     model.model.adm_channels = 2816
     try:

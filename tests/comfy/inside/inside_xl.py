@@ -17,8 +17,8 @@ from tools import encoded, hooks, sample
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-import tiny_xl
-from xl_lora import write_xl_lora
+from tiny_loras import write_xl_lora
+from tiny_models import xl
 
 PROMPT = "a sks dog and a sks cat"
 
@@ -26,7 +26,7 @@ PROMPT = "a sks dog and a sks cat"
 @pytest.fixture(scope="module")
 def model() -> tuple[Any, Any, Any]:
     with torch.inference_mode():
-        return tiny_xl.load()
+        return xl.load()
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A tiny SDXL of ComfyUI's own classes with random weights: a node pack for servers, functions for tests."""
+"""A tiny SDXL of ComfyUI's own classes with random weights."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import comfy.sd
 import comfy.sd1_clip
 import comfy.sdxl_clip
 import comfy.supported_models
-import comfy.taesd.taesd
 import torch
 from comfy.supported_models_base import ClipTarget
+
+from .weights import codec, fill
 
 WIDTH = 32
 _UNET = {
@@ -81,29 +82,9 @@ def load() -> tuple[Any, Any, Any]:
     model = config.get_model({}, device="cpu")
     clip = comfy.sd.CLIP(ClipTarget(comfy.sdxl_clip.SDXLTokenizer, TinyTexts))
     for number, network in enumerate((model.diffusion_model, clip.cond_stage_model)):
-        _fill(network, number)
+        fill(network, number)
     patcher = comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
-    return patcher, clip, _vae()
-
-
-def _vae() -> Any:
-    """A tiny codec for the four channels of SDXL."""
-    draws = torch.Generator().manual_seed(2)
-    weights = comfy.taesd.taesd.TAESD(latent_channels=_UNET["in_channels"]).state_dict()
-    for value in weights.values():
-        if value.dim():
-            value.copy_(torch.randn(value.shape, generator=draws) * max(value[0].numel(), 9) ** -0.5)
-    return comfy.sd.VAE(weights)
-
-
-def _fill(network: torch.nn.Module, seed: int) -> None:
-    """ComfyUI leaves weights as the memory was."""
-    draws = torch.Generator().manual_seed(seed)
-    for name, value in network.state_dict().items():
-        if value.is_floating_point() and value.dim():
-            random = torch.randn(value.shape, generator=draws)
-            norm = value.dim() == 1 and name.endswith("weight")
-            value.copy_(1 + 0.1 * random if norm else random * (0.5 * value.shape[-1] ** -0.5))
+    return patcher, clip, codec(_UNET["in_channels"])
 
 
 class TinyXLLoader:
@@ -119,6 +100,3 @@ class TinyXLLoader:
 
     def load(self) -> tuple[Any, Any, Any]:
         return load()
-
-
-NODE_CLASS_MAPPINGS = {"TinyXLLoader": TinyXLLoader}
