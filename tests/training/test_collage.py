@@ -64,6 +64,8 @@ def test_objects_that_overlap_count_once() -> None:
     mixed = collage.mix_scene(torch.zeros(3, 40, 40), [whole, whole], boxes, 0.0)
     assert mixed.inside[0, 5, 5] == mixed.inside[0, 25, 25] == mixed.inside[0, 35, 35] == 1
     assert mixed.inside[0, 5, 35] == mixed.inside[0, 35, 5] == 0
+    # The later one stands in front.
+    assert mixed.covers[:, 25, 25].tolist() == mixed.covers[:, 35, 35].tolist() == [0, 1]
 
 
 def test_strips_show_the_middle_of_each_picture_in_order(picture: Picture) -> None:
@@ -73,6 +75,8 @@ def test_strips_show_the_middle_of_each_picture_in_order(picture: Picture) -> No
     for column, source in ((10, boot), (32, cat), (53, boot)):
         torch.testing.assert_close(mixed.pixels[:, 32, column], source[:, 32, 32], atol=0.01, rtol=0)
     torch.testing.assert_close(mixed.inside, torch.ones_like(mixed.inside))
+    assert mixed.covers.shape == (3, *boot.shape[1:])
+    assert [int(mixed.covers[:, 5, column].argmax()) for column in (10, 32, 53)] == [0, 1, 2]
 
 
 def test_seams_are_soft() -> None:

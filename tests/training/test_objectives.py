@@ -245,7 +245,7 @@ def test_a_short_training_makes_the_collages_it_learns_from_and_a_longer_one_add
     longer.load_state_dict(state)
     list(longer.losses(2))
     pool = longer.task.state_dict()
-    assert len(pool["latents"]) == len(pool["inside"]) == len(pool["captions"]) == 6
+    assert len(pool["latents"]) == len(pool["covers"]) == len(pool["captions"]) == 6
     assert torch.equal(pool["latents"][:4], kept)
     assert pool["latents"][4:].abs().sum(dim=(1, 2, 3)).all()
 

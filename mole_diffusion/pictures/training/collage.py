@@ -52,11 +52,16 @@ class Cutout:
 
 @dataclass(frozen=True)
 class Collage:
-    """A mixed picture: ``pixels`` (3, H, W) in 0..1, and ``inside`` (1, H, W), the share of each pixel
-    that comes from an object; the rest is background."""
+    """A mixed picture: ``pixels`` (3, H, W) in 0..1, and ``covers`` (objects, H, W), the share of each pixel
+    that comes from each object; the rest is background."""
 
     pixels: Tensor
-    inside: Tensor
+    covers: Tensor
+
+    @property
+    def inside(self) -> Tensor:
+        """(1, H, W), the share of each pixel that comes from any object."""
+        return self.covers.sum(dim=0, keepdim=True)
 
 
 def scene_boxes(count: int) -> tuple[Box, ...]:
@@ -200,11 +205,11 @@ def mix_scene(background: Tensor, cutouts: Sequence[Cutout], boxes: Sequence[Box
     """
     if len(cutouts) != len(boxes):
         raise ValueError(f"{len(cutouts)} objects need as many boxes, got {len(boxes)}")
-    pixels, inside = background, torch.zeros_like(background[:1])
+    pixels, covers = background, background[:0]
     for cutout, box in zip(cutouts, boxes, strict=True):
         pixels, cover = paste(pixels, cutout, box, seam)
-        inside = inside * (1 - cover) + cover
-    return Collage(pixels, inside)
+        covers = torch.cat([covers * (1 - cover), cover])
+    return Collage(pixels, covers)
 
 
 def mix_strips(pictures: Sequence[Tensor], seam: float) -> Collage:
@@ -223,7 +228,8 @@ def mix_strips(pictures: Sequence[Tensor], seam: float) -> Collage:
         distance = torch.minimum(position - i / count, (i + 1) / count - position)
         weights.append((distance / max(seam, 1e-6) + 0.5).clamp(0, 1))
         mixed = mixed + moved * weights[-1]
-    return Collage(mixed / torch.stack(weights).sum(dim=0), torch.ones_like(mixed[:1]))
+    shares = torch.stack(weights) / torch.stack(weights).sum(dim=0)
+    return Collage(mixed / torch.stack(weights).sum(dim=0), shares[:, None].expand(-1, *mixed.shape[1:]))
 
 
 def jitter_boxes(boxes: Sequence[Box], amount: float, rng: random.Random) -> tuple[Box, ...]:

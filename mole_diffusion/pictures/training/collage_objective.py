@@ -13,6 +13,7 @@ from mole_diffusion.pictures.training.concepts import read_prompt
 from mole_diffusion.pictures.training.denoising import NoisyBatch, denoising_loss
 from mole_diffusion.pictures.training.sources import ConceptPictures
 from mole_diffusion.pictures.training.tasks import Collage
+from mole_diffusion.pictures.training.teaching import Teacher
 from mole_diffusion.pictures.training.workbench import Workbench
 from mole_diffusion.training.objective import Losses, LossTerms
 
@@ -23,7 +24,7 @@ class CollageObjective:
     No base draws any number of objects, and gates cannot learn a picture the base has no way to. A prompt
     with more than `settings.objects` concepts is learned in parts of so many, drawn at random.
 
-    One UNet pass with gradient per iteration; no sampling, decoding or CLIP. Collages wait as latents in a
+    One pass with gradient per iteration; no sampling, decoding or CLIP. Collages wait as latents in a
     pool, part of which is made anew every few iterations.
 
     Args:
@@ -39,19 +40,19 @@ class CollageObjective:
         self._bench = bench
         self._settings = settings
         self._pictures = pictures
+        self._teacher = Teacher(bench, pictures.concepts)
         self._size = min(settings.pool_size, settings.batch * iterations)
         self._latents = torch.zeros(0)
-        self._inside = torch.zeros(0)
+        self._covers = torch.zeros(0)
         self._captions: list[str] = []
         self._next = 0
 
     def prepare(self) -> None:
         """Make the first pool. The pictures must be prepared."""
         channels, height, width = self._bench.denoiser.latent_shape
-        self._latents, self._inside = (
-            torch.zeros(0, channels, height, width),
-            torch.zeros(0, 1, height, width),
-        )
+        self._latents = torch.zeros(0, channels, height, width)
+        # As many subjects as any collage may have.
+        self._covers = torch.zeros(0, len(self._pictures.concepts), height, width)
         self._captions, self._next = [], 0
         self._fill()
 
@@ -64,15 +65,19 @@ class CollageObjective:
             self._next = (self._next + settings.batch) % self._size
             self._renew(entries)
         chosen = torch.randperm(self._size, generator=bench.draws.tensors)[: settings.batch]
-        batch = NoisyBatch.draw(bench.denoiser, self._latents[chosen], bench.draws.tensors)
-        inside = self._inside[chosen].to(bench.device)
+        taught = settings.target == "experts"
+        times = self._teacher.times if taught else None
+        batch = NoisyBatch.draw(bench.denoiser, self._latents[chosen], bench.draws.tensors, times)
+        covers = self._covers[chosen].to(bench.device)
+        inside = covers.sum(dim=1, keepdim=True)
         captions = [self._captions[i] for i in chosen.tolist()]
         # Before the other: the balance is that of the last forward.
+        target = self._teacher.target(batch, captions, covers) if taught else batch.target
         prior = self._base_prediction(batch, captions)
         with bench.autocast():
             prediction = bench.predict(batch, self._some_empty(captions))
         weights = settings.outside_weight + (1 - settings.outside_weight) * inside
-        loss = denoising_loss(prediction, batch.target, weights)
+        loss = denoising_loss(prediction, target, weights)
         parts = {"collage": float(loss.detach())}
         if prior is not None:
             distance = denoising_loss(prediction, prior, 1 - inside)
@@ -84,14 +89,14 @@ class CollageObjective:
         """The pool."""
         return {
             "latents": self._latents,
-            "inside": self._inside,
+            "covers": self._covers,
             "captions": list(self._captions),
             "next": self._next,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The pool of a checkpoint."""
-        self._latents, self._inside = state["latents"], state["inside"]
+        self._latents, self._covers = state["latents"], state["covers"]
         self._captions, self._next = list(state["captions"]), int(state["next"])
 
     def make_collage(self, prompt: int) -> tuple[collage.Collage, str]:
@@ -127,9 +132,9 @@ class CollageObjective:
         """Add what is missing in the pool."""
         while (first := len(self._captions)) < self._size:
             entries = range(first, min(first + self._settings.batch, self._size))
-            self._latents, self._inside = (
+            self._latents, self._covers = (
                 torch.cat([pool, pool.new_zeros(len(entries), *pool.shape[1:])])
-                for pool in (self._latents, self._inside)
+                for pool in (self._latents, self._covers)
             )
             self._captions += [""] * len(entries)
             self._renew(list(entries))
@@ -138,11 +143,12 @@ class CollageObjective:
         prompts = [self._bench.draws.choices.randrange(len(self._pictures.prompts)) for _ in entries]
         collages, captions = zip(*(self.make_collage(prompt) for prompt in prompts), strict=True)
         latents = self._bench.encode_pictures(torch.stack([made.pixels for made in collages]))
-        inside = torch.stack([made.inside for made in collages])
         size = self._latents.shape[-2:]
         self._latents[entries] = latents.cpu()
-        self._inside[entries] = torch.nn.functional.interpolate(inside, size=size, mode="area")
-        for entry, caption in zip(entries, captions, strict=True):
+        self._covers[entries] = 0
+        for entry, caption, made in zip(entries, captions, collages, strict=True):
+            covers = torch.nn.functional.interpolate(made.covers[None], size=size, mode="area")[0]
+            self._covers[entry, : len(covers)] = covers
             self._captions[entry] = caption
 
     def _some_empty(self, captions: list[str]) -> list[str]:

@@ -21,6 +21,9 @@ from mole_diffusion.pictures.training.flat_words import (
 from mole_diffusion.pictures.training.tasks import Both, Clip, ClipWalk, Collage, Pictures, Task
 from mole_diffusion.training.settings import COSMETIC, GateSettings, words_of
 
+# Words that came later, as training was before: what was trained then is the same training now.
+_LATER = {"collage_target": "pictures"}
+
 
 @dataclass(frozen=True, kw_only=True, init=False)
 class TrainingConfig(GateSettings):
@@ -139,7 +142,11 @@ class TrainingConfig(GateSettings):
 
     def facts(self) -> dict[str, Any]:
         """The settings that the trained gates depend on."""
-        return {name: value for name, value in self.to_dict().items() if name not in COSMETIC}
+        return {
+            name: value
+            for name, value in self.to_dict().items()
+            if name not in COSMETIC and _LATER.get(name) != value
+        }
 
     def to_json(self) -> str:
         """All settings as one line of JSON."""

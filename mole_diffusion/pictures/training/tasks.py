@@ -91,6 +91,9 @@ class Collage:
         batch: Collages per iteration. (`collage_batch`)
         layouts: Layouts to choose from at random: `"scene"` (objects in boxes on a background), `"strips"`
             (centre strips of the pictures side by side). (`collage_layouts`)
+        target: What the network should say of a noisy collage: `"pictures"` (what leads to the picture) or
+            `"experts"` (what each expert alone says where its subject stands, and the base elsewhere, at the
+            times of `sampling_steps`; for models that were distilled to few steps). (`collage_target`)
         background: Background of scenes: `"base"` (from pictures the base draws of one object, so that it
             fits the prompt) or `"sources"` (of one of the pictures that are mixed). (`collage_background`)
         objects: Most concepts in one collage; a prompt that names more is learned in parts of so many. Three
@@ -108,6 +111,7 @@ class Collage:
 
     batch: int = whole(6, word="collage_batch")
     layouts: tuple[Layout, ...] = free(("scene",), word="collage_layouts")
+    target: Literal["pictures", "experts"] = choice("pictures", "experts", word="collage_target")
     background: Literal["base", "sources"] = choice("base", "sources", word="collage_background")
     objects: int = whole(3, word="collage_objects")
     boxes: tuple[Box, ...] | None = free(None, word="collage_boxes")
