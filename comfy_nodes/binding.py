@@ -66,7 +66,9 @@ def networks_of(model: nn.Module) -> dict[str, nn.Module]:
 
 def text_encoders_of(clip_model: nn.Module) -> dict[str, str]:
     """Part -> ComfyUI's name of a text encoder, of those that experts can change."""
-    return {part: name for name, part in _TEXT_ENCODERS.items() if hasattr(clip_model, name)}
+    # Those of Stable Diffusion 3 may be missing.
+    found = {part: name for name, part in _TEXT_ENCODERS.items() if hasattr(clip_model, name)}
+    return {part: name for part, name in found.items() if getattr(clip_model, name) is not None}
 
 
 def slot_of(network: nn.Module) -> str:

@@ -87,14 +87,15 @@ class FlowDenoiser(CopiedModel):
         free_inputs(self.network)
         self._sampling: Any = model.get_model_object("model_sampling")
         self._base = _around(model.model, self.network, _Velocities(self._sampling))
+        encoders = clip.cond_stage_model
         self.text_encoder = nn.ModuleDict(
             {
-                name: copied(clip.patcher, getattr(clip.cond_stage_model, name), self.device, torch.float32)
-                for name in text_encoders_of(clip.cond_stage_model).values()
+                name: copied(clip.patcher, getattr(encoders, name), self.device, torch.float32)
+                for name in text_encoders_of(encoders).values()
             }
         )
         free_inputs(self.text_encoder)
-        self.text_encoders: Any = _with_parts(clip.cond_stage_model, dict(self.text_encoder.items()))
+        self.text_encoders: Any = _with_parts(encoders, dict(self.text_encoder.items()))
         stop_listening(self.text_encoders)
         self.texts_change = False
         self._texts: dict[str, _Text] = {}
