@@ -103,7 +103,7 @@ def _reader(clip: Any, ensemble: Ensemble, experts: ExpertSet) -> ClipReader | N
             "this MODEL has no cross-attention to read: without gates every expert counts alike (1/N)"
         )
         return None
-    return ClipReader(clip, _active(experts), text_encoders_of(clip.patcher.model))
+    return ClipReader(clip, _active(experts), text_encoders_of(clip.patcher.model), experts.names)
 
 
 def _active(experts: ExpertSet) -> list[Expert]:

@@ -31,10 +31,14 @@ class ClipReader(Auto):
         clip: ComfyUI's CLIP.
         experts: those that count.
         encoders: part -> ComfyUI's name of the text encoder.
+        order: names of all experts of the mixture, as its rows have them.
     """
 
-    def __init__(self, clip: Any, experts: Iterable[Expert], encoders: Mapping[str, str]) -> None:
+    def __init__(
+        self, clip: Any, experts: Iterable[Expert], encoders: Mapping[str, str], order: Sequence[str]
+    ) -> None:
         self._experts = {expert.name: expert for expert in experts}
+        self._order = tuple(order)
         self._calling = Calling()
         self._encoders = encoders
         self._handles: list[RemovableHandle] = []
@@ -82,7 +86,10 @@ class ClipReader(Auto):
         ids = _numbers([[token[0] for token in section] for section in sections]).reshape(1, -1)
         if encoded.shape[1] == ids.shape[1]:
             with torch.inference_mode(False):
-                self.remember(encoded.clone(), places_of(ids, self.phrases[part]))
+                own = self.phrases[part]
+                # Also for experts that do not count: the denoiser knows them by their rows.
+                places = places_of(ids, {name: own.get(name, ()) for name in self._order})
+                self.remember(encoded.clone(), places)
         return {}
 
 

@@ -289,6 +289,8 @@ class Attachment:
             if output is None:
                 # This hook stays until `detach`: PyTorch is just going through the network's hooks.
                 self.ensemble.park()
+                if self._reader is not None:
+                    self._reader.detach()
 
         self._handles.append(network.register_forward_hook(left, always_call=True))
 

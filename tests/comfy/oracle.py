@@ -101,6 +101,7 @@ def _answers(pipe: Any) -> dict[str, torch.Tensor]:
         tensors["masked_noise"] = _noise(pipe, tensors, tensors["text"])
     tensors["picture"] = _draw(pipe)
     tensors["auto_picture"] = _draw(pipe, mixture="auto")
+    tensors["auto_masked_picture"] = _draw(pipe, mixture="auto", active_experts=["boot", "clock"])
     return tensors
 
 

@@ -266,6 +266,32 @@ def test_texts_of_others_have_equal_shares_from_then_on(tiny: World) -> None:
     assert tiny.is_clean()
 
 
+def test_a_refiner_reads_the_prompt_too_or_says_that_it_could_not(tiny: World, made: Any) -> None:
+    """It comes back from memory without a word, and its texts are encoded before anybody knows of it."""
+    refiner = TINY[tiny.flavour](build(StableDiffusionMoLEPipeline, made[0]))
+    tiny.models["refiner"] = tiny.host.sd_models.checkpoints["refiner"] = refiner
+    for mixed in (False, True):
+        p = tiny.processing([THREE], prompt=PROMPT, refiner=("refiner", 1))
+        info = tiny.host.processing.process_images(p).infotexts[0]
+        assert not tiny.host.script_callbacks.failures
+        assert (MIXED in info) == mixed
+        assert tiny.is_clean()
+        assert "get_learned_conditioning" not in vars(refiner)
+    assert info[MIXED].startswith("auto, then equal shares, as the UNet was given a text")
+
+
+def test_an_exception_inside_the_unet_leaves_nothing(tiny: World) -> None:
+    """The host calls no script then."""
+    model = tiny.models["base"]
+    handle = model.unet.middle_block.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tiny.draw(THREE, prompt=PROMPT)
+    handle.remove()
+    assert tiny.session.attachment is None
+    assert "get_learned_conditioning" not in vars(model)
+    draw(tiny)
+
+
 def test_the_next_batch_is_read_anew(tiny: World) -> None:
     """One batch of two cannot be told apart, and the host keeps what it encoded for it."""
     prompts = ["a boot AND a cat", "a boot AND a cat", "a boot and a cat", "a boot and a cat"]

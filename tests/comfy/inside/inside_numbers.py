@@ -93,6 +93,10 @@ def test_without_gates_it_draws_what_auto_draws_in_diffusers(
     for picture in pictures:
         assert (picture - tensors["auto_picture"]).abs().max() < 1e-3
     assert (pictures[0] - tensors["picture"]).abs().max() > 1e-2
+    masked = part("apply").apply_experts(model, clip, experts.masked(["boot", "clock"], {}), None, "auto")
+    picture = vae.decode(draw(*masked, PROMPT, seed=1, steps=10)).movedim(-1, 1)
+    assert (picture - tensors["auto_masked_picture"]).abs().max() < 1e-3
+    assert (picture - pictures[0]).abs().max() > 1e-2
     draw(model, clip, PROMPT, steps=1)
     assert "encode_token_weights" not in vars(clip.cond_stage_model)
     assert not clip.cond_stage_model.clip_l._forward_pre_hooks
