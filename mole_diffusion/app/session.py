@@ -19,9 +19,10 @@ from mole_diffusion.app.keeping import Kept, read, write
 from mole_diffusion.app.metadata import PictureSettings, read_settings
 from mole_diffusion.app.setup import COLOURS, STARTER, ExpertCard, Gates, Setup
 from mole_diffusion.app.trainings import Training
-from mole_diffusion.core.errors import ConfigError, UnknownExpertError
+from mole_diffusion.core.errors import ConfigError, MoLEError, UnknownExpertError
 from mole_diffusion.core.records import GateWeights
 from mole_diffusion.starter.location import default_experts, starter_dir, starter_experts
+from mole_diffusion.training.state import GATES_FILE
 
 #: More experts than this make tiles and regions unreadable, and pictures slow.
 MAX_EXPERTS = 8
@@ -125,6 +126,19 @@ class Session:
         if kept.training is not None:
             with suppress(KeyError, TypeError, ValueError):
                 self.training = Training.from_dict(kept.training, self.folder, self.library)
+                self._take_checkpoint(self.training)
+
+    def _take_checkpoint(self, training: Training) -> None:
+        """Gates of a training that the server's end cut off: those of its last checkpoint."""
+        path, known = training.folder / GATES_FILE, training.gates
+        if not path.is_file():
+            return
+        with suppress(MoLEError, OSError):  # half a file is none
+            found = Gates.of_file(path)
+            if known is None or found.iterations > known.iterations:
+                # A copy: the training's own file changes when it goes on.
+                training.gates = replace(found, path=self.keep_file(path, "gates"))
+                self.note()
 
     def _find_pictures(self) -> None:
         """The pictures that lie in the folder, newest first."""

@@ -43,11 +43,17 @@ def main() -> int:
             )
         wrong = compare(server.url, record.answers)
         said = server.said
-    print(f"{len(record.answers)} answers, {len(record.refused)} without one, {len(wrong)} wrong")
+    kinds = len({asked for asked, *_ in record.answers})
+    print(
+        f"{options.visitors} visitors, {options.minutes:g} minutes: {len(record.answers)} answers to"
+        f" {kinds} different calls, {len(record.refused)} calls without one, {len(wrong)} wrong"
+    )
     problems = [*record.refused[:10], *wrong[:10], *_grown(record.sizes)]
+    problems += [] if record.answers else ["no call was answered: this says nothing"]
     problems += ["the server logged an error"] if "Traceback" in said else []
     for problem in problems:
-        print(problem)
+        print(f"- {problem}")
+    print("NOT as it should be" if problems else "Nothing lost, nothing mixed; threads and memory flat")
     return bool(problems)
 
 

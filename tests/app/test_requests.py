@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -19,8 +20,10 @@ from mole_diffusion.app.composing import ComposeRequest, compose
 from mole_diffusion.app.exporting import ExportRequest, export
 from mole_diffusion.app.jobs import Job, QueueFullError, Worker
 from mole_diffusion.app.library import add_file
+from mole_diffusion.app.session import Session
 from mole_diffusion.app.setup import Gates
 from mole_diffusion.app.studio import Studio
+from mole_diffusion.app.tabs.train import what_now
 from mole_diffusion.app.train_request import TrainRequest
 from mole_diffusion.app.training import can_resume, resume_training, start_training
 from mole_diffusion.core.errors import MoLEError
@@ -136,6 +139,29 @@ def test_half_trained_gates_are_not_used_unasked_and_are_marked(studio: Studio) 
     assert resume_training(studio, session).job.wait(400).state == "done", training.job.error
     assert first.path.read_bytes() == before
     assert session.gates(["boot", "cat"]) == Gates(training.job.result, 3, 3)
+
+
+def test_a_killed_server_leaves_the_gates_of_the_last_checkpoint(studio: Studio, tmp_path: Path) -> None:
+    session = studio.session("killed")
+    session.choose(["boot", "cat"])
+    training = start_training(studio, session, TrainRequest(prompts=(PROMPT,), iterations=30, **QUICK))
+    for _ in training.job.watch():
+        if (training.folder / "gates.safetensors").is_file() and not training.job.asked_to_stop:
+            shutil.copytree(session.folder, tmp_path / "left")
+            training.job.cancel()
+    found = Session(tmp_path / "left")
+    assert found.training is not None
+    gates = found.training.gates
+    assert gates is not None
+    assert gates.partly
+    assert gates.iterations >= 1
+    assert gates.path.parent == tmp_path / "left" / "gates"
+    assert found.gates() is None, "nobody asked to draw with them"
+    assert can_resume(found.training)
+    assert f"Stopped after {gates.iterations} of 30" in what_now(found, found.training, found.training.job)
+    again = Session(tmp_path / "left").training
+    assert again is not None
+    assert again.gates == gates, "they are taken once"
 
 
 def test_an_export_takes_the_experts_it_was_asked_for(studio: Studio, tmp_path: Path) -> None:

@@ -301,7 +301,7 @@ class TrainTab:
             list(training.previews) if training is not None else None,
             gr.update(value=str(gates.path) if gates else None, interactive=gates is not None),
             gr.update(interactive=can_resume(training)),
-            _what_now(session, training, job),
+            what_now(session, training, job),
             gr.update(interactive=gates is not None and not in_use(session, training)),
         )
 
@@ -320,14 +320,14 @@ def in_use(session: Session, training: Training | None) -> bool:
     return training is not None and session.gates(training.names) == training.gates
 
 
-def _what_now(session: Session, training: Training | None, job: Job | None) -> Markup:
+def what_now(session: Session, training: Training | None, job: Job | None) -> Markup:
     """What there is after a training, and what can be done with it."""
     if training is None or job is None or not job.finished:
         return markup.NOTHING
     if training.gates is None:
         again = " <b>Resume</b> goes on with what was prepared." if can_resume(training) else ""
         return markup.notice(markup.html("No iteration was made; there are no gates yet." + again))
-    done = len(training.history)
+    done = training.gates.iterations or len(training.history)
     if in_use(session, training):
         text = "<b>Compose</b> draws {} with these gates now ({} iterations)."
         return markup.notice(markup.html(text, ", ".join(training.names), done))
