@@ -24,7 +24,7 @@ from .networks.families import header_name
 from .peft_folder import expert_files, own_name, read_files
 from .peft_options import PeftOptions
 from .reading import BadFileError, Content, parse_json
-from .scaling import check_scale, short
+from .scaling import check_scale
 
 __all__ = ["Expert", "ExpertReport", "LoraFactors", "load_expert"]
 
@@ -278,7 +278,7 @@ def _check_kind(table: KeyTable, name: str, metadata: Mapping[str, str], base: B
     if not any(all(kind.read(name) for name in names) for kind in fitting):
         theirs = " or ".join(family for kind in kinds.values() for family in kind.families)
         said = header_name(metadata)
-        header = f" (its header says {short(said)})" if said else ""
+        header = f" (its header says {said!r})" if said else ""
         raise ExpertLoadError(f"Expert {name!r} was made for {theirs}{header}; the base here is {base}.")
 
 

@@ -53,12 +53,14 @@ _FAMILY_OF_NAME = (
     ("lumina2", LUMINA2),
     ("hidream", HIDREAM),
 )
+# Anybody may write anything there, and errors are to be read.
+_LONGEST = 80
 _KEYS = ("modelspec.architecture", "ss_base_model_version")
 
 
 def header_name(metadata: Mapping[str, str]) -> str | None:
-    """What a file's header calls its base model, word for word; None if it says nothing."""
-    return next((text for key in _KEYS if (text := str(metadata.get(key, "")).strip())), None)
+    """What a file's header calls its base model, word for word but not endless; None if it says nothing."""
+    return next((text[:_LONGEST] for key in _KEYS if (text := str(metadata.get(key, "")).strip())), None)
 
 
 def named_family(metadata: Mapping[str, str]) -> str | None:
