@@ -65,7 +65,7 @@ class TrainGates(io.ComfyNode):  # type: ignore[misc]
             category=CATEGORY,
             description="Trains the gates of these experts for a prompt that names all of them. Model and "
             "experts stay as they are. Cancel stops at once and keeps what there is: queue again to go on, "
-            "with more iterations too. Stable Diffusion 1.x, 2.x and XL, FLUX.1, FLUX.2, Chroma, Z-Image, "
+            "with more iterations too. Stable Diffusion 1.x, 2.x, XL and 3, FLUX.1, FLUX.2, Chroma, Z-Image, "
             "Qwen-Image.",
             inputs=[
                 io.Model.Input("model", tooltip="The bare model, without MoLE Apply."),

@@ -14,6 +14,7 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
     ZImageTransformer2DModel,
 )
 from safetensors.torch import save_file
@@ -52,6 +53,21 @@ def write_flux(folder: Path) -> None:
             approximator_layers=1,
         ),
         "flux2": Flux2Transformer2DModel(**{**BLOCKS, "in_channels": 16, "axes_dims_rope": (4, 4, 4, 4)}),
+        # ComfyUI's has heads of 64, and as many as blocks.
+        "sd3": SD3Transformer2DModel(
+            sample_size=16,
+            in_channels=16,
+            out_channels=16,
+            num_layers=2,
+            attention_head_dim=64,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            caption_projection_dim=128,
+            pooled_projection_dim=24,
+            pos_embed_max_size=16,
+            dual_attention_layers=(0,),
+            qk_norm="rms_norm",
+        ),
         "qwen_image": QwenImageTransformer2DModel(
             num_layers=2,
             attention_head_dim=16,
@@ -121,7 +137,10 @@ def _write_expert(network: nn.Module, path: Path, seed: int) -> Expert:
     draws, rank = torch.Generator().manual_seed(seed), 2 + seed
     tensors = {}
     for site in map_network(network).sites:
-        out, fan_in = network.get_submodule(site.path).weight.shape
+        weight = network.get_submodule(site.path).weight
+        if weight.dim() > 2 or site.name.endswith("norm1_context.linear"):
+            continue  # Stability AI's name for it does not say in which order its halves stand
+        out, fan_in = weight.shape
         tensors[f"transformer.{site.name}.lora_A.weight"] = torch.randn(rank, fan_in, generator=draws) * 0.2
         tensors[f"transformer.{site.name}.lora_B.weight"] = torch.randn(out, rank, generator=draws) * 0.2
     save_file(tensors, path)
@@ -138,7 +157,7 @@ def _inputs(network: Any) -> dict[str, Tensor]:
     }
     if network.config.get("guidance_embeds"):
         tensors["guidance"] = torch.full((2,), 3.5)
-    if isinstance(network, FluxTransformer2DModel):
+    if isinstance(network, (FluxTransformer2DModel, SD3Transformer2DModel)):
         tensors["pooled"] = torch.randn(2, 24, generator=draws)
     return tensors
 
@@ -151,6 +170,14 @@ def _run(network: Any, tensors: dict[str, Tensor]) -> Tensor:
         return -torch.stack(found).squeeze(2)
     if _is_flux2(network):
         return _run_flux2(network, tensors)
+    if isinstance(network, SD3Transformer2DModel):
+        found = network(
+            tensors["latents"],
+            encoder_hidden_states=tensors["text"],
+            pooled_projections=tensors["pooled"],
+            timestep=tensors["timesteps"] * 1000,
+        )
+        return found.sample
     height, width = SIZE
     ids = FluxPipeline._prepare_latent_image_ids(
         2, height // 2, width // 2, torch.device("cpu"), torch.float32

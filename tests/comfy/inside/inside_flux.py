@@ -12,10 +12,10 @@ import torch
 from conftest import part
 from safetensors.torch import load_file
 from torch import Tensor
-from transformer_models import load_flux, load_flux2, load_qwen_image, load_z_image
+from transformer_models import load_flux, load_flux2, load_qwen_image, load_sd3, load_z_image
 
-from mole_diffusion.core.errors import GateMismatchError
-from mole_diffusion.core.experts import load_expert
+from mole_diffusion.core.errors import GateMismatchError, InjectionError
+from mole_diffusion.core.experts import Expert, load_expert
 from tools import hooks
 
 TOLERANCE = 1e-4
@@ -26,6 +26,7 @@ LOADERS = {
     "chroma": lambda folder: load_flux(folder, "chroma"),
     "flux2": load_flux2,
     "qwen_image": load_qwen_image,
+    "sd3": load_sd3,
     "z_image": load_z_image,
 }
 
@@ -61,7 +62,8 @@ def run(model: Any, answers: dict[str, Tensor]) -> Tensor:
         told["guidance"] = answers["guidance"]
     if hasattr(network, "txt_norm"):  # Qwen-Image has latents of videos
         latents = latents.unsqueeze(2)
-    found: Tensor = network(latents, answers["timesteps"], context=answers["text"], **told)
+    times = model.model.model_sampling.timestep(answers["timesteps"])
+    found: Tensor = network(latents, times, context=answers["text"], **told)
     return found.squeeze(2)
 
 
@@ -160,3 +162,14 @@ def test_an_export_is_read_by_the_core(
     # The file is in half precision.
     assert (run(patched, answers) - expected).abs().max() < 2e-3 * expected.abs().max()
     assert json.loads(json.dumps(said))
+
+
+def test_a_matrix_that_only_diffusers_has_is_refused(oracle: Path, starter: tuple[Any, Any, Any]) -> None:
+    """Stability AI's name of it does not say in which order its halves stand."""
+    with torch.inference_mode():
+        model = load_sd3(oracle / "transformers" / "sd3")
+    name = "transformer.transformer_blocks.0.norm1_context.linear"
+    state = {f"{name}.lora_A.weight": torch.ones(2, 128), f"{name}.lora_B.weight": torch.ones(768, 2)}
+    experts = part("experts").ExpertSet().with_expert(Expert.from_state_dict(state, name="ink"))
+    with pytest.raises(InjectionError, match="norm1_context"):
+        part("apply").apply_experts(model, starter[1], experts, None)

@@ -107,6 +107,31 @@ def load_qwen_image(folder: Path) -> Any:
     return _patcher(comfy.supported_models.QwenImage(settings), folder, names)
 
 
+def load_sd3(folder: Path) -> Any:
+    """A MODEL of a diffusers Stable Diffusion 3.5 medium."""
+    config = json.loads((folder / "config.json").read_text())
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    settings = {
+        "in_channels": config["in_channels"],
+        "patch_size": config["patch_size"],
+        "depth": config["num_attention_heads"],
+        "num_blocks": config["num_layers"],
+        "input_size": None,
+        "adm_in_channels": config["pooled_projection_dim"],
+        "context_embedder_config": {
+            "target": "torch.nn.Linear",
+            "params": {"in_features": config["joint_attention_dim"], "out_features": width},
+        },
+        "pos_embed_max_size": config["pos_embed_max_size"],
+        "num_patches": config["pos_embed_max_size"] ** 2,
+        "pos_embed_scaling_factor": None,
+        "qk_norm": "rms",
+        "x_block_self_attn_layers": list(config["dual_attention_layers"]),
+    }
+    names = comfy.utils.mmdit_to_diffusers(settings)
+    return _patcher(comfy.supported_models.SD3(settings), folder, names)
+
+
 def load_z_image(folder: Path) -> Any:
     """A MODEL of a diffusers Z-Image."""
     config = json.loads((folder / "config.json").read_text())
