@@ -21,10 +21,12 @@ class TextEngine:
     Args:
         tokenizer: of transformers.
         encoder: CLIPTextModel.
+        skip: whether the last layer but one speaks, as in SDXL.
     """
 
-    def __init__(self, tokenizer: Any, encoder: nn.Module) -> None:
-        self._tokenizer, self._encoder = tokenizer, encoder
+    def __init__(self, tokenizer: Any, encoder: nn.Module, *, skip: bool = False) -> None:
+        self._tokenizer, self._encoder, self._skip = tokenizer, encoder, skip
+        self.pooled: Tensor | None = None
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
         return self._tokenizer(texts, truncation=False, add_special_tokens=False).input_ids
@@ -59,13 +61,22 @@ class TextEngine:
         pieces = []
         for number in range(max(map(len, chunks))):
             row = [own[number] if number < len(own) else empty for own in chunks]
-            encoded = self._encoder(torch.tensor([one.tokens for one in row])).last_hidden_state
+            encoded = self._encode(torch.tensor([one.tokens for one in row]), first=number == 0)
             weights = torch.tensor([one.multipliers for one in row])[..., None]
             weighed = encoded * weights
             if bool((weights != 1).any()):
                 weighed = weighed * (encoded.mean() / weighed.mean())
             pieces.append(weighed)
         return torch.hstack(pieces)
+
+    def _encode(self, ids: Tensor, *, first: bool) -> Tensor:
+        # Some encoders are used to another token behind the end.
+        ended = (ids == self._tokenizer.eos_token_id).cumsum(-1)
+        ids = torch.where(ended > 1, self._tokenizer.pad_token_id, ids)
+        found = self._encoder(ids, output_hidden_states=self._skip)
+        if first:
+            self.pooled = found[0]
+        return found.hidden_states[-2] if self._skip else found.last_hidden_state
 
 
 class _Ldm(LDMUNet):
@@ -75,6 +86,21 @@ class _Ldm(LDMUNet):
         super().__init__(unet)
         embedding = self.time_embed
         self.time_embed = nn.Sequential(embedding.linear_1, embedding.act, embedding.linear_2)
+
+
+class _LdmXL(_Ldm):
+    """With the embedding of sizes and of the pooled text."""
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__(unet)
+        self.label_emb = clone(unet.add_embedding)
+
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, y: Tensor) -> Tensor:
+        handle = self.time_embed.register_forward_hook(lambda module, args, emb: emb + self.label_emb(y))
+        try:
+            return super().forward(x, timesteps, context)
+        finally:
+            handle.remove()
 
 
 class A1111Tiny(nn.Module):
@@ -139,6 +165,29 @@ class ForgeTiny:
 
     def get_learned_conditioning(self, texts: list[str]) -> Tensor:
         return self.text_processing_engine(texts)
+
+
+class ForgeTinyXL:
+    """The same with SDXL's two text encoders and engines."""
+
+    def __init__(self, pipe: Any) -> None:
+        model, clip = nn.Module(), nn.Module()
+        model.diffusion_model = _LdmXL(pipe.unet)
+        pairs = {"l": (pipe.tokenizer, pipe.text_encoder), "g": (pipe.tokenizer_2, pipe.text_encoder_2)}
+        for name, (tokenizer, encoder) in pairs.items():
+            holder = nn.Module()
+            holder.transformer = clone(encoder)
+            setattr(clip, f"clip_{name}", holder)
+            engine = TextEngine(tokenizer, holder.transformer, skip=True)
+            setattr(self, f"text_processing_engine_{name}", engine)
+        self.unet = model.diffusion_model
+        self.forge_objects = SimpleNamespace(
+            unet=SimpleNamespace(model=model), clip=SimpleNamespace(cond_stage_model=clip)
+        )
+
+    def get_learned_conditioning(self, texts: list[str]) -> dict[str, Tensor]:
+        both = [self.text_processing_engine_l(texts), self.text_processing_engine_g(texts)]
+        return {"crossattn": torch.cat(both, dim=2), "vector": self.text_processing_engine_g.pooled}
 
 
 TINY = {"a1111": A1111Tiny, "forge": ForgeTiny}
