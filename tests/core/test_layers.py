@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -127,6 +128,13 @@ def test_no_file_of_the_product_is_longer_than_400_lines() -> None:
     sizes = {module_name(path): len(path.read_text().splitlines()) for path in product_files()}
     assert len(sizes) > 200
     assert {name: lines for name, lines in sizes.items() if lines > LONGEST} == {}
+
+
+def test_docstrings_mark_names_in_one_way() -> None:
+    """As `this`; not with two marks, nor with the roles of a tool that nobody runs here."""
+    other = re.compile(r"``|:\w+:`")
+    found = {module_name(path): other.findall(path.read_text()) for path in product_files()}
+    assert {name: marks for name, marks in found.items() if marks} == {}
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:

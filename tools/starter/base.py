@@ -89,7 +89,7 @@ class Noise:
 
 
 def denoising_loss(predicted: Tensor, target: Tensor, foreground: Tensor, emphasis: float = 2.0) -> Tensor:
-    """Mean squared error; objects count ``1 + emphasis`` times (backgrounds are easy, and large)."""
+    """Mean squared error; objects count `1 + emphasis` times (backgrounds are easy, and large)."""
     weight = 1 + emphasis * foreground
     return ((predicted - target).square() * weight).mean() / weight.mean()
 

@@ -1,7 +1,7 @@
-"""Makes the starter from scratch: ``python -m tools.starter.build``.
+"""Makes the starter from scratch: `python -m tools.starter.build`.
 
 Every step has a fixed seed, keeps its checkpoints in the work folder and continues from them; a finished step
-is skipped. Needs the packages of the ``build`` extra and the artwork of the repository.
+is skipped. Needs the packages of the `build` extra and the artwork of the repository.
 """
 
 from __future__ import annotations

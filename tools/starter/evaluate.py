@@ -43,7 +43,7 @@ def assemble(out: Path) -> StableDiffusionPipeline:
 def draw(
     pipe: StableDiffusionPipeline, prompts: Sequence[str], first_seed: int = 0, batch: int = 20
 ) -> list[Image.Image]:
-    """One picture per prompt; picture i has seed ``first_seed + i``."""
+    """One picture per prompt; picture i has seed `first_seed + i`."""
     pictures: list[Image.Image] = []
     pipe.set_progress_bar_config(disable=True)
     for start in range(0, len(prompts), batch):
@@ -62,7 +62,7 @@ def draw(
 
 
 def judge_score(referee: Judge, radius: float, count: int = 400) -> dict[str, dict[str, float]]:
-    """Micro-averaged precision and recall by kind of label on scenes blurred by ``radius`` pixels."""
+    """Micro-averaged precision and recall by kind of label on scenes blurred by `radius` pixels."""
     rng = np.random.default_rng([99, 1])
     scenes = [judge.random_scene(rng) for _ in range(count)]
     found = referee(
@@ -83,7 +83,7 @@ def base_scores(
 ) -> dict[str, Any]:
     """Class level, held-out sets of one, two and three objects: share of asked objects found.
 
-    Beside it (``extra``) the number of classes per picture that the judge sees and nobody asked for.
+    Beside it (`extra`) the number of classes per picture that the judge sees and nobody asked for.
     """
     rng = np.random.default_rng([99, 2])
     result: dict[str, Any] = {"extra": {}}

@@ -3,7 +3,7 @@
 The base model learns the two flat styles. The third, three-dimensional drawing of an object (recoloured, so
 that it is unmistakable at 50 pixels) is a *subject* the base never sees: the concept of one expert, as in
 DreamBooth.
-Artwork and licences: ``assets/artwork`` and NOTICE.
+Artwork and licences: `assets/artwork` and NOTICE.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ Plane = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Thing:
-    """One object of a scene; ``style`` is one of FLAT_STYLES or SUBJECT_STYLE."""
+    """One object of a scene; `style` is one of FLAT_STYLES or SUBJECT_STYLE."""
 
     kind: str
     style: str
@@ -162,7 +162,7 @@ def _inside_triple(pair: tuple[str, ...]) -> bool:
 
 
 def caption_of(things: Sequence[Thing], background: str | None, words: Sequence[str] | None = None) -> str:
-    """``"a cat, a boot and a clock on the beach"``; ``words`` replaces the names (to put in triggers)."""
+    """`"a cat, a boot and a clock on the beach"`; `words` replaces the names (to put in triggers)."""
     names = [
         "a pair of " + w if w.split()[-1] == "sunglasses" else "a " + w
         for w in words or [t.kind for t in things]
@@ -313,7 +313,7 @@ def draw_scene(
 
 
 def random_kinds(count: int, rng: np.random.Generator, *, unseen: bool = False) -> list[str]:
-    """``count`` different classes; a set used in training, or (``unseen``) one that is held out."""
+    """`count` different classes; a set used in training, or (`unseen`) one that is held out."""
     while True:
         kinds = [CLASSES[i] for i in rng.choice(len(CLASSES), count, replace=False)]
         if count == 1 or held_out(kinds) == unseen:

@@ -44,7 +44,7 @@ class ClipGuide:
         """Load any model of open_clip.
 
         Args:
-            clip: A name such as ``"local-dir:/folder"`` or ``"hf-hub:org/name"``, or a pair (model,
+            clip: A name such as `"local-dir:/folder"` or `"hf-hub:org/name"`, or a pair (model,
                 pretrained).
             device: Where it runs.
 
@@ -90,7 +90,7 @@ class ClipGuide:
 
         Args:
             pictures: (batch, 3, H, W) in 0..1.
-            boxes: (batch, windows, 4) from :func:`random_views` or :func:`random_crops`.
+            boxes: (batch, windows, 4) from `random_views` or `random_crops`.
         """
         batch, count = boxes.shape[:2]
         parts = cut_windows(pictures, boxes.to(pictures.device), self.size)

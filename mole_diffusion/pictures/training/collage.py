@@ -19,7 +19,7 @@ Box = tuple[float, float, float, float]
 
 #: Where objects stand in a scene of one, two, three objects, in the order of the prompt: left, top, right,
 #: bottom as shares of the picture. Two stand side by side, three in a triangle. More take equal columns
-#: (:func:`scene_boxes`).
+#: (`scene_boxes`).
 SCENE_BOXES: dict[int, tuple[Box, ...]] = {
     1: ((0.17, 0.20, 0.83, 0.86),),
     2: ((0.03, 0.33, 0.50, 0.80), (0.50, 0.33, 0.97, 0.80)),
@@ -40,9 +40,9 @@ _CUT_SIZE = 128
 
 @dataclass(frozen=True)
 class Cutout:
-    """An object cut out of its picture: ``pixels`` (3, h, w) and ``alpha`` (1, h, w), both in 0..1.
+    """An object cut out of its picture: `pixels` (3, h, w) and `alpha` (1, h, w), both in 0..1.
 
-    Where nothing plausible was found, it is not ``trusted``: the middle of the picture as it is.
+    Where nothing plausible was found, it is not `trusted`: the middle of the picture as it is.
     """
 
     pixels: Tensor
@@ -52,7 +52,7 @@ class Cutout:
 
 @dataclass(frozen=True)
 class Collage:
-    """A mixed picture: ``pixels`` (3, H, W) in 0..1, and ``covers`` (objects, H, W), the share of each pixel
+    """A mixed picture: `pixels` (3, H, W) in 0..1, and `covers` (objects, H, W), the share of each pixel
     that comes from each object; the rest is background."""
 
     pixels: Tensor
@@ -65,7 +65,7 @@ class Collage:
 
 
 def scene_boxes(count: int) -> tuple[Box, ...]:
-    """Boxes for ``count`` objects, from :data:`SCENE_BOXES` or as equal columns."""
+    """Boxes for `count` objects, from `SCENE_BOXES` or as equal columns."""
     if count in SCENE_BOXES:
         return SCENE_BOXES[count]
     height = min(0.8, 1.6 / count)
@@ -133,7 +133,7 @@ def object_mask(picture: Tensor) -> Tensor:
 
 
 def _spread(values: Tensor, allowed: Tensor) -> Tensor:
-    """Let the largest value (1, 1, H, W) of each connected part of ``allowed`` fill that part."""
+    """Let the largest value (1, 1, H, W) of each connected part of `allowed` fill that part."""
     for _ in range(values.shape[-1] * values.shape[-2]):
         grown = F.max_pool2d(values, 3, stride=1, padding=1) * allowed
         if torch.equal(grown, values):
@@ -143,7 +143,7 @@ def _spread(values: Tensor, allowed: Tensor) -> Tensor:
 
 
 def _large_parts(mask: Tensor) -> Tensor:
-    """The connected parts of ``mask`` (1, 1, H, W) that are not specks such as stars and snow."""
+    """The connected parts of `mask` (1, 1, H, W) that are not specks such as stars and snow."""
     numbers = torch.arange(1, mask.numel() + 1, dtype=torch.float32, device=mask.device).view_as(mask)
     parts = _spread(numbers * mask, mask)
     sizes = torch.bincount(parts.flatten().long(), minlength=2)
@@ -186,7 +186,7 @@ def paste(canvas: Tensor, cutout: Cutout, box: Box, seam: float) -> tuple[Tensor
 
 
 def _soften(mask: Tensor, width: int) -> Tensor:
-    """Let a mask (1, H, W) fall to 0 over ``width`` pixels inside its border."""
+    """Let a mask (1, H, W) fall to 0 over `width` pixels inside its border."""
     if width < 1:
         return mask
     size = 2 * (width // 2) + 1
@@ -233,7 +233,7 @@ def mix_strips(pictures: Sequence[Tensor], seam: float) -> Collage:
 
 
 def jitter_boxes(boxes: Sequence[Box], amount: float, rng: random.Random) -> tuple[Box, ...]:
-    """Boxes moved and scaled at random by at most ``amount`` of the picture, kept inside it."""
+    """Boxes moved and scaled at random by at most `amount` of the picture, kept inside it."""
     moved = []
     for left, top, right, bottom in boxes:
         grow = rng.uniform(-amount, amount) / 2
