@@ -44,6 +44,7 @@ class Session:
         self._current_model = current_model
         self._texts_of = texts_of
         self._p: Any = None
+        self._said: set[str] = set()
         self._attachment: Any = None
         self.last_run: Any = None
 
@@ -55,6 +56,7 @@ class Session:
     def process(self, p: Any, args: Sequence[Any]) -> None:
         """A generation begins: take off what an interrupted one left, note the settings in the PNG info."""
         self.clear(p)
+        self._said.clear()
         try:
             settings = self._settings(p, args)
         except SettingsError as error:
@@ -211,9 +213,11 @@ class Session:
             # No UNet to speak through.
             self._say(p, message)
 
-    @staticmethod
-    def _say(p: Any, text: str) -> None:
-        """Below the picture where the host can do that, and in its log."""
+    def _say(self, p: Any, text: str) -> None:
+        """Below the picture where the host can do that, and in its log; once in a generation."""
+        if text in self._said:
+            return
+        self._said.add(text)
         logger.warning("%s", text)
         comment = getattr(p, "comment", None)
         if comment is not None:

@@ -145,9 +145,10 @@ class Auto:
             found.append(known.places[: len(row) - start])
             start += len(found[-1])
         if first is None:
-            return None
-        rest = found[0].new_zeros(len(row) - start, found[0].shape[1])
-        return KnownText(row, torch.cat([*found, rest]), first.prompt)
+            # Hosts put zeros in place of a negative prompt.
+            empty = bool(self.texts) and not bool(row.any())
+            return KnownText(row, _nothing(row, self.texts[-1]), prompt=False) if empty else None
+        return KnownText(row, torch.cat([*found, _nothing(row[start:], first)]), first.prompt)
 
     def _known(self, row: Tensor, *, cut: bool) -> KnownText | None:
         """What stands at the beginning of a text (L, d): the longest that is known, whole, and the nearest.
@@ -174,3 +175,8 @@ class Auto:
             self.texts.remove(best)
             self.texts.append(best)
         return best
+
+
+def _nothing(row: Tensor, like: KnownText) -> Tensor:
+    """(L, N) of a text (L, d) of which no token is anybody's."""
+    return like.places.new_zeros(len(row), like.places.shape[1])

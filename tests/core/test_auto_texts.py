@@ -50,6 +50,10 @@ def test_texts_are_known_whatever_a_host_put_behind_them() -> None:
         assert found is not None, case
         assert torch.equal(found.places, torch.cat(places)), case
     assert auto.recognise(torch.stack([empty, one]))[0] is None
+    (zeros,) = auto.recognise(torch.zeros(1, TEXT, WIDTH))
+    assert zeros is not None
+    assert zeros.prompt is False
+    assert not zeros.places.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
