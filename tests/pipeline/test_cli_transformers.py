@@ -196,7 +196,7 @@ def test_what_is_for_a_unet_is_said_in_a_sentence(model: Model, tmp_path: Path) 
     Image.new("RGB", (32, 32)).save(pictures / "1.png")
     result = run("train-expert", pictures, "a sks boot", "--model", model.folder)
     assert result.exit_code == 1, result.output
-    assert f"trained here on Stable Diffusion 1 and 2, and {model.cls.__name__} is none" in result.output
+    assert f"trained here on Stable Diffusion 1, 2 and XL, and {model.cls.__name__} is none" in result.output
     for method in ("textual_inversion", "custom_diffusion"):
         texts = ["--concept", "boot=a red boot|a boot", "--concept", "cat=a dull cat"]
         result = run("baseline", method, *model.options, *texts, "--out", tmp_path / method)

@@ -74,3 +74,31 @@ def test_from_single_file(model, xl_plain, xl_loaded, xl_lora_files, draw, tmp_p
     for name, path in xl_lora_files.items():
         ours.load_expert(path, name=name)
     torch.testing.assert_close(draw(ours), draw(xl_loaded), rtol=0, atol=0)
+
+
+def test_an_expert_is_trained_on_both_text_encoders(model, xl_components, xl_plain, draw, tmp_path) -> None:
+    """The file is an expert of the very networks, and diffusers draws the same with it."""
+    pictures, out = tmp_path / "pictures", tmp_path / "boot.safetensors"
+    pictures.mkdir()
+    for x in (4, 12):
+        picture = Image.new("RGB", (32, 32), (200, 220, 250))
+        picture.paste((220, 20, 30), (x, 8, x + 14, 22))
+        picture.save(pictures / f"{x}.png")
+    small = ["--steps", 12, "--batch", 2, "--rank", 2, "--rate", 0.02]
+    result = run("train-expert", pictures, "a red boot", "--model", model, *small, "--out", out, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["steps"] == 12
+    pipe = build(StableDiffusionXLMoLEPipeline, xl_components)
+    base = draw(pipe, "a red boot")
+    expert = pipe.load_expert(out)
+    assert set(expert.factors) == {"unet", "text_encoder", "text_encoder_2"}
+    assert not expert.report.ignored
+    # Every network has learnt; of the text encoders the last layer is not read.
+    learnt = {
+        part: max(float(f.up.abs().max()) for f in own.values()) for part, own in expert.factors.items()
+    }
+    assert min(learnt.values()) > 0, learnt
+    ours = draw(pipe, "a red boot")
+    assert (ours - base).abs().max() > 1e-3
+    xl_plain.load_lora_weights(out)
+    torch.testing.assert_close(draw(xl_plain, "a red boot"), ours, rtol=0, atol=1e-3)

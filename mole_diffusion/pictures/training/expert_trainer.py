@@ -28,9 +28,11 @@ from mole_diffusion.training.progress import HistoryRow, TrainingEvent
 from mole_diffusion.training.settings import LoopSettings, check, number, positive, whole
 from mole_diffusion.training.state import STATE_FILE, Preparation, frozen
 
+_OF_A_TEXT_ENCODER = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 TARGETS = {
     "unet": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"],
-    "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "text_encoder": _OF_A_TEXT_ENCODER,
+    "text_encoder_2": _OF_A_TEXT_ENCODER,
 }
 _ADAPTER = "new_expert"
 _DRAWN_AT_ONCE = 4
@@ -74,10 +76,10 @@ class ExpertTrainingConfig:
 
 
 class ExpertTrainer:
-    """Trains a LoRA on UNet and text encoder of a pipeline, which is afterwards as it was.
+    """Trains a LoRA on UNet and text encoders of a pipeline, which is afterwards as it was.
 
     Args:
-        pipe: a `StableDiffusionMoLEPipeline` without experts, in float32.
+        pipe: a `StableDiffusionMoLEPipeline` or `StableDiffusionXLMoLEPipeline` without experts, in float32.
         pictures: pictures of the subject; their centre is taken.
         text: phrase with the trigger word, e.g. "a sks dog".
         class_text: the same in the base's words, "a dog"; needed for prior preservation.
@@ -102,15 +104,11 @@ class ExpertTrainer:
             raise TrainingError(f"the pipeline has the experts {list(pipe.experts)}; train on the base alone")
         if UNET not in networks_of(pipe):
             raise TrainingError(
-                f"experts are trained here on Stable Diffusion 1 and 2, and {type(pipe).__name__} is none: "
-                "any program that trains LoRAs for it makes experts for it"
+                f"experts are trained here on Stable Diffusion 1, 2 and XL, and {type(pipe).__name__} is "
+                "none: any program that trains LoRAs for it makes experts for it"
             )
         if hasattr(pipe.unet, "peft_config"):
             raise TrainingError("the pipeline has LoRAs loaded; unload_lora_weights() first")
-        if getattr(pipe, "text_encoder_2", None) is not None:
-            raise TrainingError(
-                "SDXL has two text encoders; experts are trained here on Stable Diffusion 1 and 2"
-            )
         if not pictures or not text.strip():
             raise ConfigError(
                 f"{len(pictures)} pictures of {text!r}; needed are pictures, and words for them"
@@ -149,7 +147,7 @@ class ExpertTrainer:
         check_writable(out.parent)
         preparation = Preparation(folder, self._facts())
         everything = self._denoiser.networks
-        networks = {part: everything[part] for part in TARGETS}
+        networks = {part: everything[part] for part in TARGETS if part in everything}
         going_on = not fresh and (folder / STATE_FILE).is_file()
         with frozen(everything.values()), self._adapters(networks):
             factors = {
@@ -192,7 +190,7 @@ class ExpertTrainer:
 
     @contextmanager
     def _adapters(self, networks: Mapping[str, Any]) -> Iterator[None]:
-        """Fresh LoRA factors on both networks inside the `with` block."""
+        """Fresh LoRA factors on the networks inside the `with` block."""
         rank = self.config.rank
         try:
             with torch.random.fork_rng():
