@@ -81,7 +81,7 @@ class ComposeRequest:
         rules.number(0, 50).check("guidance", self.guidance)
         rules.whole(1, MAX_COUNT).check("pictures", self.count)
         rules.number(0, 1, above=True).check("denoising", self.denoising)
-        rules.Rule("word", words=tuple(SAMPLERS)).check("sampler", self.sampler, absent="")
+        rules.word(tuple(SAMPLERS)).check("sampler", self.sampler, absent="")
         if self.image is not None and int(self.steps * self.denoising) < 1:
             raise ConfigError(
                 f"{self.steps} steps of which {self.denoising:g} are drawn anew are none: raise one of both"

@@ -55,7 +55,7 @@ class AutoSettings:
 
     def __post_init__(self) -> None:
         for name, rule in _ALLOWED.items():
-            rule.check(name, getattr(self, name))
+            rule.demand(name, getattr(self, name))
 
 
 @dataclass(eq=False)

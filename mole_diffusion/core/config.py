@@ -9,12 +9,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from .errors import ConfigError
+from .rules import FLAG, number, word
 
 GRANULARITIES = ("matrix", "layer", "block", "network")
 GATE_INPUTS = ("experts", "own", "hidden")
 POOLINGS = ("mean", "token", "flatten")
 COMPOSITIONS = ("delta", "output")
 GATE_FUNCTIONS = ("softmax", "sigmoid")
+_ALLOWED = {
+    "granularity": word(GRANULARITIES),
+    "gate_input": word(GATE_INPUTS),
+    "pooling": word(POOLINGS),
+    "composition": word(COMPOSITIONS),
+    "gate_function": word(GATE_FUNCTIONS),
+    **dict.fromkeys(("temperature", "strength", "text_strength"), number(0, math.inf, above=True)),
+    **dict.fromkeys(("timestep", "learn_temperature", "learn_strength"), FLAG),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,25 +68,8 @@ class MoLEConfig:
     learn_strength: bool = True
 
     def __post_init__(self) -> None:
-        for field, allowed in (
-            ("granularity", GRANULARITIES),
-            ("gate_input", GATE_INPUTS),
-            ("pooling", POOLINGS),
-            ("composition", COMPOSITIONS),
-            ("gate_function", GATE_FUNCTIONS),
-        ):
-            value = getattr(self, field)
-            if value not in allowed:
-                raise ConfigError(f"{field}={value!r} is not allowed; choose one of {', '.join(allowed)}.")
-        for field in ("temperature", "strength", "text_strength"):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ConfigError(f"{field}={value!r} is not a number.")
-            if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"{field}={value!r} is not allowed; it must be a finite number above 0.")
-        for field in ("timestep", "learn_temperature", "learn_strength"):
-            if not isinstance(getattr(self, field), bool):
-                raise ConfigError(f"{field}={getattr(self, field)!r} is not allowed; choose True or False.")
+        for name, rule in _ALLOWED.items():
+            rule.demand(name, getattr(self, name))
         if self.granularity == "network" and self.pooling == "token":
             raise ConfigError(
                 "granularity='network' does not go with pooling='token': the blocks of a network have "

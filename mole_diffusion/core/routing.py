@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -14,10 +15,16 @@ from torch import Tensor
 
 from .errors import ConfigError
 from .factors import LoraFactors
+from .rules import number, whole, word
 
 ROUTES = ("arrow", "energy")
 KEYS = "keys"
 LARGEST = "largest"
+_ALLOWED = {
+    "kind": word((*ROUTES, KEYS, LARGEST)),
+    "top_k": whole(),
+    "temperature": number(0, math.inf, above=True),
+}
 # K-LoRA's alpha and beta: how the score of styles grows.
 _GROWTH, _START = 1.5, 0.5
 
@@ -50,16 +57,10 @@ class Route:
     growing: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
-        allowed = (*ROUTES, KEYS, LARGEST)
-        if self.kind not in allowed:
-            raise ConfigError(f"kind={self.kind!r} is not allowed; choose one of {', '.join(allowed)}.")
+        for name, rule in _ALLOWED.items():
+            rule.demand(name, getattr(self, name))
         if (self.kind == KEYS) != (self.keys is not None):
             raise ConfigError(f"kind={self.kind!r} {'needs' if self.kind == KEYS else 'has no'} keys.")
-        if self.top_k < 1 or not self.temperature > 0:
-            raise ConfigError(
-                f"top_k={self.top_k!r} and temperature={self.temperature!r}: the one must be at least 1, "
-                "the other above 0."
-            )
 
     def factors(self, factors: Mapping[int, LoraFactors]) -> Tensor:
         """What scores z: w of (R,) with |w . z| for "arrow", C (R, R) with |z C| for "energy"; float32.

@@ -12,7 +12,7 @@ from .errors import ConfigError
 
 @dataclass(frozen=True)
 class Rule:
-    """What a setting may be: a number of a range, one of some words, or yes and no.
+    """What a setting may be: a finite number of a range, one of some words, or yes and no.
 
     Attributes:
         kind: "whole", "number", "word" or "flag".
@@ -35,7 +35,7 @@ class Rule:
         if self.kind == "word":
             return isinstance(value, str) and value in self.words
         numbers = int if self.kind == "whole" else (int, float)
-        if isinstance(value, bool) or not isinstance(value, numbers):
+        if isinstance(value, bool) or not isinstance(value, numbers) or value in (math.inf, -math.inf):
             return False
         return (value > self.low if self.above else value >= self.low) and value <= self.high
 
@@ -53,6 +53,19 @@ class Rule:
     def refusal(self, name: str, value: Any) -> ConfigError:
         """The error of a value that may not be set; the setting is called `name`."""
         return ConfigError(f"{name} is {value!r}; allowed are {self.allowed}")
+
+    def demand(self, name: str, value: Any) -> None:
+        """Check a value that has to be there.
+
+        Args:
+            name: what users call the setting.
+            value: what was given.
+
+        Raises:
+            ConfigError: it may not be set.
+        """
+        if not self.allows(value):
+            raise self.refusal(name, value)
 
     def check(self, name: str, value: Any, *, absent: Any = None) -> None:
         """Check a value.
@@ -76,6 +89,15 @@ def whole(low: float = 1, high: float = math.inf) -> Rule:
 def number(low: float, high: float, *, above: bool = False) -> Rule:
     """Numbers from `low`, or above it, to `high`."""
     return Rule("number", low, high, above=above)
+
+
+def word(words: tuple[str, ...]) -> Rule:
+    """One of some words."""
+    return Rule("word", words=words)
+
+
+#: Yes or no.
+FLAG = Rule("flag")
 
 
 def quoted(values: Iterable[str]) -> str:

@@ -115,6 +115,9 @@ def test_each_row_of_a_batch_shows_one_picture() -> None:
 def test_settings_out_of_range_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"sharpness is 0; allowed are numbers above 0"):
         AutoSettings(sharpness=0)
+    for value in (float("inf"), float("nan"), None):
+        with pytest.raises(ConfigError, match=rf"sharpness is {value}; allowed are numbers above 0"):
+            AutoSettings(sharpness=value)
     with pytest.raises(ConfigError, match=r"until is 2; allowed are numbers from 0 to 1"):
         AutoSettings(until=2)
 

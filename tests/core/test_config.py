@@ -14,15 +14,15 @@ from mole_diffusion.core import errors
     [
         (
             {"granularity": "level"},
-            "granularity='level' is not allowed; choose one of matrix, layer, block, network.",
+            "granularity is 'level'; allowed are 'matrix', 'layer', 'block', 'network'",
         ),
-        ({"gate_input": "x"}, "gate_input='x' is not allowed; choose one of experts, own, hidden."),
-        ({"pooling": "max"}, "pooling='max' is not allowed; choose one of mean, token, flatten."),
-        ({"composition": "sum"}, "composition='sum' is not allowed; choose one of delta, output."),
-        ({"temperature": 0}, "temperature=0 is not allowed; it must be a finite number above 0."),
-        ({"strength": float("inf")}, "strength=inf is not allowed; it must be a finite number above 0."),
-        ({"strength": "1"}, "strength='1' is not a number."),
-        ({"learn_strength": 1}, "learn_strength=1 is not allowed; choose True or False."),
+        ({"gate_input": "x"}, "gate_input is 'x'; allowed are 'experts', 'own', 'hidden'"),
+        ({"pooling": "max"}, "pooling is 'max'; allowed are 'mean', 'token', 'flatten'"),
+        ({"composition": "sum"}, "composition is 'sum'; allowed are 'delta', 'output'"),
+        ({"temperature": 0}, "temperature is 0; allowed are numbers above 0"),
+        ({"strength": float("inf")}, "strength is inf; allowed are numbers above 0"),
+        ({"strength": "1"}, "strength is '1'; allowed are numbers above 0"),
+        ({"learn_strength": 1}, "learn_strength is 1; allowed are True and False"),
         ({"granularity": "network"}, "granularity='network' does not go with pooling='token': the blocks"),
         (
             {"granularity": "matrix", "composition": "output"},
