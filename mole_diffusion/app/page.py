@@ -46,16 +46,17 @@ def controls(session: Session) -> dict[str, Any]:
     return {**found, "prompt": found["prompt"] or suggested_prompt(session)}
 
 
-def take(session: Session, held: Mapping[str, Any], shown: Any) -> None:
+def take(session: Session, held: Mapping[str, Any], shown: Any, **more: Any) -> None:
     """What the controls and tiles hold is the page's state from now on.
 
     Args:
         session: whose.
         held: by the names of `FIRST`.
         shown: the tiles' value.
+        more: what else is known of the page now; all of it is written down at once.
     """
     kept = {name: value for name, value in held.items() if name in FIRST and value is not None}
-    session.set_page(**kept, tiles=tiles.read(shown))
+    session.set_page(**kept, **more, tiles=tiles.read(shown))
 
 
 def suggested_prompt(session: Session) -> str:

@@ -138,8 +138,7 @@ class ComposeTab(ComposeLayout):
         """Keep what the controls hold, and say what the prompt does not name."""
         session = show.session_of(self.studio, request)
         held = dict(zip(self._controls, values, strict=True))
-        page.take(session, held, mix)
-        session.set_page(stamps=browser.stamps(session, "page", stamp))
+        page.take(session, held, mix, stamps=browser.stamps(session, "page", stamp))
         prompt = str(held["prompt"] or "")
         return _named(session, prompt, mix)
 
@@ -182,8 +181,7 @@ class ComposeTab(ComposeLayout):
         painted = regions.kept(canvas, session.page.get("regions"))
         wanted = self._request(session, held, mix, painted, image)
         beside = held["beside"] and wanted.mixture != "nla"
-        page.take(session, held, mix)
-        session.set_page(regions=painted)
+        page.take(session, held, mix, regions=painted)
         work = compose(self.studio, session, wanted, [wanted.mixture, *(["nla"] if beside else [])])
         job = self.studio.submit(session, "compose", work)
         async for update in self._follow(session, job):
