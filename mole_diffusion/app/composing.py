@@ -28,6 +28,8 @@ from mole_diffusion.starter.location import GUIDANCE
 
 #: Previews may take this share of the time of drawing.
 _PREVIEW_SHARE = 0.2
+#: Axes of latents as pictures: batch, channels, height, width.
+_PLAIN = 4
 MAX_STEPS = 150
 MAX_SIDE = 2048
 MAX_COUNT = 16
@@ -181,7 +183,9 @@ def step_callback(pipe: Any, job: Job, steps: int, first: int, total: int, note:
         nonlocal spent
         job.check()
         preview, now = None, time.monotonic()
-        if step + 1 < steps and spent <= (now - started) * _PREVIEW_SHARE:
+        # Packed latents do not say which proportions they have: these models show no previews.
+        plain = values["latents"].dim() == _PLAIN
+        if plain and step + 1 < steps and spent <= (now - started) * _PREVIEW_SHARE:
             preview = decode(pipe, values["latents"])
             spent += time.monotonic() - now
         job.report(first + step + 1, total, note, preview=preview)

@@ -17,7 +17,7 @@ from mole_diffusion.app.session import Session
 from mole_diffusion.app.setup import STARTER, Setup
 from mole_diffusion.core.bases import base_of_networks
 from mole_diffusion.core.errors import ConfigError
-from mole_diffusion.core.networks.unet import UNET
+from mole_diffusion.pictures.components import networks_of
 from mole_diffusion.pictures.denoisers import denoiser_of
 from mole_diffusion.pictures.opening import open_base, pick_device
 
@@ -142,10 +142,10 @@ class Studio:
         base = self._bases.get(model)
         if base is None:
             return None
-        unet: Any = denoiser_of(base).network
-        width = unet.config.cross_attention_dim
+        network: Any = denoiser_of(base).network
+        width = network.config.get("cross_attention_dim")
         return {
-            "base": str(base_of_networks({UNET: unet}) or "an unknown base"),
+            "base": str(base_of_networks(networks_of(base)) or "an unknown base"),
             "width": width if isinstance(width, int) else None,
             "prediction": base.scheduler.config.get("prediction_type"),
         }

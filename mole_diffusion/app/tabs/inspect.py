@@ -21,7 +21,12 @@ from mole_diffusion.pictures.files import open_picture
 from mole_diffusion.training.heat_map import gate_heat_map
 
 _PRIVATE: dict[str, Any] = {"api_visibility": "private"}
-_NETWORKS = {"UNet": "unet", "Text encoder": "text_encoder", "Second text encoder": "text_encoder_2"}
+_NETWORKS = {
+    "UNet": "unet",
+    "Text encoder": "text_encoder",
+    "Second text encoder": "text_encoder_2",
+    "Transformer": "transformer",
+}
 #: Readable on light and on dark ground.
 _INK, _GREY = "#8a8379", (138, 131, 121)
 _EMPTY = markup.html(
