@@ -143,15 +143,21 @@ def test_interrupt(host: Host) -> None:
     before = draw(host)[0]
 
     def stop() -> None:
-        time.sleep(4)
+        # Once it draws, however long the machine takes to get there.
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline:
+            _, shown = host.call("/sdapi/v1/progress?skip_current_image=true")
+            if shown["state"]["job_count"] > 0 and shown["state"]["sampling_step"] > 0:
+                break
+            time.sleep(0.2)
         host.call("/sdapi/v1/interrupt", {})
 
     thread = threading.Thread(target=stop)
     thread.start()
-    start = time.monotonic()
-    draw(host, TWO, steps=60)
+    draw(host, TWO, steps=150)
     thread.join()
-    assert time.monotonic() - start < 60
+    _, shown = host.call("/sdapi/v1/progress?skip_current_image=true")
+    assert shown["state"]["interrupted"]
     assert draw(host)[0] == before
 
 
