@@ -15,11 +15,11 @@ from PIL import Image
 
 from mole_diffusion.app.metadata import mask_from_text, mask_to_text
 from mole_diffusion.app.session import Session
-from mole_diffusion.app.theme import script
+from mole_diffusion.app.theme import static
 from mole_diffusion.core.errors import ConfigError, MoLEError
 from mole_diffusion.pictures.files import open_picture
 
-#: Side in pixels of what is painted.
+#: Side in pixels of what is painted, in the sheet's page and program too.
 CANVAS = 512
 # Less paint than this share of the sheet is a slip of the brush.
 _LEAST_SHARE = 0.002
@@ -27,17 +27,6 @@ _LEAST_SHARE = 0.002
 _MOST = 64
 #: Base64 of a mask as the sheet sends it; noise would be longer.
 _LONGEST = 64 * 2**10
-# Without any value in it: what a template is given becomes part of a program.
-_TEMPLATE = f"""
-<div class="painter">
-<div class="painter-tools" role="radiogroup" aria-label="Paint for"></div>
-<div class="painter-line">
-<label>Brush <input type="range" min="8" max="160" value="60" aria-label="Size of the brush"></label>
-<button type="button" class="painter-undo" disabled>Undo</button>
-</div>
-<canvas width="{CANVAS}" height="{CANVAS}" role="img" aria-label="Sheet to paint regions on"></canvas>
-</div>
-"""
 
 
 def sheet() -> gr.HTML:
@@ -47,8 +36,8 @@ def sheet() -> gr.HTML:
     """
     return gr.HTML(
         value=[],
-        html_template=_TEMPLATE,
-        js_on_load=script("regions.js"),
+        html_template=static("regions.html"),
+        js_on_load=static("regions.js"),
         apply_default_css=False,
         elem_id="canvas",
         **_surroundings(None),

@@ -40,8 +40,8 @@ _CLAY = colors.Color(
 )
 
 
-def script(name: str) -> str:
-    """A component's program, for `gr.HTML(js_on_load=...)`."""
+def static(name: str) -> str:
+    """A component's program or template, for `gr.HTML`; values that were put into it would be part of it."""
     return (_STATIC / name).read_text(encoding="utf-8")
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mole_diffusion.app.session import Session
 from mole_diffusion.app.setup import ExpertCard
-from mole_diffusion.app.theme import script
+from mole_diffusion.app.theme import static
 from mole_diffusion.core import rules
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.pictures.files import open_picture
@@ -32,7 +32,7 @@ def tiles(caption: str, elem_id: str) -> gr.HTML:
     return gr.HTML(
         value=[],
         html_template=_TEMPLATE,
-        js_on_load=script("tiles.js"),
+        js_on_load=static("tiles.js"),
         apply_default_css=False,
         caption=caption,
         elem_id=elem_id,
