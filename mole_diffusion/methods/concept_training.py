@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -163,9 +162,7 @@ class ConceptTrainer:
             {str(i): parameter for i, parameter in enumerate(parameters)},
             lambda tensors: torch.optim.Adam(tensors, lr=recipe.rate),
         )
-        settings = LoopSettings(
-            iterations=recipe.steps, seed=recipe.seed, gradient_clip=math.inf, progress=False
-        )
+        settings = LoopSettings(iterations=recipe.steps, seed=recipe.seed, gradient_clip=0, progress=False)
         objective = _ConceptObjective(self, engaged, pictures, prior)
         with torch.enable_grad():
             history = TrainingLoop(objective, learner, settings).run().history

@@ -195,7 +195,8 @@ class TrainingLoop:
             raise TrainingError(f"the loss is {loss} in iteration {iteration + 1}: {terms.parts}")
         terms.loss.backward()  # type: ignore[no-untyped-call]
         if terms.update:
-            nn.utils.clip_grad_norm_(run.parameters, self._settings.gradient_clip)
+            if self._settings.gradient_clip:
+                nn.utils.clip_grad_norm_(run.parameters, self._settings.gradient_clip)
             run.optimiser.step()
             run.optimiser.zero_grad(set_to_none=True)
         return LossTerms(terms.loss.detach(), terms.parts, terms.update)

@@ -85,7 +85,7 @@ class LoopSettings:
     Args:
         iterations: Number of iterations.
         schedule: `"cosine"` (down to zero at the last iteration) or `"constant"`.
-        gradient_clip: Largest norm of the gradient of everything that is trained together.
+        gradient_clip: Largest norm of the gradient of all that is trained together; 0 leaves it as it is.
         seed: Seed of everything that is drawn.
         checkpoint_every: Iterations between checkpoints, written where the trainer has a folder.
         preview_every: Iterations between previews; 0 makes none.
@@ -97,7 +97,7 @@ class LoopSettings:
 
     iterations: int = whole(400)
     schedule: Literal["cosine", "constant"] = choice("cosine", "constant")
-    gradient_clip: float = positive(1.0)
+    gradient_clip: float = number(1.0)
     seed: int = whole(0, None)
     checkpoint_every: int = whole(50)
     preview_every: int = whole(0, 0)

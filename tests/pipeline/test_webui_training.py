@@ -72,7 +72,7 @@ def test_train_cancel_go_on_inspect_and_export(tab: Any) -> None:
     assert any("of 24 iterations" in update[0] and " left." in update[0] for update in shown)
     assert any("<polyline" in update[1] for update in shown)
     assert any(isinstance(update[2], Image.Image) for update in shown)
-    assert tab._library.gates() == ["uniform"]
+    assert tab._library.gates_files() == []
     done = len(job.history())
     assert 3 <= done < 24
 
@@ -80,7 +80,7 @@ def test_train_cancel_go_on_inspect_and_export(tab: Any) -> None:
     rows = training_tab.bench.get(training_tab.TRAIN).history()
     assert [row["iteration"] for row in rows] == list(range(1, 25))
     # The result is in the picker, and is what the trainer wrote.
-    assert tab._library.gates() == ["uniform", "boot+cat"]
+    assert tab._library.gates_files() == ["boot+cat"]
     header = read_gates_header(tab._library.gates_path("boot+cat"))
     assert header.expert_names("unet") == ("boot", "cat")
     assert tab._library.experts_of("boot+cat") == ["boot", "cat"]
@@ -127,7 +127,7 @@ def test_a_training_that_fails_says_why_and_one_runs_at_a_time(tab: Any) -> None
     status, _, _, log = _last(tab.train(*arguments(tab, 5, concepts="boot = a boot\nbird = a bird")))
     assert "It failed; the log says why" in status
     assert "Unknown expert 'bird'" in log
-    assert tab._library.gates() == ["uniform"]
+    assert tab._library.gates_files() == []
 
 
 @pytest.mark.parametrize(

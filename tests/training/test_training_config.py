@@ -20,7 +20,7 @@ from mole_diffusion.pictures.training.tasks import Both, Clip, ClipWalk, Collage
         ({"iterations": 0}, "iterations is 0; allowed are whole numbers from 1"),
         ({"batch_size": 1.5}, "batch_size is 1.5; allowed are whole numbers from 1"),
         ({"gate_lr": 0}, "gate_lr is 0; allowed are numbers above 0"),
-        ({"gradient_clip": float("nan")}, "gradient_clip is nan; allowed are numbers above 0"),
+        ({"gradient_clip": float("nan")}, "gradient_clip is nan; allowed are numbers from 0"),
         ({"alpha": -1}, "alpha is -1; allowed are numbers from 0"),
         ({"seam": 2}, "seam is 2; allowed are numbers from 0 to 1"),
         ({"resolution": 100}, "resolution is 100; allowed are multiples of 8"),
