@@ -16,6 +16,8 @@ import psutil
 from gradio_client import Client
 from gradio_client.client import Job as Call
 
+#: Seconds that a visitor waits for the page itself.
+_PATIENCE = 120
 EXPERTS = ("boot", "monster", "clock", "cat", "dog", "robot", "teapot", "sneaker", "wolf", "car")
 
 
@@ -101,7 +103,8 @@ class Record:
 def visiting(url: str) -> Iterator[Client]:
     """A program of its own, with a session of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        client = Client(url, verbose=False, download_files=folder)
+        # Fifty that come at once share a processor or two: the first answer may take a while.
+        client = Client(url, verbose=False, download_files=folder, httpx_kwargs={"timeout": _PATIENCE})
         try:
             yield client
         finally:
@@ -110,6 +113,14 @@ def visiting(url: str) -> Iterator[Client]:
 
 def visit(url: str, record: Record, draws: random.Random, kinds: int, burst: int, until: float) -> None:
     """Calls in bursts, each without waiting for the one before, until the time is up; one burst at least."""
+    try:
+        _visit(url, record, draws, kinds, burst, until)
+    except Exception as error:
+        with record.lock:
+            record.refused.append(f"a visitor was turned away: {type(error).__name__}: {error}")
+
+
+def _visit(url: str, record: Record, draws: random.Random, kinds: int, burst: int, until: float) -> None:
     while True:
         with visiting(url) as client:
             for _ in range(4):
