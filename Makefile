@@ -107,11 +107,13 @@ define make-venv
   echo "'$(PYTHON) -m venv' failed. On Debian and Ubuntu: apt-get install python3-venv, then try again." >&2; exit 1; }
 endef
 
-# The build backend is locked too, so nothing is fetched past the lock.
+# The build backend is locked too, so nothing is fetched past the lock. Compiled on all cores, which pip does not;
+# some packages bring templates that are no Python.
 $(STAMP): pyproject.toml requirements.lock
 	$(call make-venv,$(VENV))
 	@echo "Installing into $(VENV); PyTorch is large, the first time takes minutes ..."
-	@$(PY) $(PIP) --requirement requirements.lock
+	@$(PY) $(PIP) --no-compile --requirement requirements.lock
+	@$(PY) -m compileall -qq -j 0 $(VENV)/lib || true
 	@$(PY) $(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 

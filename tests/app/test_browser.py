@@ -411,7 +411,7 @@ def test_two_visitors_do_not_see_each_others_experts(visit: Any) -> None:
     assert second.page.locator("#library input[data-tile='dog 2']").count() == 0
 
 
-@pytest.mark.parametrize(("width", "dark"), [(390, False), (1440, True)])
+@pytest.mark.parametrize(("width", "dark"), [(390, True), pytest.param(1440, False, marks=pytest.mark.slow)])
 def test_every_tab_fits_and_every_control_has_a_name(visit: Any, width: int, dark: bool) -> None:
     visitor = visit(width=width, height=844, dark=dark)
     for name in TABS:

@@ -69,7 +69,13 @@ CHOICES: dict[str, tuple[MoLEConfig, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", CHOICES)
+#: Those that a graph must tell apart the most; each compiles for seconds.
+QUICK = ("gates", "means and time", "regions")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CHOICES]
+)
 def test_equal_blocks_share_a_graph(name: str) -> None:
     """From the first forward on, and the second one finds all that it needs."""
     config, choice = CHOICES[name]

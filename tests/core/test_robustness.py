@@ -113,7 +113,7 @@ def test_checkpointing_two_forwards_where_it_cannot_work_says_so(unet: nn.Module
 
 @pytest.mark.parametrize(
     "form",
-    [FORMS[2], *(pytest.param(form, marks=pytest.mark.slow) for form in (FORMS[6], FORMS[7]))],
+    [pytest.param(form, marks=pytest.mark.slow) for form in (FORMS[2], FORMS[6], FORMS[7])],
     ids=form_id,
 )
 def test_a_compiled_text_encoder_gives_the_same_output(form: MoLEConfig, clip: nn.Module) -> None:
