@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mole_diffusion.core.errors import TrainingError
 from mole_diffusion.pictures.denoiser import Condition
+from mole_diffusion.pictures.flow_matching import FlowMatching
 
 from .binding import text_encoders_of
 from .native_model import PLAIN_ATTENTION, CopiedModel, copied, free_inputs, plain_attention
@@ -64,7 +65,7 @@ class _Text:
     pooled: Tensor
 
 
-class FlowDenoiser(CopiedModel):
+class FlowDenoiser(FlowMatching, CopiedModel):
     """Copies of a MODEL around a transformer as a `mole_diffusion.pictures.denoiser.Denoiser`.
 
     The network keeps the type of its weights, and language models are ComfyUI's own, which nobody changes:
@@ -212,28 +213,11 @@ class FlowDenoiser(CopiedModel):
         velocity: Tensor = self._base._apply_model(framed, times, transformer_options=options, **given)
         return self._unframed(velocity)
 
-    def random_times(self, count: int, draws: torch.Generator) -> Tensor:
-        """Shares of noise as models are trained: all equally likely before a fixed shift."""
-        return self._shifted(torch.rand(count, generator=draws))
-
-    def times_at(self, shares: Tensor) -> Tensor:
-        """Shares of noise at shares of the schedule."""
-        return self._shifted(shares.float())
-
-    def _shifted(self, times: Tensor) -> Tensor:
-        # FLUX's depends on the picture's size, so it belongs to drawing and not to training.
+    @property
+    def fixed_shift(self) -> float:
+        """See `FlowMatching.fixed_shift`: FLUX's depends on the size."""
         discrete = isinstance(self._sampling, comfy.model_sampling.ModelSamplingDiscreteFlow)
-        shift = float(self._sampling.shift) if discrete else 1.0
-        return shift * times / (1 + (shift - 1) * times)
-
-    def noisy(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """See `Denoiser.noisy`."""
-        share = times.to(latents).view(-1, 1, 1, 1)
-        return (1 - share) * latents + share * noise
-
-    def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """The velocity from the picture to the noise."""
-        return noise - latents
+        return float(self._sampling.shift) if discrete else 1.0
 
     def schedule(self, steps: int) -> Tensor:
         """See `Denoiser.schedule`; ComfyUI's "simple" one."""

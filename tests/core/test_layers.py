@@ -27,6 +27,7 @@ HOSTS = {
         "training",
         "pictures.training",
         "pictures.denoiser",
+        "pictures.flow_matching",
         "pictures.files",
     ),
     "webui_extension": ("core",),

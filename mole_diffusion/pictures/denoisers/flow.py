@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from mole_diffusion.core.errors import TrainingError
 from mole_diffusion.pictures.denoiser import Condition, Replay
 from mole_diffusion.pictures.denoisers.pipeline import PipelineDenoiser
+from mole_diffusion.pictures.flow_matching import FlowMatching
 
 
-class FlowDenoiser(PipelineDenoiser, ABC):
+class FlowDenoiser(FlowMatching, PipelineDenoiser, ABC):
     """A pipeline around a transformer as a `Denoiser`; what its family is told stands in a subclass.
 
     Args:
@@ -93,28 +93,11 @@ class FlowDenoiser(PipelineDenoiser, ABC):
         """See `DiffusionDenoiser.replay`; as recorded, where experts change no text encoder."""
         return dict
 
-    def random_times(self, count: int, draws: torch.Generator) -> Tensor:
-        """Shares of noise as models are trained: all equally likely before the scheduler's fixed shift."""
-        return self._shifted(torch.rand(count, generator=draws))
-
-    def times_at(self, shares: Tensor) -> Tensor:
-        """Shares of noise at shares of the schedule."""
-        return self._shifted(shares.float())
-
-    def _shifted(self, times: Tensor) -> Tensor:
+    @property
+    def fixed_shift(self) -> float:
+        """See `FlowMatching.fixed_shift`."""
         config = self._pipe.scheduler.config
-        # Where the shift depends on the picture's size, it belongs to drawing and not to training.
-        shift = 1.0 if config.get("use_dynamic_shifting") else float(config.shift)
-        return shift * times / (1 + (shift - 1) * times)
-
-    def noisy(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """See `Denoiser.noisy`."""
-        share = times.to(latents).view(-1, 1, 1, 1)
-        return (1 - share) * latents + share * noise
-
-    def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """The velocity from the picture to the noise."""
-        return noise - latents
+        return 1.0 if config.get("use_dynamic_shifting") else float(config.shift)
 
     def schedule(self, steps: int) -> Tensor:
         """See `Denoiser.schedule`; as the pipeline has it for pictures of this size."""
