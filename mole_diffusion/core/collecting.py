@@ -49,7 +49,7 @@ class Collector:
         self.table = table
         self.alphas = alphas
         self.factors: dict[str, dict[str, LoraFactors]] = {}
-        self.architectures: dict[str, str] = {}
+        self._kinds: dict[str, Counter[str]] = {}
         self.provisional: dict[str, dict[str, str]] = {}
         self.embeddings: dict[str, dict[str, Tensor]] = {}
         self.errors: dict[str, float] = {}
@@ -68,6 +68,11 @@ class Collector:
             for module, roles in table.modules.items():
                 self._add(module, roles, table.meanings[module])
         self._note()
+
+    @property
+    def architectures(self) -> dict[str, str]:
+        """Slot -> name of the kind of network that most of its names were read by."""
+        return {network: kinds.most_common(1)[0][0] for network, kinds in self._kinds.items()}
 
     def compress(self, rank: int) -> None:
         """Bring all deltas to `rank` at most.
@@ -107,7 +112,7 @@ class Collector:
                 raise ExpertLoadError(f"{module!r} fuses several matrices: {error}.") from error
             if place.provisional:
                 self.provisional.setdefault(network, {})[place.matrix] = meaning.flat
-        self.architectures[network] = str(meaning.architecture)
+        self._kinds.setdefault(network, Counter())[str(meaning.architecture)] += 1
 
     def _scaling(
         self, module: str, roles: Mapping[str, str], meaning: ParsedKey, tensors: Mapping[str, Tensor]

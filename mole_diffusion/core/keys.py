@@ -112,15 +112,11 @@ def _readings(module: str) -> list[_Reading]:
     name = _flat(module)
     # What begins as a prefix may be the beginning of a name itself.
     bare = ((architecture, architecture.slots[0], name) for architecture in architectures())
-    for asked in (readers(name), bare):
-        known = [
-            _Reading(architecture, slot, flat, places)
-            for architecture, slot, flat in asked
-            if (places := architecture.read(flat))
-        ]
-        if known:
-            return known
-    return []
+    known: dict[str, _Reading] = {}
+    for architecture, slot, flat in (*readers(name), *bare):
+        if architecture.name not in known and (places := architecture.read(flat)):
+            known[architecture.name] = _Reading(architecture, slot, flat, places)
+    return list(known.values())
 
 
 def _sizes(

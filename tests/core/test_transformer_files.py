@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from mole_diffusion import Expert, InjectionError, MoLEConfig, inject, load_expert
 from mole_diffusion.core.bases import base_of_expert
 from mole_diffusion.core.inspection import describe_file
+from mole_diffusion.core.keys import parse_keys
 from mole_diffusion.core.networks import map_network
 
 from .test_invariants import assert_close, differs
@@ -188,6 +189,25 @@ def test_every_key_is_used_and_every_delta_is_right(writer: str, tmp_path: Path)
     told = describe_file(tmp_path / "dog.safetensors")
     assert told.facts["base"] == "FLUX.1"
     assert told.facts["dialect"]
+
+
+@pytest.mark.parametrize("made", [make_flux, make_chroma, make_flux2, make_qwen_image, make_z_image])
+def test_the_order_of_a_files_keys_tells_nothing(made: Callable[[], nn.Module]) -> None:
+    for writer in ("PEFT", "DiffSynth", "diffusers"):
+        state, _ = write(made(), WRITERS[writer])
+        expected = base_of_expert(Expert.from_state_dict(state, name="dog"))
+        kinds = {parsed.architecture for parsed in parse_keys(state, _shapes(state)).values()}
+        assert len(kinds) == 1
+        for key in state:
+            last = {**{other: state[other] for other in state if other != key}, key: state[key]}
+            parsed = parse_keys(last, _shapes(last))
+            assert {one.architecture for one in parsed.values()} == kinds
+        backwards = dict(reversed(state.items()))
+        assert base_of_expert(Expert.from_state_dict(backwards, name="dog")) == expected
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in state.items()}
 
 
 def qkv(kind: str, draws: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
