@@ -91,9 +91,24 @@ def _writable(out: Path | None, protocol: str) -> Path:
     return folder
 
 
-def is_of_texts(protocol: str) -> bool:
-    """Whether a protocol is about language models: those that ship are, and files, if their names say so."""
-    return Path(protocol).stem.startswith("text-")
+def is_of_texts(protocol: str, before: tuple[str, ...] = ()) -> bool:
+    """Whether a protocol is about language models: its name, or that of what it extends, begins so."""
+    path = Path(protocol)
+    if path.stem.startswith("text-"):
+        return True
+    if not path.is_file() or protocol in before:
+        return False
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return False  # Whoever opens it says what is wrong.
+    extended = values.get("extends") if isinstance(values, dict) else None
+    if extended is None:
+        return False
+    beside = path.parent / str(extended)
+    return is_of_texts(str(beside if beside.is_file() else extended), (*before, protocol))
 
 
 def _texts(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,7 +79,10 @@ def minimise(
     optimiser = make_optimiser(budget)
     known = {tuple(row.weights): row for row in history.rows}
     for _ in range(budget):
-        candidate = optimiser.ask()
+        # One of its methods lets SciPy correct its own settings, and SciPy tells whoever watches.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "COBYLA: Invalid RHOEND", UserWarning)
+            candidate = optimiser.ask()
         weights = [float(value) for value in candidate.value]
         row = known.get(tuple(weights))
         if row is None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from mole_diffusion.commands.evaluate import is_of_texts
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.evaluation.text import domain
 from mole_diffusion.evaluation.text.domain import evaluate_texts, in_blocks
@@ -117,6 +118,22 @@ def test_protocols_that_ship_name_what_there_is() -> None:
         load_text_protocol_from({"title": "x", "methods": {"a": {"kind": "nla", "top_k": 2}}})
     with pytest.raises(ConfigError, match="kind 'magic' is none of"):
         load_text_protocol_from({"title": "x", "methods": {"a": {"kind": "magic"}}})
+
+
+def test_a_file_that_extends_a_protocol_of_texts_is_one(tmp_path: Path) -> None:
+    files = {
+        "mine": "text-table3",
+        "second": "mine.yaml",
+        "picture": "starter",
+        "round": "round.yaml",
+        "lost": "nowhere.yaml",
+    }
+    for name, extended in files.items():
+        (tmp_path / f"{name}.yaml").write_text(f"title: mine\nextends: {extended}\n")
+    (tmp_path / "broken.yaml").write_text("extends: [")
+    of_texts = {path.stem for path in tmp_path.iterdir() if is_of_texts(str(path))}
+    assert of_texts == {"mine", "second"}
+    assert load_text_protocol(str(tmp_path / "second.yaml")).title == "mine"
 
 
 def load_text_protocol_from(values: dict[str, Any]) -> Any:
