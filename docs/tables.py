@@ -1,7 +1,8 @@
 """Puts measured tables into the pages: `python docs/tables.py` (with `--check`: says what is out of date).
 
 Between `<!-- table: FILE -->` and `<!-- end -->` stands what the file's tables say; a command wrote the file.
-`<!-- table: FILE; method, text -->` shows only these columns.
+`<!-- table: FILE; method, text -->` shows only these columns, `<!-- table: FILE; method, text, task=all -->`
+only these rows of them, `method=gates|nla` those of either.
 """
 
 from __future__ import annotations
@@ -32,13 +33,19 @@ def filled(page: str) -> str:
     return _PLACE.sub(table_of, page)
 
 
-def _chosen(rows: list[str], columns: list[str], file: str) -> list[str]:
-    """The rows of one table with only these columns."""
+def _chosen(rows: list[str], wanted: list[str], file: str) -> list[str]:
+    """The rows of one table with only these columns, and with these values where one is wanted."""
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
-    if missing := [name for name in columns if name not in cells[0]]:
+    columns = [name for name in wanted if "=" not in name]
+    pairs = (one.split("=", 1) for one in wanted if "=" in one)
+    values = {name: allowed.split("|") for name, allowed in pairs}
+    if missing := [name for name in (*columns, *values) if name not in cells[0]]:
         raise SystemExit(f"{file} has no columns {missing}; it has {cells[0]}")
-    places = [cells[0].index(name) for name in columns]
-    return ["| " + " | ".join(row[place] for place in places) + " |" for row in cells]
+    at = {name: cells[0].index(name) for name in (*columns, *values)}
+    kept = [row for row in cells[2:] if all(row[at[name]] in allowed for name, allowed in values.items())]
+    if not kept:
+        raise SystemExit(f"{file} has no rows with {values}")
+    return ["| " + " | ".join(row[at[name]] for name in columns) + " |" for row in (*cells[:2], *kept)]
 
 
 def main() -> None:

@@ -28,3 +28,7 @@ def test_a_table_is_replaced_and_nothing_else() -> None:
     assert "| variant | x bare UNet |\n| --- | --- |\n| bare UNet | 1.00 |" in chosen
     assert found.startswith("before\n<!-- table:")
     assert found.endswith("<!-- end -->\nafter\n")
+    rows = filled(page.replace("step.md -->", "step.md; variant, variant=bare UNet|nothing -->"))
+    assert "| variant |\n| --- |\n| bare UNet |\n<!--" in rows
+    with pytest.raises(SystemExit, match="no rows"):
+        filled(page.replace("step.md -->", "step.md; variant, variant=nothing -->"))
