@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .core.mixture import Mixture, inject
     from .core.records import GateRecord
     from .pictures.pipelines import (
+        AnimaMoLEPipeline,
         ChromaMoLEImg2ImgPipeline,
         ChromaMoLEPipeline,
         Flux2KleinMoLEInpaintPipeline,
@@ -110,6 +111,7 @@ _LAZY = {
     "QwenImageMoLEImg2ImgPipeline": "mole_diffusion.pictures.pipelines",
     "QwenImageMoLEInpaintPipeline": "mole_diffusion.pictures.pipelines",
     "Krea2MoLEPipeline": "mole_diffusion.pictures.pipelines",
+    "AnimaMoLEPipeline": "mole_diffusion.pictures.pipelines",
     "Concept": "mole_diffusion.pictures.training",
     "GateTrainer": "mole_diffusion.pictures.training",
     "TrainingConfig": "mole_diffusion.pictures.training",
@@ -118,6 +120,7 @@ _LAZY = {
 
 __all__ = [
     "AllExpertsMaskedError",
+    "AnimaMoLEPipeline",
     "ChromaMoLEImg2ImgPipeline",
     "ChromaMoLEPipeline",
     "Concept",

@@ -1,5 +1,6 @@
 """The pages show the tables that the commands wrote."""
 
+import json
 import runpy
 import subprocess
 import sys
@@ -32,3 +33,26 @@ def test_a_table_is_replaced_and_nothing_else() -> None:
     assert "| variant |\n| --- |\n| bare UNet |\n<!--" in rows
     with pytest.raises(SystemExit, match="no rows"):
         filled(page.replace("step.md -->", "step.md; variant, variant=nothing -->"))
+
+
+@pytest.mark.skipif(not SCRIPT.is_file(), reason="the pages are not part of the source archive")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_memory_is_counted_on_the_networks() -> None:
+    """Rows of three models, one of each way of counting; `python bench/memory.py --check` counts all."""
+    memory = runpy.run_path(str(ROOT / "bench" / "memory.py"))
+    known = json.loads((ROOT / "bench" / "models.json").read_text(encoding="utf-8"))
+    names = {name: known["models"][name] for name in ("SD 1.5", "FLUX.2 klein 4B", "Anima")}
+    wanted = {text for one in names.values() for text in one["texts"]}
+    texts = {
+        name: memory["counted"](memory["built"](one["class"], one["config"]))
+        for name, one in known["text encoders"].items()
+        if name in wanted
+    }
+    models = {name: memory["model_of"](one, texts) for name, one in names.items()}
+    # As the makers give them.
+    assert 0.859e9 < models["SD 1.5"].network.numbers < 0.860e9
+    assert 4 * 0.9e9 < models["FLUX.2 klein 4B"].network.numbers < 4 * 1.1e9
+    page = (ROOT / "docs" / "MODELS.md").read_text(encoding="utf-8")
+    for table in ("models_table", "cards_table"):
+        for row in memory[table](models).splitlines()[2:5]:
+            assert row in page

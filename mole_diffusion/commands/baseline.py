@@ -13,8 +13,10 @@ from mole_diffusion.commands.common import (
     ExpertOption,
     JsonOption,
     ModelOption,
+    SizeOption,
     open_pipeline,
     parse_experts,
+    parse_side,
     say,
     shares,
     show,
@@ -58,6 +60,7 @@ def baseline(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Training steps per concept; default: the method's own.")
     ] = None,
+    size: SizeOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")] = 0,
     out: Annotated[
         Path | None, typer.Option(file_okay=False, help="Folder to write; default: outputs/METHOD.")
@@ -82,7 +85,13 @@ def baseline(
         raise typer.BadParameter(
             f"{', '.join(words)} need none: mole generate ... --mixture {method}", param_hint="METHOD"
         )
-    config = TrainingConfig(objective=objective.value, iterations=iterations, seed=seed, progress=not as_json)
+    config = TrainingConfig(
+        objective=objective.value,
+        iterations=iterations,
+        resolution=parse_side(size),
+        seed=seed,
+        progress=not as_json,
+    )
     options = PrepareOptions(density=density, steps=steps)
     folder = out or Path("outputs") / method
     check_writable(folder)

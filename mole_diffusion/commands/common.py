@@ -248,3 +248,15 @@ def parse_size(text: str | None) -> dict[str, int]:
             f"{text!r}; write 512 or 512x768 (width x height), multiples of {_GRID}", param_hint="--size"
         )
     return {"width": sides[0], "height": sides[-1]}
+
+
+def parse_side(text: str | None) -> int | None:
+    """Height and width of square pictures, which is what is trained and judged on; None for the model's own.
+
+    Raises:
+        typer.BadParameter: no size, or one whose sides differ.
+    """
+    sides = set(parse_size(text).values())
+    if len(sides) > 1:
+        raise typer.BadParameter(f"{text!r}; these pictures are square: write 512", param_hint="--size")
+    return next(iter(sides), None)

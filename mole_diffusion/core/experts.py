@@ -250,10 +250,19 @@ def _report(table: KeyTable, collector: Collector) -> ExpertReport:
         tuple(loaded),
         table.ignored,
         tuple(table.missing),
-        tuple(dialect for dialect, _ in dialects.most_common()),
+        _most_said(dialects),
         collector.errors,
         dict(collector.sources),
         tuple(collector.notes),
+    )
+
+
+def _most_said(dialects: Counter[str]) -> tuple[str, ...]:
+    """The most frequent first, without what another one says more of: some names are everybody's."""
+    return tuple(
+        one
+        for one, _ in dialects.most_common()
+        if not any(other.startswith(f"{one}, ") for other in dialects)
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from .experts import Expert, read_expert
 from .factors import LoraFactors
 from .networks import of_matrices
 from .reading import BadFileError, read_header
+from .writers import writer_of
 
 __all__ = ["FileDescription", "describe_expert", "describe_file", "describe_gates"]
 
@@ -67,13 +68,19 @@ def describe_expert(expert: Expert) -> FileDescription:
     report = expert.report
     base = base_of_expert(expert)
     prediction = prediction_type(expert.metadata)
+    writer = writer_of(expert.metadata)
     facts = {
         "kind": "LoRA expert",
+        "form": form_of(expert),
+        "writer": f"{writer}, says its header"
+        if writer
+        else "not named in the file; told by its names below",
         "dialect": "; ".join(report.dialects),
         "base": told_base(expert),
         "prediction": prediction or "not named in the file",
         "sha256": expert.sha256,
         "triggers": ", ".join(expert.triggers) or "none named in the file",
+        "strength": strength_of(expert),
         "alpha": report.origin() or "none of these matrices has one",
         "keys": report.summary(),
     }
@@ -97,6 +104,9 @@ def describe_expert(expert: Expert) -> FileDescription:
     data = {
         "name": expert.name,
         "sha256": expert.sha256,
+        "writer": writer,
+        "form": facts["form"],
+        "strength": facts["strength"],
         "dialects": list(report.dialects),
         "base": {"family": base.family, "text_width": base.width, "prediction_type": prediction},
         "triggers": list(expert.triggers),
@@ -115,6 +125,27 @@ def describe_expert(expert: Expert) -> FileDescription:
         "metadata": dict(expert.metadata),
     }
     return _described("expert", expert.name, facts, sections, data)
+
+
+def form_of(expert: Expert) -> str:
+    """What the deltas are and of which ranks: "LoRA of rank 16", "LoHa and LoRA of ranks 4 to 32"."""
+    pairs = [one for matrices in expert.factors.values() for one in matrices.values()]
+    kinds = " and ".join(sorted({one.kind for one in pairs})) or "no matrices"
+    return f"{kinds} of {_span([one.rank for one in pairs], 'rank', 'ranks')}" if pairs else kinds
+
+
+def strength_of(expert: Expert) -> str:
+    """What the file multiplies its products by, alpha over rank: "1", or the span of it."""
+    scalings = [one.scaling for matrices in expert.factors.values() for one in matrices.values()]
+    if not scalings:
+        return "no matrices"
+    return f"alpha / rank is {_span(scalings)}" + ("" if min(scalings) == max(scalings) else ", by matrix")
+
+
+def _span(values: Sequence[float], one: str = "", several: str = "") -> str:
+    least, most = min(values), max(values)
+    text = f"{least:.4g}" if least == most else f"{least:.4g} to {most:.4g}"
+    return f"{one if least == most else several} {text}".strip()
 
 
 def _described(

@@ -96,6 +96,9 @@ class KeyTable:
             self.meanings[parsed.module] = parsed
             for matrix in _matrices(parsed):
                 self._owners.setdefault(matrix, []).append(parsed.module)
+        elif role == "down":
+            # The ends of these keys say who wrote them, which an alpha's does not.
+            self.meanings[parsed.module] = parsed
         other = self.modules[parsed.module].setdefault(role, key)
         if other != key:
             raise ExpertLoadError(f"{key!r} and {other!r} are both the {role} of one matrix.")

@@ -2,8 +2,8 @@
 
 Understood: diffusers (`SLOT.` with `lora_A`/`lora_B`, `lora.down`/`lora.up`, `lora_linear_layer` or
 `processor.to_q_lora`), PEFT (`base_model.model.`, with or without an adapter name), kohya and OneTrainer
-(`lora_SLOT_*`, `.alpha`), LDM (`diffusion_model.*`). Besides LoRA: LoCon, LoHa, LoKr, full differences and
-DoRA (see `lycoris`).
+(`lora_SLOT_*`, `.alpha`), ComfyUI (`diffusion_model.*`), checkpoints (`model.diffusion_model.*`). Besides
+LoRA: LoCon, LoHa, LoKr, full differences and DoRA (see `lycoris`).
 """
 
 from __future__ import annotations
@@ -114,7 +114,9 @@ def _readings(module: str) -> list[_Reading]:
     bare = ((architecture, architecture.slots[0], name) for architecture in architectures())
     known: dict[str, _Reading] = {}
     for architecture, slot, flat in (*readers(name), *bare):
-        if architecture.name not in known and (places := architecture.read(flat)):
+        places, first = architecture.read(flat), known.get(architecture.name)
+        # A canonical name is meant rather than a prefix and somebody else's name.
+        if places and (first is None or (first.places[0].dialect and not places[0].dialect)):
             known[architecture.name] = _Reading(architecture, slot, flat, places)
     return list(known.values())
 
@@ -195,7 +197,7 @@ def _parsed(
         best.slot,
         best.places,
         refused,
-        _dialect(key, best.places[0].dialect),
+        _dialect(key, best.places[0].dialect, bare=best.flat == _flat(module)),
         best.flat,
         best.architecture.name,
     )
@@ -249,29 +251,43 @@ def _why_not(flat: str) -> str:
     return next((reason for pattern, reason in _NO_PRODUCT if pattern.search(flat)), NO_MATRIX)
 
 
-def _dialect(key: str, blocks: str | None) -> str:
+def _dialect(key: str, blocks: str | None, *, bare: bool = False) -> str:
     """Who writes such keys.
 
     Args:
         key: a whole key.
         blocks: whose names of blocks it has, if not the canonical ones.
+        bare: whether nothing stands before the name of the matrix.
     """
-    if key.startswith("base_model."):
-        name = "PEFT"
-    elif re.match(r"lora_[a-z]+\d?_", key):
-        name = "kohya"
-    elif own := next(
-        (who for one in architectures() for p, who in one.writers.items() if key.startswith(p)), ""
-    ):
-        name = own
-    elif key.startswith("lycoris_"):
-        name = "LyCORIS"
-    elif "diffusion_model" in key:
-        name = "LDM"
-    elif ".processor." in key:
-        name = "diffusers, attention processors"
-    elif "lora_A" in key or "lora_B" in key:
-        name = "diffusers, PEFT keys"
-    else:
-        name = "diffusers"
+    name = _writer(key, bare=bare)
     return f"{name}, {blocks}" if blocks and not blocks.startswith(name) else name
+
+
+# Beginnings of whole keys -> who writes them.
+_BEGINNINGS = (
+    (re.compile(r"base_model\."), "PEFT"),
+    (re.compile(r"lora_[a-z]+\d?_"), "kohya"),
+    (re.compile(r"lycoris_"), "LyCORIS"),
+    (re.compile(r"model\.diffusion_model\.|cond_stage_model\.|conditioner\.embedders\."), "checkpoint"),
+    (re.compile(r"diffusion_model\."), "ComfyUI"),
+)
+# Parts of a key with nothing before the matrix's name, and of one with a slot before it -> the same.
+_BARE = ((".processor.", "XLabs"), (".default.", "DiffSynth"), ("", "no prefix"))
+_SLOTS = (
+    (".processor.", "diffusers, attention processors"),
+    (".lora_down.", "OneTrainer"),
+    (".lora_up.", "OneTrainer"),
+    ("lora_A", "diffusers, PEFT keys"),
+    ("lora_B", "diffusers, PEFT keys"),
+    ("", "diffusers"),
+)
+
+
+def _writer(key: str, *, bare: bool) -> str:
+    """The program, or the form that several programs share."""
+    known = {prefix: who for one in architectures() for prefix, who in one.writers.items()}
+    if who := next((who for prefix, who in known.items() if key.startswith(prefix)), ""):
+        return who
+    if who := next((who for beginning, who in _BEGINNINGS if beginning.match(key)), ""):
+        return who
+    return next(who for part, who in (_BARE if bare else _SLOTS) if part in key)

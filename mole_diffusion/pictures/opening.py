@@ -14,6 +14,8 @@ from mole_diffusion.pictures.single_file import is_xl, read_header
 from mole_diffusion.sources import is_hub_id, nearest_path
 
 STARTER = "starter"
+# What says of which kind a folder is; the second one is of what diffusers has as modular blocks.
+_INDICES = ("model_index.json", "modular_model_index.json")
 # What checkpoints of FLUX.1 and its kin have, which hold the transformer alone.
 _TRANSFORMER = "double_blocks.0."
 
@@ -141,23 +143,39 @@ def _class_of_folder(model: str | Path) -> type:
     Raises:
         ValueError: it is no such folder, or of a kind that experts cannot be attached to.
     """
-    from diffusers import DiffusionPipeline
-
     from mole_diffusion.pictures import pipelines
 
-    index = Path(model) / "model_index.json"
-    if index.is_file():
+    index = next((file for name in _INDICES if (file := Path(model) / name).is_file()), None)
+    if index is not None:
         facts: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
     elif Path(model).is_dir():
         raise ValueError("the folder has no model_index.json")
     elif not is_hub_id(model):
         raise ValueError(f"no such file or folder, and no hub id such as 'owner/name'.{nearest_path(model)}")
     else:
-        facts = DiffusionPipeline.load_config(model)
-    name = re.sub("Img2Img|Inpaint", "", str(facts.get("_class_name", "")))
+        facts = _facts_of_hub(str(model))
+    name = re.sub("Img2Img|Inpaint|Modular", "", str(facts.get("_class_name", "")))
     known = pipelines.from_text()
     if name in known:
         return known[name]
     if "transformer" in facts:
         raise ValueError(f"it is a {name}, and experts are for {', '.join(known)}")
     return pipelines.StableDiffusionXLMoLEPipeline if "XL" in name else pipelines.StableDiffusionMoLEPipeline
+
+
+def _facts_of_hub(model: str) -> dict[str, Any]:
+    """What the index of a repository says.
+
+    Raises:
+        OSError: it has none, or cannot be reached.
+    """
+    from diffusers import DiffusionPipeline, ModularPipeline
+
+    try:
+        facts: dict[str, Any] = DiffusionPipeline.load_config(model)
+    except OSError as error:
+        try:
+            facts = ModularPipeline.load_config(model)
+        except OSError:
+            raise error from None
+    return facts

@@ -14,6 +14,7 @@ Each stands in for the pipeline of diffusers whose name it has without `MoLE`: f
 | Z-Image | `ZImageMoLEPipeline` |
 | Qwen-Image | `QwenImageMoLEPipeline` |
 | Krea 2 | `Krea2MoLEPipeline` |
+| Anima | `AnimaMoLEPipeline`, of diffusers' modular blocks |
 """
 
 from collections.abc import Sequence
@@ -52,6 +53,7 @@ from diffusers import (
 )
 
 from mole_diffusion.core.errors import UnknownExpertError
+from mole_diffusion.pictures.anima import AnimaPipeline
 from mole_diffusion.pictures.call import P, WithExperts
 from mole_diffusion.starter import default_experts, starter_dir, starter_experts
 from mole_diffusion.starter.location import GUIDANCE, RESCALE
@@ -340,6 +342,17 @@ class Krea2MoLEPipeline(WithExperts, Krea2Pipeline):
     """
 
     diffusers_class = Krea2Pipeline
+    draws_from_text = True
+    guided_in = "turns"
+
+
+class AnimaMoLEPipeline(WithExperts, AnimaPipeline):
+    """`AnimaModularPipeline`, from text, whose transformer mixes LoRA experts by gates.
+
+    `guidance_scale` (4.0) moves away from the negative prompt above 1, in a second pass per step.
+    """
+
+    diffusers_class = AnimaPipeline
     draws_from_text = True
     guided_in = "turns"
 

@@ -28,6 +28,7 @@ from tiny.families import (
 from torch import Tensor, nn
 
 from mole_diffusion import Expert, MoLEConfig, inject
+from mole_diffusion.core.inspection import describe_expert
 
 FAMILIES = ("sd15", "sd21", "sdxl")
 KOHYA_SUFFIXES = (".lora_down.weight", ".lora_up.weight")
@@ -152,23 +153,28 @@ class Dialect:
     wanted: Callable[[str, str], bool] = everything
     alphas: str = "differ"
     native: tuple[str, ...] = ()
+    said: str = "kohya"
 
 
 DIALECTS = {
     "kohya": Dialect(kohya, kohya_writes, "same", native=FAMILIES),
-    "kohya, LDM blocks": Dialect(kohya_ldm, kohya_ldm_writes, "same", native=("sdxl",)),
+    "kohya, LDM blocks": Dialect(
+        kohya_ldm, kohya_ldm_writes, "same", native=("sdxl",), said="kohya, LDM blocks"
+    ),
     "kohya, no alpha": Dialect(kohya, kohya_writes, "none", native=FAMILIES),
-    "kohya, alphas differ": Dialect(kohya_ldm),
+    "kohya, alphas differ": Dialect(kohya_ldm, said="kohya, LDM blocks"),
     "kohya, fp16": Dialect(half(torch.float16), kohya_writes, "same", native=FAMILIES),
     "kohya, bf16": Dialect(half(torch.bfloat16), kohya_writes, "same", native=FAMILIES),
-    "diffusers": Dialect(diffusers_new, alphas="none", native=FAMILIES),
-    "diffusers, old": Dialect(diffusers_old, alphas="none", native=FAMILIES),
-    "attention processors": Dialect(processors, attention, "none", native=FAMILIES),
-    "PEFT": Dialect(peft),
-    "LDM": Dialect(ldm),
-    "checkpoint": Dialect(checkpoint),
-    "OneTrainer": Dialect(onetrainer),
-    "OpenCLIP": Dialect(openclip, second_text),
+    "diffusers": Dialect(diffusers_new, alphas="none", native=FAMILIES, said="diffusers, PEFT keys"),
+    "diffusers, old": Dialect(diffusers_old, alphas="none", native=FAMILIES, said="diffusers"),
+    "attention processors": Dialect(
+        processors, attention, "none", native=FAMILIES, said="diffusers, attention processors"
+    ),
+    "PEFT": Dialect(peft, said="PEFT"),
+    "LDM": Dialect(ldm, said="ComfyUI, LDM blocks"),
+    "checkpoint": Dialect(checkpoint, said="checkpoint, LDM blocks"),
+    "OneTrainer": Dialect(onetrainer, said="OneTrainer"),
+    "OpenCLIP": Dialect(openclip, second_text, said="kohya, the makers' names"),
 }
 
 
@@ -207,6 +213,12 @@ def test_outputs_are_those_of_diffusers(dialect: str, family: str, families: dic
     state = chosen.write(factors, parts)
     expert = Expert.from_state_dict(state, name="dog")
     assert set(expert.report.loaded) == set(state)
+    told = describe_expert(expert).facts
+    assert told["dialect"].split("; ")[0] == chosen.said
+    assert told["form"] == "LoRA of ranks 1 to 3"
+    ratios = [1.0 if pair.alpha is None else pair.alpha / len(pair.down) for pair in factors.values()]
+    span = "1" if chosen.alphas == "none" else f"{min(ratios):.4g} to {max(ratios):.4g}, by matrix"
+    assert told["strength"] == f"alpha / rank is {span}"
     assert {part: set(found) for part, found in expert.factors.items()} == {
         part: {name for other, name in factors if other == part} for part in {key[0] for key in factors}
     }

@@ -18,6 +18,7 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny.families import make_text, run_part
 from tiny.networks import make_clip, make_unet, run
+from tiny.transformers import KINDS
 from torch import Tensor, nn
 
 from mole_diffusion import Expert, ExpertLoadError, MoLEConfig, inject, load_expert
@@ -371,3 +372,30 @@ def test_names_and_hashes(tmp_path: Path, unet: UNet2DConditionModel) -> None:
     assert not is_adapter_folder(tmp_path)
     with pytest.raises(ExpertLoadError, match=r"is no expert: it has no adapter_model.safetensors or"):
         load_expert(tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_folders_for_transformers(kind: type, tmp_path: Path) -> None:
+    """Every linear layer of the first block, as PEFT names it of a network that stands alone."""
+    network = KINDS[kind].make()
+    block = next(name for name, _ in network.named_modules() if name.endswith(".0") and name.count(".") == 1)
+    targets = [
+        name
+        for name, one in network.named_modules()
+        if name.startswith(f"{block}.") and isinstance(one, nn.Linear)
+    ]
+    assert len(targets) >= 6
+    for number, config in enumerate(
+        (
+            LoraConfig(r=2, lora_alpha=3, use_rslora=True, target_modules=targets),
+            LoKrConfig(r=2, alpha=1, target_modules=targets),
+        )
+    ):
+        model = trained(network, config)
+        folder = saved(model, tmp_path / str(number))
+        expert = load_expert(folder)
+        assert not expert.report.ignored
+        found, base = alone(network, expert), run(network)
+        expected = run(model.base_model.model)
+        assert (expected - base).abs().max() > 1e-3
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,6 +87,7 @@ class Writer:
         native: whether it has the names of the makers' own code, fused; else those of diffusers.
         alpha: whether it writes alphas.
         wanted: which matrices it trains, by their names in the file.
+        said: what `inspect` calls it; the makers' names are told beside it.
     """
 
     module: Callable[[str], str]
@@ -94,6 +96,7 @@ class Writer:
     native: bool = False
     alpha: bool = False
     wanted: Callable[[str], bool] = lambda name: True
+    said: str = ""
 
 
 def flat(prefix: str) -> Callable[[str], str]:
@@ -104,24 +107,35 @@ def dotted(prefix: str) -> Callable[[str], str]:
     return lambda name: prefix + name
 
 
-KOHYA = {"down": ".lora_down.weight", "up": ".lora_up.weight", "alpha": True}
+KOHYA: dict[str, Any] = {"down": ".lora_down.weight", "up": ".lora_up.weight", "alpha": True}
 WRITERS: dict[str, Writer] = {
-    "diffusers": Writer(dotted("transformer.")),
-    "PEFT": Writer(dotted("base_model.model."), ".lora_A.default.weight", ".lora_B.default.weight"),
-    "DiffSynth": Writer(dotted(""), ".lora_A.default.weight", ".lora_B.default.weight"),
-    "kohya": Writer(flat("lora_unet_"), **KOHYA, native=True),
-    "kohya, names of diffusers": Writer(flat("lora_unet_"), **KOHYA),
-    "two underscores": Writer(flat("lora_unet__"), **KOHYA, native=True),
-    "OneTrainer": Writer(flat("lora_transformer_"), **KOHYA),
-    "OneTrainer, dotted": Writer(dotted("transformer."), **KOHYA),
-    "ComfyUI": Writer(dotted("diffusion_model."), native=True),
-    "ComfyUI, names of diffusers": Writer(dotted("diffusion_model."), alpha=True),
-    "makers' names": Writer(dotted(""), native=True),
-    "makers' names, PEFT": Writer(dotted("base_model.model."), native=True),
-    "checkpoint": Writer(dotted("model.diffusion_model."), **KOHYA, native=True),
-    "LyCORIS": Writer(flat("lycoris_"), **KOHYA),
-    "old diffusers": Writer(dotted("transformer."), ".lora.down.weight", ".lora.up.weight"),
+    "diffusers": Writer(dotted("transformer."), said="diffusers, PEFT keys"),
+    "PEFT": Writer(
+        dotted("base_model.model."), ".lora_A.default.weight", ".lora_B.default.weight", said="PEFT"
+    ),
+    "DiffSynth": Writer(dotted(""), ".lora_A.default.weight", ".lora_B.default.weight", said="DiffSynth"),
+    "kohya": Writer(flat("lora_unet_"), **KOHYA, native=True, said="kohya"),
+    "kohya, names of diffusers": Writer(flat("lora_unet_"), **KOHYA, said="kohya"),
+    "two underscores": Writer(flat("lora_unet__"), **KOHYA, native=True, said="kohya"),
+    "OneTrainer": Writer(flat("lora_transformer_"), **KOHYA, said="OneTrainer"),
+    "OneTrainer, dotted": Writer(dotted("transformer."), **KOHYA, said="OneTrainer"),
+    "ComfyUI": Writer(dotted("diffusion_model."), native=True, said="ComfyUI"),
+    "ComfyUI, names of diffusers": Writer(dotted("diffusion_model."), alpha=True, said="ComfyUI"),
+    "makers' names": Writer(dotted(""), native=True, said="no prefix"),
+    "makers' names, PEFT": Writer(dotted("base_model.model."), native=True, said="PEFT"),
+    "checkpoint": Writer(dotted("model.diffusion_model."), **KOHYA, native=True, said="checkpoint"),
+    "LyCORIS": Writer(flat("lycoris_"), **KOHYA, said="LyCORIS"),
+    "old diffusers": Writer(dotted("transformer."), ".lora.down.weight", ".lora.up.weight", said="diffusers"),
 }
+
+
+def check_told(path: Path, family: str, writer: Writer, *, makers: bool) -> None:
+    """Family, writer, form and strength of a file as `mole inspect` says them."""
+    told = describe_file(path).facts
+    assert told["base"] == family
+    assert told["dialect"] == (f"{writer.said}, the makers' names" if makers else writer.said)
+    assert told["form"] == "LoRA of ranks 1 to 3"
+    assert told["strength"] == f"alpha / rank is {0.5 if writer.alpha else 1}"
 
 
 def plain(network: nn.Module, writer: Writer) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -186,9 +200,7 @@ def test_every_key_is_used_and_every_delta_is_right(writer: str, tmp_path: Path)
         assert_close(run(network), expected)
         mixture.eject()
     save_file(state, tmp_path / "dog.safetensors")
-    told = describe_file(tmp_path / "dog.safetensors")
-    assert told.facts["base"] == "FLUX.1"
-    assert told.facts["dialect"]
+    check_told(tmp_path / "dog.safetensors", "FLUX.1", WRITERS[writer], makers=WRITERS[writer].native)
 
 
 @pytest.mark.parametrize("made", [make_flux, make_chroma, make_flux2, make_qwen_image, make_z_image])
@@ -277,6 +289,7 @@ def test_xlabs() -> None:
         deltas |= {f"{block}.{leaf}": part for leaf, part in zip(leaves, parts, strict=True)}
     expert = Expert.from_state_dict(state, name="dog")
     assert set(expert.report.loaded) == set(state)
+    assert expert.report.dialects == ("XLabs, the makers' names",)
     found = expert.factors["transformer"]
     assert set(found) == set(deltas)
     for matrix, delta in deltas.items():
@@ -526,9 +539,9 @@ def test_other_families(name: str, writer: str, tmp_path: Path) -> None:
     expected = run(with_peft(network, {"dog": as_peft(deltas)}, {"dog": 1.0}))
     inject(network, [expert], MoLEConfig())
     assert_close(run(network), expected)
-    told = describe_file(tmp_path / "dog.safetensors")
-    assert told.facts["base"] == known.family
-    assert told.facts["dialect"]
+    # Qwen-Image's makers have the names of diffusers.
+    makers = form.native and name != "qwen-image"
+    check_told(tmp_path / "dog.safetensors", known.family, form, makers=makers)
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "LoKr", "LoHa", "full"])
@@ -564,3 +577,20 @@ def test_families_whose_makers_use_the_same_names_are_told_by_shapes(kind: str) 
     expert = Expert.from_state_dict(state, name="dog")
     for network in (make_flux(), make_flux2()):
         inject(network, [expert], MoLEConfig()).eject()
+
+
+def test_second_attentions_are_told_by_what_they_read() -> None:
+    """Anima's read the text, of another width; those of SD 3.5 medium the image again."""
+    for make, family in ((make_anima, "Anima"), (make_sd3, "Stable Diffusion 3")):
+        network = make()
+        state = {}
+        for leaf in ("attn2.to_k", "ff.net.2"):
+            rows, columns = network.get_submodule(f"transformer_blocks.0.{leaf}").weight.shape
+            name = f"transformer.transformer_blocks.0.{leaf}"
+            state |= {
+                f"{name}.lora_A.weight": torch.ones(2, columns),
+                f"{name}.lora_B.weight": torch.ones(rows, 2),
+            }
+        expert = Expert.from_state_dict(state, name="dog")
+        assert base_of_expert(expert).family == family
+        inject(network, [expert], MoLEConfig())

@@ -19,6 +19,7 @@ from tiny.flux import (
     write_transformer_lora,
 )
 from tiny.qwen import (
+    make_anima_components,
     make_flux2_components,
     make_krea2_components,
     make_qwen_image_components,
@@ -27,6 +28,7 @@ from tiny.qwen import (
 from typer.testing import CliRunner
 
 from mole_diffusion import (
+    AnimaMoLEPipeline,
     ChromaMoLEPipeline,
     ConfigError,
     Flux2KleinMoLEPipeline,
@@ -53,6 +55,7 @@ FAMILIES: dict[str, tuple[Any, Callable[[Path], dict[str, Any]], str]] = {
     "flux": (FluxMoLEPipeline, make_flux_components, "FLUX.1"),
     "sd3": (StableDiffusion3MoLEPipeline, make_sd3_components, "Stable Diffusion 3"),
     "chroma": (ChromaMoLEPipeline, lambda _: make_chroma_components(), "FLUX.1"),
+    "anima": (AnimaMoLEPipeline, lambda _: make_anima_components(), "Anima"),
     "klein": (Flux2KleinMoLEPipeline, lambda _: make_flux2_components(), "FLUX.2"),
     "krea-2": (Krea2MoLEPipeline, lambda _: make_krea2_components(), "Krea 2"),
     "qwen-image": (QwenImageMoLEPipeline, lambda _: make_qwen_image_components(), "Qwen-Image"),
@@ -63,6 +66,7 @@ TARGETS = [
     *(
         "attn.to_qkv_mlp_proj",
         "attn.to_gate",
+        "attn2.to_k",
         "txt_mlp.net.2",
         "attention.to_q",
         "attention.to_out.0",

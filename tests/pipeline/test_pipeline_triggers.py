@@ -6,11 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxPipeline
 from pipeline_helpers import CLOSE, build, with_adapters
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny.flux import FLUX_TARGETS, make_flux_components, write_transformer_lora
 
-from mole_diffusion import MoLEConfig, StableDiffusionMoLEPipeline, StableDiffusionXLMoLEPipeline
+from mole_diffusion import (
+    FluxMoLEPipeline,
+    MoLEConfig,
+    StableDiffusionMoLEPipeline,
+    StableDiffusionXLMoLEPipeline,
+)
 from mole_diffusion.core.errors import ExpertLoadError
 
 PROMPT = "a zork and a cat"
@@ -244,3 +251,27 @@ def test_words_for_an_absent_text_encoder_are_told(pipe, lora_files, tmp_path, c
     pipe.load_expert(file)
     assert "text_encoder_2: not part of this pipeline, the embedding of 'zork' is unused" in caplog.text
     assert "zork" not in pipe.tokenizer.get_vocab()
+
+
+def test_words_of_flux_are_those_of_its_clip(tmp_path: Path) -> None:
+    components = make_flux_components(tmp_path / "tokenizer")
+    lora = write_transformer_lora(tmp_path / "boot.safetensors", components, 1, 2, FLUX_TARGETS)
+    pipe = FluxMoLEPipeline(**copy.deepcopy(components))
+    plain = with_adapters(FluxPipeline(**copy.deepcopy(components)), {"boot": lora}, {"boot": 1.0})
+
+    def draw(drawn: Any, prompt: str) -> torch.Tensor:
+        drawn.set_progress_bar_config(disable=True)
+        size = {"height": 32, "width": 32, "num_inference_steps": 1, "max_sequence_length": 16}
+        draws = torch.Generator().manual_seed(2)
+        pictures: torch.Tensor = drawn(prompt, output_type="pt", generator=draws, **size).images
+        return pictures
+
+    before = state(pipe)
+    pipe.load_expert(bundle(lora, tmp_path / "zork.safetensors", {"zork.clip_l": vectors(1, 24)}))
+    without = draw(plain, "a zork")
+    plain.load_textual_inversion(vectors(1, 24), token="zork")
+    expected = draw(plain, "a zork")
+    assert (expected - without).abs().max() > 1e-4
+    torch.testing.assert_close(draw(pipe, "a zork"), expected, **CLOSE)
+    pipe.unload_expert("zork")
+    assert_same(pipe, before)

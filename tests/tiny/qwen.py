@@ -4,8 +4,10 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AnimaTextConditioner,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    CosmosTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
     Krea2Transformer2DModel,
@@ -26,7 +28,7 @@ from transformers import (
     Qwen3VLModel,
 )
 
-from .flux import filled
+from .flux import filled, t5_tokenizer
 from .sd import WORDS, make_vae
 
 WIDTH = 16
@@ -191,4 +193,40 @@ def make_krea2_components() -> dict[str, Any]:
         "tokenizer": tokenizer,
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=True),
         "text_encoder_select_layers": (0, 1, 2),
+    }
+
+
+def make_anima_components() -> dict[str, Any]:
+    torch.manual_seed(0)
+    tokenizer, second = chat_tokenizer(), t5_tokenizer()
+    transformer = CosmosTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        mlp_ratio=2,
+        text_embed_dim=24,
+        adaln_lora_dim=4,
+        max_size=(4, 32, 32),
+        rope_scale=(1.0, 4.0, 4.0),
+        extra_pos_embed_type=None,
+    )
+    adapter = AnimaTextConditioner(
+        source_dim=WIDTH,
+        target_dim=24,
+        model_dim=16,
+        num_layers=1,
+        num_attention_heads=2,
+        target_vocab_size=len(second),
+        min_sequence_length=32,
+    )
+    return {
+        "transformer": filled(transformer),
+        "vae": make_video_vae(),
+        "text_encoder": filled(Qwen3Model(Qwen3Config(**qwen_settings(len(tokenizer))))),
+        "tokenizer": tokenizer,
+        "t5_tokenizer": second,
+        "text_conditioner": filled(adapter),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
     }

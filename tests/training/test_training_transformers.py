@@ -9,6 +9,7 @@ import torch
 from learning import losses_before_and_after
 from tiny.flux import write_transformer_lora
 from tiny.qwen import (
+    make_anima_components,
     make_flux2_components,
     make_krea2_components,
     make_qwen_image_components,
@@ -16,6 +17,7 @@ from tiny.qwen import (
 )
 
 from mole_diffusion import (
+    AnimaMoLEPipeline,
     Flux2KleinMoLEPipeline,
     Krea2MoLEPipeline,
     MoLEConfig,
@@ -31,6 +33,11 @@ PROMPT = "a zorin boot and a vim cat"
 Tiny = Callable[..., TrainingConfig]
 # Our class, components, and what the LoRA files change.
 FAMILIES: dict[str, tuple[Any, Callable[[], dict[str, Any]], list[str]]] = {
+    "anima": (
+        AnimaMoLEPipeline,
+        make_anima_components,
+        ["attn1.to_q", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_k", "attn2.to_v", "ff.net.2"],
+    ),
     "klein": (
         Flux2KleinMoLEPipeline,
         make_flux2_components,
@@ -91,6 +98,7 @@ def test_training_draws_what_the_pipeline_draws(make: Any, concepts: list[Concep
     steps = bench.settings.sampling_steps
     if isinstance(pipe, (Krea2MoLEPipeline, QwenImageMoLEPipeline)):
         noise = pipe._pack_latents(noise, *noise.shape)
+    noise = noise.unsqueeze(2) if isinstance(pipe, AnimaMoLEPipeline) else noise
     options = {**guidance_arguments(pipe, 2.0), "output_type": "pt", "height": 32, "width": 32}
     expected = pipe(prompt=PROMPT, latents=noise, num_inference_steps=steps, **options).images
     torch.testing.assert_close(found, expected, rtol=0, atol=1 / 255)

@@ -14,7 +14,7 @@ from .base import CONTEXT, DENOISER, EMBEDDING, Base, Forward
 from .families import ANIMA
 from .patches import counting, grid_of, patched_grid
 from .stacks import Blocks, Leaf, Stack
-from .transformers import KOHYA, PREFIXES, TRANSFORMER
+from .transformers import KOHYA, PREFIXES, TRANSFORMER, WRITERS
 
 # Tokens of a text, as its adapter pads it.
 _TOKENS_OF_A_TEXT = 512
@@ -72,6 +72,7 @@ ANIMA_STACK = Stack(
     role=DENOISER,
     slots=(TRANSFORMER,),
     prefixes=PREFIXES,
+    writers=WRITERS,
     families=(ANIMA,),
     before=(
         # Its tokens lie in three axes.

@@ -17,7 +17,7 @@ from .base import CONTEXT, DENOISER, EMBEDDING, JOINT, TOKENS, Base, Forward
 from .families import CHROMA, FLUX1, KREA2, QWEN_IMAGE
 from .patches import counting, grid_of, patched_grid, picture_of
 from .stacks import Blocks, Inputs, Leaf, Stack
-from .transformers import KOHYA, PREFIXES, TRANSFORMER
+from .transformers import KOHYA, PREFIXES, TRANSFORMER, WRITERS
 
 # Width of attention -> family whose blocks have FLUX's names and that width, and how many a FLUX has of them.
 _BY_WIDTH = {3072: (QWEN_IMAGE, 19), 6144: (KREA2, 8)}
@@ -187,6 +187,7 @@ FLUX = Stack(
     role=DENOISER,
     slots=(TRANSFORMER,),
     prefixes=PREFIXES,
+    writers=WRITERS,
     families=(FLUX1, CHROMA),
     before=(
         Leaf("x_embedder"),

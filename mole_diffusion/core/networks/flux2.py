@@ -13,7 +13,7 @@ from .families import FLUX2
 from .flux import IMAGE_ROWS, TEXT_ROWS, TOKENS_OF_A_TEXT, reading
 from .patches import counting
 from .stacks import Blocks, Leaf, Stack
-from .transformers import KOHYA, PREFIXES, TRANSFORMER
+from .transformers import KOHYA, PREFIXES, TRANSFORMER, WRITERS
 
 _DOUBLE = (
     *(Leaf(f"attn.to_{x}", source="attn") for x in "qkv"),
@@ -43,6 +43,7 @@ FLUX2_STACK = Stack(
     role=DENOISER,
     slots=(TRANSFORMER,),
     prefixes=PREFIXES,
+    writers=WRITERS,
     families=(FLUX2,),
     before=(
         *(

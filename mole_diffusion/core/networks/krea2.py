@@ -15,7 +15,7 @@ from .base import CONTEXT, DENOISER, EMBEDDING, JOINT, TOKENS, Base, Forward
 from .families import KREA2
 from .patches import any_length, grid_of, picture_of
 from .stacks import Blocks, Leaf, Stack
-from .transformers import KOHYA, PREFIXES, TRANSFORMER
+from .transformers import KOHYA, PREFIXES, TRANSFORMER, WRITERS
 
 _INPUTS = ("hidden_states", "encoder_hidden_states", "timestep", "position_ids", "encoder_attention_mask")
 _REFINED = "text_fusion.refiner_blocks"
@@ -65,6 +65,7 @@ KREA2_STACK = Stack(
     role=DENOISER,
     slots=(TRANSFORMER,),
     prefixes=PREFIXES,
+    writers=WRITERS,
     families=(KREA2,),
     before=(
         *(Leaf(f"time_embed.linear_{number}", EMBEDDING) for number in (1, 2)),

@@ -12,7 +12,7 @@ from .base import CONTEXT, DENOISER, EMBEDDING, TOKENS, Base, Forward
 from .families import QWEN_IMAGE
 from .patches import any_length, grid_of, patched_grid
 from .stacks import Blocks, Leaf, Stack
-from .transformers import LYCORIS, PREFIXES, TRANSFORMER
+from .transformers import LYCORIS, PREFIXES, TRANSFORMER, WRITERS
 
 _LEAVES = (
     *(Leaf("img_mod.1", EMBEDDING), Leaf("txt_mod.1", EMBEDDING)),
@@ -73,6 +73,7 @@ QWEN_IMAGE_STACK = Stack(
     role=DENOISER,
     slots=(TRANSFORMER,),
     prefixes=PREFIXES,
+    writers=WRITERS,
     families=(QWEN_IMAGE,),
     before=(
         *(Leaf("img_in"), Leaf("txt_in", CONTEXT)),

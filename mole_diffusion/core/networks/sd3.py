@@ -15,7 +15,7 @@ from .base import CONTEXT, DENOISER, EMBEDDING, TOKENS, Base, Forward
 from .families import SD3 as FAMILY
 from .patches import counting, grid_of, patched_grid
 from .stacks import Blocks, Leaf, Stack
-from .transformers import KOHYA, PREFIXES, TRANSFORMER
+from .transformers import KOHYA, PREFIXES, TRANSFORMER, WRITERS
 
 # CLIP's tokens, and T5's as pipelines pad them.
 _TOKENS_OF_A_TEXT = 77 + 256
@@ -90,6 +90,7 @@ SD3 = Stack(
     role=DENOISER,
     slots=(TRANSFORMER,),
     prefixes=PREFIXES,
+    writers=WRITERS,
     families=(FAMILY,),
     before=(
         Leaf("pos_embed.proj", TOKENS),
@@ -129,5 +130,7 @@ SD3 = Stack(
     counter=counting(_TOKENS_OF_A_TEXT),
     kohya=KOHYA,
     tell=_tell,
+    # Of the image alone; Anima's `attn2` reads the text, which is of another width.
+    ratios={"attn2.to_k": (1, 1), "attn2.to_v": (1, 1)},
     text_gates=True,
 )

@@ -21,6 +21,8 @@ Counter = Callable[[nn.Module, str, "tuple[int, int] | int | None"], int]
 Names = Mapping[str, "str | Mapping[str, int]"]
 
 
+#: Whose names of matrices a file has that are not the canonical ones.
+MAKERS = "the makers' names"
 # Section of what runs before all blocks, and number of a block behind all of its row.
 _BEFORE, _BEHIND = -1, 1_000_000
 
@@ -229,13 +231,15 @@ class Stack:
         bare = flat.removeprefix(f"{self.wrapper}_") if self.wrapper else flat
         if bare in self._flat_roots:
             swapped = any(name.replace(".", "_") == bare for name in self.swapped)
-            return (Place(self._flat_roots[bare], swapped=swapped),)
+            meant = self._flat_roots[bare]
+            return (Place(meant, swapped=swapped, dialect=_whose(bare, meant)),)
         for row, pattern in zip(self.blocks, self._flat_rows, strict=True):
             match = pattern.match(flat)
             if match and match["leaf"] in row.flat:
                 block = f"{row.path}.{match['index']}"
                 parts = row.parts[row.flat[match["leaf"]]]
-                return tuple(Place(f"{block}.{leaf}", share) for leaf, share in parts)
+                whose = _whose(bare, *(f"{block}.{leaf}" for leaf, _ in parts))
+                return tuple(Place(f"{block}.{leaf}", share, dialect=whose) for leaf, share in parts)
         return ()
 
     def fits(self, flat: str, outputs: int, inputs: int) -> bool:
@@ -288,6 +292,11 @@ class Stack:
     ) -> Forward:
         """See `Architecture`."""
         return self.inputs(args, kwargs, given_size)
+
+
+def _whose(flat: str, *meant: str) -> str | None:
+    """Whose name of a matrix, or of several that are fused, a file has, if it is not the canonical one."""
+    return None if [name.replace(".", "_") for name in meant] == [flat] else MAKERS
 
 
 def _either(names: Sequence[str] | Mapping[str, object]) -> str:

@@ -15,3 +15,5 @@ PREFIXES = {
 KOHYA = {TRANSFORMER: ("lora_transformer_", "lora_transformer_")}
 #: LyCORIS' names, which ComfyUI reads for families whose names by OneTrainer it does not.
 LYCORIS = {TRANSFORMER: ("lycoris_", "lycoris_")}
+#: Beginnings of keys that OneTrainer alone writes.
+WRITERS = {"lora_transformer_": "OneTrainer"}

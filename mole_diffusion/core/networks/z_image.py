@@ -16,7 +16,7 @@ from .base import CONTEXT, DENOISER, EMBEDDING, JOINT, TOKENS, Base, Forward
 from .families import LUMINA2, Z_IMAGE
 from .patches import any_length, grid_of, patched_grid
 from .stacks import Blocks, Leaf, Stack
-from .transformers import LYCORIS, PREFIXES, TRANSFORMER
+from .transformers import LYCORIS, PREFIXES, TRANSFORMER, WRITERS
 
 # Image and text are padded to multiples of so many tokens.
 _MULTIPLE = 32
@@ -114,6 +114,7 @@ Z_IMAGE_STACK = Stack(
     role=DENOISER,
     slots=(TRANSFORMER,),
     prefixes=PREFIXES,
+    writers=WRITERS,
     families=(Z_IMAGE,),
     before=(
         *(Leaf(f"t_embedder.mlp.{layer}", EMBEDDING) for layer in (0, 2)),

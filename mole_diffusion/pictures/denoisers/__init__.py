@@ -6,6 +6,7 @@ from typing import Any
 
 from mole_diffusion.core.errors import TrainingError
 from mole_diffusion.core.modules import unwrapped
+from mole_diffusion.pictures.denoisers.anima import AnimaDenoiser
 from mole_diffusion.pictures.denoisers.diffusion import DiffusionDenoiser
 from mole_diffusion.pictures.denoisers.flow import FlowDenoiser
 from mole_diffusion.pictures.denoisers.flux import ChromaDenoiser, FluxDenoiser
@@ -19,6 +20,7 @@ from mole_diffusion.pictures.denoisers.z_image import ZImageDenoiser
 _FAMILIES: dict[str, type[FlowDenoiser]] = {
     "FluxTransformer2DModel": FluxDenoiser,
     "ChromaTransformer2DModel": ChromaDenoiser,
+    "CosmosTransformer3DModel": AnimaDenoiser,
     "Flux2Transformer2DModel": Flux2Denoiser,
     "Krea2Transformer2DModel": Krea2Denoiser,
     "QwenImageTransformer2DModel": QwenImageDenoiser,
