@@ -21,12 +21,7 @@ from mole_diffusion.core.records import GateWeights, MapRecorder, Recorder
 from mole_diffusion.pictures.auto import note_prompts, read_prompts, usual_for, usual_mixture
 from mole_diffusion.pictures.calibration import Progress, export_lora
 from mole_diffusion.pictures.choosing import Engaging, Request, chosen_by
-from mole_diffusion.pictures.components import (
-    latent_size,
-    networks_of,
-    old_text_model_name,
-    picture_size,
-)
+from mole_diffusion.pictures.components import latent_size, networks_of, old_text_model_name, picture_size
 from mole_diffusion.pictures.holding import (
     add_expert,
     ensemble_of,
@@ -37,6 +32,7 @@ from mole_diffusion.pictures.holding import (
 from mole_diffusion.pictures.placing import placing_of
 from mole_diffusion.pictures.regions import region_tensors
 from mole_diffusion.pictures.single_file import check_safetensors, configuration_of
+from mole_diffusion.pictures.transformer_file import ONLY_FOR_FILES, transformer_in
 
 if TYPE_CHECKING:
     from mole_diffusion.pictures.training import Concept, TrainingConfig, TrainingResult
@@ -88,19 +84,21 @@ class WithExperts(HoldsExperts):
     def from_single_file(cls: type[P], pretrained_model_link_or_path: Any, **kwargs: Any) -> P:
         """As in diffusers, of safetensors files; a file on this machine opens without a network.
 
-        Configurations are read off its weights, unless `config` or `original_config` names others.
+        Configurations are read off its weights, unless `config` or `original_config` names others. What is a
+        transformer alone takes all else from the diffusers folder that `config` names.
 
         Raises:
             ConfigError: a pickle, or no checkpoint of a Stable Diffusion 1, 2 or XL.
         """
-        parent: Any = super()
-        path = Path(pretrained_model_link_or_path)
+        parent, maker, path = cast(Any, super()), cast(Any, cls), Path(pretrained_model_link_or_path)
         if path.is_file():
             check_safetensors(path)
+            if transformer := transformer_in(path, kwargs):
+                rest = {name: one for name, one in kwargs.items() if name not in ONLY_FOR_FILES}
+                return cast(P, maker.from_pretrained(kwargs["config"], transformer=transformer, **rest))
         named = {"config", "original_config", "original_config_file"} & set(kwargs)
         # Of the families that have a UNet; the others' configurations are as many as their models.
-        alone = path.is_file() and not named and "unet" in inspect.signature(cls.__init__).parameters
-        if not alone:
+        if not path.is_file() or named or "unet" not in inspect.signature(maker.__init__).parameters:
             return cast(P, parent.from_single_file(pretrained_model_link_or_path, **kwargs))
         with configuration_of(path) as config:
             kwargs |= {"config": config, "local_files_only": True}

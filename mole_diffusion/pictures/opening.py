@@ -11,20 +11,17 @@ from typing import Any
 
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.pictures.single_file import is_xl, read_header
+from mole_diffusion.pictures.transformer_file import folder_around, holds_transformer, index_of
 from mole_diffusion.sources import is_hub_id, nearest_path
 
 STARTER = "starter"
-# What says of which kind a folder is; the second one is of what diffusers has as modular blocks.
-_INDICES = ("model_index.json", "modular_model_index.json")
-# What checkpoints of FLUX.1 and its kin have, which hold the transformer alone.
-_TRANSFORMER = "double_blocks.0."
 
 
 def open_base(model: str, device: str = "auto", *, half: bool = False, starter_defaults: bool = False) -> Any:
     """A silent pipeline with experts, of the kind that the file or folder says.
 
     Args:
-        model: "starter", a file, a folder or a hub id.
+        model: "starter", a file, a folder or a hub id; a transformer alone lies in a folder with the rest.
         device: "auto" or a device.
         half: float16 on a GPU; float32 otherwise.
         starter_defaults: the starter comes with its default experts; everything else comes without any.
@@ -51,7 +48,9 @@ def open_base(model: str, device: str = "auto", *, half: bool = False, starter_d
             small = torch.float16 if issubclass(maker, pipelines.AROUND_A_UNET) else torch.bfloat16
             dtype = small if half and where.startswith("cuda") else torch.float32
             build = maker.from_single_file if single else maker.from_pretrained
-            pipe = build(str(path) if path.exists() else model, torch_dtype=dtype)
+            rest = folder_around(path) if single and holds_transformer(read_header(path)) else None
+            options = {} if rest is None else {"config": str(rest)}
+            pipe = build(str(path) if path.exists() else model, torch_dtype=dtype, **options)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ConfigError(f"the model {model!r} cannot be opened: {reason}") from error
@@ -120,20 +119,23 @@ def hush_libraries() -> None:
 
 
 def _class_of_file(path: Path) -> type:
-    """The pipeline for a checkpoint in one file.
+    """The pipeline for a checkpoint in one file, or for a transformer that lies in a folder with the rest.
 
     Raises:
-        ValueError: it holds a transformer alone.
+        ValueError: it holds a transformer alone, and the rest is not there.
     """
     from mole_diffusion.pictures import pipelines
 
     header = read_header(path)
-    if any(_TRANSFORMER in name for name in header.shapes):
-        raise ValueError(
-            "the file holds a transformer, whose text encoders and autoencoder are files of their own; open "
-            "a folder of diffusers, or the file in Python with from_single_file(..., text_encoder=..., "
-            "vae=...)"
-        )
+    if holds_transformer(header):
+        folder = folder_around(path)
+        if folder is None:
+            raise ValueError(
+                "the file holds a transformer, whose text encoders and autoencoder are files of their own; "
+                "put it into a diffusers folder of such a model, or open it in Python with "
+                "from_single_file(..., config=FOLDER)"
+            )
+        return _class_of_folder(folder)
     return pipelines.StableDiffusionXLMoLEPipeline if is_xl(header) else pipelines.StableDiffusionMoLEPipeline
 
 
@@ -145,7 +147,7 @@ def _class_of_folder(model: str | Path) -> type:
     """
     from mole_diffusion.pictures import pipelines
 
-    index = next((file for name in _INDICES if (file := Path(model) / name).is_file()), None)
+    index = index_of(Path(model))
     if index is not None:
         facts: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
     elif Path(model).is_dir():

@@ -181,6 +181,30 @@ def test_a_picture_to_begin_from_has_the_size_that_is_asked_for(model: Model, tm
     assert np.abs(np.asarray(found, dtype=int) - np.asarray(expected, dtype=int)).max() <= 1
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")  # nevergrad's own dependencies warn
+@pytest.mark.parametrize("model", ["z-image"], indirect=True)
+def test_weights_are_searched_on_pictures_of_a_size(model: Model, tmp_path: Path) -> None:
+    pytest.importorskip("nevergrad")
+    pictures = tmp_path / "pictures"
+    for name, colour in (("boot", "red"), ("cat", "grey")):
+        (pictures / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32), colour).save(pictures / name / "1.png")
+    texts = ["--concept", "boot=a red boot|a boot", "--concept", "cat=a dull cat"]
+    command = ["baseline", "searched", "a red boot and a dull cat", *model.options, *texts]
+    command += ["--references", pictures, "--iterations", 24, "--out", tmp_path / "found", "--json"]
+    result = run(*command, "--size", "32x48")
+    assert result.exit_code == 2
+    assert "these pictures are square" in result.output
+    result = run(*command, "--size", 32)
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert set(told["details"]["mixture"]) == {"boot", "cat"}
+    drawn = ["--steps", 1, "--size", 32, "--mixture", tmp_path / "found", "--out", tmp_path / "picture.png"]
+    result = run("generate", "a red boot and a dull cat", *model.options, *drawn)
+    assert result.exit_code == 0, result.output
+
+
 @pytest.mark.parametrize("model", ["flux", "z-image"], indirect=True)
 def test_what_is_for_a_unet_is_said_in_a_sentence(model: Model, tmp_path: Path) -> None:
     drawn = ["--steps", 1, "--size", 32, "--out", tmp_path / "picture.png"]
@@ -214,7 +238,8 @@ def test_what_cannot_be_opened_is_said(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match="it is a SanaPipeline, and experts are for StableDiff"):
         open_base(str(tmp_path))
-    file = tmp_path / "flux.safetensors"
+    file = tmp_path / "else" / "where" / "flux.safetensors"
+    file.parent.mkdir(parents=True)
     save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(6, 2)}, file)
     with pytest.raises(ConfigError, match="the file holds a transformer, whose text encoders"):
         open_base(str(file))

@@ -1,5 +1,6 @@
 """A transformer in one file, its text encoders and autoencoder from a folder; nothing is asked of a hub."""
 
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -9,16 +10,47 @@ import pytest
 import torch
 from pipeline_helpers import CLOSE
 from safetensors.torch import save_file
-from tiny.flux import FLUX_TARGETS, make_chroma_components, make_flux_components, write_transformer_lora
-from tiny.qwen import make_z_image_components
+from tiny.flux import (
+    FLUX_TARGETS,
+    make_chroma_components,
+    make_flux_components,
+    make_sd3_components,
+    write_transformer_lora,
+)
+from tiny.qwen import (
+    make_anima_components,
+    make_flux2_components,
+    make_krea2_components,
+    make_qwen_image_components,
+    make_z_image_components,
+)
 
-from mole_diffusion import ChromaMoLEPipeline, ConfigError, FluxMoLEPipeline, ZImageMoLEPipeline
+from mole_diffusion import (
+    AnimaMoLEPipeline,
+    ChromaMoLEPipeline,
+    ConfigError,
+    Flux2KleinMoLEPipeline,
+    FluxMoLEPipeline,
+    Krea2MoLEPipeline,
+    QwenImageMoLEPipeline,
+    StableDiffusion3MoLEPipeline,
+    ZImageMoLEPipeline,
+)
 from mole_diffusion.pictures.opening import open_base
 
 # Our class, components, and what LoRA files change.
 FAMILIES: dict[str, tuple[Any, Callable[[Path], dict[str, Any]], list[str]]] = {
     "flux": (FluxMoLEPipeline, make_flux_components, FLUX_TARGETS),
     "chroma": (ChromaMoLEPipeline, lambda _: make_chroma_components(), FLUX_TARGETS),
+    "anima": (AnimaMoLEPipeline, lambda _: make_anima_components(), ["attn1.to_q", "ff.net.2"]),
+    "sd3": (StableDiffusion3MoLEPipeline, make_sd3_components, ["attn.to_q", "ff.net.2"]),
+    "klein": (Flux2KleinMoLEPipeline, lambda _: make_flux2_components(), ["attn.to_qkv_mlp_proj"]),
+    "krea-2": (Krea2MoLEPipeline, lambda _: make_krea2_components(), ["attn.to_q", "ff.down"]),
+    "qwen-image": (
+        QwenImageMoLEPipeline,
+        lambda _: make_qwen_image_components(),
+        ["attn.to_q", "img_mlp.net.2"],
+    ),
     "z-image": (
         ZImageMoLEPipeline,
         lambda _: make_z_image_components(),
@@ -27,56 +59,81 @@ FAMILIES: dict[str, tuple[Any, Callable[[Path], dict[str, Any]], list[str]]] = {
 }
 
 
-def draw(pipe: Any) -> torch.Tensor:
+def draw(pipe: Any, **given: Any) -> torch.Tensor:
     pipe.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": 1, "output_type": "pt", "height": 32, "width": 32}
-    pictures: torch.Tensor = pipe("a boot", generator=torch.Generator().manual_seed(1), **options).images
+    options = {"num_inference_steps": 1, "output_type": "pt", "height": 32, "width": 32, **given}
+    pictures: torch.Tensor = pipe(
+        prompt="a boot", generator=torch.Generator().manual_seed(1), **options
+    ).images
     return pictures
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_opens_offline_with_a_folder_for_the_rest(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Under the names of diffusers: it reads the makers' at the real models' widths alone."""
-    cls, make, targets = FAMILIES[family]
-    components = make(tmp_path / "words")
-    lora = write_transformer_lora(tmp_path / "boot.safetensors", components, 1, 2, targets)
-    cls.diffusers_class(**components).save_pretrained(tmp_path / "model")
-    file = tmp_path / "transformer.safetensors"
-    save_file(
-        {name: value.contiguous() for name, value in components["transformer"].state_dict().items()}, file
-    )
-
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: Any, **__: Any) -> NoReturn:
         raise AssertionError("a connection was asked for")
 
     monkeypatch.setattr(socket.socket, "connect", refused)
-    rest = {name: one for name, one in components.items() if name != "transformer"}
-    found = cls.from_single_file(
-        str(file), config=str(tmp_path / "model"), local_files_only=True, torch_dtype=torch.float32, **rest
-    )
-    assert type(found) is cls
-    expected = open_base(str(tmp_path / "model"))
-    pictures = []
-    for pipe in (found, expected):
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.usefixtures("offline")
+def test_opens_offline_with_a_folder_for_the_rest(family: str, tmp_path: Path) -> None:
+    """Under the names of diffusers: it reads the makers' at the real models' widths alone."""
+    cls, make, targets = FAMILIES[family]
+    components = make(tmp_path / "words")
+    lora = write_transformer_lora(tmp_path / "boot.safetensors", components, 1, 2, targets)
+    folder = tmp_path / "model"
+    cls.diffusers_class(**components).save_pretrained(folder)
+    weights = {name: value.contiguous() for name, value in components["transformer"].state_dict().items()}
+    save_file(weights, tmp_path / "transformer.safetensors")
+    expected = open_base(str(folder))
+    expected.load_expert(lora)
+    picture = draw(expected)
+    assert (picture - draw(expected, mixture="none")).abs().max() > 1e-3
+    found = [cls.from_single_file(tmp_path / "transformer.safetensors", config=str(folder))]
+    # Where the folder has other weights, the file in it counts.
+    for file in (folder / "transformer").glob("*.safetensors"):
+        save_file({name: value * 0 for name, value in weights.items()}, file)
+    shutil.move(tmp_path / "transformer.safetensors", folder / "mine.safetensors")
+    found.append(open_base(str(folder / "mine.safetensors")))
+    for pipe in found:
+        assert type(pipe) is cls
         pipe.load_expert(lora)
-        pictures.append(draw(pipe))
-    torch.testing.assert_close(*pictures, **CLOSE)
-    assert (draw(found) - draw_base(found)).abs().max() > 1e-3
+        torch.testing.assert_close(draw(pipe), picture, **CLOSE)
 
 
-def draw_base(pipe: Any) -> torch.Tensor:
-    with pipe.composing(mixture="none"):
-        pictures: torch.Tensor = pipe.diffusers_class.__call__(
-            pipe, "a boot", generator=torch.Generator().manual_seed(1), num_inference_steps=1,
-            output_type="pt", height=32, width=32,
-        ).images  # fmt: skip
-    return pictures
+@pytest.mark.usefixtures("offline")
+def test_components_of_ones_own_and_types_count(tmp_path: Path) -> None:
+    components = make_flux_components(tmp_path / "words")
+    FluxMoLEPipeline.diffusers_class(**components).save_pretrained(tmp_path / "model")
+    file = tmp_path / "transformer.safetensors"
+    save_file({name: one.contiguous() for name, one in components["transformer"].state_dict().items()}, file)
+    rest = {name: one for name, one in components.items() if name != "transformer"}
+    pipe = FluxMoLEPipeline.from_single_file(
+        str(file), config=str(tmp_path / "model"), local_files_only=True, torch_dtype=torch.bfloat16, **rest
+    )
+    assert pipe.vae is components["vae"]
+    assert pipe.transformer.dtype == torch.bfloat16
 
 
 def test_a_file_of_the_makers_says_what_else_is_needed(tmp_path: Path) -> None:
-    file = tmp_path / "flux1-dev.safetensors"
-    save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(6, 2)}, file)
-    with pytest.raises(ConfigError, match=r"from_single_file\(..., text_encoder=..., vae=...\)"):
-        open_base(str(file))
+    for name in ("double_blocks.0.img_attn.qkv", "layers.0.attention.qkv", "net.blocks.0.self_attn.q_proj"):
+        file = tmp_path / "transformer.safetensors"
+        save_file({f"{name}.weight": torch.zeros(6, 2)}, file)
+        with pytest.raises(ConfigError, match=r"from_single_file\(..., config=FOLDER\)"):
+            open_base(str(file))
+
+
+def test_what_diffusers_reads_from_no_file_is_said(tmp_path: Path) -> None:
+    folder, file = tmp_path / "model", tmp_path / "mine.safetensors"
+    (folder / "transformer").mkdir(parents=True)
+    (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    save_file({"transformer_blocks.0.attn.to_q.weight": torch.zeros(2, 2)}, file)
+    with pytest.raises(
+        ConfigError, match=r"has no transformer/config.json, which 'mine.safetensors' goes by"
+    ):
+        FluxMoLEPipeline.from_single_file(file, config=str(folder))
+    (folder / "transformer" / "config.json").write_text('{"_class_name": "DiTTransformer2DModel"}')
+    with pytest.raises(ConfigError, match="diffusers opens no DiTTransformer2DModel from one file"):
+        FluxMoLEPipeline.from_single_file(file, config=str(folder))
