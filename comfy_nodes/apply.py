@@ -15,6 +15,7 @@ from mole_diffusion.core.mixture_set import Choice
 from .auto import ClipReader
 from .binding import KEY, Applied, Binding, LastRun, bare_weights, facts_of, networks_of, text_encoders_of
 from .experts import ExpertSet, GatesFile
+from .memory import count
 from .texts import PromptCheck, TextListener
 
 logger = logging.getLogger(__name__)
@@ -80,8 +81,9 @@ def apply_experts(
     on_model.install(new_model)
     on_model.check_prompts(new_model, check)
     Binding(ensemble, list(networks[1]), listeners).install(new_clip.patcher)
-    for patcher in (new_model, new_clip.patcher):
+    for patcher, own in zip((new_model, new_clip.patcher), networks, strict=True):
         patcher.set_attachments(KEY, Applied(experts, ensemble))
+        count(patcher, [ensemble.mixtures[part] for part in own if part in ensemble.mixtures])
     return new_model, new_clip
 
 

@@ -15,7 +15,7 @@ from mole_diffusion.core.ensemble import PREDICTION_TYPE
 from mole_diffusion.core.errors import TrainingError
 from mole_diffusion.pictures.denoiser import Condition
 
-from .native_model import PLAIN_ATTENTION, CopiedModel, copied, free_inputs, plain_attention
+from .native_model import PLAIN_ATTENTION, CopiedModel, copied, differentiable, free_inputs, plain_attention
 
 #: Height and width of the pictures of models that do not say, and of SDXL.
 DEFAULT_SIZE, XL_SIZE = 512, 1024
@@ -179,9 +179,10 @@ class DiffusionDenoiser(CopiedModel):
         times = torch.as_tensor(times, device=latents.device).float().expand(len(latents))
         options = {PLAIN_ATTENTION: plain_attention}
         told = condition.tensors
-        prediction: Tensor = self.network(
-            latents, times, context=told[_TEXT], y=told.get(_ADDED), transformer_options=options
-        )
+        with differentiable():
+            prediction: Tensor = self.network(
+                latents, times, context=told[_TEXT], y=told.get(_ADDED), transformer_options=options
+            )
         return prediction
 
     def random_times(self, count: int, draws: torch.Generator) -> Tensor:

@@ -22,7 +22,7 @@ from mole_diffusion.pictures.denoiser import Condition
 from mole_diffusion.pictures.flow_matching import FlowMatching
 
 from .binding import text_encoders_of
-from .native_model import PLAIN_ATTENTION, CopiedModel, copied, free_inputs, plain_attention
+from .native_model import PLAIN_ATTENTION, CopiedModel, copied, differentiable, free_inputs, plain_attention
 from .texts import stop_listening
 
 #: Height and width of the pictures of models that do not say.
@@ -31,6 +31,8 @@ _SIZE = 1024
 _READ, _CLASSIFIER_FREE = 3.5, 4.0
 #: Texts whose encodings are kept.
 _KEPT_TEXTS = 256
+#: What networks call the side of the square of a latent's pixels that is one token.
+_PATCH = ("patch_size", "patch")
 _TEXT, _POOLED, _REAL = "text", "pooled", "real"
 
 
@@ -122,7 +124,7 @@ class FlowDenoiser(FlowMatching, CopiedModel):
     def latent_shape(self) -> tuple[int, int, int]:
         """Shape of one latent: channels, height, width, which are whole patches."""
         channels, side, _ = super().latent_shape
-        patch = int(getattr(self.network, "patch_size", 1))
+        patch = next((int(getattr(self.network, name)) for name in _PATCH if hasattr(self.network, name)), 1)
         return channels, side // patch * patch, side // patch * patch
 
     def guided(self, scale: float) -> float:
@@ -134,8 +136,13 @@ class FlowDenoiser(FlowMatching, CopiedModel):
         """Refuse networks that read more than latents, and VAEs of other models.
 
         Raises:
-            TrainingError: it is such a one.
+            TrainingError: it is such a one, or has no gradients.
         """
+        if hasattr(self.network, "preprocess_text_embeds"):
+            raise TrainingError(
+                "Gates of Anima cannot be trained in ComfyUI: its attention there has no gradients. Without "
+                "gates experts count alike, with masks and regions."
+            )
         latents = self._framed(torch.zeros(1, *self.latent_shape, device=self.device))
         if self._base.concat_cond(noise=latents, device=self.device) is not None:
             raise TrainingError(
@@ -210,7 +217,8 @@ class FlowDenoiser(FlowMatching, CopiedModel):
             for name, one in conditions.items()
         }
         options = {PLAIN_ATTENTION: plain_attention}
-        velocity: Tensor = self._base._apply_model(framed, times, transformer_options=options, **given)
+        with differentiable():
+            velocity: Tensor = self._base._apply_model(framed, times, transformer_options=options, **given)
         return self._unframed(velocity)
 
     @property

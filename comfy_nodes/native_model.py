@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import comfy.model_management
@@ -22,6 +22,8 @@ from mole_diffusion.core.errors import TrainingError
 
 from .binding import slot_of
 
+#: Says in newer cores that somebody trains.
+_TRAINS = "in_training"
 #: What every network is called with.
 PLAIN_ATTENTION = "optimized_attention_override"
 
@@ -134,6 +136,21 @@ class CopiedModel:
         return digest.hexdigest()
 
 
+@contextmanager
+def differentiable() -> Iterator[None]:
+    """Networks compute by what has gradients: newer cores have faster forms that have none."""
+    management: Any = comfy.model_management
+    before = getattr(management, _TRAINS, None)
+    if before is None:
+        yield
+        return
+    setattr(management, _TRAINS, True)
+    try:
+        yield
+    finally:
+        setattr(management, _TRAINS, before)
+
+
 def plain_attention(_: Any, *args: Any, **kwargs: Any) -> Tensor:
     """PyTorch's own attention in place of ComfyUI's choice, which may have no gradient."""
     result: Tensor = attention_pytorch(*args, **kwargs)
@@ -149,7 +166,12 @@ def copied(patcher: Any, network: nn.Module, device: torch.device, dtype: torch.
         device: where the copy goes.
         dtype: its type; None leaves it as it is.
     """
-    comfy.model_management.load_models_gpu([patcher], force_patch_weights=True, force_full_load=True)
+    comfy.model_management.load_models_gpu(
+        [patcher],
+        memory_required=_size(network, dtype),
+        force_patch_weights=True,
+        force_full_load=True,
+    )
     with torch.inference_mode(False), patcher.use_ejected():
         duplicate = copy.deepcopy(network).to(device=device)
         if dtype is not None:
@@ -158,7 +180,22 @@ def copied(patcher: Any, network: nn.Module, device: torch.device, dtype: torch.
     for module in duplicate.modules():
         if dtype is not None and isinstance(getattr(module, "dtype", None), torch.dtype):
             module.dtype = dtype
+    _let_go(patcher)
     return duplicate.requires_grad_(False).eval()
+
+
+def _size(network: nn.Module, dtype: torch.dtype | None) -> int:
+    """Bytes of a copy."""
+    values = (*network.parameters(), *network.buffers())
+    return sum(value.numel() * (dtype or value.dtype).itemsize for value in values)
+
+
+def _let_go(patcher: Any) -> None:
+    """Let ComfyUI take a model off the device, of which there is a copy now."""
+    loaded = comfy.model_management.current_loaded_models
+    others = [one for one in loaded if one.model is None or not patcher.is_clone(one.model)]
+    if len(others) < len(loaded):
+        comfy.model_management.free_memory(1e30, patcher.load_device, keep_loaded=others)
 
 
 def free_inputs(network: nn.Module) -> None:

@@ -33,6 +33,10 @@ class TensorCache:
         value: T = self._values[key]
         return value
 
+    def __bool__(self) -> bool:
+        """Whether there is anything."""
+        return bool(self._values)
+
     def clear(self) -> None:
         """Drop everything."""
         self._values.clear()

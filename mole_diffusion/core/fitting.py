@@ -95,6 +95,7 @@ def build_slots(
                 site.swapped,
                 site.source,
                 folds=site.folds,
+                amid=site.amid,
                 may_lead=site.leads,
             )
             slots[site.name].doras = {i: d[site.name] for i, d in enumerate(doras) if site.name in d}

@@ -125,10 +125,15 @@ class MatrixHook:
         if not self.context.enabled:
             return None
         pictures = self.context.forward.pictures
-        if self.slot.folds and pictures:
+        if (self.slot.folds or output.dim() > 4) and pictures:
             folded = self.bundle.fold(args[0], pictures)
             mixed = self._mixed(folded, output.reshape(pictures, -1, output.shape[-1]))
             return None if mixed is None else mixed.view(output.shape)
+        within = self.context.forward.within if self.slot.amid else None
+        if within is not None:
+            mixed = self._mixed(args[0][:, within], output[:, within])
+            around = output[:, : within.start], output[:, within.stop :]
+            return None if mixed is None else torch.cat([around[0], mixed, around[1]], dim=1)
         lengths = self.context.forward.packed.get(self.slot.stream)
         if lengths is None or output.dim() != 2:
             return self._mixed(args[0], output)

@@ -16,7 +16,15 @@ from .dora import Dora, is_plain
 from .factors import LoraFactors, swap_halves
 from .modules import kernel_size, site_shape
 from .networks.base import NetworkMap
-from .ranks import GateFactors, Layouts, SharedDown, gate_factors, rank_rows, share_down
+from .ranks import (
+    GateFactors,
+    Layouts,
+    SharedDown,
+    down_bytes,
+    gate_factors,
+    rank_rows,
+    share_down,
+)
 from .routing import Route
 
 
@@ -49,7 +57,7 @@ class MatrixSlot:
         rows: rows of the module's output that are this matrix; None for all.
         swapped: whether the module has their halves in the other order than the factors.
         source: matrices of equal source read the same tensor.
-        folds: see `Site`.
+        folds, amid: see `Site`.
         may_lead: whether its gate is read off it where another matrix of the same source could do.
         leads: whether it computes a gate of its group from its own rank activations.
         doras: expert index -> what its factors are computed from, beside the module's weight.
@@ -67,6 +75,7 @@ class MatrixSlot:
     swapped: bool = False
     source: str = ""
     folds: bool = False
+    amid: bool = False
     may_lead: bool = True
     leads: bool = False
     answers: bool = False
@@ -138,6 +147,11 @@ class MatrixSlot:
             ("route", route.kind, self.used, device), lambda: route.factors(used).to(device)
         )
 
+    @property
+    def keeps(self) -> bool:
+        """Whether it keeps anything on a device."""
+        return bool(self.plans.places) or bool(self.cache)
+
     def release(self) -> None:
         """Let go of everything on a device."""
         self.cache.clear()
@@ -195,6 +209,28 @@ class Bundle:
                     self._plan(device, dtype)
                 if compiled_on is not None and slot.answers:
                     slot.gate_factors(experts, device)
+
+    def make_ready(self, layouts: Layouts, device: torch.device, dtype: torch.dtype) -> None:
+        """Make now what forwards with the present choice need on a device.
+
+        Args:
+            layouts: of the mixture.
+            device, dtype: of the outputs.
+        """
+        for slot in self.slots:
+            slot.plan(layouts, device, dtype)
+        if self._wanted:
+            self._plan(device, dtype)
+
+    def device_bytes(self, item: int) -> int:
+        """Bytes of the factors that forwards with the present choice keep on a device.
+
+        Args:
+            item: bytes of one number of the outputs.
+        """
+        down = down_bytes([[slot.factors[i] for i in slot.read] for slot in self._wanted], item)
+        ups = (slot.shape[0] * sum(slot.factors[i].width for i in slot.used) for slot in self.slots)
+        return down + item * sum(ups)
 
     def project(self, slot: MatrixSlot, x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Rank activations (B * L, R) of `slot` for its input x (B, L, d).

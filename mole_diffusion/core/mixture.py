@@ -16,6 +16,7 @@ from .auto import Auto
 from .block_hook import BlockHook
 from .config import MoLEConfig
 from .context import Activation, ForwardContext
+from .copies import Copies
 from .counting import by_name, check_together, checked_masks, counting, fixed_weights
 from .dora import BaseWeight, own_weight
 from .dora_slots import DoraSlots
@@ -51,6 +52,7 @@ class Mixture:
         gates: the trainable parameters, and nothing else.
         unmatched: expert name -> its matrices of this part that the network does not have.
         base: what the network is: its class, and a hash of its matrices' names and shapes.
+        copies: what it keeps on devices.
         owner: the `Ensemble` it belongs to, if any.
         finds_places: whether there is attention to words, by which `activate(auto=...)` finds places.
     """
@@ -83,6 +85,7 @@ class Mixture:
         self._bundles = build_bundles(slots, layout)
         self._doras = DoraSlots([slot for slot in slots.values() if slot.doras], base_weight)
         self.gates = nn.ModuleDict({_module_key(group.name): group.gate for group in self.groups})
+        self.copies = Copies(self.groups, self._bundles, self._context.layouts, len(experts))
 
     @property
     def expert_names(self) -> tuple[str, ...]:

@@ -125,6 +125,17 @@ def share_down(
     )
 
 
+def down_bytes(matrices: Sequence[Sequence[LoraFactors]], item: int) -> int:
+    """Bytes of `share_down`, but for a few numbers of where its parts stand.
+
+    Args:
+        matrices: factors of each matrix.
+        item: bytes of one number.
+    """
+    unique = {(id(one.down), one.bias is not None): one for factors in matrices for one in factors}
+    return item * sum(one.width * one.down[0].numel() for one in unique.values())
+
+
 def rank_rows(module: nn.Module, x: Tensor, factors: SharedDown) -> Tensor:
     """(B * L, R) products of a matrix's input with down factors, in the factors' data type.
 
@@ -205,6 +216,21 @@ def gate_factors(factors: Mapping[int, LoraFactors], experts: int, device: torch
         _root(stacked, alike, chosen),
         nn.functional.one_hot(torch.tensor(owners), experts).float().to(device),
     )
+
+
+def gate_bytes(factors: Mapping[int, LoraFactors], experts: int) -> int:
+    """Bytes of `gate_factors` and of what the gate makes of them, but for a few numbers of where parts stand.
+
+    Args:
+        factors: of the experts that have the matrix.
+        experts: N.
+    """
+    widths = [one.width for one in factors.values()]
+    total, blocks = sum(widths), sum(width * width for width in widths)
+    ups = sum(one.width * one.up.shape[0] for one in factors.values())
+    # A dense root is kept beside the projection once more.
+    root = 2 * total * total if total <= _DENSE or len(set(widths)) == len(widths) else blocks
+    return 4 * (ups + root + 3 * total * experts)
 
 
 def _root(

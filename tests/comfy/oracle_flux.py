@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from diffusers import (
     ChromaTransformer2DModel,
+    CosmosTransformer3DModel,
     Flux2Pipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    Krea2Transformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     ZImageTransformer2DModel,
@@ -85,6 +87,31 @@ def write_flux(folder: Path) -> None:
             cap_feat_dim=32,
             axes_dims=[16, 16, 16],
             axes_lens=[256, 32, 32],
+        ),
+        # ComfyUI's has widths of its own: 128 in every feed-forward, two blocks of each kind for texts.
+        "krea2": Krea2Transformer2DModel(
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            intermediate_size=128,
+            timestep_embed_dim=32,
+            text_hidden_dim=16,
+            num_text_layers=2,
+            text_num_attention_heads=2,
+            text_num_key_value_heads=2,
+            text_intermediate_size=128,
+            axes_dims_rope=(4, 6, 6),
+        ),
+        "anima": CosmosTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=2,
+            text_embed_dim=32,
+            adaln_lora_dim=4,
+            max_size=(4, 32, 32),
+            rope_scale=(1.0, 4.0, 4.0),
+            extra_pos_embed_type=None,
         ),
     }
     for name, network in networks.items():
@@ -178,6 +205,8 @@ def _run(network: Any, tensors: dict[str, Tensor]) -> Tensor:
             timestep=tensors["timesteps"] * 1000,
         )
         return found.sample
+    if isinstance(network, CosmosTransformer3DModel):
+        return _run_anima(network, tensors)
     height, width = SIZE
     ids = FluxPipeline._prepare_latent_image_ids(
         2, height // 2, width // 2, torch.device("cpu"), torch.float32
@@ -187,14 +216,28 @@ def _run(network: Any, tensors: dict[str, Tensor]) -> Tensor:
         told |= {"pooled_projections": tensors["pooled"], "guidance": tensors["guidance"]}
     if isinstance(network, QwenImageTransformer2DModel):
         told = {"img_shapes": [[(1, height // 2, width // 2)]] * 2}
+    text = tensors["text"]
+    if isinstance(network, Krea2Transformer2DModel):
+        told = {"position_ids": torch.cat([torch.zeros(TEXT, 3), ids])}
+        text = text.unflatten(2, (network.config["num_text_layers"], -1))
     found = network(
         hidden_states=FluxPipeline._pack_latents(tensors["latents"], 2, 16, height, width),
-        encoder_hidden_states=tensors["text"],
+        encoder_hidden_states=text,
         timestep=tensors["timesteps"],
         **told,
     ).sample
     unpacked: Tensor = FluxPipeline._unpack_latents(found, height * 8, width * 8, 8)
     return unpacked
+
+
+def _run_anima(network: Any, tensors: dict[str, Tensor]) -> Tensor:
+    found: Tensor = network(
+        hidden_states=tensors["latents"].unsqueeze(2),
+        timestep=tensors["timesteps"],
+        encoder_hidden_states=tensors["text"],
+        padding_mask=torch.zeros(1, 1, *SIZE),
+    ).sample
+    return found.squeeze(2)
 
 
 def _is_flux2(network: nn.Module) -> bool:

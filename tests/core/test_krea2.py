@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxPipeline
 from tiny.networks import make_experts, randomise, run
-from tiny.transformers import krea2_inputs, make_krea2
+from tiny.transformers import krea2_inputs, make_krea2, places
+from torch import Tensor
 
 from mole_diffusion import MoLEConfig, inject
 
@@ -57,3 +59,84 @@ def test_regions_are_of_the_picture_behind_the_text(pooling: str) -> None:
         assert torch.all(grid[:, :, :2][..., owners == 1] == 0)
         assert torch.all(grid[:, :, 2:][..., owners == 0] == 0)
         assert torch.all(weights[:, :12] > 0)
+
+
+class AsComfyUI:
+    """Runs the network of diffusers as ComfyUI runs its own: whole latents, texts with their layers in a row,
+    perhaps pictures that are shown, and the last matrix on text and image.
+    """
+
+    def __init__(self, network: Any) -> None:
+        self.network = network
+        network.forward = self.forward
+
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        ref_latents: list[Tensor] | None = None,
+        ref_latents_method: str | None = None,
+    ) -> Tensor:
+        shown = ref_latents if ref_latents is not None and ref_latents_method is not None else []
+        image = torch.cat([pack(one) for one in (x, *shown)], dim=1)
+        ids = [
+            places(one.shape[-2] // 2, one.shape[-1] // 2, number) for number, one in enumerate((x, *shown))
+        ]
+        found: Tensor = (
+            type(self.network)
+            .forward(
+                self.network,
+                hidden_states=image,
+                encoder_hidden_states=context.unflatten(2, (3, -1)),
+                timestep=timesteps,
+                position_ids=torch.cat([torch.zeros(context.shape[1], 3), *ids]),
+            )
+            .sample
+        )
+        return found[:, : image.shape[1] - sum(pack(one).shape[1] for one in shown)]
+
+    def last_reads_text(self, text: int) -> None:
+        """Behind the hooks of a mixture."""
+        last = self.network.final_layer.linear
+        last.register_forward_pre_hook(
+            lambda _, args: torch.cat([args[0].new_ones(2, text, args[0].shape[-1]), args[0]], dim=1)
+        )
+        last.register_forward_hook(lambda _, args, output: output[:, text:])
+
+
+def pack(latents: Tensor) -> Tensor:
+    batch, channels, height, width = latents.shape
+    packed: Tensor = FluxPipeline._pack_latents(latents, batch, channels, height, width)
+    return packed
+
+
+@forms
+def test_gates_are_the_same_where_the_last_matrix_reads_text_too(form: MoLEConfig) -> None:
+    told = {**krea2_inputs(), "encoder_attention_mask": None}
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    told["hidden_states"] = pack(latents)
+    network, twin = make_krea2(), make_krea2()
+    native = AsComfyUI(twin)
+    left = torch.zeros(8, 8)
+    left[:, :4] = 1
+    chosen: list[dict[str, Any]] = [{}, {"region_masks": {"dog": left}}]
+    mixtures = [inject(one, make_experts(3, network), form) for one in (network, twin)]
+    for mixture in mixtures:
+        randomise(mixture)
+    native.last_reads_text(12)
+    inputs = latents, told["timestep"], told["encoder_hidden_states"].flatten(2)
+    with torch.no_grad():
+        for choice in chosen:
+            for mixture in mixtures:
+                mixture.activate(**choice)
+            expected = network(**told).sample
+            assert_close(twin(*inputs), expected)
+            ours, theirs = (mixture.live_weights() for mixture in mixtures)
+            for label in ours:
+                torch.testing.assert_close(ours[label], theirs[label], rtol=1e-4, atol=1e-6)
+        # Pictures that are shown have gates, no regions, and do not count in means.
+        shown = {"ref_latents": [latents[:, :, :4]], "ref_latents_method": "index"}
+        assert twin(*inputs, **shown).shape == expected.shape
+        assert not torch.equal(twin(*inputs, **shown), expected)
+        assert torch.equal(twin(*inputs, ref_latents=[latents]), twin(*inputs))

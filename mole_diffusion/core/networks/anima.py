@@ -14,7 +14,7 @@ from .base import CONTEXT, DENOISER, EMBEDDING, Base, Forward
 from .families import ANIMA
 from .patches import counting, grid_of, patched_grid
 from .stacks import Blocks, Leaf, Stack
-from .transformers import KOHYA, PREFIXES, TRANSFORMER, WRITERS
+from .transformers import KOHYA_UNET, PREFIXES, TRANSFORMER, WRITERS
 
 # Tokens of a text, as its adapter pads it.
 _TOKENS_OF_A_TEXT = 512
@@ -92,6 +92,7 @@ ANIMA_STACK = Stack(
     },
     marker=r"(?:^|\.)blocks\.\d+\.adaln_modulation_self_attn\.2$"
     r"|(?:^|\.)transformer_blocks\.\d+\.norm1\.linear_2$",
+    beside="llm_adapter",
     refused=(
         (
             r"(?:^|_)(?:llm_adapter|text_conditioner)_",
@@ -100,7 +101,8 @@ ANIMA_STACK = Stack(
     ),
     inputs=_read,
     counter=counting(_TOKENS_OF_A_TEXT),
-    kohya=KOHYA,
+    kohya=KOHYA_UNET,
+    kohya_native=True,
     tell=lambda slot, inputs: Base(ANIMA, None),
     text_gates=True,
 )

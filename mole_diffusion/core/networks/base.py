@@ -59,6 +59,7 @@ class Site:
         identifies: whether it belongs to every network of its base; some hosts add what a base does not have.
         folds: whether its input has other axes than pictures, tokens and features: all but the last are those
             of the pictures one after another.
+        amid: whether hosts give it image tokens with others around them, as `Forward.within` says.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Site:
     widens: bool = False
     identifies: bool = True
     folds: bool = False
+    amid: bool = False
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,8 @@ class Forward:
         packed: stream -> tokens of each picture, for matrices that read all pictures' tokens one after
             another, as (all tokens, d).
         appended: stream -> how many tokens of padding at its end the network's first matrices do not read.
+        within: where the image tokens lie in what matrices are given that are `Site.amid`; nobody reads the
+            others behind them.
         memory: (B, L, d) of the context of a causal network, the same tensor in all its steps; else None.
         keeps: whether the network keeps what its blocks computed for steps to come.
         ids: (B, L) tokens that an encoder reads; None where it is given embeddings.
@@ -184,6 +188,7 @@ class Forward:
     pictures: int = 0
     packed: Mapping[str, Sequence[int]] = field(default_factory=dict)
     appended: Mapping[str, int] = field(default_factory=dict)
+    within: slice | None = None
     memory: Tensor | None = None
     keeps: bool = False
     ids: Tensor | None = None

@@ -9,15 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .base import CONTEXT, DENOISER, EMBEDDING, JOINT, TOKENS, Base, Forward
 from .families import KREA2
-from .patches import any_length, grid_of, picture_of
+from .patches import any_length, grid_of, patched_grid, picture_of
 from .stacks import Blocks, Leaf, Stack
-from .transformers import KOHYA, PREFIXES, TRANSFORMER, WRITERS
+from .transformers import LYCORIS, PREFIXES, TRANSFORMER, WRITERS
 
 _INPUTS = ("hidden_states", "encoder_hidden_states", "timestep", "position_ids", "encoder_attention_mask")
+# The same of ComfyUI's network.
+_NATIVE_INPUTS = ("x", "timesteps", "context", "attention_mask", "ref_latents")
 _REFINED = "text_fusion.refiner_blocks"
 
 
@@ -40,7 +43,10 @@ _NATIVE: Mapping[str, str | Mapping[str, int]] = {
 
 
 def _read(args: tuple[Any, ...], kwargs: Mapping[str, Any], given: tuple[int, int] | None) -> Forward:
-    """Packed latents (B, L, c), texts (B, T, layers, d), places (T + L, 3) of both."""
+    """Packed latents (B, L, c), texts (B, T, layers, d), places (T + L, 3) of both; or as `_read_latents`."""
+    first = args[0] if args else kwargs.get("x")
+    if isinstance(first, Tensor) and first.dim() > 3:
+        return _read_latents({**dict(zip(_NATIVE_INPUTS, args, strict=False)), **kwargs})
     named = {**dict(zip(_INPUTS, args, strict=False)), **kwargs}
     image, text = named.get("hidden_states"), named.get("encoder_hidden_states")
     if not isinstance(image, Tensor) or not isinstance(text, Tensor):
@@ -57,6 +63,32 @@ def _read(args: tuple[Any, ...], kwargs: Mapping[str, Any], given: tuple[int, in
         own, grid = picture_of(places, words)
         if grid is not None and own == image.shape[1]:
             read.size, read.grid = (2 * grid[0], 2 * grid[1]), grid_of(grid)
+    return read
+
+
+def _read_latents(named: Mapping[str, Any]) -> Forward:
+    """ComfyUI's: latents (B, C, H, W) or (B, C, 1, H, W), texts (B, T, layers * d), latents of pictures that
+    are shown. Its last matrix reads text and image.
+    """
+    latents, text = named["x"], named.get("context")
+    own = patched_grid(latents.shape[-2:])
+    read = Forward(
+        time=named.get("timesteps"),
+        size=(2 * own[0], 2 * own[1]),
+        grid=grid_of(own),
+        pictures=latents.shape[0] * (latents.shape[2] if latents.dim() == 5 else 1),
+    )
+    if not isinstance(text, Tensor):
+        return read
+    # Without a method they are not looked at.
+    shown = (named.get("ref_latents") or ()) if named.get("ref_latents_method") is not None else ()
+    read.references = sum(rows * columns for one in shown for rows, columns in [patched_grid(one.shape[-2:])])
+    image = slice(text.shape[1], text.shape[1] + own[0] * own[1] + read.references)
+    read.spans = {CONTEXT: slice(0, text.shape[1]), TOKENS: image}
+    if read.references:
+        real = torch.arange(image.stop - image.start, device=latents.device) < own[0] * own[1]
+        read.masks = {TOKENS: real.expand(read.pictures, -1)}
+    read.within = image
     return read
 
 
@@ -90,7 +122,7 @@ KREA2_STACK = Stack(
         ),
         Blocks("transformer_blocks", _leaves(JOINT), also=("blocks",), names=_NATIVE),
     ),
-    after=(Leaf("final_layer.linear"),),
+    after=(Leaf("final_layer.linear", amid=True),),
     names={
         "first": "img_in",
         "last.linear": "final_layer.linear",
@@ -104,7 +136,7 @@ KREA2_STACK = Stack(
     marker=r"(?:^|\.)(?:text_fusion|txtfusion)\.projector$",
     inputs=_read,
     counter=any_length("Krea 2"),
-    kohya=KOHYA,
+    kohya=LYCORIS,
     tell=lambda slot, inputs: Base(KREA2, None) if any(map(_is_own, inputs)) else None,
     text_gates=True,
 )

@@ -37,7 +37,7 @@ class Leaf:
             tokens has a gate to itself.
         source: leaves of equal source read the same tensor; by default its name.
         layer: the attention or feed-forward it belongs to; by default its name up to the first dot.
-        leads, identifies, folds: see `Site`.
+        leads, identifies, folds, amid: see `Site`.
         after: of a leaf that runs before some blocks: the row of blocks behind which it does.
     """
 
@@ -48,6 +48,7 @@ class Leaf:
     leads: bool = True
     identifies: bool = True
     folds: bool = False
+    amid: bool = False
     after: str = ""
 
 
@@ -114,8 +115,10 @@ class Stack:
         marker: pattern of a module's path that every such network has; "" for none.
         stranger: the same of one that none has, for kinds of networks with blocks of the same names.
         wrapper: name of a module that may stand around the blocks and belongs to no canonical name.
+        beside: name of a module inside the network with blocks that are called alike and are not its own.
         refused: (pattern of flat names, reason) of what such networks have and cannot be gated.
         kohya: slot -> what kohya puts before names in a base with one text encoder, and in one with more.
+        kohya_native: whether kohya writes the makers' names of matrices, none of which is fused.
         tell: slot, inputs of the matrices -> base model.
     """
 
@@ -135,9 +138,11 @@ class Stack:
     marker: str = ""
     stranger: str = ""
     wrapper: str = ""
+    beside: str = ""
     refused: tuple[tuple[str, str], ...] = ()
     kohya: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     writers: Mapping[str, str] = field(default_factory=dict)
+    kohya_native: bool = False
     tell: Callable[[str, Mapping[str, int]], Base | None] = lambda slot, inputs: None
     text_gates: bool = False
     causal: bool = False
@@ -153,6 +158,8 @@ class Stack:
         found: list[Site] = []
         around = ""
         modules = dict(network.named_modules())
+        if self.beside:
+            modules = {path: one for path, one in modules.items() if self.beside not in path.split(".")}
         if not self._is_one(modules):
             return ()
         for path, module in modules.items():
@@ -271,9 +278,20 @@ class Stack:
         """See `Architecture`."""
         if not any(place.matrix == matrix for place in self.read(matrix.replace(".", "_"))):
             return ""
+        if dialect == "kohya" and self.kohya_native:
+            return self._native(matrix)
         # What stands outside the blocks stands beside the wrapper.
         inside = matrix.startswith(tuple(f"{row.path}." for row in self.blocks))
         return f"{self.wrapper}.{matrix}" if self.wrapper and inside else matrix
+
+    def _native(self, matrix: str) -> str:
+        """What its makers call a matrix."""
+        for row in self.blocks:
+            index, _, leaf = matrix.removeprefix(f"{row.path}.").partition(".")
+            if matrix.startswith(f"{row.path}.") and index.isdigit():
+                native = next(name for name, meant in row.names.items() if meant == leaf)
+                return f"{(*row.also, row.path)[0]}.{index}.{native}"
+        return next(name for name, meant in self.names.items() if meant == matrix)
 
     def prefix(self, slot: str, dialect: str, *, several: bool) -> str:
         """See `Architecture`."""
@@ -334,6 +352,7 @@ def _block_sites(
             leads=leaf.leads,
             identifies=leaf.identifies,
             folds=leaf.folds,
+            amid=leaf.amid,
         )
 
 
@@ -353,4 +372,5 @@ def _root_site(leaf: Leaf, path: str, order: tuple[int, ...], swapped: bool) -> 
         swapped=swapped,
         identifies=leaf.identifies,
         folds=leaf.folds,
+        amid=leaf.amid,
     )

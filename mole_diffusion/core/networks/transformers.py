@@ -17,3 +17,5 @@ KOHYA = {TRANSFORMER: ("lora_transformer_", "lora_transformer_")}
 LYCORIS = {TRANSFORMER: ("lycoris_", "lycoris_")}
 #: Beginnings of keys that OneTrainer alone writes.
 WRITERS = {"lora_transformer_": "OneTrainer"}
+#: kohya's own.
+KOHYA_UNET = {TRANSFORMER: ("lora_unet_", "lora_unet_")}

@@ -13,7 +13,8 @@ import pytest
 SOURCE = Path(os.environ["MOLE_COMFY_SOURCE"])
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(SOURCE))
-sys.path.append(str(ROOT / "tests"))  # what is shared with the tests outside
+# What is shared with the tests outside.
+sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "comfy")]
 sys.argv = ["main.py", "--cpu", "--base-directory", os.environ["MOLE_COMFY_BASE"]]
 
 import comfy.options  # noqa: E402

@@ -1,6 +1,5 @@
 """SDXL: what the trainer sees is what ComfyUI's own sampler would see, with both text encoders."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +8,13 @@ import comfy.samplers
 import pytest
 import torch
 from conftest import part
+from tiny_loras import write_xl_lora
+from tiny_models import xl
 
 from mole_diffusion import MoLEConfig, TrainingConfig, read_gates_header
 from mole_diffusion.core.errors import TrainingError
 from mole_diffusion.core.experts import load_expert
 from tools import encoded, hooks, sample
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
-from tiny_loras import write_xl_lora
-from tiny_models import xl
 
 PROMPT = "a sks dog and a sks cat"
 

@@ -11,7 +11,10 @@ import comfy.ops
 import comfy.supported_models
 import comfy.utils
 import torch
+from comfy.ldm.chroma.model import ChromaParams
 from safetensors.torch import load_file
+from tiny_models.transformers import asks, placed
+from tiny_models.weights import fill
 from torch import Tensor
 
 
@@ -39,11 +42,12 @@ def load_flux(folder: Path, kind: str) -> Any:
         settings |= {"in_dim": 64, "out_dim": width, "hidden_dim": config["approximator_hidden_dim"]}
         settings |= {"n_layers": config["approximator_layers"], "in_channels": config["in_channels"]}
         settings |= {"out_channels": config["in_channels"]}
-        model_config = comfy.supported_models.Chroma(settings)
+        settings |= {"vec_in_dim": None} if asks("vec_in_dim", ChromaParams) else {}
+        model_config = comfy.supported_models.Chroma(placed(settings, kind=ChromaParams))
         names |= _approximator(config["approximator_layers"])
     else:
         settings |= {"guidance_embed": True, "vec_in_dim": config["pooled_projection_dim"]}
-        model_config = comfy.supported_models.Flux(settings)
+        model_config = comfy.supported_models.Flux(placed(settings))
     return _patcher(model_config, folder, names)
 
 
@@ -70,12 +74,12 @@ def load_flux2(folder: Path) -> Any:
         "mlp_silu_act": True,
         "ops_bias": False,
     }
-    names = comfy.utils.flux_to_diffusers(settings) | _flux2_names(config)
-    return _patcher(comfy.supported_models.Flux2(settings), folder, names)
+    names = _flux2_names(config) | comfy.utils.flux_to_diffusers(settings)
+    return _patcher(comfy.supported_models.Flux2(placed(settings, 3)), folder, names)
 
 
 def _flux2_names(config: dict[str, Any]) -> dict[str, Any]:
-    """Names of FLUX.2's matrices that `flux_to_diffusers` of 0.3.75 does not have."""
+    """Names of FLUX.2's matrices, of which `flux_to_diffusers` has some: in 0.3.75 few."""
     found = {}
     for block in range(config["num_layers"]):
         ours, theirs = f"transformer_blocks.{block}", f"double_blocks.{block}"
@@ -159,10 +163,123 @@ def load_z_image(folder: Path) -> Any:
     return _patcher(model_config, folder, names, as_wide)
 
 
+def load_krea2(folder: Path) -> Any:
+    """A MODEL of a diffusers Krea 2."""
+    config = json.loads((folder / "config.json").read_text())
+    settings = {
+        "image_model": "krea2",
+        "features": config["num_attention_heads"] * config["attention_head_dim"],
+        "tdim": config["timestep_embed_dim"],
+        "txtdim": config["text_hidden_dim"],
+        "heads": config["num_attention_heads"],
+        "kvheads": config["num_key_value_heads"],
+        "layers": config["num_layers"],
+        "channels": config["in_channels"] // 4,
+        "txtlayers": config["num_text_layers"],
+        "txtheads": config["text_num_attention_heads"],
+        "txtkvheads": config["text_num_key_value_heads"],
+    }
+    names = comfy.utils.krea2_to_diffusers(settings) | _krea2_names(config)
+    return _patcher(comfy.supported_models.Krea2(settings), folder, names)
+
+
+def _krea2_names(config: dict[str, Any]) -> dict[str, Any]:
+    """Names of what is no matrix of Krea 2."""
+    found: dict[str, Any] = {"final_layer.scale_shift_table": "last.modulation.lin"}
+    found["final_layer.norm.weight"], found["txt_in.norm.weight"] = "last.norm.scale", "txtmlp.0.scale"
+    for ours, theirs in (
+        ("img_in", "first"),
+        ("time_embed.linear_1", "tmlp.0"),
+        ("time_embed.linear_2", "tmlp.2"),
+        ("time_mod_proj", "tproj.1"),
+        ("txt_in.linear_1", "txtmlp.1"),
+        ("txt_in.linear_2", "txtmlp.3"),
+        ("final_layer.linear", "last.linear"),
+    ):
+        found[f"{ours}.bias"] = f"{theirs}.bias"
+    blocks = {f"transformer_blocks.{block}": f"blocks.{block}" for block in range(config["num_layers"])}
+    for ours, theirs in blocks.items():
+        # Six rows one after another.
+        found[f"{ours}.scale_shift_table"] = (f"{theirs}.mod.lin", None, torch.flatten)
+    for kind in ("layerwise", "refiner"):
+        for block in range(2):
+            blocks[f"text_fusion.{kind}_blocks.{block}"] = f"txtfusion.{kind}_blocks.{block}"
+    for ours, theirs in blocks.items():
+        found[f"{ours}.norm1.weight"] = f"{theirs}.prenorm.scale"
+        found[f"{ours}.norm2.weight"] = f"{theirs}.postnorm.scale"
+        for x in "qk":
+            found[f"{ours}.attn.norm_{x}.weight"] = f"{theirs}.attn.qknorm.{x}norm.scale"
+    return found
+
+
+def load_anima(folder: Path) -> Any:
+    """A MODEL of a diffusers Cosmos Predict 2 as Anima's, with a tiny adapter of its language model."""
+    from comfy.ldm.anima.model import LLMAdapter
+
+    config = json.loads((folder / "config.json").read_text())
+    text, width = config["text_embed_dim"], config["num_attention_heads"] * config["attention_head_dim"]
+    frames, height, patches = *config["rope_scale"][:2], config["patch_size"]
+    settings = {
+        "image_model": "anima",
+        "max_img_h": config["max_size"][1],
+        "max_img_w": config["max_size"][2],
+        "max_frames": config["max_size"][0],
+        "in_channels": config["in_channels"],
+        "out_channels": config["out_channels"],
+        "patch_spatial": patches[1],
+        "patch_temporal": patches[0],
+        "model_channels": width,
+        "num_blocks": config["num_layers"],
+        "num_heads": config["num_attention_heads"],
+        "crossattn_emb_channels": text,
+        "pos_emb_cls": "rope3d",
+        "use_adaln_lora": True,
+        "adaln_lora_dim": config["adaln_lora_dim"],
+        "rope_h_extrapolation_ratio": height,
+        "rope_w_extrapolation_ratio": height,
+        "rope_t_extrapolation_ratio": frames,
+        "rope_enable_fps_modulation": False,
+    }
+
+    def adapted(network: Any) -> None:
+        tiny = {"source_dim": text, "target_dim": text, "model_dim": text, "num_layers": 1, "num_heads": 2}
+        network.llm_adapter = LLMAdapter(**tiny, operations=comfy.ops.disable_weight_init)
+        fill(network.llm_adapter, 5)
+
+    model_config = comfy.supported_models.Anima(settings)
+    return _patcher(model_config, folder, _anima_names(config["num_layers"]), adapted)
+
+
+def _anima_names(layers: int) -> dict[str, Any]:
+    """Names of Anima's weights."""
+    found = {
+        "patch_embed.proj": "x_embedder.proj.1",
+        "time_embed.norm": "t_embedding_norm",
+        "proj_out": "final_layer.linear",
+    }
+    for layer in (1, 2):
+        found[f"time_embed.t_embedder.linear_{layer}"] = f"t_embedder.1.linear_{layer}"
+        found[f"norm_out.linear_{layer}"] = f"final_layer.adaln_modulation.{layer}"
+    for block in range(layers):
+        ours, theirs = f"transformer_blocks.{block}", f"blocks.{block}"
+        for number, name in enumerate(("self_attn", "cross_attn", "mlp"), 1):
+            for layer in (1, 2):
+                found[f"{ours}.norm{number}.linear_{layer}"] = f"{theirs}.adaln_modulation_{name}.{layer}"
+        for number, name in enumerate(("self_attn", "cross_attn"), 1):
+            for x in "qkv":
+                found[f"{ours}.attn{number}.to_{x}"] = f"{theirs}.{name}.{x}_proj"
+            for x in "qk":
+                found[f"{ours}.attn{number}.norm_{x}"] = f"{theirs}.{name}.{x}_norm"
+            found[f"{ours}.attn{number}.to_out.0"] = f"{theirs}.{name}.output_proj"
+        found[f"{ours}.ff.net.0.proj"] = f"{theirs}.mlp.layer1"
+        found[f"{ours}.ff.net.2"] = f"{theirs}.mlp.layer2"
+    return {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in found.items()}
+
+
 def _patcher(
     model_config: Any, folder: Path, names: dict[str, Any], change: Callable[[Any], None] = lambda _: None
 ) -> Any:
-    """A MODEL with the weights of a folder."""
+    """A MODEL with the weights of a folder; of what diffusers has beside the network, with its own."""
     model_config.set_inference_dtype(torch.float32, None)
     cpu = torch.device("cpu")
     model = model_config.get_model({}, device=cpu)
@@ -190,10 +307,15 @@ def converted(
     weights: dict[str, Tensor], names: dict[str, Any], like: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Weights of diffusers under ComfyUI's names, every one of them used."""
-    state = {name: torch.full_like(value, float("nan")) for name, value in like.items()}
+    state = {
+        name: value if name.startswith("llm_adapter.") else torch.full_like(value, float("nan"))
+        for name, value in like.items()
+    }
     for name, value in weights.items():
         place = names[name]
         key, part, change = (*place, None)[:3] if isinstance(place, tuple) else (place, None, None)
+        if key.endswith(".scale") and key not in state:
+            key = f"{key.removesuffix('scale')}weight"  # as newer cores call it
         value = value if change is None else change(value)
         if part is None:
             state[key] = value

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import comfy.ldm.flux.model
 import comfy.ldm.lumina.model
 import comfy.model_management
 import comfy.model_patcher
@@ -26,6 +27,20 @@ TEXT = 32
 CHANNELS = 16
 #: Side of the pictures in pixels.
 SIZE = 64
+
+
+def asks(name: str, kind: Any) -> bool:
+    """Whether settings of a kind have a name in this core."""
+    return name in kind.__dataclass_fields__
+
+
+def placed(
+    settings: dict[str, Any], *axes: int, kind: Any = comfy.ldm.flux.model.FluxParams
+) -> dict[str, Any]:
+    """Settings of FLUX's kin, with the axes in which text tokens have places where a core asks for these."""
+    return {**settings, "txt_ids_dims": list(axes)} if asks("txt_ids_dims", kind) else settings
+
+
 FLUX: dict[str, Any] = {
     "image_model": "flux",
     "in_channels": CHANNELS,
@@ -165,7 +180,7 @@ def load(family: str) -> tuple[Any, Any, Any]:
 
 def model_of(kind: Any, settings: dict[str, Any], change: Callable[[Any], None] = lambda _: None) -> Any:
     """A MODEL."""
-    config = kind(dict(settings))
+    config = kind(placed(settings) if kind is TinyFlux else dict(settings))
     config.set_inference_dtype(torch.float32, None)
     device = comfy.model_management.get_torch_device()
     model = config.get_model({}, device="cpu")
