@@ -59,11 +59,26 @@ def make_xl_components(tokenizer: Any, *, channels: int = 4, layers: int = 2) ->
     return {**networks, **rest, "tokenizer": tokenizer, "tokenizer_2": second, "scheduler": scheduler}
 
 
+def make_refiner_components(tokenizer: Any) -> dict[str, Any]:
+    """The same of SDXL's refiner: the second text encoder alone, and a score of beauty for a size."""
+    parts = make_xl_components(tokenizer)
+    torch.manual_seed(1)
+    settings = {
+        "cross_attention_dim": WIDTH_2,
+        "projection_class_embeddings_input_dim": PROJECTION + 5 * TIME,
+    }
+    unet = UNet2DConditionModel.from_config({**parts["unet"].config, **settings})
+    told = {"requires_aesthetics_score": True, "force_zeros_for_empty_prompt": False}
+    return {**parts, "unet": unet.eval(), "text_encoder": None, "tokenizer": None, **told}
+
+
 def write_xl_lora(path: Path, components: dict[str, Any], seed: int, rank: int) -> Path:
     """A LoRA of random factors for all three networks, saved by diffusers."""
     torch.manual_seed(seed)
     layers, metadata = {}, {}
     for part, names in TARGETS.items():
+        if components[part] is None:
+            continue
         layers[f"{part}_lora_layers"], settings = random_lora(components[part], names, rank)
         metadata[f"{part}_lora_adapter_metadata"] = settings
     StableDiffusionXLPipeline.save_lora_weights(path.parent, weight_name=path.name, **layers, **metadata)

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from learning import losses_before_and_after, promises_kept
-from tiny.sdxl import make_xl_components, write_xl_lora
+from tiny.sdxl import make_refiner_components, make_xl_components, write_xl_lora
 
 from mole_diffusion import StableDiffusionXLMoLEImg2ImgPipeline, StableDiffusionXLMoLEPipeline
 from mole_diffusion.core.errors import TrainingError
+from mole_diffusion.pictures.denoisers import denoiser_of
 from mole_diffusion.pictures.denoisers.autoencoder import full_precision
 from mole_diffusion.pictures.training import Concept, GateTrainer, TrainingConfig
 
@@ -136,3 +137,40 @@ def test_an_autoencoder_that_overflows_is_widened_and_restored(make_xl: Any) -> 
     for name, value in vae.state_dict().items():
         assert torch.equal(value, before[name])
         assert value.dtype == torch.float16
+
+
+@pytest.fixture
+def refiner(components: dict[str, Any], tmp_path: Path, tiny_build: Any) -> Any:
+    """SDXL's refiner with two experts for its UNet and its one text encoder."""
+    parts = make_refiner_components(components["tokenizer"])
+    pipe = tiny_build(StableDiffusionXLMoLEImg2ImgPipeline, parts)
+    for seed, name in enumerate(("boot", "cat"), start=1):
+        pipe.load_expert(write_xl_lora(tmp_path / f"{name}.safetensors", parts, seed, 2), name=name)
+    return pipe
+
+
+def test_the_refiner_learns_from_pictures(refiner: Any, concepts: list[Concept], tiny: Tiny) -> None:
+    """It is told what its pipeline tells it, and sees as little noise as there is where it draws."""
+    seen: list[dict[str, Any]] = []
+    refiner.unet.register_forward_pre_hook(lambda *given: seen.append(given[2]), with_kwargs=True)
+    picture = torch.rand(1, 3, 64, 64)
+    settings = {"strength": 0.5, "num_inference_steps": 2, "guidance_scale": 5.0, "mixture": "none"}
+    refiner("a zorin boot", image=picture, **settings)
+    told = seen[0]["added_cond_kwargs"]
+    denoiser = denoiser_of(refiner, (64, 64))
+    with torch.no_grad(), refiner.composing(mixture="none"):
+        ours = denoiser.encode_texts(["", "a zorin boot"]).tensors
+    torch.testing.assert_close(ours["time_ids"], told["time_ids"])
+    torch.testing.assert_close(ours["text_embeds"], told["text_embeds"])
+    assert int(denoiser.random_times(200, torch.Generator().manual_seed(0)).max()) < 200
+    config = tiny(iterations=20, collage_batch=4, alpha=0.0, gate_lr=3e-2, collage_background="sources")
+    before, after = losses_before_and_after(refiner, PROMPT, concepts, config)
+    assert after < before * 0.99
+    assert set(refiner.mixtures) == {"unet", "text_encoder_2"}
+
+
+def test_the_refiner_cannot_draw_what_it_learns_from(
+    refiner: Any, concepts: list[Concept], tiny: Tiny
+) -> None:
+    with pytest.raises(TrainingError, match="SDXL's refiner cannot draw from noise alone"):
+        GateTrainer(refiner, PROMPT, concepts, tiny(collage_source="drawn")).train()

@@ -18,6 +18,9 @@ from mole_diffusion.pictures.denoiser import Condition, Replay
 from mole_diffusion.pictures.denoisers.pipeline import PipelineDenoiser
 
 _PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+# SDXL's refiner: scores of beauty that the pipeline tells it, with a text and without, and the share of the
+# noise levels, the lowest, that it was trained on.
+_BEAUTY, _PLAIN, _REFINED = 6.0, 2.5, 0.2
 
 
 class DiffusionDenoiser(PipelineDenoiser):
@@ -82,11 +85,17 @@ class DiffusionDenoiser(PipelineDenoiser):
             )
         _ = self.scheduler
 
+    @property
+    def _refines(self) -> bool:
+        """Whether it is SDXL's refiner, which knows a little noise alone."""
+        return bool(self._pipe.config.get("requires_aesthetics_score", False))
+
     def encode_texts(self, texts: Sequence[str]) -> Condition:
-        """Encode texts as the pipeline does; SDXL is told the size of the picture too.
+        """Encode texts as the pipeline does; SDXL is told the size of the picture too, its refiner where the
+        picture begins and how beautiful it is: less where the text is empty, as the pipeline's negative one.
 
         Raises:
-            TrainingError: the UNet wants to know more than that (SDXL's refiner: an aesthetic score).
+            TrainingError: the UNet wants to know more than that.
         """
         encoded = self._pipe.encode_prompt(
             list(texts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
@@ -98,9 +107,12 @@ class DiffusionDenoiser(PipelineDenoiser):
             kept = torch.tensor([bool(text) for text in texts], device=tokens.device)
             tokens, pooled = tokens * kept[:, None, None], pooled * kept[:, None]
         size = self.picture_size
-        sizes = torch.tensor([[*size, 0, 0, *size]], device=tokens.device, dtype=tokens.dtype)
+        told = [((_BEAUTY if text else _PLAIN),) if self._refines else size for text in texts]
+        sizes = torch.tensor(
+            [[*size, 0, 0, *last] for last in told], device=tokens.device, dtype=tokens.dtype
+        )
         self._check_added(pooled, sizes)
-        added = {"text_embeds": pooled, "time_ids": sizes.repeat(len(tokens), 1)}
+        added = {"text_embeds": pooled, "time_ids": sizes}
         return Condition({"encoder_hidden_states": tokens, **added})
 
     def _check_added(self, pooled: Tensor, sizes: Tensor) -> None:
@@ -110,7 +122,8 @@ class DiffusionDenoiser(PipelineDenoiser):
             raise TrainingError(
                 "gates of this UNet cannot be trained: its added conditions are "
                 f"{config.projection_class_embeddings_input_dim} wide, pooled text and picture sizes are "
-                f"{found}; SDXL's refiner wants an aesthetic score, which no prompt has"
+                f"{found}; SDXL's refiner is told a score of beauty, and says so in its pipeline's "
+                "configuration: requires_aesthetics_score"
             )
 
     def predict(self, latents: Tensor, times: Tensor, condition: Condition) -> Tensor:
@@ -163,7 +176,7 @@ class DiffusionDenoiser(PipelineDenoiser):
     @property
     def _timesteps(self) -> int:
         count: int = self.scheduler.config.num_train_timesteps
-        return count
+        return int(count * _REFINED) if self._refines else count
 
     def noisy(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """See `Denoiser.noisy`."""
@@ -181,7 +194,16 @@ class DiffusionDenoiser(PipelineDenoiser):
         return velocity
 
     def schedule(self, steps: int) -> Tensor:
-        """See `Denoiser.schedule`."""
+        """See `Denoiser.schedule`.
+
+        Raises:
+            TrainingError: it cannot draw.
+        """
+        if self._refines:
+            raise TrainingError(
+                "SDXL's refiner cannot draw from noise alone: give every concept pictures, and set "
+                "collage_background='sources'; guidance by CLIP is for the base"
+            )
         self.scheduler.set_timesteps(steps)
         times: Tensor = self.scheduler.timesteps
         return times
