@@ -1,6 +1,6 @@
 """Bases with quantised weights, where their libraries are installed: hooks hold none of them.
 
-Neither library is among the project's own: `pip install torchao gguf`. bitsandbytes has no tests here.
+None of the libraries is among the project's own: `pip install torchao gguf bitsandbytes`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from mole_diffusion import MoLEConfig, inject
 
 NAMES = ("boot", "cat")
+#: What reads more axes than pictures, tokens and features: bitsandbytes' own product of 8 bits fails there.
+MANY_AXES = ("patch_embed.proj", "text_fusion.projector")
 #: Of the largest value that comes out; quantised products sum up in another order.
 TOLERANCE = 1e-4
 
@@ -38,6 +40,26 @@ def int8(network: nn.Module) -> nn.Module:
     return network
 
 
+def bitsandbytes(network: nn.Module, kind: str) -> nn.Module:
+    """All linear layers as bitsandbytes has them: "nf4" in blocks of 4 bits, or "int8" with int8 inputs."""
+    import bitsandbytes as library
+
+    for name, module in list(network.named_modules()):
+        if type(module) is not nn.Linear or (kind == "int8" and name in MANY_AXES):
+            continue
+        size, bias = (module.in_features, module.out_features), module.bias is not None
+        if kind == "nf4":
+            made = library.nn.Linear4bit(*size, bias=bias, compute_dtype=torch.float32, quant_type="nf4")
+            # Its packing for AVX-512 is for matrices larger than these.
+            made.support_avx512bf16_for_cpu = False
+        else:
+            made = library.nn.Linear8bitLt(*size, bias=bias, has_fp16_weights=False)
+        made.load_state_dict(module.state_dict())
+        made.requires_grad_(False)
+        network.set_submodule(name, made.to("cpu"))
+    return network.eval()
+
+
 def written_back(network: nn.Module, plain: nn.Module, value_of: Callable[[Any], Tensor]) -> nn.Module:
     """A plain network with the weights that a quantised one computes with."""
     quantised = {
@@ -50,12 +72,24 @@ def written_back(network: nn.Module, plain: nn.Module, value_of: Callable[[Any],
     return plain
 
 
-def check_invariants(network: nn.Module, plain: nn.Module, run: Callable[[nn.Module], Tensor] = run) -> None:
-    """One expert is that LoRA on the weights as they are, and eject gives the base back; twice in a row."""
+def check_invariants(
+    network: nn.Module,
+    plain: nn.Module,
+    run: Callable[[nn.Module], Tensor] = run,
+    oracle: nn.Module | None = None,
+) -> None:
+    """One expert is that LoRA on the weights as they are, and eject gives the base back; twice in a row.
+
+    Args:
+        network: a quantised one.
+        plain: the same with plain weights; PEFT's layers are put around these, unless there is an `oracle`.
+    """
     base = run(network)
     experts, loras = make_experts(2, plain), states(2, plain)
     names = [expert.name for expert in experts]
-    expected = run(with_peft(plain, {names[1]: loras[names[1]]}, {names[1]: 1.0}))
+    expected = run(
+        with_peft(plain if oracle is None else oracle, {names[1]: loras[names[1]]}, {names[1]: 1.0})
+    )
     assert (expected - base).abs().max() > 0.01 * base.abs().max()
     for _ in range(2):
         mixture = inject(network, experts, MoLEConfig(strength=1.0, learn_strength=False))
@@ -75,6 +109,30 @@ def test_int8_weights(kind: type) -> None:
     quantised = [one for one in network.parameters() if type(one.data) is not Tensor]
     assert len(quantised) > 10
     check_invariants(network, written_back(network, plain, lambda weight: weight.dequantize()))
+
+
+@needs("bitsandbytes")
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_4_bits_of_bitsandbytes(kind: type) -> None:
+    from bitsandbytes.functional import dequantize_4bit
+
+    network, plain = bitsandbytes(KINDS[kind].make(), "nf4"), KINDS[kind].make()
+    assert sum(one.dtype == torch.uint8 for one in network.parameters()) > 10
+
+    def value_of(weight: Any) -> Tensor:
+        found: Tensor = dequantize_4bit(weight.data, weight.quant_state)
+        return found
+
+    check_invariants(network, written_back(network, plain, value_of))
+
+
+@needs("bitsandbytes")
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_8_bits_of_bitsandbytes(kind: type) -> None:
+    """Inputs are rounded too, so that no plain network says the same: PEFT on the quantised one does."""
+    network, plain = bitsandbytes(KINDS[kind].make(), "int8"), KINDS[kind].make()
+    assert sum(one.dtype == torch.int8 for one in network.parameters()) > 10
+    check_invariants(network, plain, oracle=bitsandbytes(KINDS[kind].make(), "int8"))
 
 
 @needs("gguf")

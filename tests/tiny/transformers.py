@@ -280,7 +280,8 @@ class Kind:
     flattens: bool = True
 
     def run(self, network: nn.Module, batch: slice, size: int) -> Tensor:
-        dtype = next(network.parameters()).dtype
+        # Quantised weights are whole numbers.
+        dtype = next(one.dtype for one in network.parameters() if one.is_floating_point())
         told = {
             name: value if name.endswith("ids") else _rows(value, batch, dtype)
             for name, value in self.inputs(size).items()
