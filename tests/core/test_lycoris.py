@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model, get_peft_model_state_dict
-from tiny.families import make_factors
+from tiny.families import make_factors, make_parts, run_part
 from tiny.networks import LDMUNet, make_unet, run, with_peft
 from torch import Tensor, nn
 
@@ -143,6 +144,25 @@ def test_products_equal_peft(kind: str, unet: UNet2DConditionModel) -> None:
     query = expert.factors["unet"][ATTENTION]
     assert (query.rank == min(query.delta().shape)) == kind.endswith("dense")
     torch.testing.assert_close(alone(unet, expert), run(model), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("factory", [LoHaConfig, LoKrConfig])
+def test_products_of_an_sdxl(factory: Any) -> None:
+    """In the UNet and in both text encoders."""
+    for part, network in make_parts("sdxl").items():
+        ends = ("attn2.to_k", "ff.net.2", "conv1", "time_emb_proj") if part == "unet" else ("q_proj", "fc2")
+        targets = [name for name, _ in network.named_modules() if name.endswith(ends)]
+        config = factory(r=2, alpha=2.0, target_modules=targets, init_weights=False)
+        model = get_peft_model(copy.deepcopy(network), config).eval()
+        found = get_peft_model_state_dict(model)
+        state = {f"{part}.{key.removeprefix('base_model.model.')}": one for key, one in found.items()}
+        expert = Expert.from_state_dict(state, name="dog")
+        assert set(expert.report.loaded) == set(state)
+        assert len(expert.factors[part]) == len(targets)
+        base, expected = run_part(part, network), run_part(part, model.base_model.model)
+        assert (expected - base).abs().max() > 1e-3
+        inject(network, [expert], MoLEConfig(), part=part)
+        torch.testing.assert_close(run_part(part, network), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_tucker_cores_equal_their_formula(unet: UNet2DConditionModel) -> None:

@@ -594,3 +594,19 @@ def test_second_attentions_are_told_by_what_they_read() -> None:
         expert = Expert.from_state_dict(state, name="dog")
         assert base_of_expert(expert).family == family
         inject(network, [expert], MoLEConfig())
+
+
+def test_what_is_no_lora_is_told_by_name() -> None:
+    name = "transformer.transformer_blocks.0.attn"
+    odd = {
+        f"{name}.to_k.oft_blocks": "OFT changes the base's weights by a factor",
+        f"{name}.to_v.a1.weight": "GLoRA",
+        f"{name}.to_out.0.on_input": "(IA)^3",
+        "diffusion_model.double_blocks.0.img_attn.norm.key_norm.w_norm": "normalisation layers",
+    }
+    pair = {f"{name}.to_q.lora_A.weight": torch.ones(2, 32), f"{name}.to_q.lora_B.weight": torch.ones(32, 2)}
+    expert = Expert.from_state_dict(pair | {key: torch.ones(2, 4, 4) for key in odd}, name="dog")
+    assert set(expert.report.loaded) == set(pair)
+    assert set(expert.report.ignored) == set(odd)
+    for key, reason in odd.items():
+        assert reason in expert.report.ignored[key]
