@@ -77,14 +77,14 @@ OF_MODELS = {
                [f"{FLUX}::test_an_export_is_one_lora", BY_CORE]),
     "Z-Image": (DRAWN, [INSIDE], WRITTEN, [*LEARNED, TRAINED_INSIDE], [*EXPORTED, BY_CORE]),
     "FLUX.2": (DRAWN, [INSIDE], WRITTEN, [*LEARNED, TRAINED_INSIDE], EXPORTED),
-    "Krea 2": (DRAWN, [], WRITTEN, LEARNED, EXPORTED),
+    "Krea 2": (DRAWN, [INSIDE], WRITTEN, [*LEARNED, TRAINED_INSIDE], [*EXPORTED, BY_CORE]),
     "Qwen-Image": (DRAWN, [INSIDE], WRITTEN, [*LEARNED, TRAINED_INSIDE], [*EXPORTED, BY_CORE]),
     "Anima": (
         [*DRAWN, "pipeline/test_pipeline_anima.py::test_pictures_are_those_of_the_modular_blocks"],
-        [],
+        [INSIDE],
         WRITTEN,
         LEARNED,
-        EXPORTED,
+        [*EXPORTED, BY_CORE],
     ),
     "Stable Diffusion 3": (
         [f"{SD3}::test_experts_mixtures_and_the_base", f"{SD3}::test_from_a_picture_and_a_mask"],
