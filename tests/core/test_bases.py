@@ -23,6 +23,7 @@ from mole_diffusion.core.bases import (
 from mole_diffusion.core.inspection import describe_file
 from mole_diffusion.core.networks.base import Base
 from mole_diffusion.core.networks.families import FLUX1, SD1, SD2, SDXL
+from mole_diffusion.core.writers import writer_of
 
 QUERY = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 
@@ -296,3 +297,25 @@ def make_inpainting(channels: int) -> UNet2DConditionModel:
         attention_head_dim=2,
         norm_num_groups=8,
     ).eval()
+
+
+@pytest.mark.parametrize(
+    ("header", "writer"),
+    [
+        (
+            {"software": '{"name": "ai-toolkit", "version": "0.9.11"}', "ss_output_name": "x"},
+            "ai-toolkit 0.9.11",
+        ),
+        ({"ot_revision": "1", "ss_base_model_version": "sdxl"}, "OneTrainer"),
+        ({"ss_network_module": "networks.lora_zimage"}, "kohya's scripts (networks.lora_zimage)"),
+        ({"ss_network_module": "lycoris.kohya"}, "LyCORIS in kohya's scripts (lycoris.kohya)"),
+        ({"ss_output_name": "x"}, "kohya's scripts, or a program that writes like them"),
+        ({"lora_adapter_metadata": "{}"}, "diffusers"),
+        ({"mole.experts": "[]", "ss_network_module": "x"}, "mole_diffusion"),
+        ({"software": "{"}, None),
+        ({"software": '{"name": ' + f'"{"x" * 90}"' + "}"}, "x" * 60),
+        ({}, None),
+    ],
+)
+def test_who_wrote_a_file_by_its_header(header: dict[str, str], writer: str | None) -> None:
+    assert writer_of(header) == writer
