@@ -115,12 +115,16 @@ def count(patcher: Any, mixtures: Sequence[Mixture]) -> None:
     """
     options = patcher.model_options["transformer_options"]
     patches = {name: own for name, own in options.get("patches", {}).items() if name != _LIST}
-    dynamic = getattr(patcher, "is_dynamic", None)
-    if mixtures and not (dynamic is not None and dynamic()):
+    if mixtures and not is_dynamic(patcher):
         model = patcher.model
         experts = Experts(mixtures, lambda: _computed_in(model))
         patches[_LIST] = [_Listed(ExpertsPatcher(experts, patcher.load_device, patcher.offload_device))]
     options["patches"] = patches
+
+
+def is_dynamic(patcher: Any) -> bool:
+    """Whether a model is loaded with dynamic VRAM, which newer cores have on some cards."""
+    return hasattr(patcher, "is_dynamic") and bool(patcher.is_dynamic())
 
 
 def _computed_in(model: Any) -> torch.dtype:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mole_diffusion.core.errors import TrainingError
 
 from .binding import slot_of
+from .memory import is_dynamic
 
 #: Says in newer cores that somebody trains.
 _TRAINS = "in_training"
@@ -165,7 +166,15 @@ def copied(patcher: Any, network: nn.Module, device: torch.device, dtype: torch.
         network: what is copied; may be a part.
         device: where the copy goes.
         dtype: its type; None leaves it as it is.
+
+    Raises:
+        TrainingError: its weights come and go with dynamic VRAM.
     """
+    if is_dynamic(patcher):
+        raise TrainingError(
+            f"{type(patcher.model).__name__} is loaded with dynamic VRAM, where weights come and go and cannot "
+            "be copied for training: start ComfyUI with --disable-dynamic-vram to train gates."
+        )
     comfy.model_management.load_models_gpu(
         [patcher],
         memory_required=_size(network, dtype),

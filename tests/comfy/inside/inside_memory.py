@@ -9,9 +9,10 @@ import comfy.sd
 import pytest
 import torch
 from conftest import part
-from inside_hooks import PROMPT, apply, as_kohya
+from inside_hooks import PROMPT, apply, as_kohya, experts_named
 
 from mole_diffusion import MoLEConfig
+from mole_diffusion.core.errors import TrainingError
 from tools import draw, encoded, sample
 
 management = comfy.model_management
@@ -121,12 +122,24 @@ def test_training_lets_the_originals_go(starter: tuple[Any, Any, Any]) -> None:
     """Whose copies are trained on: two of a large model are one too many."""
     model, clip, vae = starter
     base = draw(model, clip, PROMPT)
-    experts = part("experts").ExpertSet(
-        part("apply").applied_to(apply(model, clip, "boot")[0]).experts.experts
-    )
+    experts = experts_named("boot")
     with torch.inference_mode(False):
         copy = part("native").TrainingCopy(model, clip, vae, experts, MoLEConfig())
     loaded = [one.model for one in management.current_loaded_models]
     assert not any(model.is_clone(one) or clip.patcher.is_clone(one) for one in loaded)
     assert copy.denoiser.network is not model.model.diffusion_model
     assert torch.equal(draw(model, clip, PROMPT), base)
+
+
+def test_dynamic_vram_makes_room_by_itself_and_is_not_trained_on(
+    starter: tuple[Any, Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the core does with it needs a card; that its own sign of it is heeded does not."""
+    model, clip, vae = starter
+    dynamic = model.clone()
+    monkeypatch.setattr(type(dynamic), "is_dynamic", lambda self: self.model is model.model, raising=False)
+    pair = apply(dynamic, clip, "boot", "clock")
+    assert pair[0].model_patches_models() == []
+    assert len(pair[1].patcher.model_patches_models()) == 1
+    with pytest.raises(TrainingError, match="--disable-dynamic-vram"):
+        part("native").TrainingCopy(dynamic, clip, vae, experts_named("boot"), MoLEConfig())
