@@ -172,8 +172,8 @@ def copied(patcher: Any, network: nn.Module, device: torch.device, dtype: torch.
     """
     if is_dynamic(patcher):
         raise TrainingError(
-            f"{type(patcher.model).__name__} is loaded with dynamic VRAM, where weights come and go and cannot "
-            "be copied for training: start ComfyUI with --disable-dynamic-vram to train gates."
+            f"{type(patcher.model).__name__} is loaded with dynamic VRAM, where weights come and go and "
+            "cannot be copied for training: start ComfyUI with --disable-dynamic-vram to train gates."
         )
     comfy.model_management.load_models_gpu(
         [patcher],
