@@ -69,7 +69,7 @@ def experts_of(folder: Path) -> Any:
     return found
 
 
-def run(model: Any, answers: dict[str, Tensor]) -> Tensor:
+def run(model: Any, answers: dict[str, Tensor], **others: Any) -> Tensor:
     comfy.model_management.load_models_gpu([model])
     told: dict[str, Any] = {"y": answers["pooled"]} if "pooled" in answers else {}
     told["num_tokens"] = answers["text"].shape[1]
@@ -81,7 +81,7 @@ def run(model: Any, answers: dict[str, Tensor]) -> Tensor:
     if getattr(model.model.latent_format, "latent_dimensions", 2) == 3:  # those of videos
         latents = latents.unsqueeze(2)
     times = model.model.model_sampling.timestep(answers["timesteps"])
-    found: Tensor = network(latents, times, context=answers["text"], **told)
+    found: Tensor = network(latents, times, context=answers["text"], **told, **others)
     return found.squeeze(2)
 
 
@@ -145,18 +145,7 @@ def test_a_core_lora_beside_ours(family: tuple[Path, Any], starter: tuple[Any, A
     """The core's loader patches weights, ours adds to outputs: together the sum."""
     folder, model = family
     answers = load_file(folder / "answers.safetensors")
-    # As all cores know Z-Image's matrices.
-    home = "diffusion_model." if folder.name == "z_image" else "transformer."
-    stored = load_file(folder / "b.safetensors")
-    lora = {key.replace("transformer.", home, 1): value for key, value in stored.items()}
-    if folder.name == "anima":  # the core knows its makers' names alone
-        expert = load_expert(folder / "b.safetensors")
-        whole = {
-            name: replace(one, up=one.up * one.scaling, alpha=float(one.rank))
-            for name, one in expert.factors["transformer"].items()
-        }
-        kinds = {"transformer": map_network(model.model.diffusion_model).architecture}
-        lora = lora_tensors({"transformer": whole}, "kohya", torch.float32, kinds=kinds)
+    lora = lora_for_the_core(folder, model)
     skip_what_the_core_cannot_read(model, lora)
     apply = part("apply").apply_experts
     only = part("experts").ExpertSet().with_expert(load_expert(folder / "b.safetensors"))
@@ -167,6 +156,76 @@ def test_a_core_lora_beside_ours(family: tuple[Path, Any], starter: tuple[Any, A
     both = run(apply(patched, starter[1], only, None)[0], answers)
     assert close(both, twice)
     assert close(run(model, answers), answers["base"])
+
+
+@pytest.mark.skipif(not hasattr(comfy.sd, "load_bypass_lora_for_models"), reason="newer cores have it")
+def test_a_lora_in_bypass_beside_ours(family: tuple[Path, Any], starter: tuple[Any, Any, Any]) -> None:
+    """The core's bypass adds to outputs as ours does; it leaves out what is a part of a fused matrix."""
+    folder, model = family
+    answers = load_file(folder / "answers.safetensors")
+    lora = lora_for_the_core(folder, model)
+    known = comfy.lora.model_lora_keys_unet(model.model, {})
+    whole = {
+        key: value for key, value in lora.items() if isinstance(known.get(key.rsplit(".", 2)[0]), str)
+    } or {key: value for key, value in lora.items() if isinstance(known.get(key.rsplit(".", 1)[0]), str)}
+    assert whole
+    only = part("experts").ExpertSet().with_expert(load_expert(folder / "b.safetensors"))
+    seen = []
+    for load in (comfy.sd.load_lora_for_models, comfy.sd.load_bypass_lora_for_models):
+        loaded, _ = load(model, None, whole, 1.0, 0.0)
+        alone, both = (
+            run(one, answers)
+            for one in (loaded, part("apply").apply_experts(loaded, starter[1], only, None)[0])
+        )
+        assert not close(both, alone)
+        assert not close(both, answers["alone"])
+        seen.append(both)
+    assert close(*seen)
+    assert close(run(model, answers), answers["base"])
+
+
+def lora_for_the_core(folder: Path, model: Any) -> dict[str, Tensor]:
+    """The expert "b" under names that all cores know."""
+    if folder.name == "anima":  # its makers' alone
+        expert = load_expert(folder / "b.safetensors")
+        whole = {
+            name: replace(one, up=one.up * one.scaling, alpha=float(one.rank))
+            for name, one in expert.factors["transformer"].items()
+        }
+        kinds = {"transformer": map_network(model.model.diffusion_model).architecture}
+        return lora_tensors({"transformer": whole}, "kohya", torch.float32, kinds=kinds)
+    home = "diffusion_model." if folder.name == "z_image" else "transformer."
+    stored = load_file(folder / "b.safetensors")
+    return {key.replace("transformer.", home, 1): value for key, value in stored.items()}
+
+
+def test_what_a_controlnet_adds_goes_beside_ours(
+    family: tuple[Path, Any], starter: tuple[Any, Any, Any]
+) -> None:
+    """An expert and a ControlNet's residuals are the core's LoRA and the same residuals."""
+    folder, model = family
+    network = model.model.diffusion_model
+    if not hasattr(network, "double_blocks"):
+        pytest.skip("its ControlNets add in other places")
+    answers = load_file(folder / "answers.safetensors")
+    shapes: list[torch.Size] = []
+    hook = network.double_blocks[0].register_forward_hook(lambda *given: shapes.append(given[-1][0].shape))
+    run(model, answers)
+    hook.remove()
+    draws = torch.Generator().manual_seed(5)
+    added = [torch.randn(shapes[0], generator=draws) for _ in network.double_blocks]
+
+    def drawn(some: Any) -> Tensor:
+        return run(some, answers, control={"input": list(added), "output": []})
+
+    lora = lora_for_the_core(folder, model)
+    skip_what_the_core_cannot_read(model, lora)
+    patched, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
+    expected, bare = drawn(patched), drawn(model)
+    assert not close(expected, bare)
+    assert not close(bare, answers["base"])
+    only = part("experts").ExpertSet().with_expert(load_expert(folder / "b.safetensors"))
+    assert close(drawn(part("apply").apply_experts(model, starter[1], only, None)[0]), expected)
 
 
 def test_an_export_is_read_by_the_core(
