@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .core.mixture import Mixture, inject
     from .core.records import GateRecord
     from .pictures.pipelines import (
+        AnimaMoLEImg2ImgPipeline,
         AnimaMoLEPipeline,
         ChromaMoLEImg2ImgPipeline,
         ChromaMoLEPipeline,
@@ -112,6 +113,7 @@ _LAZY = {
     "QwenImageMoLEInpaintPipeline": "mole_diffusion.pictures.pipelines",
     "Krea2MoLEPipeline": "mole_diffusion.pictures.pipelines",
     "AnimaMoLEPipeline": "mole_diffusion.pictures.pipelines",
+    "AnimaMoLEImg2ImgPipeline": "mole_diffusion.pictures.pipelines",
     "Concept": "mole_diffusion.pictures.training",
     "GateTrainer": "mole_diffusion.pictures.training",
     "TrainingConfig": "mole_diffusion.pictures.training",
@@ -120,6 +122,7 @@ _LAZY = {
 
 __all__ = [
     "AllExpertsMaskedError",
+    "AnimaMoLEImg2ImgPipeline",
     "AnimaMoLEPipeline",
     "ChromaMoLEImg2ImgPipeline",
     "ChromaMoLEPipeline",

@@ -46,6 +46,7 @@ OF_FILES = {
 
 TRANSFORMERS = "pipeline/test_pipeline_transformers.py"
 FLUX, SD3 = "pipeline/test_pipeline_flux.py", "pipeline/test_pipeline_sd3.py"
+ANIMA = "pipeline/test_pipeline_anima.py"
 INSIDE = "comfy/inside/inside_flux.py::test_numbers_are_those_of_diffusers"
 TRAINED_INSIDE = "comfy/inside/inside_flow.py::test_predictions_and_gradients_are_those_of_diffusers"
 BY_CORE = "comfy/inside/inside_flux.py::test_an_export_is_read_by_the_core"
@@ -80,7 +81,8 @@ OF_MODELS = {
     "Krea 2": (DRAWN, [INSIDE], WRITTEN, [*LEARNED, TRAINED_INSIDE], [*EXPORTED, BY_CORE]),
     "Qwen-Image": (DRAWN, [INSIDE], WRITTEN, [*LEARNED, TRAINED_INSIDE], [*EXPORTED, BY_CORE]),
     "Anima": (
-        [*DRAWN, "pipeline/test_pipeline_anima.py::test_pictures_are_those_of_the_modular_blocks"],
+        [*DRAWN, f"{ANIMA}::test_pictures_are_those_of_the_modular_blocks",
+         f"{ANIMA}::test_pictures_that_begin_from_one_are_those_of_the_modular_blocks"],
         [INSIDE],
         WRITTEN,
         LEARNED,

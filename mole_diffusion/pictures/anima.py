@@ -13,12 +13,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AnimaAutoBlocks, AnimaModularPipeline, DiffusionPipeline
+from diffusers import (
+    AnimaAutoBlocks,
+    AnimaModularPipeline,
+    AnimaTextConditioner,
+    AutoencoderKLQwenImage,
+    CosmosTransformer3DModel,
+    DiffusionPipeline,
+)
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import AnimaLoraLoaderMixin
-from diffusers.modular_pipelines.anima.before_denoise import AnimaPrepareLatentsStep
-from diffusers.modular_pipelines.anima.encoders import AnimaTextEncoderStep
+from diffusers.modular_pipelines.anima.before_denoise import (
+    AnimaPrepareLatentsStep,
+    get_timesteps,
+    repeat_tensor_to_batch_size,
+)
+from diffusers.modular_pipelines.anima.encoders import AnimaTextEncoderStep, encode_vae_image
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 #: Pixels along a side that are one token.
@@ -35,6 +47,8 @@ class AnimaPipeline(DiffusionPipeline, AnimaLoraLoaderMixin):
         transformer: a `CosmosTransformer3DModel`.
         vae: an autoencoder for videos; a picture is one frame.
         scheduler: of flow matching, with a fixed shift.
+
+    `from_pipe` asks the signature for the classes of networks.
     """
 
     model_cpu_offload_seq = "text_encoder->text_conditioner->transformer->vae"
@@ -46,9 +60,9 @@ class AnimaPipeline(DiffusionPipeline, AnimaLoraLoaderMixin):
         text_encoder: Any,
         tokenizer: Any,
         t5_tokenizer: Any,
-        text_conditioner: Any,
-        transformer: Any,
-        vae: Any,
+        text_conditioner: AnimaTextConditioner,
+        transformer: CosmosTransformer3DModel,
+        vae: AutoencoderKLQwenImage,
         scheduler: Any,
     ) -> None:
         super().__init__()
@@ -168,35 +182,70 @@ class AnimaPipeline(DiffusionPipeline, AnimaLoraLoaderMixin):
         Raises:
             ValueError: a size that is no multiple of 16.
         """
-        side = self.default_sample_size * self.vae_scale_factor
-        height, width = height or side, width or side
-        if height % _TOKEN or width % _TOKEN:
-            raise ValueError(f"height and width are {height} and {width}; allowed are multiples of {_TOKEN}")
-        self._guidance_scale, device = guidance_scale, self._execution_device
-        guided = self.do_classifier_free_guidance
-        own, negative = self.encode_prompt(prompt, negative_prompt, guided, device, max_sequence_length)
-        texts = [
-            one.repeat_interleave(num_images_per_prompt, 0) for one in (own, negative) if one is not None
-        ]
-        options = (self.transformer.config.in_channels, height, width, self.vae_scale_factor, torch.float32)
+        texts, size = self._begin(
+            (prompt, negative_prompt, max_sequence_length),
+            (height, width),
+            guidance_scale,
+            num_images_per_prompt,
+        )
+        options = (self.transformer.config.in_channels, *size, self.vae_scale_factor, torch.float32)
+        device = self._execution_device
         latents = AnimaPrepareLatentsStep.prepare_latents(
             len(texts[0]), *options, device=device, generator=generator, latents=latents
         )
-        steps = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-        self.scheduler.set_timesteps(sigmas=steps, device=device)
+        self._set_times(num_inference_steps)
         self.scheduler.set_begin_index(0)
-        self._interrupt = False
-        with self.progress_bar(total=num_inference_steps) as bar:
-            for number, time in enumerate(self.scheduler.timesteps):
+        told = (callback_on_step_end, callback_on_step_end_tensor_inputs)
+        latents = self._denoised(latents, self.scheduler.timesteps, texts, size, told)
+        return self._answer(latents, output_type, return_dict=return_dict)
+
+    def _begin(
+        self,
+        words: tuple[str | list[str], str | list[str] | None, int],
+        size: tuple[int | None, int | None],
+        scale: float,
+        each: int,
+    ) -> tuple[list[Tensor], tuple[int, int]]:
+        """The texts, one for each picture and pass, and the pictures' size."""
+        side = self.default_sample_size * self.vae_scale_factor
+        height, width = size[0] or side, size[1] or side
+        if height % _TOKEN or width % _TOKEN:
+            raise ValueError(f"height and width are {height} and {width}; allowed are multiples of {_TOKEN}")
+        self._guidance_scale, self._interrupt = scale, False
+        prompt, negative_prompt, length = words
+        own = self.encode_prompt(
+            prompt, negative_prompt, self.do_classifier_free_guidance, self._execution_device, length
+        )
+        return [one.repeat_interleave(each, 0) for one in own if one is not None], (height, width)
+
+    def _set_times(self, steps: int) -> None:
+        sigmas = np.linspace(1.0, 1 / steps, steps)
+        self.scheduler.set_timesteps(sigmas=sigmas, device=self._execution_device)
+
+    def _denoised(
+        self,
+        latents: Tensor,
+        times: Tensor,
+        texts: list[Tensor],
+        size: tuple[int, int],
+        told: tuple[Callable[..., dict[str, Any]] | None, Sequence[str]],
+    ) -> Tensor:
+        """The latents after all steps, or those until a callback stopped it."""
+        callback, inputs = told
+        with self.progress_bar(total=len(times)) as bar:
+            for number, time in enumerate(times):
                 if self._interrupt:
                     break
-                velocity = self._velocity(latents, time, texts, guidance_scale, (height, width))
+                velocity = self._velocity(latents, time, texts, self._guidance_scale, size)
                 latents = self.scheduler.step(velocity, time, latents, return_dict=False)[0]
-                if callback_on_step_end is not None:
-                    given = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
-                    changed = callback_on_step_end(self, number, time, given) or {}
+                if callback is not None:
+                    given = {"latents": latents} if "latents" in inputs else {}
+                    changed = callback(self, number, time, given) or {}
                     latents = changed.pop("latents", latents)
                 bar.update()
+        return latents
+
+    def _answer(self, latents: Tensor, output_type: str, *, return_dict: bool) -> Any:
         images: Any = latents if output_type == "latent" else self._decoded(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -245,3 +294,70 @@ class AnimaPipeline(DiffusionPipeline, AnimaLoraLoaderMixin):
 
     _interrupt = False
     _guidance_scale = 1.0
+
+
+class AnimaImg2ImgPipeline(AnimaPipeline):
+    """What `AnimaModularPipeline` draws from text and a picture to begin from."""
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self,
+        prompt: str | list[str],
+        image: Any,
+        negative_prompt: str | list[str] | None = None,
+        strength: float = 0.9,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 4.0,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int = 512,
+    ) -> Any:
+        """Draw pictures; all but these arguments as in `AnimaPipeline`.
+
+        Args:
+            image: the picture to begin from, or one per prompt, in any form that diffusers takes.
+            strength: share of the steps that are taken, above 0 and up to 1.
+            height, width: pixels, multiples of 16, that the picture is brought to; None is 1024.
+
+        Raises:
+            ValueError: a size that is no multiple of 16, or a strength that is not allowed.
+        """
+        if not 0 < strength <= 1:
+            raise ValueError(f"strength is {strength}; allowed is above 0 and up to 1")
+        texts, size = self._begin(
+            (prompt, negative_prompt, max_sequence_length),
+            (height, width),
+            guidance_scale,
+            num_images_per_prompt,
+        )
+        device = self._execution_device
+        clean = encode_vae_image(
+            self.image_processor.preprocess(image, *size),
+            self.vae,
+            generator,
+            device,
+            self.vae.dtype,
+            self.transformer.config.in_channels,
+        )
+        clean = repeat_tensor_to_batch_size(
+            "image", clean, len(texts[0]) // num_images_per_prompt, num_images_per_prompt
+        ).float()
+        self._set_times(num_inference_steps)
+        times, _ = get_timesteps(self.scheduler, num_inference_steps, strength)
+        noise = (
+            latents if latents is not None else randn_tensor(clean.shape, generator, device, torch.float32)
+        )
+        begun = self.scheduler.scale_noise(
+            clean, times[:1].repeat(len(clean)), noise.to(device, torch.float32)
+        )
+        told = (callback_on_step_end, callback_on_step_end_tensor_inputs)
+        return self._answer(
+            self._denoised(begun, times, texts, size, told), output_type, return_dict=return_dict
+        )

@@ -14,7 +14,7 @@ Each stands in for the pipeline of diffusers whose name it has without `MoLE`: f
 | Z-Image | `ZImageMoLEPipeline` |
 | Qwen-Image | `QwenImageMoLEPipeline` |
 | Krea 2 | `Krea2MoLEPipeline` |
-| Anima | `AnimaMoLEPipeline`, of diffusers' modular blocks |
+| Anima | `AnimaMoLEPipeline`, `AnimaMoLEImg2ImgPipeline`, of diffusers' modular blocks |
 """
 
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ from diffusers import (
 )
 
 from mole_diffusion.core.errors import UnknownExpertError
-from mole_diffusion.pictures.anima import AnimaPipeline
+from mole_diffusion.pictures.anima import AnimaImg2ImgPipeline, AnimaPipeline
 from mole_diffusion.pictures.call import P, WithExperts
 from mole_diffusion.starter import default_experts, starter_dir, starter_experts
 from mole_diffusion.starter.location import GUIDANCE, RESCALE
@@ -354,6 +354,13 @@ class AnimaMoLEPipeline(WithExperts, AnimaPipeline):
 
     diffusers_class = AnimaPipeline
     draws_from_text = True
+    guided_in = "turns"
+
+
+class AnimaMoLEImg2ImgPipeline(WithExperts, AnimaImg2ImgPipeline):
+    """`AnimaModularPipeline`, from a picture, with experts; `from_pipe` shares those of another pipeline."""
+
+    diffusers_class = AnimaImg2ImgPipeline
     guided_in = "turns"
 
 

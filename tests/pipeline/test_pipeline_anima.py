@@ -4,14 +4,16 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AnimaAutoBlocks, ClassifierFreeGuidance
+from PIL import Image
 from pipeline_helpers import CLOSE
 from tiny.flux import write_transformer_lora
 from tiny.qwen import make_anima_components
 
-from mole_diffusion import AnimaMoLEPipeline
+from mole_diffusion import AnimaMoLEImg2ImgPipeline, AnimaMoLEPipeline
 from mole_diffusion.pictures.anima import AnimaPipeline
 
 PROMPTS = ["a boot and a cat", "a cat"]
@@ -53,6 +55,28 @@ def test_pictures_are_those_of_the_modular_blocks(
     with_lora = draw(theirs, output="images", **options)
     assert (with_lora - expected).abs().max() > 0.01
     torch.testing.assert_close(draw(pipe, guidance_scale=scale, **options), with_lora, **CLOSE)
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_pictures_that_begin_from_one_are_those_of_the_modular_blocks(
+    components: dict[str, Any], strength: float, tmp_path: Path
+) -> None:
+    """One picture for two prompts; the experts are those of the pipeline it is made from."""
+    noise = np.random.default_rng(1).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    options = {"num_images_per_prompt": 2, "image": Image.fromarray(noise), "strength": strength}
+    theirs = modular(copy.deepcopy(components), 3.0)
+    drawn = AnimaMoLEPipeline(**copy.deepcopy(components))
+    pipe = AnimaMoLEImg2ImgPipeline.from_pipe(drawn, torch_dtype=None)
+    expected = draw(theirs, output="images", **options)
+    torch.testing.assert_close(draw(pipe, guidance_scale=3.0, **options), expected, rtol=0, atol=0)
+    file = write_transformer_lora(tmp_path / "boot.safetensors", components, 1, 2, ["attn1.to_q", "ff.net.2"])
+    theirs.load_lora_weights(file)
+    drawn.load_expert(file)
+    with_lora = draw(theirs, output="images", **options)
+    assert (with_lora - expected).abs().max() > 1e-3
+    torch.testing.assert_close(draw(pipe, guidance_scale=3.0, **options), with_lora, **CLOSE)
+    with pytest.raises(ValueError, match=r"strength is 0\.0; allowed is above 0"):
+        draw(pipe, **{**options, "strength": 0.0})
 
 
 def test_a_folder_that_was_moved_opens_with_components_of_ones_own(
