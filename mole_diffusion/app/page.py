@@ -92,12 +92,19 @@ def carried(session: Session, tab: str, current: str) -> str:
         tab: the tab's name.
         current: what stands there now.
     """
-    known = dict(session.page.get("carried", {}))
-    if current.strip() and current != known.get(tab):
+    if is_own(session, tab, current):
         return current
     found = str(controls(session)["prompt"])
-    session.set_page(carried={**known, tab: found})
+    session.set_page(carried={**session.page.get("carried", {}), tab: found})
     return found
+
+
+def is_own(session: Session, tab: str, current: str) -> bool:
+    """Whether a tab's prompt is not the one that was carried there.
+
+    What changes the session asks before it does: another event may carry the new prompt there in between.
+    """
+    return bool(current.strip()) and current != session.page.get("carried", {}).get(tab)
 
 
 def missing_phrases(session: Session, prompt: str, active: tuple[str, ...] | None = None) -> dict[str, str]:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ from mole_diffusion.app.setup import Gates
 from mole_diffusion.app.show import progress_bar
 from mole_diffusion.app.studio import Studio
 from mole_diffusion.app.tabs.models import preview_of
+from mole_diffusion.app.tabs.train import TrainTab
 from mole_diffusion.app.teaching import TeachRequest, teach
 from mole_diffusion.app.uploads import check_upload
 from mole_diffusion.core.errors import ConfigError, ExpertLoadError, GateMismatchError, UnknownExpertError
@@ -346,6 +348,31 @@ def test_a_folder_of_loras_says_what_is_in_it(tmp_path: Path) -> None:
         loras_in(tmp_path / "none")
 
 
+def test_a_tab_that_is_shown_while_experts_are_chosen_holds_no_old_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The browser sends both events with the prompt from before; they run at the same time."""
+    session, choose = Session(tmp_path), page.choose
+    old = page.carried(session, "train", "")
+    tab = object.__new__(TrainTab)
+    tab.studio = SimpleNamespace(session=lambda key: session)
+    asked = SimpleNamespace(cookies={}, session_hash="x")
+
+    def meanwhile(*given: Any) -> str:
+        prompt = choose(*given)
+        tab.refresh([], old, None, asked)
+        return prompt
+
+    monkeypatch.setattr(page, "choose", meanwhile)
+    shown = tiles.library_tiles(session)
+    for tile in shown:
+        tile["on"] = tile["name"] in ("boot", "clock")
+    _, prompt, *_ = tab.choose(shown, old, None, asked)
+    assert prompt == "a zorin boot and a kipra clock on the beach"
+    _, prompt, *_ = tab.choose(shown, "my own", None, asked)
+    assert prompt == "my own"
+
+
 def test_the_prompt_follows_the_experts_unless_the_user_wrote_one(tmp_path: Path) -> None:
     session = Session(tmp_path)
     first = page.controls(session)["prompt"]
@@ -354,6 +381,8 @@ def test_the_prompt_follows_the_experts_unless_the_user_wrote_one(tmp_path: Path
     assert page.choose(session, ("boot", "cat"), first) == "a zorin boot and a fenna cat on the beach"
     assert page.carried(session, "train", first) == "a zorin boot and a fenna cat on the beach"
     assert page.carried(session, "export", "my own") == "my own"
+    assert page.is_own(session, "export", "my own")
+    assert not page.is_own(session, "train", "")
     assert page.choose(session, ("boot", "clock"), "a Boot at night") == "a Boot at night"
     missing = page.missing_phrases(session, "a ZORIN boot at night")
     assert missing == {"clock": "a kipra clock"}

@@ -181,9 +181,10 @@ class TrainTab:
     def choose(self, values: Any, prompt: str, concept: str | None, request: gr.Request) -> list[Any]:
         """Other experts."""
         session = show.session_of(self.studio, request)
+        kept = prompt if page.is_own(session, "train", prompt or "") else ""
         with show.warned():
             page.choose(session, tiles.active(tiles.read(values)), page.controls(session)["prompt"])
-        return self._shown(session, prompt, concept)
+        return self._shown(session, kept, concept)
 
     @show.friendly
     def show_concept(self, name: str | None, request: gr.Request) -> list[Any]:
