@@ -110,10 +110,11 @@ def parse_keys(
 def _readings(module: str) -> list[_Reading]:
     """What the architectures make of a name, none of those that do not know it."""
     name = _flat(module)
-    # What begins as a prefix may be the beginning of a name itself.
-    bare = ((architecture, architecture.slots[0], name) for architecture in architectures())
+    asked = list(readers(name))
+    if asked[0][2] != name:  # What begins as a prefix may be the beginning of a name itself.
+        asked += [(architecture, architecture.slots[0], name) for architecture in architectures()]
     known: dict[str, _Reading] = {}
-    for architecture, slot, flat in (*readers(name), *bare):
+    for architecture, slot, flat in asked:
         places, first = architecture.read(flat), known.get(architecture.name)
         # A canonical name is meant rather than a prefix and somebody else's name.
         if places and (first is None or (first.places[0].dialect and not places[0].dialect)):
