@@ -337,27 +337,34 @@ class AnimaImg2ImgPipeline(AnimaPipeline):
             guidance_scale,
             num_images_per_prompt,
         )
-        device = self._execution_device
-        clean = encode_vae_image(
+        begun, times = self._begun(
             self.image_processor.preprocess(image, *size),
-            self.vae,
+            (len(texts[0]) // num_images_per_prompt, num_images_per_prompt),
+            (num_inference_steps, strength),
             generator,
-            device,
-            self.vae.dtype,
-            self.transformer.config.in_channels,
-        )
-        clean = repeat_tensor_to_batch_size(
-            "image", clean, len(texts[0]) // num_images_per_prompt, num_images_per_prompt
-        ).float()
-        self._set_times(num_inference_steps)
-        times, _ = get_timesteps(self.scheduler, num_inference_steps, strength)
-        noise = (
-            latents if latents is not None else randn_tensor(clean.shape, generator, device, torch.float32)
-        )
-        begun = self.scheduler.scale_noise(
-            clean, times[:1].repeat(len(clean)), noise.to(device, torch.float32)
+            latents,
         )
         told = (callback_on_step_end, callback_on_step_end_tensor_inputs)
-        return self._answer(
-            self._denoised(begun, times, texts, size, told), output_type, return_dict=return_dict
+        latents = self._denoised(begun, times, texts, size, told)
+        return self._answer(latents, output_type, return_dict=return_dict)
+
+    def _begun(
+        self,
+        picture: Tensor,
+        counts: tuple[int, int],
+        steps: tuple[int, float],
+        generator: torch.Generator | list[torch.Generator] | None,
+        noise: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The picture's latents with noise, for prompts and pictures of each, and the steps that are left."""
+        device, channels = self._execution_device, self.transformer.config.in_channels
+        clean = encode_vae_image(picture, self.vae, generator, device, self.vae.dtype, channels)
+        clean = repeat_tensor_to_batch_size("image", clean, *counts).float()
+        self._set_times(steps[0])
+        times, _ = get_timesteps(self.scheduler, *steps)
+        if noise is None:
+            noise = randn_tensor(clean.shape, generator, device, torch.float32)
+        noisy: Tensor = self.scheduler.scale_noise(
+            clean, times[:1].repeat(len(clean)), noise.to(device, torch.float32)
         )
+        return noisy, times
