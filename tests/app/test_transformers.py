@@ -14,6 +14,7 @@ from mole_diffusion import FluxMoLEPipeline, QwenImageMoLEPipeline, ZImageMoLEPi
 from mole_diffusion.app.composing import ComposeRequest, compose
 from mole_diffusion.app.library import add_file
 from mole_diffusion.app.studio import Studio
+from mole_diffusion.app.tabs.models import BASES
 
 # Our class, components, what LoRA files change, and what the family is called.
 Z_IMAGE, QWEN = ["attention.to_q", "feed_forward.w2"], ["attn.to_q", "img_mlp.net.2"]
@@ -37,6 +38,7 @@ def test_pictures_of_a_transformer(family: str, tmp_path: Path) -> None:
         facts = studio.facts(studio.model)
         assert facts is not None
         assert (facts["base"], facts["width"], facts["prediction"]) == (name, None, None)
+        assert name in BASES
         session = studio.session("visitor")
         names = [add_file(studio, session, lora(tmp_path, components, n, seed, targets)).name
                  for seed, n in enumerate(("boot", "cat"))]  # fmt: skip

@@ -20,13 +20,29 @@ from mole_diffusion.app.studio import Studio, Work
 from mole_diffusion.app.teaching import TeachRequest, teach
 from mole_diffusion.app.uploads import PICTURE_SUFFIXES
 from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.core.networks import families
 from mole_diffusion.pictures.opening import STARTER
 
 _PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 #: Files of a folder whose pictures are shown.
 _PREVIEWS = 60
 _PREVIEW_SIDE = 256
-_OWN, _OTHER = "The starter that ships with the project", "Another Stable Diffusion"
+_OWN, _OTHER = "The starter that ships with the project", "Another model"
+_WHOLE = (families.SD1, families.SD2, families.SDXL)
+_TRANSFORMERS = (
+    families.SD3,
+    families.FLUX1,
+    families.FLUX2,
+    families.CHROMA,
+    families.QWEN_IMAGE,
+    families.Z_IMAGE,
+    families.KREA2,
+    families.ANIMA,
+)
+BASES = (
+    f"{', '.join(_WHOLE)}: one file or a diffusers folder. {', '.join(_TRANSFORMERS)}: a diffusers folder, or"
+    " a transformer's file that lies in one."
+)
 
 
 @dataclass
@@ -56,8 +72,11 @@ class ModelsTab:
         self.open = gr.Button("Open this model", variant="primary", elem_id="open-model")
         self.bar = gr.HTML(show.progress_bar(None), elem_id="model-progress", elem_classes="progress-place")
         gr.HTML(
-            '<p class="hint">Stable Diffusion 1, 2 and XL, as one file or as a diffusers folder. Experts and'
-            " gates belong to a base model: opening another one starts with an empty library.</p>"
+            markup.html(
+                '<p class="hint">{} Experts and gates belong to a base model: opening another one starts with'
+                " an empty library.</p>",
+                BASES,
+            )
         )
 
     def _build_experts(self) -> None:
