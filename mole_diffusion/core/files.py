@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import re
+import shutil
 import time
 import uuid
 from collections.abc import Iterator
@@ -38,8 +39,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         WriteError: the folder cannot be written to, or the disk is full.
     """
-    # Not mkstemp: its files can be read by the owner alone, and these are to be shared.
-    temporary = path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{uuid.uuid4().hex}.tmp")
+    temporary = _beside(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path)
@@ -47,8 +47,33 @@ def replacing(path: Path) -> Iterator[Path]:
             yield temporary
             temporary.replace(path)
         finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
+            _remove(temporary)
+
+
+@contextmanager
+def filling(folder: Path) -> Iterator[Path]:
+    """A temporary folder inside `folder` to write files to; when the `with` block ends well, they move up.
+
+    For libraries that write several files by themselves. Each takes its place whole; files of other names
+    stay as they are. If the block fails, nothing changes.
+
+    Args:
+        folder: where the files are to lie; made if it is missing.
+
+    Raises:
+        WriteError: the folder cannot be written to, or the disk is full.
+    """
+    path = folder / "files"
+    temporary = _beside(path)
+    with writing(folder):
+        temporary.mkdir(parents=True)
+        _remove_leftovers(path)
+        try:
+            yield temporary
+            for file in sorted(temporary.iterdir()):
+                file.replace(folder / file.name)
+        finally:
+            _remove(temporary)
 
 
 @contextmanager
@@ -112,7 +137,22 @@ def _remove_leftovers(path: Path) -> None:
         with suppress(OSError):
             dead = found["host"] == _HOST and not _alive(int(found["pid"]))
             if dead or time.time() - left.stat().st_mtime > _OLD_SECONDS:
-                left.unlink()
+                _remove(left)
+
+
+def _beside(path: Path) -> Path:
+    """A temporary path that says whose it is."""
+    # Not mkstemp: its files can be read by the owner alone, and these are to be shared.
+    return path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{uuid.uuid4().hex}.tmp")
+
+
+def _remove(temporary: Path) -> None:
+    """Take a temporary file or folder away, if it is there and can be."""
+    if temporary.is_dir():
+        shutil.rmtree(temporary, ignore_errors=True)
+        return
+    with suppress(OSError):
+        temporary.unlink(missing_ok=True)
 
 
 def _escaped(name: str) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from mole_diffusion.core.errors import ConfigError, UnknownExpertError
-from mole_diffusion.core.files import check_writable
+from mole_diffusion.core.files import check_writable, replacing
 from mole_diffusion.core.phrases import kind_of, listed
 from mole_diffusion.core.records import in_order
 from mole_diffusion.pictures.denoisers import own_size
@@ -119,7 +119,8 @@ def run_demo(options: DemoOptions, say: Say = print) -> DemoResult:
     write_picture(picture_grid(rows, title=prompt), files["picture grid"])
     heat_map = gate_heat_map(weights, list(chosen), title="Mean gate weights after training")
     write_picture(heat_map, files["gate heat map"])
-    _entropy_figure(history, len(chosen)).savefig(files["entropy curve"], dpi=120)
+    with replacing(files["entropy curve"]) as temporary:
+        _entropy_figure(history, len(chosen)).savefig(temporary, dpi=120, format="png")
     pipe.save_gates(files["gates"])
     return DemoResult(files, rows, _next_steps(chosen, prompt, files["gates"]))
 

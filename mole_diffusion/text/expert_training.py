@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.core.files import filling
 from mole_diffusion.text.examples import pairs_of
 from mole_diffusion.text.training import CrossEntropy
 from mole_diffusion.training.loop import LoopResult, TrainingLoop
@@ -93,7 +94,8 @@ def train_expert(
         )
         wrapped.eval()
         result = loop.run(resume)
-        wrapped.save_pretrained(out)
+        with filling(out) as folder:
+            wrapped.save_pretrained(folder)
     return result
 
 

@@ -14,7 +14,7 @@ import torch
 from mole_diffusion.core import rules
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.export import StaticLora, freeze, lora_header, lora_tensors, write_lora
-from mole_diffusion.core.files import replacing
+from mole_diffusion.core.files import filling, replacing
 from mole_diffusion.core.fixed import fixed_mixture
 from mole_diffusion.core.modules import base_layer
 from mole_diffusion.core.networks import map_network
@@ -89,10 +89,11 @@ def export(
     first = next(iter(ensemble.mixtures.values()))
     names = first.chosen(None if chosen is None else list(chosen), scales)
     if merged:
-        with merged_into(model, lora):
-            model.model.save_pretrained(path)
-        if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(path)
+        with filling(path) as folder:
+            with merged_into(model, lora):
+                model.model.save_pretrained(folder)
+            if model.tokenizer is not None:
+                model.tokenizer.save_pretrained(folder)
     else:
         header = lora_header(
             "frozen gates", [model.experts[name] for name in names], {}, {"weights": weights}

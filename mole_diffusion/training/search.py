@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.core.files import replacing, writing
 
 #: LoRAHub's bound of a weight, and the factor of its L1 penalty.
 BOUND, PENALTY = 1.5, 0.05
@@ -42,14 +43,15 @@ class History:
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("\n")]
         self.rows = [Row(**json.loads(line)) for line in whole]
-        self.path.write_text("".join(whole), encoding="utf-8")  # without a line that was cut off
+        with replacing(self.path) as temporary:  # without a line that was cut off
+            temporary.write_text("".join(whole), encoding="utf-8")
 
     def add(self, row: Row) -> None:
         """Note an evaluation."""
         self.rows.append(row)
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
+            with writing(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(vars(row)) + "\n")
 
 

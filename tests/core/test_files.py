@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from mole_diffusion.core.errors import WriteError
-from mole_diffusion.core.files import check_writable, replacing
+from mole_diffusion.core.files import check_writable, filling, replacing
 
 
 def test_a_file_is_replaced_when_the_block_ends(tmp_path: Path) -> None:
@@ -76,6 +76,43 @@ time.sleep(60)
     with replacing(other) as temporary:
         temporary.write_text("ours")
     assert sorted(tmp_path.iterdir()) == sorted([path, other])
+
+
+def _fail_after_writing(path: Path) -> None:
+    path.write_text("second")
+    raise ValueError("later")
+
+
+def test_a_folder_is_filled_whole_or_stays_as_it_was(tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    with filling(folder) as temporary:
+        for name in ("config", "weights"):
+            (temporary / name).write_text("first")
+    (folder / "other").write_text("of somebody")
+    with pytest.raises(ValueError, match="later"), filling(folder) as temporary:
+        _fail_after_writing(temporary / "config")
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {
+        "config": "first",
+        "weights": "first",
+        "other": "of somebody",
+    }
+    code = """
+import sys, os, signal
+from pathlib import Path
+from mole_diffusion.core.files import filling
+with filling(Path(sys.argv[1])) as temporary:
+    (temporary / "config").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert (
+        subprocess.run([sys.executable, "-c", code, str(folder)], check=False).returncode == -signal.SIGKILL
+    )
+    assert len(list(folder.glob(".*.tmp"))) == 1
+    assert (folder / "config").read_text() == "first"
+    with filling(folder) as temporary:
+        (temporary / "config").write_text("second")
+    assert sorted(path.name for path in folder.iterdir()) == ["config", "other", "weights"]
+    assert (folder / "config").read_text() == "second"
 
 
 def test_a_place_that_cannot_be_written_is_said(tmp_path: Path) -> None:

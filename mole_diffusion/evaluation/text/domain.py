@@ -19,6 +19,7 @@ from mole_diffusion.core.checkpoint import write_safetensors
 from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.experts import Expert
+from mole_diffusion.core.files import replacing
 from mole_diffusion.core.records import in_order
 from mole_diffusion.evaluation import run
 from mole_diffusion.evaluation.results import write_text
@@ -166,8 +167,8 @@ class Texts:
             tables = in_order(recorded.means(), names)
             figure = gate_heat_map(tables, names, title=f"{batch.place}, {batch.maker}")
             path = self._out / "gate-weights" / f"{batch.place}-{batch.maker}.png"
-            path.parent.mkdir(exist_ok=True)
-            figure.save(path)
+            with replacing(path) as temporary:
+                figure.save(temporary, format="png")
         made = []
         for row, example, answer in zip(rows, task.test, answers, strict=True):
             if is_wanted(row):
