@@ -44,7 +44,7 @@ def apply_experts(
         experts: at least one.
         gates: those that were trained for the experts, or None.
         without: what mixes the experts without gates: "auto" lets words and places find their experts by the
-            prompt, where the MODEL has cross-attention; "equal shares" gives each 1/N.
+            prompt, where the MODEL has a UNet; "equal shares" gives each 1/N.
         tell: called before a run with the experts that no prompt of it names, see `PromptCheck`.
     Raises:
         NoExpertsError: there are no experts.
@@ -100,10 +100,8 @@ def _check_bare(model: Any, clip: Any) -> None:
 
 def _reader(clip: Any, ensemble: Ensemble, experts: ExpertSet) -> ClipReader | None:
     """What reads the prompts; None where nothing can be told by them."""
-    if not all(mixture.finds_places for mixture in ensemble.mixtures.values() if mixture.in_picture):
-        logger.warning(
-            "this MODEL has no cross-attention to read: without gates every expert counts alike (1/N)"
-        )
+    if not all(one.architecture.auto_is_usual for one in ensemble.mixtures.values() if one.in_picture):
+        logger.warning("the attention of this MODEL is not read here: without gates every expert counts 1/N")
         return None
     return ClipReader(clip, _active(experts), text_encoders_of(clip.patcher.model), experts.names)
 

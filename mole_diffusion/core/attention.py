@@ -13,11 +13,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .modules import base_layer
-from .networks.base import Site
+from .networks.base import Forward, Site
 from .torch_state import without_autocast
-
-#: Number of image tokens -> their (height, width).
-Grid = Callable[[int], tuple[int, int]]
 
 
 @dataclass(eq=False)
@@ -48,7 +45,7 @@ class AttentionMaps:
 
     def __init__(self, network: nn.Module, layers: Sequence[tuple[Site, Site]]) -> None:
         self._words: Tensor | None = None
-        self._grid: Grid | None = None
+        self._forward = Forward()
         self._network, self._sites = network, layers
         self._layers: list[_Layer] = []
         self._handles: list[RemovableHandle] = []
@@ -72,16 +69,16 @@ class AttentionMaps:
         self._handles.clear()
         self._layers.clear()
 
-    def begin(self, words: Tensor | None, grid: Grid | None) -> None:
+    def begin(self, words: Tensor | None, forward: Forward) -> None:
         """A forward begins.
 
         Args:
             words: (B, L, N) whose words the tokens of the texts are; None to read nothing.
-            grid: of the image tokens.
+            forward: what its inputs say.
         """
         if words is not None:
             self.attach()
-        self._words, self._grid = words, grid
+        self._words, self._forward = words, forward
         for layer in self._layers:
             layer.queries = layer.keys = layer.seen = None
 
@@ -116,10 +113,10 @@ class AttentionMaps:
     @torch.no_grad()
     def _read(self, queries: Tensor, keys: Tensor, heads: int) -> Tensor | None:
         """The map of one layer: queries (B, T, d), keys (B, L, d); None where the keys are no words."""
-        words, grid = self._words, self._grid
-        if words is None or grid is None or keys.shape[:2] != words.shape[:2]:
+        words, grid = self._words, self._forward.grid
+        size = None if grid is None else grid(queries.shape[1])
+        if words is None or size is None or keys.shape[:2] != words.shape[:2]:
             return None
-        height, width = grid(queries.shape[1])
         batch = queries.shape[0]
         with without_autocast(queries.device):
             q, k = (
@@ -127,4 +124,4 @@ class AttentionMaps:
             )
             looks = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), dim=-1).mean(1)
             share = looks @ words / words.sum(1, keepdim=True).clamp_min(1.0)
-        return share.transpose(1, 2).reshape(batch, -1, height, width)
+        return share.transpose(1, 2).reshape(batch, -1, *size)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .networks.base import Texts
 from .rules import number
 from .torch_state import on_device
 from .words import TokenPhrases
@@ -99,34 +100,34 @@ class Auto:
     ids: dict[str, Tensor] = field(default_factory=dict)
     single: bool = False
     continues: bool = False
-    _recognised: tuple[Tensor, list[KnownText | None]] | None = field(default=None, init=False, repr=False)
+    _recognised: tuple[Texts, list[KnownText | None]] | None = field(default=None, init=False, repr=False)
 
     def meet(self, named: frozenset[str]) -> None:
         """A network begins to read texts that name these experts; hosts that know no more decide here."""
 
-    def remember(self, encoded: Tensor, places: Tensor, prompts: Sequence[bool | None] | None = None) -> None:
+    def remember(self, encoded: Texts, places: Texts, prompts: Sequence[bool | None] | None = None) -> None:
         """Note what denoisers will read for some texts.
 
         Args:
-            encoded: (B, L, d).
-            places: (B, L, N), see `places_of`.
+            encoded: (B, L, ...), or (L, d) for each.
+            places: (B, L, N), or (L, N) for each, see `places_of`.
             prompts: which of them are prompts, see `KnownText`.
         """
         kinds = prompts or [None] * len(encoded)
         rows = zip(encoded, places, kinds, strict=True)
-        self.texts += [KnownText(one.detach(), own, kind) for one, own, kind in rows]
+        self.texts += [KnownText(one.detach().flatten(1), own, kind) for one, own, kind in rows]
         del self.texts[:-_KEPT]
 
-    def recognise(self, text: Tensor) -> list[KnownText | None]:
+    def recognise(self, text: Texts) -> list[KnownText | None]:
         """Whose words the texts are made of that a denoiser is given.
 
         Args:
-            text: (B, L, d).
+            text: (B, L, ...), or (L, d) for each.
         Returns:
             For each of them what is known of it; None for one that nobody remembers.
         """
-        if self._recognised is None or self._recognised[0] is not text:
-            self._recognised = text, [self._placed(row) for row in text]
+        if self._recognised is None or not are_same(self._recognised[0], text):
+            self._recognised = text, [self._placed(row.flatten(1)) for row in text]
         return self._recognised[1]
 
     def _placed(self, row: Tensor) -> KnownText | None:
@@ -175,6 +176,13 @@ class Auto:
             self.texts.remove(best)
             self.texts.append(best)
         return best
+
+
+def are_same(texts: Texts, others: Texts) -> bool:
+    """Whether a host gives the very same texts again, as in the steps of one picture."""
+    if isinstance(texts, Tensor) or isinstance(others, Tensor):
+        return texts is others
+    return len(texts) == len(others) and all(one is other for one, other in zip(texts, others, strict=True))
 
 
 def _nothing(row: Tensor, like: KnownText) -> Tensor:

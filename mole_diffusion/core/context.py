@@ -318,15 +318,20 @@ class ForwardContext:
             )
         return spans[stream]
 
+    def references(self, tokens: int) -> int:
+        """How many of a group's image tokens, the last ones, are not of the picture that is drawn."""
+        references = self.forward.references
+        if references and self.forward.grid is not None and self.forward.grid(tokens) is not None:
+            return 0  # matrices that read the picture before anything is put behind it
+        return references
+
     def region_masks(self, regions: RegionMasks, tokens: int, device: torch.device) -> Tensor:
         """(tokens, N) region masks of a group's image tokens.
 
         Raises:
             RegionMaskError: see `token_grid`.
         """
-        references = self.forward.references
-        if references and self.forward.grid is not None and self.forward.grid(tokens) is not None:
-            references = 0  # matrices that read the picture before anything is put behind it
+        references = self.references(tokens)
         masks = regions.on_grid(*self.token_grid(tokens - references), device)
         return torch.cat([masks, regions.everywhere(references, device)]) if references else masks
 

@@ -72,7 +72,8 @@ class Mixture:
         self.part = layout.part
         self.architecture: Architecture = layout.architecture
         self.base = fingerprint(network, layout)
-        self.finds_places = bool(layout.architecture.text_readers(layout.sites))
+        looks = layout.architecture.text_readers(layout.sites) or layout.architecture.looking(layout.sites)
+        self.finds_places = bool(looks)
         self.owner: weakref.ref[Any] | None = None
         self._context = ForwardContext(self.part, len(self.experts))
         self._handles: list[RemovableHandle] = []

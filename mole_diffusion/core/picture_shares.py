@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from . import functional
 from .attention import AttentionMaps
-from .auto import Auto
-from .auto_shares import Counting, TextShares, shared_places, with_everywhere
+from .auto import Auto, are_same
+from .auto_shares import Counting, TextShares, shared_places, shared_rest, with_everywhere
 from .context import ForwardContext
 from .errors import ConfigError
-from .networks.base import CONTEXT, DENOISER, EMBEDDING, TOKENS, Forward, NetworkMap
+from .networks.base import CONTEXT, DENOISER, EMBEDDING, TOKENS, Forward, NetworkMap, Texts
 from .regions import RegionMasks
+from .seen_attention import SeenAttention
 from .torch_state import is_compiling
 from .values import GateValue
 
+logger = logging.getLogger(__name__)
+
 # Samplers go back by less than this within a picture.
 _ANEW = 0.1
+
+
+class Watcher(Protocol):
+    """Reads how a denoiser's image tokens look at words."""
+
+    def begin(self, words: Tensor | None, forward: Forward) -> None:
+        """A forward begins; see `AttentionMaps` and `SeenAttention`."""
+
+    def taken(self) -> Tensor | None:
+        """(B, N, H, W) of the last forward; None if nothing was seen."""
+
+    def remove(self) -> None:
+        """Take what watches off the network."""
 
 
 class _Seen:
@@ -75,19 +94,23 @@ class PictureShares:
         names: of the experts, in the order of the rows.
         active: indices of those that count.
         regions: where experts count; None for everywhere.
+        rewrites: whether the denoiser encodes the texts further, see `Looking`.
     """
 
     def __init__(
         self,
         auto: Auto,
-        maps: AttentionMaps,
+        maps: Watcher,
         names: tuple[str, ...],
         active: tuple[int, ...],
         regions: RegionMasks | None,
+        *,
+        rewrites: bool = False,
     ) -> None:
-        self._auto, self._maps, self._regions = auto, maps, regions
+        self._auto, self._maps, self._regions, self._rewrites = auto, maps, regions, rewrites
+        self._blind = False
         self._rows = Counting(auto, names, active)
-        self._known: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self._known: tuple[Texts, Tensor, Tensor, Tensor] | None = None
         self._values: dict[tuple[str, int], GateValue] = {}
         self._words = self._everywhere = torch.zeros(0)
         self._seen: _Seen | None = None
@@ -105,7 +128,8 @@ class PictureShares:
         """A forward begins: take what the last one was seen to look at; find out whose the words are.
 
         Raises:
-            ConfigError: the denoiser is given no text, or one that nobody knows.
+            ConfigError: the denoiser is given no text, or one that nobody knows, or does not say where the
+                tokens of the picture lie.
             RegionMaskError: a mask is not of the latent's proportions.
         """
         if self._regions is not None and forward.size is not None:
@@ -114,13 +138,18 @@ class PictureShares:
         time = 1.0 if forward.timestep is None else float(torch.as_tensor(forward.timestep).max())
         if forward.text is None:
             raise ConfigError(f"mixture='auto' needs the {context.part} to be called with a text.")
+        if forward.grid is None:
+            raise ConfigError(
+                f"mixture='auto' cannot tell where in the picture the {context.part}'s tokens lie."
+            )
         self._words, named, prompts = self._places(forward.text)
         self._everywhere = self._rows.everywhere(self._words.device)
         pictures = self._begin_step(time, named, prompts)
         lacking = self._lacking(pictures, named)
         watched = time > self._auto.settings.until
         reading = self._regions is None and bool(named.any()) and (watched or bool(lacking.any()))
-        self._maps.begin(self._words if reading else None, context.token_grid)
+        reading = reading and not self._blind
+        self._maps.begin(self._words if reading else None, forward)
         self._reading = (pictures, named if watched else lacking) if reading else None
         self._lay_out(pictures, named, prompts, watched)
         self._values.clear()
@@ -166,16 +195,23 @@ class PictureShares:
         found = self._maps.taken()
         if found is not None and self._reading is not None and self._seen is not None:
             self._seen.add(found, *self._reading)
+        elif found is None and self._reading is not None:
+            self._blind = True
+            logger.warning(
+                "the denoiser's attention to the prompt cannot be read (it is not computed by torch's own"
+                " function, or the network is compiled as a whole): the experts that the prompt names have"
+                " equal shares everywhere in the picture"
+            )
         self._reading = None
 
-    def _places(self, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _places(self, text: Texts) -> tuple[Tensor, Tensor, Tensor]:
         """What is known of the texts.
 
         Returns:
             (B, L, N) whose words their tokens are; on the CPU (B, N) the experts that each prompt names, none
             for other texts, and (B,) which are prompts.
         """
-        if self._known is not None and self._known[0] is text:
+        if self._known is not None and are_same(self._known[0], text):
             return self._known[1:]
         rows = self._auto.recognise(text)
         if all(one is None for one in rows):
@@ -184,8 +220,8 @@ class PictureShares:
                 "pipeline did not encode: draw with a prompt, or with what its encode_prompt returns inside "
                 "composing(mixture='auto')."
             )
-        nothing = torch.zeros(text.shape[1], len(self._rows.names))
-        places = torch.stack([nothing if one is None else one.places for one in rows])
+        nothing = torch.zeros(len(text[0]), len(self._rows.names))
+        places = pad_sequence([nothing if one is None else one.places for one in rows], batch_first=True)
         self._rows.meet(places)
         cpu = places.device
         places = places * self._rows.counting(cpu) * (self._rows.everywhere(cpu) == 0)
@@ -193,7 +229,7 @@ class PictureShares:
         kinds = [None if one is None else one.prompt for one in rows]
         decided = zip(kinds, named.any(1).tolist(), strict=True)
         prompts = torch.tensor([own if kind is None else kind for kind, own in decided])
-        self._known = text, places.to(text.device), named & prompts[:, None], prompts
+        self._known = text, places.to(text[0].device), named & prompts[:, None], prompts
         return self._known[1:]
 
     def value(self, context: ForwardContext, stream: str, tokens: int) -> GateValue:
@@ -207,16 +243,39 @@ class PictureShares:
 
     def _value(self, context: ForwardContext, stream: str, tokens: int) -> GateValue:
         if stream == CONTEXT:
-            weights = self._words
+            weights = self._text(context.forward, tokens)
         elif stream == EMBEDDING:
             size = self._own.shape[-2:] if self._own is not None and self._regions is None else (1, 1)
             weights = self._picture(int(size[0]), int(size[1])).mean(1, keepdim=True)
         else:
-            weights = self._picture(*context.token_grid(tokens))
+            weights = self._image(context, tokens)
         weights = with_everywhere(weights, self._everywhere)
         if stream == TOKENS and self._regions is not None:
-            weights = weights * self._regions.on_grid(*context.token_grid(tokens), weights.device)
+            weights = weights * context.region_masks(self._regions, tokens, weights.device)
         return GateValue(weights.flatten(0, 1), len(weights), None, in_backward=False)
+
+    def _text(self, forward: Forward, tokens: int) -> Tensor:
+        """(B, tokens, N) weights of text tokens.
+
+        Networks may lengthen texts, up to the width of their masks, and fold what several layers of a text
+        encoder say of a word into as many tokens.
+        """
+        words = self._words
+        known, mask = words.shape[1], forward.masks.get(CONTEXT)
+        if known < tokens and ((mask is not None and tokens <= mask.shape[1]) or tokens % known):
+            words = F.pad(words, (0, 0, 0, tokens - known))
+        if self._rewrites:
+            words = shared_rest(words)
+        return words if words.shape[1] == tokens else words.repeat_interleave(tokens // known, dim=1)
+
+    def _image(self, context: ForwardContext, tokens: int) -> Tensor:
+        """(B, tokens, N) weights of image tokens; those of other pictures have the mean."""
+        drawn = tokens - context.references(tokens)
+        weights = self._picture(*context.token_grid(drawn))
+        if drawn == tokens:
+            return weights
+        rest = weights.mean(1, keepdim=True).expand(-1, tokens - drawn, -1)
+        return torch.cat([weights, rest], dim=1)
 
     def _lay_out(self, pictures: Sequence[int | None], named: Tensor, prompts: Tensor, watched: bool) -> None:
         """Share out the places, once per forward: what depends on a layer's size is left to `_picture`.
@@ -261,6 +320,8 @@ class PictureShares:
         settings = self._auto.settings
         if self._regions is not None:
             return shared_places(full, settings, inside=1.0)
+        if self._blind and self._seen.maps is None:
+            return full / full.sum(1, keepdim=True).clamp_min(1.0)
         if watched or self._seen.maps is None:
             # The layout forms, and it forms as the experts have it: without them some subjects never come.
             return full
@@ -316,14 +377,18 @@ def shares_of(
         regions: where experts count; None for everywhere.
 
     Raises:
-        ConfigError: it is a denoiser that reads its texts otherwise than by cross-attention.
+        ConfigError: it is a denoiser whose attention to its texts nobody knows.
     """
     if layout.architecture.role != DENOISER:
         return TextShares(auto, layout.part, names, active)
     layers = layout.architecture.text_readers(layout.sites)
-    if not layers:
+    if layers:
+        return PictureShares(auto, AttentionMaps(network, layers), names, active, regions)
+    looking = layout.architecture.looking(layout.sites)
+    if looking is None:
         raise ConfigError(
-            f"Cross-attention tells which place is whose, and {layout.architecture.name} networks have "
-            "none: train gates, or use mixture='nla'."
+            f"Attention to words tells which place is whose, and where {layout.architecture.name} networks "
+            "have it is not known: train gates, or use mixture='nla'."
         )
-    return PictureShares(auto, AttentionMaps(network, layers), names, active, regions)
+    seen = SeenAttention(network, looking)
+    return PictureShares(auto, seen, names, active, regions, rewrites=looking.rewrites)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,13 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     if device.type in _AUTOCAST_DEVICES and _is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def eager() -> AbstractContextManager[object]:
+    """Let what is compiled run as it was written inside the `with` block."""
+    # Newer than torch 2.1.
+    stance = getattr(torch.compiler, "set_stance", None)
+    return nullcontext() if stance is None else cast("AbstractContextManager[object]", stance("force_eager"))
 
 
 def in_backward() -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,17 +20,21 @@ from mole_diffusion.core.phrases import names_phrase
 from mole_diffusion.core.words import places_of
 from mole_diffusion.pictures.choosing import Request, register
 from mole_diffusion.pictures.components import tokenizers_of
+from mole_diffusion.pictures.prompt_words import Runs, TextLayout, WordPlaces, layout_of, watched_tokens
 
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
+# Arguments of calls and of `encode_prompt`; each is what the first is, where it is not given.
+_PROMPTS = ("prompt", "prompt_2", "prompt_3")
+_NEGATIVES = ("negative_prompt", "negative_prompt_2", "negative_prompt_3")
 
 
 def usual_mixture(ensemble: Ensemble) -> str:
     """What a call without `mixture` is drawn with; see `WithExperts.usual_mixture`."""
     mixtures = ensemble.mixtures.values()
     trained = any(one.is_trained for one in mixtures)
-    able = all(one.finds_places for one in mixtures if one.in_picture)
+    able = all(one.finds_places and one.architecture.auto_is_usual for one in mixtures if one.in_picture)
     return AUTO if able and not trained and len(ensemble.experts) > 1 else "gates"
 
 
@@ -95,6 +99,10 @@ class PromptReader(Auto):
         settings: how image tokens are shared out.
         experts: those that count.
         tokenizers: by part.
+
+    Attributes:
+        calls: expert name -> phrases, of those that count.
+        prompts, negatives: texts of the call that encodes its prompts; None where there is none.
     """
 
     def __init__(
@@ -105,31 +113,60 @@ class PromptReader(Auto):
         tokenizers: Mapping[str, Any],
     ) -> None:
         self._calling, self._experts, self._tokenizers = calling, experts, tokenizers
-        calls = {name: calling.of(expert) for name, expert in experts.items()}
+        self.calls = {name: calling.of(expert) for name, expert in experts.items()}
+        self.prompts: set[str] | None = None
+        self.negatives: set[str] | None = None
         super().__init__(
             {
-                part: {name: [_tokens(tokenizer, one) for one in own] for name, own in calls.items()}
+                part: {name: [_tokens(tokenizer, one) for one in own] for name, own in self.calls.items()}
                 for part, tokenizer in tokenizers.items()
             },
             settings=settings,
         )
+
+    def expect(self, given: Mapping[str, Any]) -> None:
+        """Know the arguments of the call that is about to encode its prompts."""
+        self.prompts, self.negatives = (
+            {one for name in names for one in _texts(given.get(name))} for names in (_PROMPTS, _NEGATIVES)
+        )
+
+    def kind(
+        self, texts: Mapping[str, list[str]], names: Sequence[str], row: int, rows: int, *, apart: bool
+    ) -> bool | None:
+        """What a text is that a transformer reads, see `KnownText.prompt`.
+
+        Args:
+            texts: arguments of `encode_prompt`.
+            names: of those that it was made of.
+            row: which text it is.
+            rows: of so many.
+            apart: whether negative prompts are encoded as prompts are.
+        """
+        if self.prompts is None and apart:
+            return None
+        own = texts[names[0]] or [""]
+        text = own[min(row * len(own) // rows, len(own) - 1)]
+        prompts, negatives = (set(texts["prompt"]), set(texts["negative_prompt"]) or {""})
+        if self.prompts is not None and self.negatives is not None:
+            prompts, negatives = self.prompts, self.negatives or {""}
+        wanted, unwanted = text in prompts, text in negatives
+        return None if wanted == unwanted else wanted
 
     def read(self, prompts: Sequence[str]) -> None:
         """Find out which experts count, and which of them everywhere.
 
         An expert that the prompt does not name is left out, unless nobody says how to name it.
         """
-        calls = {name: self._calling.of(expert) for name, expert in self._experts.items()}
         named = [
             name
-            for name, own in calls.items()
+            for name, own in self.calls.items()
             if any(names_phrase(text, phrase) for text in prompts for phrase in own)
         ]
         self.everywhere = self._calling.everywhere(named, self._experts)
         if not named and not self.everywhere:
             logger.warning(
                 "the prompt names none of the experts, which count for nothing: write %s",
-                ", ".join(repr(own[0]) for own in calls.values()),
+                ", ".join(repr(own[0]) for own in self.calls.values()),
             )
 
     def note(
@@ -163,31 +200,52 @@ class PromptReader(Auto):
         )
 
 
-def read_prompts(pipe: Any, given: Mapping[str, Any]) -> PromptReader | None:
-    """Lets `mixture="auto"` read the texts that a pipeline is about to encode; None where it does not count.
+def expect_prompts(pipe: Any, given: Mapping[str, Any]) -> None:
+    """Let `mixture="auto"`, where it counts, know a call's arguments."""
+    reader = pipe.ensemble.choice.auto
+    if isinstance(reader, PromptReader):
+        reader.expect(given)
+
+
+@contextmanager
+def reading_prompts(pipe: Any, given: Mapping[str, Any]) -> Iterator[Callable[[Any], None]]:
+    """Let `mixture="auto"`, where it counts, read the texts that a pipeline encodes inside the `with` block.
 
     Args:
         pipe: the pipeline.
         given: arguments of its `encode_prompt`.
+    Yields:
+        To be called with what that returned.
     """
     reader = pipe.ensemble.choice.auto
     if not isinstance(reader, PromptReader):
-        return None
-    texts = [one for name in ("prompt", "prompt_2") for one in _texts(given.get(name))]
-    if texts:
-        reader.read(texts)
-    return reader
+        yield lambda encoded: None
+        return
+    layout = layout_of(pipe)
+    # Pipelines write into lists of prompts.
+    texts = {name: _texts(given.get(name)) for name in (*_PROMPTS, *_NEGATIVES)}
+    prompts = [one for name in _PROMPTS for one in texts[name]]
+    apart = layout is not None and layout.negative is None
+    if apart and reader.prompts is not None:
+        prompts = [one for one in prompts if one in reader.prompts]
+    if prompts:
+        reader.read(prompts)
+    if layout is None:
+        yield lambda encoded: _note_prompts(pipe, reader, texts, given, encoded)
+        return
+    with watched_tokens(pipe, layout) as runs:
+        yield lambda encoded: _note_tokens(pipe, reader, layout, runs, texts, encoded)
 
 
-def note_prompts(pipe: Any, reader: PromptReader, given: Mapping[str, Any], encoded: Any) -> None:
-    """Note what a pipeline's text encoders made of texts.
-
-    Args:
-        pipe, given: as in `read_prompts`.
-        reader: what that returned.
-        encoded: what the pipeline's `encode_prompt` returned.
-    """
-    texts = {name: _texts(given.get(name)) for name in ("prompt", "negative_prompt")}
+def _note_prompts(
+    pipe: Any,
+    reader: PromptReader,
+    given_texts: Mapping[str, list[str]],
+    given: Mapping[str, Any],
+    encoded: Any,
+) -> None:
+    """Note what the text encoders of a pipeline with a UNet made of texts."""
+    texts = {name: given_texts[name] for name in ("prompt", "negative_prompt")}
     if not texts["negative_prompt"] and given.get("negative_prompt_embeds") is None:
         texts["negative_prompt"] = [""]
     for (name, own), embeddings in zip(texts.items(), encoded, strict=False):
@@ -195,6 +253,32 @@ def note_prompts(pipe: Any, reader: PromptReader, given: Mapping[str, Any], enco
             # One that is both cannot be told apart where the denoiser reads it.
             both = [text for text in own if all(text in others for others in texts.values())]
             reader.note(pipe, own, embeddings, [None if one in both else name == "prompt" for one in own])
+
+
+def _note_tokens(
+    pipe: Any,
+    reader: PromptReader,
+    layout: TextLayout,
+    runs: Runs,
+    texts: Mapping[str, list[str]],
+    encoded: Any,
+) -> None:
+    """The same of a pipeline with a transformer."""
+    finder = WordPlaces(pipe, layout, {name: reader.calls.get(name, ()) for name in pipe.experts})
+    groups: list[tuple[tuple[str, ...], int]] = [(_PROMPTS, 0)]
+    if layout.negative is not None:
+        groups.append((_NEGATIVES, layout.negative))
+    for number, (names, index) in enumerate(groups):
+        embeddings = encoded[index] if index < len(encoded) else None
+        own = [one for name in names for one in texts[name]]
+        if names is _NEGATIVES:
+            own = own or [""]
+        if embeddings is None or not len(embeddings) or not own:
+            continue
+        places = finder.of(runs, number, own, [len(one) for one in embeddings])
+        count, apart = len(embeddings), layout.negative is None
+        kinds = [reader.kind(texts, names, row, count, apart=apart) for row in range(count)]
+        reader.remember(embeddings, places, kinds)
 
 
 def _texts(given: Any) -> list[str]:

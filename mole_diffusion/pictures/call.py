@@ -18,7 +18,7 @@ from mole_diffusion.core.export import ExportReport
 from mole_diffusion.core.holding import HoldsExperts
 from mole_diffusion.core.networks.clip import TEXT_ENCODER
 from mole_diffusion.core.records import GateWeights, MapRecorder, Recorder
-from mole_diffusion.pictures.auto import note_prompts, read_prompts, usual_for, usual_mixture
+from mole_diffusion.pictures.auto import expect_prompts, reading_prompts, usual_for, usual_mixture
 from mole_diffusion.pictures.calibration import Progress, export_lora
 from mole_diffusion.pictures.choosing import Engaging, Request, chosen_by
 from mole_diffusion.pictures.components import latent_size, networks_of, old_text_model_name, picture_size
@@ -161,6 +161,7 @@ class WithExperts(HoldsExperts):
             latent_size=latent_size(pipe, height, width),
             mixture=usual_for(self.ensemble, given) if mixture is None else mixture,
         ):
+            expect_prompts(self, given)
             self._recorder = (MapRecorder if record_maps else Recorder)(placing_of(self, given))
             with self._recorder.watching(self.ensemble.mixtures, networks_of(self)):
                 return parent.__call__(*args, **kwargs)
@@ -169,8 +170,8 @@ class WithExperts(HoldsExperts):
     def usual_mixture(self) -> str:
         """What a call without `mixture` is drawn with.
 
-        "gates" where any are trained or there is nothing to share out, and for models whose denoiser has no
-        cross-attention to read; else "auto".
+        "gates" where any are trained or there is nothing to share out, and for models on whose real weights
+        "auto" was never tried, which draw with it where a call says so; else "auto".
         """
         return usual_mixture(self.ensemble)
 
@@ -179,11 +180,12 @@ class WithExperts(HoldsExperts):
         parent: Any = super()
         warn_of_lora_tags([*args, *kwargs.values()])
         given = inspect.signature(parent.encode_prompt).bind_partial(*args, **kwargs).arguments
-        reader = read_prompts(self, given)
-        with old_text_model_name(networks_of(self).get(TEXT_ENCODER)):
+        with (
+            reading_prompts(self, given) as note,
+            old_text_model_name(networks_of(self).get(TEXT_ENCODER)),
+        ):
             encoded = parent.encode_prompt(*args, **kwargs)
-        if reader is not None:
-            note_prompts(self, reader, given, encoded)
+            note(encoded)
         return encoded
 
     def unload_textual_inversion(self, *args: Any, **kwargs: Any) -> None:

@@ -45,13 +45,12 @@ def test_pictures_of_a_transformer(family: str, tmp_path: Path) -> None:
         session.choose(names)
         request = ComposeRequest(prompt="a red boot and a cat", steps=3, width=64, height=64, guidance=2.0)
         pictures = []
-        for mixture in ("gates", "nla", "none"):
+        for mixture in ("gates", "nla", "none", "auto"):
             job = studio.submit(session, "compose", compose(studio, session, request, [mixture])).wait(300)
             assert job.error is None, job.error
             pictures.append(job.result[0].path.read_bytes())
-        assert pictures[1] != pictures[2]
-        job = studio.submit(session, "compose", compose(studio, session, request, ["auto"])).wait(300)
-        assert "Cross-attention tells which place is whose" in str(job.error)
+        assert len(set(pictures[1:])) == 3
+        assert pictures[3] != pictures[0]
     finally:
         studio.close()
 

@@ -19,6 +19,7 @@ from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.mixture import Mixture, inject
 from mole_diffusion.core.networks import map_network
+from mole_diffusion.core.networks.base import Forward
 from mole_diffusion.core.picture_shares import pictures_of
 from mole_diffusion.core.words import places_of
 
@@ -72,7 +73,7 @@ def test_attention_is_what_diffusers_computes() -> None:
     latent, time, text = drawn()
     words = torch.zeros(*text.shape[:2], 2)
     words[:, 1:3, 0], words[:, 4, 1] = 1.0, 1.0
-    maps.begin(words, lambda tokens: (math.isqrt(tokens), math.isqrt(tokens)))
+    maps.begin(words, Forward(grid=lambda tokens: (math.isqrt(tokens), math.isqrt(tokens))))
     with torch.no_grad():
         unet(latent, time, text)
     found = maps.taken()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from auto_checks import BOTH, check_auto, words_of
 from diffusers import DiffusionPipeline, FluxKontextPipeline
 from pipeline_helpers import CLOSE, train_a_little, with_adapters
 from tiny.flux import (
@@ -67,9 +68,9 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def draw(pipe: Any, prompt: Any = "a boot and a cat", **kwargs: Any) -> torch.Tensor:
-    settings = {"num_inference_steps": 2, "output_type": "pt", "max_sequence_length": 16, **PICTURE, **kwargs}
-    generator = torch.Generator().manual_seed(7)
-    pictures: torch.Tensor = pipe(prompt=prompt, generator=generator, **settings).images
+    settings = {"num_inference_steps": 2, "output_type": "pt", "max_sequence_length": 16, **PICTURE}
+    settings |= {"generator": torch.Generator().manual_seed(7), **kwargs}
+    pictures: torch.Tensor = pipe(prompt=prompt, **settings).images
     return pictures
 
 
@@ -116,6 +117,23 @@ def test_mixtures_and_the_base(family: Family) -> None:
     torch.testing.assert_close(draw(pipe), expected, **CLOSE)
     pipe.eject()
     torch.testing.assert_close(draw(pipe), base, rtol=0, atol=0)
+
+
+def test_gates_without_training(family: Family, caplog: pytest.LogCaptureFixture) -> None:
+    check_auto(family.loaded(), family.plain(), family.files, draw, guided(family), caplog)
+
+
+def test_words_are_those_of_t5(family: Family) -> None:
+    pipe = family.loaded()
+    tokenizer = pipe.tokenizer_2 if family.name == "Flux" else pipe.tokenizer
+    pieces = tokenizer.convert_ids_to_tokens(tokenizer(BOTH).input_ids)
+    (places,) = words_of(pipe, BOTH, max_sequence_length=16, **more_words(family))
+    for index, word in enumerate(NAMES):
+        assert places[:, index].nonzero().flatten().tolist() == [pieces.index(f"▁{word}")]
+
+
+def more_words(family: Family) -> dict[str, Any]:
+    return {"prompt_2": None} if family.name == "Flux" else {"do_classifier_free_guidance": False}
 
 
 def test_gates_are_recorded_by_step_and_branch(family: Family) -> None:

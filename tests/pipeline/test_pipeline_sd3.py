@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from auto_checks import BOTH, check_auto, words_of
 from diffusers import DiffusionPipeline
 from pipeline_helpers import CLOSE, train_a_little, with_adapters
 from tiny.flux import make_sd3_components, write_transformer_lora
@@ -56,10 +57,11 @@ def plain(components: dict[str, Any], kind: str = "") -> Any:
     return built(getattr(mole_diffusion, f"StableDiffusion3MoLE{kind}Pipeline").diffusers_class, components)
 
 
-def draw(pipe: Any, **kwargs: Any) -> torch.Tensor:
-    settings = {"height": 32, "width": 32, "num_inference_steps": 2, "guidance_scale": 3.0, **kwargs}
+def draw(pipe: Any, prompt: Any = "a boot and a cat", **kwargs: Any) -> torch.Tensor:
+    settings = {"height": 32, "width": 32, "num_inference_steps": 2, "guidance_scale": 3.0}
     settings |= {"output_type": "pt", "generator": torch.Generator().manual_seed(7)}
-    pictures: torch.Tensor = pipe(prompt="a boot and a cat", negative_prompt="dull", **settings).images
+    settings |= {"negative_prompt": ["dull"] * len(prompt) if isinstance(prompt, list) else "dull", **kwargs}
+    pictures: torch.Tensor = pipe(prompt=prompt, **settings).images
     return pictures
 
 
@@ -84,6 +86,28 @@ def test_experts_mixtures_and_the_base(
     torch.testing.assert_close(draw(loaded, active_experts=["boot"]), one, **CLOSE)
     loaded.eject()
     torch.testing.assert_close(draw(loaded), base, rtol=0, atol=0)
+
+
+def test_gates_without_training(
+    components: dict[str, Any], files: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe = built(StableDiffusion3MoLEPipeline, components)
+    for name, path in files.items():
+        pipe.load_expert(path, name=name)
+    check_auto(pipe, plain(components), files, draw, {"max_sequence_length": 16}, caplog)
+    for name, path in files.items():
+        pipe.load_expert(path, name=name)
+    places, negative = words_of(pipe, BOTH, prompt_2=None, prompt_3=None, max_sequence_length=16)
+    first = pipe.tokenizer.tokenize(BOTH)
+    last = pipe.tokenizer_3.convert_ids_to_tokens(pipe.tokenizer_3(BOTH).input_ids)
+    clip = pipe.tokenizer.model_max_length
+    for index, word in enumerate(NAMES):
+        # Behind the mark of CLIP's beginning, and among T5's.
+        at = [next(i for i, one in enumerate(first) if one.startswith(word)) + 1]
+        found = places[:, index].nonzero().flatten().tolist()
+        assert set(at) < set(found)
+        assert clip + last.index(f"▁{word}") in found
+    assert not negative.any()
 
 
 @pytest.mark.parametrize("kind", ["Img2Img", "Inpaint"])

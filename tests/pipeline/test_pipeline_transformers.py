@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from auto_checks import check_auto, words_of
 from diffusers import AnimaModularPipeline, ChromaPipeline, DiffusionPipeline, ModularPipeline
 from pipeline_helpers import CLOSE, train_a_little, with_adapters
 from tiny.qwen import (
@@ -152,11 +153,12 @@ class Family:
     def plain(self, kind: str = "") -> Any:
         return self._build(self.of(kind).diffusers_class)
 
-    def loaded(self) -> Any:
+    def loaded(self, *, trained: bool = True) -> Any:
         pipe = self._build(self.of())
         for name, path in self.files.items():
             pipe.load_expert(path, name=name)
-        train_a_little(pipe)
+        if trained:
+            train_a_little(pipe)
         return pipe
 
     def _build(self, cls: type) -> Any:
@@ -169,9 +171,8 @@ class Family:
         given = {**settings, **self.known.unguided, **options}
         # Pipelines write into lists of prompts.
         prompt = list(prompt) if isinstance(prompt, list) else prompt
-        pictures: torch.Tensor = pipe(
-            prompt=prompt, generator=torch.Generator().manual_seed(7), **given
-        ).images
+        given = {"generator": torch.Generator().manual_seed(7), **given}
+        pictures: torch.Tensor = pipe(prompt=prompt, **given).images
         return pictures
 
 
@@ -199,6 +200,31 @@ def test_experts_mixtures_and_the_base(family: Family) -> None:
     base = family.draw(family.plain())
     pipe.eject()
     torch.testing.assert_close(family.draw(pipe), base, rtol=0, atol=0)
+
+
+def test_gates_without_training(family: Family, caplog: pytest.LogCaptureFixture) -> None:
+    pipe, plain = family.loaded(trained=False), family.plain()
+    check_auto(pipe, plain, family.files, family.draw, family.known.guided, caplog)
+
+
+def test_words_are_found_in_what_is_written_around_a_prompt(family: Family) -> None:
+    """Language models read from left to right: rows are the same up to the first word that differs."""
+    pipe = family.loaded(trained=False)
+    if family.name == "Anima":
+        (places, _) = words_of(pipe, "a boot and a cat", do_classifier_free_guidance=True)
+        pieces = pipe.t5_tokenizer.convert_ids_to_tokens(pipe.t5_tokenizer("a boot and a cat").input_ids)
+        for index, word in enumerate(NAMES):
+            assert places[:, index].nonzero().flatten().tolist() == [pieces.index(f"▁{word}")]
+        return
+    rows = []
+    for prompt in ("a boot and a cat", "a clock and a cat", "a boot and a clock"):
+        encoded = pipe.encode_prompt(prompt=prompt)[0]
+        rows.append((encoded if family.name != "ZImage" else torch.stack(encoded)).flatten(2)[0])
+    places = words_of(pipe, "a boot and a cat")[0]
+    assert len(places) == len(rows[0])
+    for index, other in enumerate(rows[1:]):
+        differs = (rows[0] - other).abs().amax(-1) > 1e-5
+        assert places[:, index].nonzero().flatten().tolist() == [int(differs.long().argmax())]
 
 
 def test_gates_are_recorded_by_step_branch_and_entry(family: Family) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .base import CONTEXT, DENOISER, EMBEDDING, Base, Forward
 from .families import ANIMA
+from .looking import Looks
 from .patches import counting, grid_of, patched_grid
 from .stacks import Blocks, Leaf, Stack
 from .transformers import KOHYA_UNET, PREFIXES, TRANSFORMER, WRITERS
@@ -58,10 +59,12 @@ def _read(args: tuple[Any, ...], kwargs: Mapping[str, Any], given: tuple[int, in
     """Latents (B, C, 1, H, W), a time up to 1, a text (B, L, d)."""
     latents = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
     time = args[1] if len(args) > 1 else kwargs.get("timestep", kwargs.get("timesteps"))
+    text = args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states", kwargs.get("context"))
     if not isinstance(latents, Tensor) or latents.dim() != 5:
         return Forward(time=time)
     size = given or (latents.shape[-2], latents.shape[-1])
     read = Forward(time=time, size=size, grid=grid_of(patched_grid(size)), pictures=latents.shape[0])
+    read.text = text if isinstance(text, Tensor) and text.dim() == 3 else None
     if isinstance(mask := kwargs.get("attention_mask"), Tensor) and mask.dim() == 2:
         read.masks = {CONTEXT: mask}
     return read
@@ -79,7 +82,15 @@ ANIMA_STACK = Stack(
         Leaf("patch_embed.proj", folds=True),
         *(Leaf(f"time_embed.t_embedder.linear_{layer}", EMBEDDING) for layer in (1, 2)),
     ),
-    blocks=(Blocks("transformer_blocks", _LEAVES, also=("blocks",), names=_NATIVE),),
+    blocks=(
+        Blocks(
+            "transformer_blocks",
+            _LEAVES,
+            also=("blocks",),
+            names=_NATIVE,
+            looks=Looks("attn2.to_q", apart=True),
+        ),
+    ),
     after=(
         *(Leaf(f"norm_out.linear_{layer}", EMBEDDING) for layer in (1, 2)),
         Leaf("proj_out"),

@@ -35,6 +35,10 @@ RESIDUAL = "residual"
 ROW = "row"
 
 
+#: Encoded texts: (B, L, ...), or (L, d) for each where they differ in length.
+Texts = Tensor | Sequence[Tensor]
+
+
 @dataclass(frozen=True, eq=False)
 class Site:
     """One matrix of a network.
@@ -100,6 +104,20 @@ class NetworkMap:
     def role(self) -> Role:
         """What the network is for."""
         return self.architecture.role
+
+
+@dataclass(frozen=True)
+class Looking:
+    """Where image tokens look at text, with queries and keys that are changed behind their matrices.
+
+    Attributes:
+        modules: paths of the modules inside which they do, in execution order.
+        rewrites: whether text and image tokens look at each other there, so that the text is encoded further
+            from layer to layer; else the text is only read.
+    """
+
+    modules: tuple[str, ...]
+    rewrites: bool
 
 
 @dataclass(frozen=True)
@@ -174,7 +192,7 @@ class Forward:
         memory: (B, L, d) of the context of a causal network, the same tensor in all its steps; else None.
         keeps: whether the network keeps what its blocks computed for steps to come.
         ids: (B, L) tokens that an encoder reads; None where it is given embeddings.
-        text: (B, L, d) encoded texts that a denoiser reads.
+        text: (B, L, ...) encoded texts that a denoiser reads, or B of (L, d).
     """
 
     time: Tensor | float | None = None
@@ -192,7 +210,7 @@ class Forward:
     memory: Tensor | None = None
     keeps: bool = False
     ids: Tensor | None = None
-    text: Tensor | None = None
+    text: Texts | None = None
 
     @property
     def timestep(self) -> Tensor | float | None:
@@ -270,6 +288,16 @@ class Architecture(Protocol):
 
     def text_readers(self, sites: Sequence[Site]) -> tuple[tuple[Site, Site], ...]:
         """Matrices of queries and of keys, by layer, of image tokens that look at text alone."""
+
+    def looking(self, sites: Sequence[Site]) -> Looking | None:
+        """Where image tokens look at text, if `text_readers` do not say so; None where they do not."""
+
+    @property
+    def auto_is_usual(self) -> bool:
+        """Whether pictures are drawn with `mixture="auto"` where no gates are trained and nobody says how.
+
+        For kinds of networks whose pictures were judged.
+        """
 
     def leaf(self, matrix: str) -> str:
         """A canonical name without the numbered blocks that the matrix lies in."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .base import CONTEXT, DENOISER, EMBEDDING, JOINT, TOKENS, Base, Forward
 from .families import CHROMA, FLUX1, KREA2, QWEN_IMAGE
+from .looking import Looks
 from .patches import counting, grid_of, patched_grid, picture_of
 from .stacks import Blocks, Inputs, Leaf, Stack
 from .transformers import KOHYA, PREFIXES, TRANSFORMER, WRITERS
@@ -148,7 +149,8 @@ def _forward(
 ) -> Forward:
     """Text tokens, then those of the picture, then those of other pictures."""
     spans, masks = {}, {}
-    if isinstance(text, Tensor):
+    text = text if isinstance(text, Tensor) and text.dim() == 3 else None
+    if text is not None:
         length = text.shape[1]
         spans = {CONTEXT: slice(0, length), TOKENS: slice(length, length + tokens)}
     if references:
@@ -162,6 +164,7 @@ def _forward(
         spans=spans,
         masks=masks,
         references=references,
+        text=text,
     )
 
 
@@ -206,6 +209,7 @@ FLUX = Stack(
             names=_NATIVE_DOUBLE,
             returns=(CONTEXT, TOKENS),
             returned_by={"DoubleStreamBlock": (TOKENS, CONTEXT)},
+            looks=Looks("attn.to_q"),
         ),
         Blocks(
             "single_transformer_blocks",
@@ -213,6 +217,7 @@ FLUX = Stack(
             also=("single_blocks",),
             names=_NATIVE_SINGLE,
             returned_by={"FluxSingleTransformerBlock": (CONTEXT, TOKENS)},
+            looks=Looks("attn.to_q"),
         ),
     ),
     after=(Leaf("norm_out.linear", EMBEDDING), Leaf("proj_out")),

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from .base import CONTEXT, DENOISER, EMBEDDING, JOINT, TOKENS, Base
 from .families import FLUX2
 from .flux import IMAGE_ROWS, TEXT_ROWS, TOKENS_OF_A_TEXT, reading
+from .looking import Looks
 from .patches import counting
 from .stacks import Blocks, Leaf, Stack
 from .transformers import KOHYA, PREFIXES, TRANSFORMER, WRITERS
@@ -62,12 +63,14 @@ FLUX2_STACK = Stack(
             names=_NATIVE_DOUBLE,
             returns=(CONTEXT, TOKENS),
             returned_by={"DoubleStreamBlock": (TOKENS, CONTEXT)},
+            looks=Looks("attn.to_q"),
         ),
         Blocks(
             "single_transformer_blocks",
             _SINGLE,
             also=("single_blocks",),
             names={"linear1": "attn.to_qkv_mlp_proj", "linear2": "attn.to_out"},
+            looks=Looks("attn.to_qkv_mlp_proj"),
         ),
     ),
     after=(Leaf("norm_out.linear", EMBEDDING), Leaf("proj_out")),

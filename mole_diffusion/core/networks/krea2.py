@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .base import CONTEXT, DENOISER, EMBEDDING, JOINT, TOKENS, Base, Forward
 from .families import KREA2
+from .looking import Looks
 from .patches import any_length, grid_of, patched_grid, picture_of
 from .stacks import Blocks, Leaf, Stack
 from .transformers import LYCORIS, PREFIXES, TRANSFORMER, WRITERS
@@ -56,6 +57,7 @@ def _read(args: tuple[Any, ...], kwargs: Mapping[str, Any], given: tuple[int, in
         time=named.get("timestep"),
         spans={CONTEXT: slice(0, words), TOKENS: slice(words, words + image.shape[1])},
         pictures=image.shape[0],
+        text=text,
     )
     if isinstance(mask := named.get("encoder_attention_mask"), Tensor):
         read.masks = {CONTEXT: mask}
@@ -88,7 +90,7 @@ def _read_latents(named: Mapping[str, Any]) -> Forward:
     if read.references:
         real = torch.arange(image.stop - image.start, device=latents.device) < own[0] * own[1]
         read.masks = {TOKENS: real.expand(read.pictures, -1)}
-    read.within = image
+    read.within, read.text = image, text
     return read
 
 
@@ -120,7 +122,13 @@ KREA2_STACK = Stack(
             names=_NATIVE,
             returns=(CONTEXT,),
         ),
-        Blocks("transformer_blocks", _leaves(JOINT), also=("blocks",), names=_NATIVE),
+        Blocks(
+            "transformer_blocks",
+            _leaves(JOINT),
+            also=("blocks",),
+            names=_NATIVE,
+            looks=Looks("attn.to_q"),
+        ),
     ),
     after=(Leaf("final_layer.linear", amid=True),),
     names={

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .base import CONTEXT, DENOISER, EMBEDDING, TOKENS, Base, Forward
 from .families import QWEN_IMAGE
+from .looking import Looks
 from .patches import any_length, grid_of, patched_grid
 from .stacks import Blocks, Leaf, Stack
 from .transformers import LYCORIS, PREFIXES, TRANSFORMER, WRITERS
@@ -43,7 +44,8 @@ def _read(args: tuple[Any, ...], kwargs: Mapping[str, Any], given: tuple[int, in
         for one in kwargs.get("ref_latents") or ()
         for rows, columns in [patched_grid(one.shape[-2:])]
     )
-    return _forward(first, time, grid, shown, mask)
+    text = args[2] if len(args) > 2 else kwargs.get("context")
+    return _forward(first, text, time, grid, shown, mask)
 
 
 def _read_packed(image: Tensor, kwargs: Mapping[str, Any]) -> Forward:
@@ -53,16 +55,20 @@ def _read_packed(image: Tensor, kwargs: Mapping[str, Any]) -> Forward:
     if len(sizes) != 1:
         return Forward(time=time, masks={CONTEXT: mask} if isinstance(mask, Tensor) else {})
     _, rows, columns = sizes.pop()
-    return _forward(image, time, (rows, columns), image.shape[1] - rows * columns, mask)
+    text = kwargs.get("encoder_hidden_states")
+    return _forward(image, text, time, (rows, columns), image.shape[1] - rows * columns, mask)
 
 
-def _forward(image: Tensor, time: Any, grid: tuple[int, int], shown: int, mask: Any) -> Forward:
-    """Tokens of the picture, then those of the pictures that are shown."""
+def _forward(image: Tensor, text: Any, time: Any, grid: tuple[int, int], shown: int, mask: Any) -> Forward:
+    """Tokens of the picture, then those of the pictures that are shown; in attention, behind the text."""
     read = Forward(time=time, size=(2 * grid[0], 2 * grid[1]), grid=grid_of(grid), references=max(shown, 0))
+    own = grid[0] * grid[1]
+    if isinstance(text, Tensor) and text.dim() == 3:
+        read.text, words = text, text.shape[1]
+        read.spans = {CONTEXT: slice(0, words), TOKENS: slice(words, words + own + read.references)}
     if isinstance(mask, Tensor) and mask.dim() == 2:
         read.masks = {CONTEXT: mask}
     if shown > 0:
-        own = grid[0] * grid[1]
         real = torch.arange(own + shown, device=image.device) < own
         read.masks = {**read.masks, TOKENS: real.expand(len(image), -1)}
     return read
@@ -79,7 +85,15 @@ QWEN_IMAGE_STACK = Stack(
         *(Leaf("img_in"), Leaf("txt_in", CONTEXT)),
         *(Leaf(f"time_text_embed.timestep_embedder.linear_{number}", EMBEDDING) for number in (1, 2)),
     ),
-    blocks=(Blocks("transformer_blocks", _LEAVES, names=_ROWS, returns=(CONTEXT, TOKENS)),),
+    blocks=(
+        Blocks(
+            "transformer_blocks",
+            _LEAVES,
+            names=_ROWS,
+            returns=(CONTEXT, TOKENS),
+            looks=Looks("attn.to_q"),
+        ),
+    ),
     after=(Leaf("norm_out.linear", EMBEDDING), Leaf("proj_out")),
     marker=r"(?:^|\.)transformer_blocks\.\d+\.img_mlp\.net\.0\.proj$",
     inputs=_read,

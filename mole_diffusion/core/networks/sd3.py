@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .base import CONTEXT, DENOISER, EMBEDDING, TOKENS, Base, Forward
 from .families import SD3 as FAMILY
+from .looking import Looks
 from .patches import counting, grid_of, patched_grid
 from .stacks import Blocks, Leaf, Stack
 from .transformers import KOHYA, PREFIXES, TRANSFORMER, WRITERS
@@ -73,16 +74,27 @@ def _ends_the_text(names: Iterable[str]) -> bool:
 
 
 def _read(args: tuple[Any, ...], kwargs: Mapping[str, Any], given: tuple[int, int] | None) -> Forward:
-    """Latents (B, C, H, W) and a timestep up to 1000, by diffusers' names or in ComfyUI's order."""
+    """Latents (B, C, H, W), a timestep up to 1000 and a text, by diffusers' names or in ComfyUI's order.
+
+    They attend to each other in one sequence, the text last in diffusers and first in ComfyUI.
+    """
     latent = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
     time = kwargs.get("timestep", kwargs.get("timesteps"))
-    if time is None and len(args) > 1 and "encoder_hidden_states" not in kwargs:
+    native = time is None and len(args) > 1 and "encoder_hidden_states" not in kwargs
+    if native:
         time = args[1]
+    text = kwargs.get("encoder_hidden_states", kwargs.get("context", args[2] if len(args) > 2 else None))
     size = given
     if size is None and isinstance(latent, Tensor) and latent.dim() == 4:
         size = (latent.shape[-2], latent.shape[-1])
-    grid = None if size is None else grid_of(patched_grid(size))
-    return Forward(time=time, noise=_STEPS, size=size, grid=grid)
+    grid = None if size is None else patched_grid(size)
+    read = Forward(time=time, noise=_STEPS, size=size, grid=None if grid is None else grid_of(grid))
+    if grid is not None and isinstance(text, Tensor) and text.dim() == 3:
+        read.text, image = text, grid[0] * grid[1]
+        start = text.shape[1] if native else 0
+        words = slice(0, start) if native else slice(image, image + text.shape[1])
+        read.spans = {TOKENS: slice(start, start + image), CONTEXT: words}
+    return read
 
 
 SD3 = Stack(
@@ -103,7 +115,12 @@ SD3 = Stack(
     ),
     blocks=(
         Blocks(
-            "transformer_blocks", _LEAVES, also=("joint_blocks",), names=_NATIVE, returns=(CONTEXT, TOKENS)
+            "transformer_blocks",
+            _LEAVES,
+            also=("joint_blocks",),
+            names=_NATIVE,
+            returns=(CONTEXT, TOKENS),
+            looks=Looks("attn.to_q"),
         ),
     ),
     after=(Leaf("norm_out.linear", EMBEDDING), Leaf("proj_out")),

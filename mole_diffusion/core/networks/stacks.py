@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from ..modules import base_layer, matrix_shape, runs_fused
-from .base import ATTENTION, EMBEDDING, RESIDUAL, ROW, TOKENS, Base, Forward, Place, Role, Site
+from .base import ATTENTION, EMBEDDING, RESIDUAL, ROW, TOKENS, Base, Forward, Looking, Place, Role, Site
+from .looking import Looks, looking
 
 #: Inputs of a network's forward (args, kwargs, a size that a host gives) -> what they say.
 Inputs = Callable[[tuple[Any, ...], Mapping[str, Any], "tuple[int, int] | None"], Forward]
@@ -65,6 +66,7 @@ class Blocks:
             each with its share of them.
         returns: streams of the tensors that a block returns, where they are several.
         returned_by: class of a block -> the same, where it is otherwise.
+        looks: how image tokens look at text there; None where they do not.
     """
 
     path: str
@@ -74,6 +76,7 @@ class Blocks:
     names: Names = field(default_factory=dict)
     returns: tuple[str, ...] = ()
     returned_by: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    looks: Looks | None = None
 
     @cached_property
     def parts(self) -> dict[str, tuple[tuple[str, tuple[int, int, int] | None], ...]]:
@@ -102,7 +105,7 @@ class Stack:
     """An `Architecture` whose blocks stand in rows.
 
     Attributes:
-        name, role, slots, prefixes, writers, families, example, text_gates, causal: see
+        name, role, slots, prefixes, writers, families, example, text_gates, causal, auto_is_usual: see
             `Architecture`.
         inputs: what the inputs of a forward say.
         counter: tokens for flattened gates.
@@ -146,6 +149,7 @@ class Stack:
     tell: Callable[[str, Mapping[str, int]], Base | None] = lambda slot, inputs: None
     text_gates: bool = False
     causal: bool = False
+    auto_is_usual: bool = False
 
     @property
     def example(self) -> str:
@@ -265,6 +269,10 @@ class Stack:
     def text_readers(self, sites: Sequence[Site]) -> tuple[tuple[Site, Site], ...]:
         """See `Architecture`."""
         return ()
+
+    def looking(self, sites: Sequence[Site]) -> Looking | None:
+        """See `Architecture`."""
+        return looking(((row.path, row.looks) for row in self.blocks), sites)
 
     def leaf(self, matrix: str) -> str:
         """See `Architecture`."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .base import CONTEXT, DENOISER, EMBEDDING, JOINT, TOKENS, Base, Forward
 from .families import LUMINA2, Z_IMAGE
+from .looking import Looks
 from .patches import any_length, grid_of, patched_grid
 from .stacks import Blocks, Leaf, Stack
 from .transformers import LYCORIS, PREFIXES, TRANSFORMER, WRITERS
@@ -54,7 +55,7 @@ def _read(args: tuple[Any, ...], kwargs: Mapping[str, Any], given: tuple[int, in
     if len(sizes) > 1:
         return read
     height, width = sizes.pop()
-    read.size = height, width
+    read.size, read.text = (height, width), text
     grid = patched_grid(read.size)
     images, lengths = [grid[0] * grid[1]] * len(first), [len(one) for one in text]
     image, padded = _padded(images[0]), [_padded(length) for length in lengths]
@@ -82,6 +83,7 @@ def _read_batch(latents: Tensor, time: Any, text: Any, mask: Any) -> Forward:
     if isinstance(text, Tensor):
         length = text.shape[1]
         padded = _padded(length)
+        read.text = text
         read.spans = {CONTEXT: slice(0, padded), TOKENS: slice(padded, padded + image)}
         real = _real([length] * batch, padded, latents.device)
         if isinstance(mask, Tensor) and mask.shape[-1] == length:
@@ -123,7 +125,7 @@ Z_IMAGE_STACK = Stack(
     blocks=(
         Blocks("noise_refiner", _leaves(TOKENS, modulated=True), names=_NATIVE),
         Blocks("context_refiner", _leaves(CONTEXT, modulated=False), names=_NATIVE, returns=(CONTEXT,)),
-        Blocks("layers", _leaves(JOINT, modulated=True), names=_NATIVE),
+        Blocks("layers", _leaves(JOINT, modulated=True), names=_NATIVE, looks=Looks("attention.to_q")),
     ),
     after=(
         Leaf("all_final_layer.2-1.adaLN_modulation.1", EMBEDDING),

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from ..base import CONTEXT, DENOISER, Base, Forward, Place, Role, Site
+from ..base import CONTEXT, DENOISER, Base, Forward, Looking, Place, Role, Site
 from ..clip import TOKENS_OF_A_TEXT
 from ..families import SD1, SD2, SDXL, SDXL_REFINER, STARTER
 from .names import BLOCKS, FLAT_NORM, SD_LAYERS, layers_of, read
@@ -54,6 +54,7 @@ class UNet:
     example = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     text_gates = False
     causal = False
+    auto_is_usual = True
 
     def sites(self, network: nn.Module) -> tuple[Site, ...]:
         """See `Architecture`; where projections are fused, the fused modules' rows."""
@@ -84,6 +85,10 @@ class UNet:
         return tuple(
             (queries, keys) for queries, keys in pairs if queries.name.endswith(_QUERIES) and keys is not None
         )
+
+    def looking(self, sites: Sequence[Site]) -> Looking | None:
+        """See `Architecture`: `text_readers` say so."""
+        return None
 
     def leaf(self, matrix: str) -> str:
         """See `Architecture`."""
