@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from tiny.networks import TEXT, WIDTH, make_experts, randomise, run
+from tiny.transformers import flux_inputs, make_flux
 from torch._dynamo.testing import CompileCounter
 
 from mole_diffusion import Mixture, MoLEConfig, inject
@@ -124,3 +125,29 @@ def _step(
         mixture.activate(auto=auto)
     with torch.no_grad():
         return unet(latent, time, text).sample
+
+
+def test_attention_of_compiled_transformers_is_read_where_they_run_as_written() -> None:
+    """Blocks are compiled one by one: while places are looked for they are not."""
+    given = {**flux_inputs(text=12), "txt_ids": torch.zeros(12, 3)}
+    places = torch.zeros(2, 12, 3)
+    for index in range(3):
+        places[:, index + 1, index] = 1.0
+    found, counter = [], CompileCounter()
+    for compiles in (False, True):
+        network = make_flux(num_layers=2, num_single_layers=2)
+        mixture = inject(network, make_experts(3, network), GATED)
+        auto = Auto({})
+        auto.remember(given["encoder_hidden_states"], places)
+        mixture.activate(auto=auto)
+        if compiles:
+            network.compile_repeated_blocks(backend=counter)
+        with torch.no_grad():
+            for time in (1.0, 0.5):
+                out = network(**{**given, "timestep": torch.full((2,), time)}).sample
+        found.append(out)
+        placed = mixture.live_map()
+        assert placed is not None
+        assert placed.max() > 1.0
+    assert counter.frame_count > 0
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
