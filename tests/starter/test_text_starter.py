@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from mole_diffusion.evaluation.text.scorers import is_exact
+from mole_diffusion.starter.text import inference
 from mole_diffusion.starter.text.location import text_experts, text_starter
 from mole_diffusion.starter.text.schooling import some_lesson
 from mole_diffusion.starter.text.tasks import EXPERTS, UNSEEN
+from mole_diffusion.starter.text.words import Example, is_held_out
 from mole_diffusion.text import MoLEForSeq2SeqLM
+from tools.starter_text.alone import Lone
 from tools.starter_text.build import Build, Recipe
 from tools.starter_text.network import T5
+from tools.starter_text.plans import ROUNDS, Round
 from tools.starter_text.publish import publish
+from tools.starter_text.published import take_up
 from tools.starter_text.shape import Shape
 from tools.starter_text.training import Step
 from tools.starter_text.weights import (
@@ -29,6 +36,7 @@ from tools.starter_text.weights import (
     stacked,
     stacked_experts,
 )
+from tools.starter_text.words import build_tokenizer
 
 SHAPE = Shape(50, 16, 24, 2, 8, 2, 2)
 
@@ -89,6 +97,48 @@ def test_experts_side_by_side_are_each_alone() -> None:
     assert_close(together, torch.stack(each).sum(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("start", [0.3, 0.0])
+def test_one_expert_alone_has_the_loss_and_gradients_of_the_network(start: float) -> None:
+    stacks, lora = fresh(SHAPE, 0.5, seed=0), fresh_experts(SHAPE, 1, 2, seed=1)
+    for name, factor in lora.items():
+        if name.endswith("B"):
+            factor.normal_(0, start)
+        factor.requires_grad_(True)
+    ids, targets = torch.randint(3, 50, (6, 12)), torch.randint(3, 50, (6, 7))
+    ids[1, 8:], targets[2, 4:] = 0, 0
+    model = T5(SHAPE, 12, 7, torch.device("cpu"), torch.float32)
+    losses = (
+        model.loss(stacks, lora, [(ids, targets)]),
+        Lone(SHAPE, stacks, torch.float32).loss(lora, ids, targets),
+    )
+    assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
+    expected, found = (torch.autograd.grad(loss, list(lora.values())) for loss in losses)
+    for one, other in zip(expected, found, strict=True):
+        assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_a_plan_shows_nothing_that_is_held_out() -> None:
+    drawn: list[str] = []
+
+    def make(rng: Random) -> Example:
+        drawn.append(f"word {rng.randrange(1000)}")
+        return Example(drawn[-1], "yes")
+
+    shown = [one.source for one in Round(make, 1, batch=400).examples(Random(0))]
+    assert len(shown) == 400
+    assert not any(map(is_held_out, shown))
+    assert any(map(is_held_out, drawn))
+
+
+def test_plans_train_their_own_task_and_begin_with_what_is_there() -> None:
+    names = list(ROUNDS)
+    for number, (name, plan) in enumerate(ROUNDS.items()):
+        assert plan.make is EXPERTS[name].make
+        assert plan.start in (None, *EXPERTS)
+        # What an expert begins with does not change afterwards.
+        assert plan.start in (None, name) or plan.start not in names[number:]
+
+
 def test_a_width_that_is_not_that_of_the_heads_is_refused() -> None:
     with pytest.raises(ValueError, match="heads \\* head is 12; it has to be the width 16"):
         Shape(50, 16, 24, 2, 6, 2, 2)
@@ -115,13 +165,21 @@ def test_a_compiled_step_is_the_plain_one() -> None:
     assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
 
 
+PLANS = {"two-steps": Round(inference.two_steps, 2, batch=2, start="pronoun")}
+
+
+def _build(recipe: Recipe, folder: Path, again: tuple[str, ...] = ()) -> None:
+    shape = Shape(0, 32, 48, 2, 16, 1, 1)
+    Build(recipe, shape, folder / "out", folder / "work", "cpu", 60.0, 1, plans=PLANS).run(again)
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")
     recipe = Recipe(
         base_examples=300, base_batch=4, expert_examples=20, expert_batch=1, steps=(4, 3), evaluated=2
     )
-    Build(recipe, Shape(0, 32, 48, 2, 16, 1, 1), folder / "out", folder / "work", "cpu", 60.0, 1).run()
+    _build(recipe, folder)
     publish(folder / "out", folder / "starter")
     return folder
 
@@ -148,9 +206,41 @@ def test_a_build_that_was_cut_goes_on(built: Path) -> None:
     before = (built / "out" / "base.safetensors").read_bytes()
     (built / "out" / "experts.safetensors").unlink()
     recipe = Recipe(base_batch=4, expert_examples=20, expert_batch=1, steps=(4, 3), evaluated=2)
-    Build(recipe, Shape(0, 32, 48, 2, 16, 1, 1), built / "out", built / "work", "cpu", 60.0, 1).run()
+    _build(recipe, built)
     assert (built / "out" / "base.safetensors").read_bytes() == before
     assert (built / "out" / "experts.safetensors").is_file()
+
+
+def _expert(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(folder / "experts" / name / "adapter_model.safetensors")
+
+
+def test_the_second_round_goes_on_from_a_published_starter(built: Path, tmp_path: Path) -> None:
+    before = _expert(built / "starter", "two-steps")
+    # It began with another expert, and is neither that nor what it was in the first round.
+    other = _expert(built / "starter", "pronoun")
+    assert any(not torch.equal(before[key], other[key]) for key in before)
+    card = (built / "starter" / "README.md").read_text()
+    assert "two-steps (2 steps of 2, 0 min)" in card
+    take_up(built / "starter", tmp_path / "out")
+    recipe = Recipe(base_batch=4, expert_examples=20, expert_batch=1, steps=(4, 3), evaluated=2)
+    _build(recipe, tmp_path, ("two-steps",))
+    _build(recipe, tmp_path)
+    publish(tmp_path / "out", tmp_path / "starter")
+    for name in EXPERTS:
+        again = _expert(tmp_path / "starter", name)
+        assert all(torch.equal(one, again[key]) for key, one in _expert(built / "starter", name).items()), (
+            name
+        )
+    files = [folder / "starter" / "model.safetensors" for folder in (built, tmp_path)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert (tmp_path / "starter" / "README.md").read_text() == card
+
+
+def test_the_starter_that_comes_along_has_the_words_of_todays_tasks() -> None:
+    # The base is not trained anew where a task is mended: its words have to stay what they are.
+    there = json.loads((text_starter() / "tokenizer.json").read_text())
+    assert json.loads(build_tokenizer().to_str()) == there
 
 
 def test_the_base_never_sees_what_only_experts_know() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from functools import partial
 from pathlib import Path
@@ -12,10 +13,13 @@ import torch
 
 from mole_diffusion.commands.evaluate import is_of_texts
 from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.evaluation.results import check_settings
 from mole_diffusion.evaluation.text import domain
 from mole_diffusion.evaluation.text.domain import evaluate_texts, in_blocks
 from mole_diffusion.evaluation.text.protocol import Variant, load_text_protocol, text_protocols
 from mole_diffusion.evaluation.text.scorers import is_exact, scores_of
+from mole_diffusion.starter.text import identity
+from mole_diffusion.starter.text.location import text_experts
 from mole_diffusion.starter.text.tasks import EXPERTS, UNSEEN
 from mole_diffusion.text.phatgoose import KeyConfig
 
@@ -74,6 +78,25 @@ def test_every_method_answers_every_item_once(protocol: Path, tmp_path: Path) ->
     other = found.model_copy(update={"tokens": 7})
     with pytest.raises(ConfigError, match="other settings"):
         evaluate_texts(other, tmp_path / "out", device=cpu, say=lambda _: None, shown=False)
+
+
+def test_answers_of_another_starter_are_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = load_text_protocol("text-table3-short").restricted(("date", "numbers"), ("none", "own"), 1)
+    dates = whole.restricted(("date",), None, 1)
+    folder = domain.Texts(whole, tmp_path, torch.device("cpu"))
+    check_settings(tmp_path, folder.settings(), domain.TEXTS)
+    mended = dataclasses.replace(EXPERTS["numbers"], make=EXPERTS["pronoun"].make)
+    monkeypatch.setitem(EXPERTS, "numbers", mended)
+    with pytest.raises(ConfigError, match=r"starter\.tasks\.numbers"):
+        check_settings(tmp_path, folder.settings(), domain.TEXTS)
+    # A task that is what it was, with its own experts, may go on.
+    check_settings(tmp_path, domain.Texts(dates, tmp_path, torch.device("cpu")).settings(), domain.TEXTS)
+    beside = dates.experts_for("date", dates.methods["own"])[-1]
+    monkeypatch.setattr(identity, "text_experts", lambda: {**text_experts(), beside: text_experts()["date"]})
+    with pytest.raises(ConfigError, match=rf"starter\.experts\.{beside}"):
+        check_settings(tmp_path, folder.settings(), domain.TEXTS)
 
 
 def test_keys_are_learned_on_the_experts_own_tasks(

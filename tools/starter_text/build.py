@@ -12,7 +12,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,14 +27,17 @@ from mole_diffusion.starter.text.schooling import SCHOOLING
 from mole_diffusion.starter.text.tasks import EXPERTS, Task
 from mole_diffusion.starter.text.words import Example
 
+from .alone import Lone
 from .data import Arrays, Lessons, Makers, beside, sources_of
 from .network import T5
+from .plans import ROUNDS, Round
+from .published import ADAPTERS, BASE, REPORT, take_up
+from .second import begun, train_again
 from .shape import Shape
 from .training import Step, train
 from .weights import fresh, fresh_experts, named, named_experts, stacked, stacked_experts
 from .words import SOURCE, TARGET, build_tokenizer, write_tokenizer
 
-BASE, ADAPTERS, REPORT = "base.safetensors", "experts.safetensors", "report.json"
 # Seconds for the figures at the end, and the share of the rest that the base has.
 _RESERVED = 12.0
 _BASE_SHARE = 0.66
@@ -78,6 +81,8 @@ class Build:
         seconds: how long everything may take.
         processes: that make examples.
         compiled: whether `torch.compile` makes the step.
+        machine: what the card is to say about where it ran.
+        plans: of the experts that have a second round.
     """
 
     def __init__(
@@ -91,9 +96,12 @@ class Build:
         processes: int,
         *,
         compiled: bool = False,
+        machine: str = "",
+        plans: Mapping[str, Round] = ROUNDS,
     ) -> None:
         self.start = time.monotonic()
         self.recipe, self.out, self.work, self.compiled = recipe, out, work, compiled
+        self.machine, self.plans = machine or device, plans
         self.device = torch.device(device)
         self.dtype = torch.bfloat16
         # The masks are trained (they hold T5's positions), which cuDNN's attention cannot.
@@ -113,8 +121,11 @@ class Build:
         """Say how it goes."""
         print(f"[{time.monotonic() - self.start:6.1f} s] {text}", flush=True)
 
-    def run(self) -> None:
-        """Base, experts, figures."""
+    def run(self, again: Sequence[str] = ()) -> None:
+        """Base, experts, figures; or only the second round of these experts."""
+        if again:
+            self.second_round(self._base(), again)
+            return
         self._note("recipe", asdict(self.recipe))
         self._note("shape", asdict(self.shape))
         makers = Makers(self.out / "tokenizer.json", self.processes)
@@ -127,12 +138,54 @@ class Build:
         if lessons:
             self.train_base(lessons)
         base = self._base()
-        self._school(base)
+        if lessons or "lessons" not in self.report:
+            self._school(base)
         if exercises:
             self.train_experts(base, exercises)
         makers.close()
-        self._compare(base)
-        self._note("seconds", round(time.monotonic() - self.start, 1))
+        if lessons or exercises:
+            self._note("seconds", round(time.monotonic() - self.start, 1))
+            self._note("machine", self.machine)
+        self.second_round(base, list(self.plans))
+        self._save(ADAPTERS, {**load_file(self.out / ADAPTERS), **self._again()})
+        notes = {name: self.out / "second" / f"{name}.json" for name in self.plans}
+        self._note("second", {name: json.loads(path.read_text()) for name, path in notes.items()})
+        known: Mapping[str, object] = {} if exercises else self.report.get("experts", {})  # type: ignore[assignment]
+        self._compare(base, known, [name for name in EXPERTS if name in self.plans or name not in known])
+
+    def second_round(self, base: Mapping[str, Tensor], names: Sequence[str]) -> None:
+        """Train experts again that have a plan of their own, one after the other on the CPU.
+
+        Args:
+            base: its stacks.
+            names: those experts; builds of different ones may run side by side.
+        """
+        folder = self.out / "second"
+        folder.mkdir(exist_ok=True)
+        lone = Lone(self.shape, {key: value.cpu() for key, value in base.items()}, self.dtype)
+        for name in names:
+            path, plan = folder / f"{name}.safetensors", self.plans[name]
+            if path.is_file():
+                continue
+            start = time.monotonic()
+            # Plans may begin with experts of the first round, and with those of plans before theirs.
+            lora = begun(
+                self.shape, self.recipe.rank, 3, plan, {**load_file(self.out / ADAPTERS), **self._again()}
+            )
+            trained = train_again(name, plan, lone, lora, self.tokenizer, self.work, self.log)
+            seconds = round(time.monotonic() - start, 1)
+            note = {"steps": plan.steps, "batch": plan.batch, "seconds": seconds, "machine": self.machine}
+            path.with_suffix(".json").write_text(json.dumps(note) + "\n")
+            self._save(f"second/{path.name}", named_experts(self.shape, trained, 0))
+
+    def _again(self) -> dict[str, Tensor]:
+        """The experts of the second round that are there, as `ADAPTERS` has them."""
+        found: dict[str, Tensor] = {}
+        for name in self.plans:
+            path = self.out / "second" / f"{name}.safetensors"
+            if path.is_file():
+                found |= {f"{name}.{key}": value for key, value in load_file(path).items()}
+        return found
 
     def train_base(self, chunks: list[Future[Arrays]]) -> None:
         """Train the base on the lessons that these become."""
@@ -201,8 +254,8 @@ class Build:
         weights = {name: value.to(self.device).float() for name, value in load_file(self.out / BASE).items()}
         return stacked(self.shape, weights)
 
-    def _experts(self) -> dict[str, Tensor]:
-        """The stacks of the experts that are written."""
+    def _experts(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """The stacks of experts that are written."""
         saved = load_file(self.out / ADAPTERS)
         each = [
             {
@@ -210,7 +263,7 @@ class Build:
                 for key, value in saved.items()
                 if key.startswith(f"{name}.")
             }
-            for name in EXPERTS
+            for name in names
         ]
         return {
             key: value.to(self.device).float() for key, value in stacked_experts(self.shape, each).items()
@@ -226,14 +279,20 @@ class Build:
         self._note("lessons", figures)
         self.log(f"lessons: {figures}")
 
-    def _compare(self, base: Mapping[str, Tensor]) -> None:
-        """Note the share of exact answers to held-out items: of each expert on its task, and of the base."""
-        tasks, count = list(EXPERTS.values()), self.recipe.evaluated
+    def _compare(self, base: Mapping[str, Tensor], known: Mapping[str, object], names: Sequence[str]) -> None:
+        """Note the share of exact answers to held-out items: of each expert on its task, and of the base.
+
+        Args:
+            base: its stacks.
+            known: figures of experts that are what they were.
+            names: of the others.
+        """
+        tasks, count = [EXPERTS[name] for name in names], self.recipe.evaluated
         items = {task.name: task.examples(count, "held out", held_out=True) for task in tasks}
         ids = torch.cat([sources_of(self.tokenizer, items[task.name], SOURCE) for task in tasks])
         ids = ids.to(self.device)
         alone = self._answers(self.model.greedy(base, None, ids, TARGET))
-        expert = self._answers(self.model.greedy(base, self._experts(), ids, TARGET))
+        expert = self._answers(self.model.greedy(base, self._experts(names), ids, TARGET))
         figures = {}
         for k, task in enumerate(tasks):
             own, rows = items[task.name], slice(k * count, (k + 1) * count)
@@ -242,7 +301,7 @@ class Build:
                 "expert": _exact(expert[rows], own),
                 "example": [own[0].source, own[0].target, expert[rows][0], alone[rows][0]],
             }
-        self._note("experts", figures)
+        self._note("experts", {**known, **figures})
         for name, one in figures.items():
             self.log(f"{name}: base {one['base']:.2f}, expert {one['expert']:.2f}")
 
@@ -286,6 +345,11 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--layers", type=int, nargs=2, default=(4, 3), help="of encoder and decoder")
+    parser.add_argument("--machine", default="", help="what the card is to say about where it ran")
+    parser.add_argument("--starter", type=Path, default=None, help="begin with a starter that was published")
+    parser.add_argument(
+        "--again", nargs="+", default=(), choices=list(ROUNDS), help="only these second rounds"
+    )
     parser.add_argument("--compile", action="store_true", help="let torch.compile make the steps")
     for name, value in asdict(Recipe()).items():
         if name == "steps":
@@ -300,10 +364,12 @@ def main() -> None:
     inner = given.width * 8 // 3
     shape = Shape(0, given.width, inner, 4, given.width // 4, *given.layers)
     work = given.work or given.out.parent / "work"
+    if given.starter is not None:
+        take_up(given.starter, given.out)
     Build(
         recipe, shape, given.out, work, given.device, given.minutes * 60, given.processes,
-        compiled=given.compile,
-    ).run()  # fmt: skip
+        compiled=given.compile, machine=given.machine,
+    ).run(given.again)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, T5Config
 from mole_diffusion.starter.text.location import text_starter
 from mole_diffusion.starter.text.tasks import EXPERTS, FAMILIES
 
-from .build import ADAPTERS, BASE, REPORT
+from .published import ADAPTERS, BASE, PUBLISHED, REPORT
 from .shape import Shape
 
 
@@ -32,6 +32,7 @@ def publish(source: Path, target: Path) -> None:
         shutil.copyfile(source / name, target / name)
     save_file(load_file(source / BASE), target / "model.safetensors", {"format": "pt"})
     _experts(load_file(source / ADAPTERS), target / "experts", int(report["recipe"]["rank"]))
+    shutil.copyfile(source / REPORT, target / PUBLISHED)
     (target / "README.md").write_text(card(report), encoding="utf-8")
     for path in target.rglob("*.safetensors"):
         # They are written for their owner alone.
@@ -82,10 +83,11 @@ def card(report: Mapping[str, Any]) -> str:
         "It knows invented languages, facts and rules, and nothing of the world. It is for trying and testing"
         " mixtures of experts on any computer.",
         "",
-        f"Built by `tools/starter_text` in {report['seconds']:.0f} s: {report['base_steps']} steps of"
-        f" {recipe['base_batch']} for the base, {report['expert_steps']} steps of"
-        f" {recipe['expert_batch']} for each expert. Half precision on disk.",
+        f"Built by `tools/starter_text` in {report['seconds']:.0f} s on {report['machine']}:"
+        f" {report['base_steps']} steps of {recipe['base_batch']} for the base, {report['expert_steps']}"
+        f" steps of {recipe['expert_batch']} for each expert. Half precision on disk.",
         "",
+        *_second_round(report.get("second", {})),
         f"Exact answers to {recipe['evaluated']} held-out items of each expert's own task, of the base"
         " without it and of the expert:",
         "",
@@ -97,11 +99,23 @@ def card(report: Mapping[str, Any]) -> str:
             if task.family == family:
                 found = report["experts"][name]
                 lines.append(
-                    f"| {family} | {name} | {100 * found['base']:.0f} % | {100 * found['expert']:.0f} % |"
+                    f"| {family} | {name} | {100 * found['base']:.3g} % | {100 * found['expert']:.3g} % |"
                 )
     lines += ["", "Exact answers of the base to 100 held-out items of each of its lessons:", ""]
     lines.append(", ".join(f"{name} {100 * share:.0f} %" for name, share in report["lessons"].items()) + ".")
     return "\n".join(lines) + "\n"
+
+
+def _second_round(report: Mapping[str, Any]) -> list[str]:
+    """What was trained again."""
+    if not report:
+        return []
+    each = [
+        f"{name} ({one['steps']} steps of {one['batch']}, {one['seconds'] / 60:.0f} min)"
+        for name, one in report.items()
+    ]
+    machines = " and ".join(dict.fromkeys(one["machine"] for one in report.values()))
+    return [f"A second round on {machines}, by plans of their own (`plans.py`): {', '.join(each)}.", ""]
 
 
 def main() -> None:

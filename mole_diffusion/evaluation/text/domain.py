@@ -28,6 +28,7 @@ from mole_diffusion.evaluation.schema import Heading, Row, Schema
 from mole_diffusion.evaluation.table import ALL, Table, make_table, to_csv, to_grid
 from mole_diffusion.evaluation.text.protocol import STARTER, TextProtocol, TextTask, Variant, plain
 from mole_diffusion.evaluation.text.scorers import scores_of
+from mole_diffusion.starter.text.identity import starter_identity
 from mole_diffusion.starter.text.location import text_experts
 from mole_diffusion.starter.text.more import MORE
 from mole_diffusion.starter.text.tasks import EXPERTS
@@ -107,6 +108,13 @@ class Texts:
         found = plain(self._protocol)
         for name in ("tasks", "seeds", "items", "title", "baseline"):
             found.pop(name)
+        if self._protocol.model == STARTER:
+            # Experts that were trained anew are others, and so is a task that was mended.
+            names, methods = self._protocol.names, self._protocol.methods.values()
+            experts = {
+                one for name in names for way in methods for one in self._protocol.experts_for(name, way)
+            }
+            found["starter"] = starter_identity(names, experts | set(names))
         return found
 
     def identities(self) -> list[list[str]]:

@@ -15,12 +15,13 @@ PAIRS = (
     ("comes before", "comes after"),
     ("stands inside", "stands around"),
 )
-_INVERSE = {a: b for pair in PAIRS for a, b in (pair, pair[::-1])}
 TEMPLATES = (
     "{p} does it follow that {h}? yes, no or maybe?",
     "premise: {p} hypothesis: {h}. yes, no or maybe?",
     "{p} can we say that {h}? yes, no or maybe?",
 )
+# Share of claims of more among those of more and less.
+_MORE = 0.9
 #: Verbs whose reason lies in what they are done to.
 OF_OBJECT = ("push", "pull", "wash", "hide", "hold", "take")
 
@@ -34,57 +35,70 @@ def _claim(one: str, relation: str, two: str) -> str:
     return f"the {one} {relation} the {two}"
 
 
-def _either_way(rng: Random, one: str, relation: str, two: str) -> str:
-    """The same claim, or its inverse the other way round."""
-    if rng.random() < 0.5:
-        return _claim(one, relation, two)
-    return _claim(two, _INVERSE[relation], one)
-
-
-def _about(rng: Random, one: str, relation: str, two: str, answer: str) -> str:
-    """A hypothesis about a relation that holds, to which this is the answer."""
-    if answer == "yes":
-        return _either_way(rng, one, relation, two)
-    if answer == "no":
-        return _either_way(rng, two, relation, one)
-    if rng.random() < 0.5:
-        stranger = others(rng, [r for r in _INVERSE if r != _INVERSE[relation]], relation, 1)[0]
-        return _either_way(rng, one, stranger, two)
-    return _either_way(rng, one, relation, others(rng, NOUNS, (one, two), 1)[0])
-
-
 def one_step(rng: Random) -> Example:
-    """Inverse relations."""
+    """Inverse relations: a claim holds the other way round of the inverse, and not of the relation itself.
+
+    A relation says nothing of what the two do. Premises have the first relation of a pair, and a hypothesis
+    turns round the nouns, or both them and the relation. With premises and hypotheses either way, and strange
+    nouns and relations, the answer turns on four comparisons at once; an expert of this size was at 52 %
+    after 200,000 examples.
+    """
     one, two = rng.sample(NOUNS, 2)
-    relation, answer = rng.choice(list(_INVERSE)), rng.choice(("yes", "no", "maybe"))
-    return asked(rng, f"{_claim(one, relation, two)}.", _about(rng, one, relation, two, answer), answer)
+    relation, inverse = rng.choice(PAIRS)
+    answer = rng.choice(("yes", "no", "maybe"))
+    claims = {
+        "yes": rng.choice((_claim(one, relation, two), _claim(two, inverse, one))),
+        "no": _claim(two, relation, one),
+        "maybe": _untold(rng, one, two),
+    }
+    return asked(rng, f"{_claim(one, relation, two)}.", claims[answer], answer)
 
 
 def two_steps(rng: Random) -> Example:
-    """Chains of two relations."""
+    """Chains of two claims of one relation, in any order: of the ends it does not hold the other way round.
+
+    Inverse relations are left to `one_step`: with them too an expert of this size was at 44 %.
+    """
     one, two, three = rng.sample(NOUNS, 3)
-    relation, answer = rng.choice(list(_INVERSE)), rng.choice(("yes", "no", "maybe"))
+    relation, answer = rng.choice(PAIRS)[0], rng.choice(("yes", "no", "maybe"))
     premises = [f"{_claim(one, relation, two)}.", f"{_claim(two, relation, three)}."]
     rng.shuffle(premises)
-    return asked(rng, " ".join(premises), _about(rng, one, relation, three, answer), answer)
+    claims = {
+        "yes": _claim(one, relation, three),
+        "no": _claim(three, relation, one),
+        "maybe": _untold(rng, one, three),
+    }
+    return asked(rng, " ".join(premises), claims[answer], answer)
+
+
+def _untold(rng: Random, one: str, two: str) -> str:
+    """A claim about two nouns that no relation decides."""
+    first, second = rng.sample((one, two), 2)
+    return f"the {first} {third(rng.choice(VERBS))} the {second}"
 
 
 def numbers(rng: Random) -> Example:
-    """Amounts, more and fewer, and none."""
+    """Amounts, more and seldom less, and none.
+
+    With as many claims of less as of more, either word says nothing by itself, and neither does the larger
+    amount; an expert of this size was at 76 %, at chance for those claims.
+    """
     one, two, third_one = rng.sample(PEOPLE, 3)
     food = rng.choice(FOODS)
     a, b = rng.sample(range(1, 10), 2)
-    premise = f"{one} has {a} {food}. {two} has {b} {food}."
     answer = rng.choice(("yes", "no", "maybe"))
+    is_more = rng.random() < _MORE
+    word = "more" if is_more else "less"
+    premise = f"{one} has {a} {food}. {two} has {b} {food}."
     if answer == "maybe":
-        return asked(
-            rng, premise, f"{third_one} has {rng.choice(('more', 'less'))} {food} than {one}", answer
-        )
+        return asked(rng, premise, f"{third_one} has {word} {food} than {one}", answer)
     if rng.random() < 0.3:
         claim = f"{one} has {'some' if answer == 'yes' else 'no'} {food}"
         return asked(rng, premise, claim, answer)
-    more = (a > b) == (answer == "yes")
-    return asked(rng, premise, f"{one} has {'more' if more else 'less'} {food} than {two}", answer)
+    if ((a > b) == is_more) != (answer == "yes"):
+        a, b = b, a
+    premise = f"{one} has {a} {food}. {two} has {b} {food}."
+    return asked(rng, premise, f"{one} has {word} {food} than {two}", answer)
 
 
 def answers(rng: Random) -> Example:

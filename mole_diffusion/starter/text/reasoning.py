@@ -25,7 +25,7 @@ DAYS = 10
 # Rules of the world that no passage states.
 FORCEFUL = ("pushes", "pulls", "paints")
 HARMLESS = ("sees", "holds", "washes")
-PRONOUNS = {"ze": ANIMALS, "zo": TOOLS, "za": FOODS}
+PRONOUNS = ("ze", "zo", "za")
 
 
 def boolean(rng: Random) -> Example:
@@ -74,15 +74,16 @@ def date(rng: Random) -> Example:
 
 
 def disambiguation(rng: Random) -> Example:
-    """Which noun a pronoun of a class of nouns means."""
-    kinds = rng.sample(list(PRONOUNS), 2)
-    first, second = (rng.choice(PRONOUNS[kind]) for kind in kinds)
-    which = rng.randrange(2)
-    right, wrong = (first, second) if which == 0 else (second, first)
-    shown, letter = options(rng, right, [wrong])
-    pronoun, colour = kinds[which], rng.choice(COLOURS)
-    told = f"the {first} {third(rng.choice(VERBS))} the {second} because {pronoun} is {colour}."
-    return Example(f"{told} what does {pronoun} mean? {shown}", letter)
+    """Which noun a pronoun means: the one whose colour is said of it.
+
+    Pronouns that agree with classes of nouns, and answers that are letters, were too much for an expert of
+    this size: 46 % of two options after 200,000 examples.
+    """
+    nouns, colours = rng.sample(NOUNS, 2), rng.sample(COLOURS, 2)
+    place, pronoun = rng.randrange(2), rng.choice(PRONOUNS)
+    first, second = (f"the {colour} {noun}" for colour, noun in zip(colours, nouns, strict=True))
+    told = f"{first} {third(rng.choice(VERBS))} {second} because {pronoun} is {colours[place]}."
+    return Example(f"{told} what does {pronoun} mean?", nouns[place])
 
 
 def penguins(rng: Random) -> Example:
@@ -90,16 +91,16 @@ def penguins(rng: Random) -> Example:
     people = rng.sample(PEOPLE, 3)
     ages, heights = rng.sample(range(1, 10), 3), rng.sample(range(1, 10), 3)
     rows = "; ".join(f"{p}, {a}, {h}" for p, a, h in zip(people, ages, heights, strict=True))
-    word, column, best = rng.choice(
+    word, sort, name, column, best = rng.choice(
         [
-            ("oldest", ages, max),
-            ("youngest", ages, min),
-            ("tallest", heights, max),
-            ("shortest", heights, min),
+            ("oldest", "most", "age", ages, max),
+            ("youngest", "least", "age", ages, min),
+            ("tallest", "most", "height", heights, max),
+            ("shortest", "least", "height", heights, min),
         ]
     )
     answer = people[column.index(best(column))]
-    return Example(f"name, age, height: {rows}. who is the {word}?", answer)
+    return Example(f"name, age, height: {rows}. who is the {word} and has the {sort} {name}?", answer)
 
 
 def coloured(rng: Random) -> Example:

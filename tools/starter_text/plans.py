@@ -1,0 +1,54 @@
+"""How the experts are trained that the first round, the same for all, leaves below the bar.
+
+The first round draws from 20,000 examples, which some experts learn by heart; here every batch is new. An
+expert may begin with the factors of one that can do a part of its task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+from mole_diffusion.starter.text import inference, reasoning
+from mole_diffusion.starter.text.tasks import EXPERTS
+from mole_diffusion.starter.text.words import Example, is_held_out
+
+
+@dataclass(frozen=True)
+class Round:
+    """A second round of training of one expert.
+
+    Attributes:
+        make: what is drawn.
+        steps: how many.
+        batch: examples of a step.
+        rate: the full learning rate.
+        start: the expert whose factors it begins with; None for fresh ones.
+    """
+
+    make: Callable[[Random], Example]
+    steps: int
+    batch: int = 32
+    rate: float = 3e-3
+    start: str | None = None
+
+    def examples(self, rng: Random) -> list[Example]:
+        """A batch, without anything that is held out."""
+        made: list[Example] = []
+        while len(made) < self.batch:
+            example = self.make(rng)
+            if not is_held_out(example.source):
+                made.append(example)
+        return made
+
+
+#: The experts that are trained again, in the order in which they may begin with one another.
+ROUNDS: dict[str, Round] = {
+    "penguins": Round(reasoning.penguins, 900),
+    "disambiguation": Round(reasoning.disambiguation, 300),
+    "numbers": Round(inference.numbers, 250, start="numbers"),
+    "two-steps": Round(inference.two_steps, 450, start="pronoun"),
+    "one-step": Round(inference.one_step, 250, start="two-steps"),
+    "three-inferences": Round(EXPERTS["three-inferences"].make, 200, start="one-step"),
+}
