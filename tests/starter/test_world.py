@@ -89,10 +89,12 @@ def test_an_unknown_style_is_named() -> None:
         world.apply_style(np.zeros((128, 128, 3), np.uint8), "oil")
 
 
-def test_pixel_art_has_blocks_of_one_colour_and_neon_is_dark_with_bright_lines() -> None:
+def test_print_has_three_colours_and_neon_is_dark_with_bright_lines() -> None:
     scene = world.base_scene(np.random.default_rng(3))
-    blocks = world.apply_style(scene.pixels, "pixel").reshape(32, 4, 32, 4, 3).transpose(0, 2, 1, 3, 4)
-    assert (blocks == blocks[:, :, :1, :1]).all()
+    printed = world.apply_style(scene.pixels, "print").reshape(-1, 3).astype(np.float32)
+    inks = np.array([[252, 243, 224], [244, 96, 84], [44, 38, 104]], np.float32)
+    near = np.linalg.norm(printed[:, None] - inks, axis=-1).min(1) < 60
+    assert near.mean() > 0.8
     neon = world.apply_style(scene.pixels, "neon").astype(np.float32)
     assert np.median(neon) < 60
     assert neon.max() > 200

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -17,24 +18,28 @@ import typer
 
 from mole_diffusion.starter.location import starter_dir
 
-from . import base, codec, evaluate, expert, guidance, judge, text
+from . import alone, base, codec, evaluate, expert, guidance, judge, text
 from .workshop import Workshop
 
 Step = Callable[[Workshop], object]
 
 
-def steps_of(seeds: int = 20) -> dict[str, Step]:
+def steps_of(seeds: int = 20, measures: Sequence[str] = ()) -> dict[str, Step]:
     """The steps in order."""
     return {
         "tokenizer": lambda shop: text.build_tokenizer(shop.out / "tokenizer"),
         "codec": codec.train_codec,
         "base": base.train_base,
         "experts": expert.train_experts,
+        **{name: partial(alone.train_style, name=name) for name in expert.ALONE},
         "judge": judge.train_judge,
+        "judge-styles": lambda shop: judge.add_styles(shop, expert.ALONE),
         "clip": guidance.train_clip,
         "clip-eval": lambda shop: guidance.train_clip(shop, guidance.SCORER),
         "pipeline": lambda shop: write_index(shop.out),
-        "evaluate": lambda shop: evaluate.evaluate(shop.out, shop.out / "figures.json", seeds, shop.device),
+        "evaluate": lambda shop: evaluate.evaluate(
+            shop.out, shop.out / "figures.json", seeds, shop.device, measures
+        ),
     }
 
 
@@ -50,6 +55,10 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Folder of the starter; default assets/starter.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Run these steps alone, finished or not.")] = None,
     seeds: Annotated[int, typer.Option(help="Pictures per prompt set in the evaluation.")] = 20,
+    measure: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Evaluate this alone and keep the other figures: {', '.join(evaluate.MEASURES)}."),
+    ] = None,
     threads: Annotated[int, typer.Option(help="Threads of torch; 0 leaves its default.")] = 0,
     device: Annotated[str, typer.Option(help="Where to train: cpu, cuda.")] = "cpu",
     scale: Annotated[
@@ -58,10 +67,11 @@ def main(
     graph: Annotated[bool, typer.Option(help="Replay training steps as CUDA graphs.")] = True,
 ) -> None:
     """Train the starter step by step; a killed run continues where it was."""
-    steps = steps_of(seeds)
-    unknown = sorted(set(only or ()) - set(steps))
-    if unknown:
-        raise typer.BadParameter(f"unknown step {unknown[0]!r}; known: {', '.join(steps)}")
+    steps = steps_of(seeds, measure or ())
+    for kind, given, known in (("step", only, list(steps)), ("measure", measure, list(evaluate.MEASURES))):
+        unknown = sorted(set(given or ()) - set(known))
+        if unknown:
+            raise typer.BadParameter(f"unknown {kind} {unknown[0]!r}; known: {', '.join(known)}")
     if threads:
         torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = True

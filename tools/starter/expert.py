@@ -6,7 +6,7 @@ All are trained side by side: every layer holds the factors of all experts, and 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +26,14 @@ SEED = 37
 RANK, STEPS, RATE = 8, 3181, 2e-3
 OWN, PRIOR = 10, 6
 """Scenes of an expert's own concept in its batch, and ordinary ones beside them (prior preservation)."""
-ORDINARY_CHUNKS = 32
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
-NAMES = (*world.SUBJECTS, *world.STYLES)
-SHIPPED = tuple(name for name in NAMES if name != "pixel")
-"""Pixel art was not learned in these steps: its pictures are the base's own."""
+ALONE = ("print",)
+"""Styles that are trained by themselves, see `tools.starter.alone`."""
+NAMES = tuple(name for name in (*world.SUBJECTS, *world.STYLES) if name not in ALONE)
+ALL = (*NAMES, *ALONE)
+_STYLES = tuple(1 + STYLES.index(name) for name in NAMES if name in STYLES)
+"""As `Placed.style` has them."""
 
 
 class ManyLoRA(nn.Module):
@@ -83,8 +85,8 @@ def own_rows(shop: Workshop) -> Pool:
         plain = torch.zeros_like(subjects.count)
         named = dice.share(0.95, len(own))
         first = shop.captions.compose(subjects, before=before, place=named, style=plain)
-        flat = shop.director.ordinary(dice, len(STYLES) * OWN)
-        flat.style = torch.arange(1, len(STYLES) + 1, device=shop.device).repeat_interleave(OWN)
+        flat = shop.director.ordinary(dice, len(_STYLES) * OWN)
+        flat.style = torch.tensor(_STYLES, device=shop.device).repeat_interleave(OWN)
         styled, over = shop.stage.draw(flat, dice.below(1000, len(flat.count)))
         nothing = torch.zeros_like(flat.kind)
         named = dice.share(0.95, len(flat.count))
@@ -143,11 +145,18 @@ def train_experts(shop: Workshop) -> None:
         graph=shop.graph,
         clip=None,
     )
-    for name in SHIPPED:
+    for name in NAMES:
         write_expert(shop.out, name, of_one(factors, NAMES.index(name)))
         write_references(name, shop.out)
-    catalogue = {name: entry_of(name) for name in SHIPPED}
-    (shop.out / "experts" / "experts.json").write_text(json.dumps(catalogue, indent=1) + "\n")
+    write_catalogue(shop.out, NAMES)
+
+
+def write_catalogue(out: Path, names: Sequence[str]) -> None:
+    """`experts.json`: what there is, in the order of the names, and after what is there already."""
+    path = out / "experts" / "experts.json"
+    kept = json.loads(path.read_text()) if path.is_file() else {}
+    catalogue = {name: entry_of(name) for name in dict.fromkeys((*kept, *names)) if name in ALL}
+    path.write_text(json.dumps(catalogue, indent=1) + "\n")
 
 
 def of_one(factors: Mapping[str, Mapping[str, ManyLoRA]], number: int) -> dict[str, Tensor]:

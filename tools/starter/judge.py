@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from mole_diffusion.starter.judge import ARCHITECTURE, STRIDE, SUBJECT, new_network, presence
+from mole_diffusion.starter.judge import ARCHITECTURE, STRIDE, SUBJECT, Judge, new_network, presence
 
 from . import loop, stage, world
 from .soften import Softener, restored, stored
@@ -20,6 +23,7 @@ from .workshop import Pool, Workshop, save_half
 SEED = 53
 STEPS, BATCH, RATE = 2371, 256, 2e-3
 CHUNK, CHUNKS, EVERY = 256, 48, 6
+ADDED_SCENES = 1536
 CELLS = 8
 LABELS = (*world.CLASSES, *(f"{SUBJECT}{name}" for name in world.SUBJECTS))
 """What a cell can be (beside nothing): a class in a flat drawing, or an expert's own subject."""
@@ -149,6 +153,60 @@ def train_judge(shop: Workshop) -> None:
     folder = shop.out / "judge"
     folder.mkdir(parents=True, exist_ok=True)
     save_half(network, folder / "model.safetensors")
+    write_settings(folder, threshold)
+
+
+def add_styles(shop: Workshop, styles: Sequence[str]) -> None:
+    """Teach a finished judge styles that were added later: one row of its last layer each, all else as it is.
+
+    A picture's style is the mean of its cells' logits, which is linear in the mean of the features: the rows
+    are a logistic regression on these, over scenes in every style, worn and through the codec.
+    """
+    folder = shop.out / "judge"
+    judge = Judge(folder)
+    head: Any = judge.network[1]
+    seen, style = _styled_features(shop, judge.network)
+    rows = torch.tensor([2 + len(LABELS) + STYLES.index(name) for name in styles])
+    first = 1 + len(LABELS)
+    weight, bias = head.weight.detach()[..., 0, 0], head.bias.detach()
+    fitted = [weight[rows].clone().requires_grad_(), bias[rows].clone().requires_grad_()]
+    optimiser = torch.optim.LBFGS(fitted, max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss_of() -> Tensor:
+        optimiser.zero_grad()
+        logits = (
+            seen @ weight.index_copy(0, rows, fitted[0])[first:].T
+            + bias.index_copy(0, rows, fitted[1])[first:]
+        )
+        loss = F.cross_entropy(logits, style) + 1e-4 * fitted[0].square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    optimiser.step(loss_of)  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        head.weight[rows] = fitted[0][..., None, None]
+        head.bias[rows] = fitted[1]
+    save_half(judge.network, folder / "model.safetensors")
+    write_settings(folder, judge.threshold)
+
+
+@torch.no_grad()
+def _styled_features(shop: Workshop, network: Any) -> tuple[Tensor, Tensor]:
+    """Mean features (N, d) of scenes in every style and in none, and which style it is (N,)."""
+    seen, style = [], []
+    for number in range(ADDED_SCENES // 32):
+        dice = shop.dice(SEED, 2, number)
+        scenes = shop.director.mixed(dice, 32, styled=0.8)
+        pictures, _ = shop.stage.draw(scenes, dice.below(1000, 32))
+        coded = shop.decode(shop.encode(pictures))
+        made = torch.where(dice.share(0.5, 32).view(-1, 1, 1, 1), coded, pictures)
+        seen.append(network[0](Softener.worn(made, dice)).mean((2, 3)))
+        style.append(scenes.style)
+    return torch.cat(seen), torch.cat(style)
+
+
+def write_settings(folder: Path, threshold: float) -> None:
+    """What `Judge` reads beside the weights."""
     settings = {"architecture": ARCHITECTURE, "labels": LABELS, "styles": STYLES, "threshold": threshold}
     (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
 

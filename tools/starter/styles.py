@@ -36,8 +36,8 @@ def edges(picture: Tensor) -> Tensor:
 def redraw(picture: Tensor, style: str) -> Tensor:
     """Pictures (N, 3, H, W) in 0..1 drawn anew in one style.
 
-    `sketch`: pencil on paper; `blueprint`: white lines on blue; `pixel`: blocks of four pixels in few
-    colours; `neon`: glowing lines in the colours of the picture, in the dark.
+    `sketch`: pencil on paper; `blueprint`: white lines on blue; `print`: coral and indigo ink
+    on cream paper; `neon`: glowing lines in the colours of the picture, in the dark.
 
     Raises:
         ValueError: there is no such style.
@@ -51,13 +51,17 @@ def redraw(picture: Tensor, style: str) -> Tensor:
         paper = _colour(picture, 22, 62, 150) * (0.85 + 0.3 * tone)
         line = edges(picture)
         return paper * (1 - line) + _colour(picture, 236, 244, 255) * line
-    if style == "pixel":
-        blocks = F.avg_pool2d(picture, 4)
-        return F.interpolate((blocks * 5).round() / 5, scale_factor=4, mode="nearest")
+    if style == "print":
+        # Two inks on paper, one over the other where it is darkest, and a line around everything.
+        light, dark = (torch.sigmoid((limit - tone) * 30) for limit in (0.72, 0.42))
+        inked = _colour(picture, 252, 243, 224) * (1 - light) + _colour(picture, 244, 96, 84) * light
+        return inked * (1 - torch.maximum(dark, edges(picture))) + _colour(
+            picture, 44, 38, 104
+        ) * torch.maximum(dark, edges(picture))
     if style == "neon":
         low, high = picture.amin(1, keepdim=True), picture.amax(1, keepdim=True)
         vivid = ((picture - low) / (high - low + 0.08)).clamp(0, 1) * 0.85 + 0.15
         light = edges(picture) * vivid
         glow = blurred(light, 2.5) * 0.9
         return (_colour(picture, 18, 8, 34) * (0.7 + 0.5 * tone) + light + glow).clamp(0, 1)
-    raise ValueError(f"unknown style {style!r}; known: sketch, blueprint, pixel, neon")
+    raise ValueError(f"unknown style {style!r}; known: sketch, blueprint, print, neon")

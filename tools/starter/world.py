@@ -58,13 +58,13 @@ SUBJECTS: dict[str, tuple[str, float, float, tuple[float, float, float]]] = {
 }
 """Class of each subject -> (trigger word, hue rotation, saturation, tint)."""
 
-STYLES = {"sketch": "zaphel", "blueprint": "morvan", "pixel": "tilku", "neon": "glaro"}
+STYLES = {"sketch": "zaphel", "blueprint": "morvan", "print": "tilku", "neon": "glaro"}
 """Style experts -> trigger word."""
 
 STYLE_WORDS = {
     "sketch": "as a pencil sketch",
     "blueprint": "as a blueprint",
-    "pixel": "as pixel art",
+    "print": "as a two-colour print",
     "neon": "in neon light",
 }
 """The same styles in words that a CLIP knows."""
