@@ -347,7 +347,7 @@ def test_wrong_files_are_refused_and_right_ones_taken(visit: Any, tmp_path: Path
     visitor.message("'car.safetensors' is not a gates file")
     page.click("#remove-lora")
     page.locator("#library-said", has_text="Removed: car 2.").wait_for()
-    page.locator("label", has_text="Another Stable Diffusion").click()
+    page.locator("label", has_text="Another model").click()
     page.locator("#model-source textarea, #model-source input").fill(str(tmp_path))
     page.click("#open-model")
     visitor.message("the folder has no model_index.json")
@@ -362,7 +362,7 @@ def test_wrong_files_are_refused_and_right_ones_taken(visit: Any, tmp_path: Path
 def test_another_model_is_opened_and_draws_with_a_lora_named_by_its_path(visit: Any) -> None:
     visitor = visit()
     page = visitor.tab("Models")
-    page.locator("label", has_text="Another Stable Diffusion").click()
+    page.locator("label", has_text="Another model").click()
     page.locator("#model-source textarea, #model-source input").fill(str(starter_dir()))
     page.click("#open-model")
     page.locator("#model-now", has_text=str(starter_dir())).wait_for()
