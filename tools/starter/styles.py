@@ -55,9 +55,8 @@ def redraw(picture: Tensor, style: str) -> Tensor:
         # Two inks on paper, one over the other where it is darkest, and a line around everything.
         light, dark = (torch.sigmoid((limit - tone) * 30) for limit in (0.72, 0.42))
         inked = _colour(picture, 252, 243, 224) * (1 - light) + _colour(picture, 244, 96, 84) * light
-        return inked * (1 - torch.maximum(dark, edges(picture))) + _colour(
-            picture, 44, 38, 104
-        ) * torch.maximum(dark, edges(picture))
+        line = torch.maximum(dark, edges(picture))
+        return inked * (1 - line) + _colour(picture, 44, 38, 104) * line
     if style == "neon":
         low, high = picture.amin(1, keepdim=True), picture.amax(1, keepdim=True)
         vivid = ((picture - low) / (high - low + 0.08)).clamp(0, 1) * 0.85 + 0.15
