@@ -16,7 +16,8 @@ from typer.core import TyperGroup
 
 from mole_diffusion.core.errors import MoLEError, UnknownExpertError
 from mole_diffusion.core.phrases import listed, unnamed
-from mole_diffusion.pictures.opening import STARTER, open_base
+from mole_diffusion.pictures.opening import open_base
+from mole_diffusion.starter.location import STARTERS
 from mole_diffusion.training.progress import Progress
 
 if TYPE_CHECKING:
@@ -130,10 +131,10 @@ def open_pipeline(
 
     # Reads the file before the large ones.
     header = read_gates_header(gates) if gates is not None else None
-    if model == STARTER and not experts and header is not None:
+    if model in STARTERS and not experts and header is not None:
         names = dict.fromkeys(name for part in header.parts for name in header.expert_names(part))
         experts = [ExpertChoice(name) for name in names]
-    if training and model == STARTER and not experts:
+    if training and model in STARTERS and not experts:
         # By name, which leaves their gates behind: a training begins with fresh ones.
         experts = [ExpertChoice(name) for name in default_experts()]
     pipe: StableDiffusionMoLEPipeline = open_base(
@@ -151,9 +152,9 @@ def _locate(source: str, model: str) -> tuple[str | Path, str | None]:
     """(what `load_expert` should open, the expert's name or None for its own)."""
     from mole_diffusion.starter.location import starter_experts
 
-    if model != STARTER:
+    if model not in STARTERS:
         return source, None
-    known = starter_experts()
+    known = starter_experts(model=model)
     if source in known:
         return known[source].path, source
     if "/" in source or Path(source).exists() or source.endswith(".safetensors"):

@@ -39,7 +39,7 @@ from mole_diffusion.pictures.components import guidance_arguments, size_argument
 from mole_diffusion.pictures.files import PICTURES, open_picture, write_picture
 from mole_diffusion.pictures.opening import STARTER, from_picture
 from mole_diffusion.pictures.samplers import SAMPLERS, sampler_of, sampling
-from mole_diffusion.starter.location import starter_dir
+from mole_diffusion.starter.location import STARTERS, gates_of
 
 
 def generate(
@@ -109,8 +109,8 @@ def generate(
     say_unnamed(pipe, prompt, names)
     if begin is not None:
         pipe, pixels = _from_picture(pipe, begin, pixels, denoising)
-    if gates is None and model == STARTER and not experts:
-        gates = starter_dir() / "experts" / "gates.safetensors"
+    if gates is None and model in STARTERS and not experts and gates_of(model).is_file():
+        gates = gates_of(model)
     call = {
         "prompt": prompt,
         "num_inference_steps": steps,

@@ -197,12 +197,12 @@ def known_concepts(
     """
     from mole_diffusion.pictures.demo import concepts_of
     from mole_diffusion.pictures.training.concepts import as_concepts, concepts_from_experts
-    from mole_diffusion.starter.location import starter_experts
+    from mole_diffusion.starter.location import STARTERS, starter_experts
 
     for name in texts:
         if name not in experts:
             raise UnknownExpertError(name, list(experts))
-    catalogue = starter_experts() if model == STARTER else {}
+    catalogue = starter_experts(model=model) if model in STARTERS else {}
     found: dict[str, Any] = {}
     for name, expert in experts.items():
         if name in texts:

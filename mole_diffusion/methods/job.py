@@ -123,10 +123,10 @@ class Job:
 
 def _starter_scenes(pipe: Any, concept: Concept) -> list[tuple[Image, str]] | None:
     """The scenes that an expert of the starter was trained on; None for other experts, or without artwork."""
-    from mole_diffusion.starter.location import BASE_NAME
+    from mole_diffusion.starter.location import BASE_NAMES
     from mole_diffusion.starter.scenes import expert_scenes
 
     expert = pipe.experts.get(concept.name)
-    if expert is None or expert.metadata.get("mole.base") != BASE_NAME:
+    if expert is None or expert.metadata.get("mole.base") not in BASE_NAMES.values():
         return None
     return expert_scenes(concept.name)

@@ -78,6 +78,9 @@ class WithExperts(HoldsExperts):
         new: P = parent.from_pipe(pipeline, **kwargs)
         if isinstance(pipeline, WithExperts) and networks_of(new) == networks_of(pipeline):
             new._ensemble, new.call_defaults = pipeline.ensemble, pipeline.call_defaults
+            for name in ("guided_by", "default_sample_size"):
+                if name in vars(pipeline):
+                    setattr(new, name, getattr(pipeline, name))
         return new
 
     @classmethod

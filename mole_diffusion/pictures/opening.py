@@ -1,4 +1,4 @@
-"""Opening a base model: "starter", a file, a folder or a hub id. For command line and app."""
+"""Opening a base model: one of the starter's, a file, a folder or a hub id. For command line and app."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.pictures.single_file import is_xl, read_header
 from mole_diffusion.pictures.transformer_file import folder_around, holds_transformer, index_of
 from mole_diffusion.sources import is_hub_id, nearest_path
-
-STARTER = "starter"
+from mole_diffusion.starter.location import STARTER, STARTERS
 
 
 def open_base(model: str, device: str = "auto", *, half: bool = False, starter_defaults: bool = False) -> Any:
     """A silent pipeline with experts, of the kind that the file or folder says.
 
     Args:
-        model: "starter", a file, a folder or a hub id; a transformer alone lies in a folder with the rest.
+        model: "starter", "starter-flux", a file, a folder or a hub id; a transformer alone lies in a folder
+            with the rest.
         device: "auto" or a device.
         half: float16 on a GPU; float32 otherwise.
         starter_defaults: the starter comes with its default experts; everything else comes without any.
@@ -35,8 +35,14 @@ def open_base(model: str, device: str = "auto", *, half: bool = False, starter_d
 
     hush_libraries()
     where = pick_device(device)
-    if model == STARTER:
-        pipe = pipelines.StableDiffusionMoLEPipeline.from_starter(None if starter_defaults else [])
+    if model in STARTERS:
+        kind: Any = pipelines.FluxMoLEPipeline
+        if model == STARTER:
+            kind = pipelines.StableDiffusionMoLEPipeline
+        try:
+            pipe = kind.from_starter(None if starter_defaults else [])
+        except FileNotFoundError as error:
+            raise ConfigError(str(error)) from error
     else:
         path = Path(model).expanduser()
         try:

@@ -17,14 +17,10 @@ Each stands in for the pipeline of diffusers whose name it has without `MoLE`: f
 | Anima | `AnimaMoLEPipeline`, `AnimaMoLEImg2ImgPipeline`, of diffusers' modular blocks |
 """
 
-from collections.abc import Sequence
 from functools import wraps
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from diffusers import (
-    AutoencoderTiny,
     ChromaImg2ImgPipeline,
     ChromaPipeline,
     Flux2KleinInpaintPipeline,
@@ -52,70 +48,15 @@ from diffusers import (
     ZImagePipeline,
 )
 
-from mole_diffusion.core.errors import UnknownExpertError
 from mole_diffusion.pictures.anima import AnimaImg2ImgPipeline, AnimaPipeline
-from mole_diffusion.pictures.call import P, WithExperts
-from mole_diffusion.starter import default_experts, starter_dir, starter_experts
-from mole_diffusion.starter.location import GUIDANCE, RESCALE
+from mole_diffusion.pictures.call import WithExperts
+from mole_diffusion.pictures.from_starter import FluxStarterMixin, StarterMixin
 
 _WITHOUT_MASK = 4
 """Channels that a network without a mask among its inputs has, for diffusers."""
 
 
-class _StarterMixin(WithExperts):
-    """For pipelines with the components of Stable Diffusion 1 and 2, which the starter has."""
-
-    @classmethod
-    def _get_signature_types(cls) -> dict[str, tuple[type, ...]]:
-        # diffusers warns of a codec of another class and does not hand it on in `from_pipe`, though it draws
-        # with it; the starter has one, and others take TAESD in place of their own.
-        parent: Any = super()
-        types: dict[str, tuple[type, ...]] = parent._get_signature_types()
-        return {**types, "vae": (*types["vae"], AutoencoderTiny)}
-
-    @classmethod
-    def from_starter(
-        cls: type[P],
-        experts: Sequence[str] | Literal["all"] | None = None,
-        *,
-        torch_dtype: torch.dtype = torch.float32,
-        **kwargs: Any,
-    ) -> P:
-        """The small model that ships with the project, without network access; drawn with its own guidance.
-
-        Args:
-            experts: names from `mole_diffusion.starter.starter_experts()`; "all"; `[]` for none; None for
-                three concepts, with the gates that were trained for them if the starter has those.
-            torch_dtype: type of the weights.
-            kwargs: for `from_pretrained`.
-
-        Raises:
-            FileNotFoundError: the starter is missing from this installation.
-            UnknownExpertError: the starter has no expert of this name.
-        """
-        folder = starter_dir()
-        if not (folder / "model_index.json").is_file():
-            raise FileNotFoundError(f"the starter is missing: no model_index.json in {folder}")
-        known = starter_experts(folder)
-        names = (
-            default_experts(folder) if experts is None else list(known) if experts == "all" else list(experts)
-        )
-        for name in names:
-            if name not in known:
-                raise UnknownExpertError(name, list(known))
-        options = {"safety_checker": None, "requires_safety_checker": False, **kwargs}
-        maker: Any = cls
-        pipe: P = maker.from_pretrained(folder, torch_dtype=torch_dtype, **options)
-        pipe.call_defaults = MappingProxyType({"guidance_scale": GUIDANCE, "guidance_rescale": RESCALE})
-        for name in names:
-            pipe.load_expert(known[name].path, name=name)
-        gates = folder / "experts" / "gates.safetensors"
-        if experts is None and gates.is_file():
-            pipe.load_gates(gates)
-        return pipe
-
-
-class StableDiffusionMoLEPipeline(_StarterMixin, StableDiffusionPipeline):
+class StableDiffusionMoLEPipeline(StarterMixin, StableDiffusionPipeline):
     """`StableDiffusionPipeline` whose UNet and text encoder mix LoRA experts by gates.
 
     Everything of the diffusers pipeline works as before: schedulers, callbacks, offloading, textual
@@ -135,7 +76,7 @@ class StableDiffusionMoLEPipeline(_StarterMixin, StableDiffusionPipeline):
     draws_from_text = True
 
 
-class StableDiffusionMoLEImg2ImgPipeline(_StarterMixin, StableDiffusionImg2ImgPipeline):
+class StableDiffusionMoLEImg2ImgPipeline(StarterMixin, StableDiffusionImg2ImgPipeline):
     """`StableDiffusionImg2ImgPipeline` with experts; `from_pipe` shares those of another pipeline."""
 
     diffusers_class = StableDiffusionImg2ImgPipeline
@@ -160,7 +101,7 @@ class _AnyLatents(StableDiffusionInpaintPipeline):
             self.unet.register_to_config(in_channels=channels)
 
 
-class StableDiffusionMoLEInpaintPipeline(_StarterMixin, _AnyLatents):  # type: ignore[misc]
+class StableDiffusionMoLEInpaintPipeline(StarterMixin, _AnyLatents):  # type: ignore[misc]
     """`StableDiffusionInpaintPipeline` with experts; `from_pipe` shares those of another pipeline."""
 
     diffusers_class = StableDiffusionInpaintPipeline
@@ -185,7 +126,7 @@ class StableDiffusionXLMoLEInpaintPipeline(WithExperts, StableDiffusionXLInpaint
     diffusers_class = StableDiffusionXLInpaintPipeline
 
 
-class FluxMoLEPipeline(WithExperts, FluxPipeline):
+class FluxMoLEPipeline(FluxStarterMixin, FluxPipeline):
     """`FluxPipeline` whose transformer and CLIP text encoder mix LoRA experts by gates.
 
     `guidance_scale` is what the model was distilled with (3.5 for FLUX.1 dev); a negative prompt counts with
@@ -197,14 +138,14 @@ class FluxMoLEPipeline(WithExperts, FluxPipeline):
     guided_in = "turns"
 
 
-class FluxMoLEImg2ImgPipeline(WithExperts, FluxImg2ImgPipeline):
+class FluxMoLEImg2ImgPipeline(FluxStarterMixin, FluxImg2ImgPipeline):
     """`FluxImg2ImgPipeline` with experts; `from_pipe` shares those of another pipeline."""
 
     diffusers_class = FluxImg2ImgPipeline
     guided_in = "turns"
 
 
-class FluxMoLEInpaintPipeline(WithExperts, FluxInpaintPipeline):
+class FluxMoLEInpaintPipeline(FluxStarterMixin, FluxInpaintPipeline):
     """`FluxInpaintPipeline` with experts; `from_pipe` shares those of another pipeline."""
 
     diffusers_class = FluxInpaintPipeline

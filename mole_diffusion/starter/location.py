@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mole_diffusion.core.errors import ConfigError
@@ -11,8 +11,13 @@ from mole_diffusion.core.errors import ConfigError
 #: with several. Plain guidance overexposes pictures of a model with zero terminal SNR (Lin et al. 2023, 3.4).
 GUIDANCE, RESCALE = 2.0, 0.7
 
-#: What the experts of the starter name as their base, in their files' headers.
-BASE_NAME = "mole-diffusion starter"
+#: Names of its models where a model is asked for: the small Stable Diffusion, and the small FLUX.1 beside it.
+STARTER, FLUX_STARTER = "starter", "starter-flux"
+STARTERS = (STARTER, FLUX_STARTER)
+#: What their experts name as their base, in their files' headers.
+BASE_NAMES = {STARTER: "mole-diffusion starter", FLUX_STARTER: "mole-diffusion starter, FLUX.1"}
+#: Guidance of the small FLUX.1, in two passes.
+FLUX_GUIDANCE = 2.0
 
 #: What only evaluation reads: wheels leave it out, the repository and the source distribution have it.
 EVALUATION_PARTS = ("judge", "clip_eval")
@@ -76,15 +81,44 @@ def evaluation_part(name: str) -> Path:
     return folder
 
 
-def starter_experts(folder: Path | None = None) -> dict[str, StarterExpert]:
+def model_dir(model: str) -> Path:
+    """The folder of one of STARTERS.
+
+    Raises:
+        FileNotFoundError: it is the small FLUX.1, and is not here; wheels leave it out.
+    """
+    folder = starter_dir()
+    if model == STARTER:
+        return folder
+    if not (folder / "flux").is_dir():
+        raise FileNotFoundError(
+            f"there is no {str(folder / 'flux')!r}: the small FLUX.1 does not come with the wheel; install "
+            "the project from its repository, or take the folder assets/starter/flux from there"
+        )
+    return folder / "flux"
+
+
+def gates_of(model: str) -> Path:
+    """The gates that one of STARTERS has for its default experts; the file need not be there."""
+    return starter_dir() / ("" if model == STARTER else "flux") / "experts" / "gates.safetensors"
+
+
+def starter_experts(folder: Path | None = None, *, model: str = STARTER) -> dict[str, StarterExpert]:
     """All experts of the starter by name, in the order of `experts/experts.json`.
 
     Args:
         folder: a starter folder; None is `starter_dir()`.
+        model: one of STARTERS; both know the same subjects and styles, by the same words.
 
     Raises:
-        FileNotFoundError: the folder has no `experts/experts.json`.
+        FileNotFoundError: the folder has no `experts/experts.json`, or the model is not here.
     """
+    if model != STARTER:
+        files = model_dir(model) / "experts"
+        return {
+            name: replace(expert, path=files / f"{name}.safetensors")
+            for name, expert in starter_experts().items()
+        }
     home = (folder or starter_dir()) / "experts"
     catalogue = home / "experts.json"
     if not catalogue.is_file():

@@ -16,9 +16,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mole_diffusion.core.checkpoint import write_safetensors
-from mole_diffusion.starter.location import BASE_NAME
+from mole_diffusion.starter.location import BASE_NAMES, STARTER
 
 from . import base, loop, world
+from .scenes import Dice
 from .stage import STYLES, SUBJECT
 from .workshop import Pool, Workshop
 
@@ -32,8 +33,6 @@ ALONE = ("print",)
 """Styles that are trained by themselves, see `tools.starter.alone`."""
 NAMES = tuple(name for name in (*world.SUBJECTS, *world.STYLES) if name not in ALONE)
 ALL = (*NAMES, *ALONE)
-_STYLES = tuple(1 + STYLES.index(name) for name in NAMES if name in STYLES)
-"""As `Placed.style` has them."""
 
 
 class ManyLoRA(nn.Module):
@@ -61,7 +60,7 @@ def attach(
     found = {
         name: module
         for name, module in network.named_modules()
-        if isinstance(module, nn.Linear) and name.endswith(tuple(f".{target}" for target in targets))
+        if isinstance(module, nn.Linear) and f".{name}".endswith(tuple(f".{target}" for target in targets))
     }
     made = {}
     for name, layer in found.items():
@@ -71,9 +70,13 @@ def attach(
     return made
 
 
-def own_rows(shop: Workshop) -> Pool:
-    """A chunk holds `OWN` scenes of every expert in the order of NAMES, as rows (OWN, experts, ...)."""
-    kinds = [world.CLASSES.index(name) for name in world.SUBJECTS]
+def own_rows(shop: Workshop, names: Sequence[str]) -> Pool:
+    """A chunk holds `OWN` scenes of every expert in the order of the names, as rows (OWN, experts, ...).
+
+    The subjects come first among the names, then the styles.
+    """
+    kinds = [world.CLASSES.index(name) for name in names if name in world.SUBJECTS]
+    styles = [1 + STYLES.index(name) for name in names if name in STYLES]  # as `Placed.style` has them
 
     def make(number: int, count: int) -> loop.Batch:
         dice = shop.dice(SEED, 1, number)
@@ -85,8 +88,8 @@ def own_rows(shop: Workshop) -> Pool:
         plain = torch.zeros_like(subjects.count)
         named = dice.share(0.95, len(own))
         first = shop.captions.compose(subjects, before=before, place=named, style=plain)
-        flat = shop.director.ordinary(dice, len(_STYLES) * OWN)
-        flat.style = torch.tensor(_STYLES, device=shop.device).repeat_interleave(OWN)
+        flat = shop.director.ordinary(dice, len(styles) * OWN)
+        flat.style = torch.tensor(styles, device=shop.device).repeat_interleave(OWN)
         styled, over = shop.stage.draw(flat, dice.below(1000, len(flat.count)))
         nothing = torch.zeros_like(flat.kind)
         named = dice.share(0.95, len(flat.count))
@@ -98,11 +101,24 @@ def own_rows(shop: Workshop) -> Pool:
             "ids": shop.captions.tokens(torch.cat([first, second])),
         }
         return {
-            name: value.view(len(NAMES), OWN, *value.shape[1:]).transpose(0, 1)
+            name: value.view(len(names), OWN, *value.shape[1:]).transpose(0, 1)
             for name, value in rows.items()
         }
 
     return Pool(make, OWN, shop.amount(48), 4)
+
+
+def mixed_rows(own: Pool, ordinary: Pool, names: Sequence[str], step: int, dice: Dice) -> loop.Batch:
+    """A step's rows, expert by expert: `OWN` of its own and `PRIOR` ordinary ones, the same for all."""
+    mine = own.sample(step, OWN, dice)
+    prior = ordinary.sample(step, PRIOR, dice)
+    # Timesteps are spread in order over each expert's batch, so its examples are shuffled.
+    order = dice.uniform(OWN + PRIOR).argsort()
+    rows = {}
+    for name, value in mine.items():
+        shared = prior[name][None].expand(len(names), *prior[name].shape)
+        rows[name] = torch.cat([value.transpose(0, 1), shared], 1)[:, order].flatten(0, 1)
+    return rows
 
 
 def train_experts(shop: Workshop) -> None:
@@ -115,20 +131,12 @@ def train_experts(shop: Workshop) -> None:
     }
     module = nn.ModuleDict({"unet": unet, "text_encoder": encoder})
     module.to(shop.device, memory_format=torch.channels_last)
-    own, ordinary = own_rows(shop), base.ordinary_rows(shop, SEED + 999)
-    noise, each = base.Noise(shop.device), OWN + PRIOR
+    own, ordinary = own_rows(shop, NAMES), base.ordinary_rows(shop, SEED + 999)
+    noise = base.Noise(shop.device)
 
     def make(step: int) -> loop.Batch:
         dice = shop.dice(SEED, 2, step)
-        mine = own.sample(step, OWN, dice)
-        prior = ordinary.sample(step, PRIOR, dice)
-        # Timesteps are spread in order over each expert's batch, so its examples are shuffled.
-        order = dice.uniform(each).argsort()
-        rows = {}
-        for name, value in mine.items():
-            shared = prior[name][None].expand(len(NAMES), *prior[name].shape)
-            rows[name] = torch.cat([value.transpose(0, 1), shared], 1)[:, order].flatten(0, 1)
-        return noise.batch(rows, dice, len(NAMES))
+        return noise.batch(mixed_rows(own, ordinary, NAMES, step, dice), dice, len(NAMES))
 
     loss_of = base.denoising(shop, module, emphasis=3.0)
 
@@ -194,8 +202,8 @@ def entry_of(name: str) -> dict[str, str]:
     }
 
 
-def write_expert(out: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """One safetensors file, half precision, triggers in its header."""
+def write_expert(out: Path, name: str, tensors: Mapping[str, Tensor], model: str = STARTER) -> None:
+    """One safetensors file, half precision, triggers in its header; `model` is what it is for."""
     path = out / "experts" / f"{name}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     row = entry_of(name)
@@ -204,7 +212,7 @@ def write_expert(out: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
         "mole.trigger": row["trigger"],
         "mole.class": row["class"],
         "mole.kind": row["kind"],
-        "mole.base": BASE_NAME,
+        "mole.base": BASE_NAMES[model],
     }
     write_safetensors(path, dict(tensors), metadata)
 

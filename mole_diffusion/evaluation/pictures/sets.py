@@ -14,7 +14,7 @@ from mole_diffusion.core.phrases import kind_of, listed
 from mole_diffusion.evaluation.pictures.protocol import ExpertSet, ExpertSource, Protocol, named
 from mole_diffusion.pictures.files import PICTURES, open_picture, pictures_in
 from mole_diffusion.pictures.training.concepts import Concept
-from mole_diffusion.starter.location import starter_experts
+from mole_diffusion.starter.location import STARTERS, starter_experts
 
 #: Measures that compare a picture with its prompt: in class words, and with the subjects described.
 CAPTIONS = CLASS_WORDS, DESCRIBED = "text", "described"
@@ -123,7 +123,7 @@ def make_scene(protocol: Protocol, chosen: ExpertSet) -> Scene:
 def _source(protocol: Protocol, name: str) -> ExpertSource:
     if name in protocol.experts:
         return protocol.experts[name]
-    catalogue = starter_experts() if protocol.model == "starter" else {}
+    catalogue = starter_experts(model=protocol.model) if protocol.model in STARTERS else {}
     if name not in catalogue:
         raise UnknownExpertError(name, [*protocol.experts, *catalogue])
     expert = catalogue[name]

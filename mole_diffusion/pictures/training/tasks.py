@@ -67,7 +67,8 @@ class Pictures:
     def as_drawn_by(self, pipe: Any) -> Pictures:
         """The same with the guidance that a pipeline draws with, where none is given."""
         own: Mapping[str, Any] = getattr(pipe, "call_defaults", {})
-        scale, rescale = own.get("guidance_scale"), own.get("guidance_rescale")
+        scale = own.get(getattr(pipe, "guided_by", "guidance_scale"))
+        rescale = own.get("guidance_rescale")
         return dataclasses.replace(
             self,
             guidance=scale if self.guidance is None else self.guidance,

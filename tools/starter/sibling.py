@@ -1,0 +1,190 @@
+"""The starter's sibling: a small FLUX.1 on the same codec and text encoder, with experts for the same things.
+
+Trained by flow matching (Lipman et al. 2023; logit-normal times, Esser et al. 2024) on the UNet's scenes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from torch import Tensor, nn
+
+from mole_diffusion.starter.location import FLUX_STARTER
+
+from . import base, codec, expert, loop, text, world
+from .scenes import Dice
+from .workshop import Workshop
+
+SEED = 53
+BATCH, STEPS, RATE = 256, 16000, 1.2e-3
+WIDTH, HEADS = 256, 8
+FLUX = "flux"
+"""Its folder in the starter's."""
+EXPERT_RANK, EXPERT_STEPS, EXPERT_RATE = 4, 3000, 2e-3
+TARGETS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    *("net.0.proj", "net.2", "proj_mlp"),
+    *(f"single_transformer_blocks.{number}.proj_out" for number in range(8)),
+)
+SIDE = world.SIZE // 8
+"""Of the latents; a token of the network is a square of two by two."""
+
+
+def new_transformer() -> FluxTransformer2DModel:
+    """FLUX.1's layout, 256 wide, two double and eight single blocks."""
+    network = FluxTransformer2DModel(
+        in_channels=4 * codec.CHANNELS,
+        num_layers=2,
+        num_single_layers=8,
+        attention_head_dim=WIDTH // HEADS,
+        num_attention_heads=HEADS,
+        joint_attention_dim=192,
+        pooled_projection_dim=192,
+        guidance_embeds=False,
+        axes_dims_rope=(8, 12, 12),
+    )
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+            # Every block begins as the identity, as in DiT (Peebles and Xie 2023): learns sooner.
+            if ".norm" in f".{name}" or name == "proj_out":
+                nn.init.zeros_(module.weight)
+    return network
+
+
+def new_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """Times as they are, without a shift: pictures are small."""
+    return FlowMatchEulerDiscreteScheduler(shift=1.0)
+
+
+def packed(latents: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H W / 4, 4 C), as `FluxPipeline` packs."""
+    batch, channels, height, width = latents.shape
+    parts = latents.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return parts.reshape(batch, height * width // 4, 4 * channels)
+
+
+class Flow:
+    """Straight paths from latents to noise, and what the network is told of a prompt."""
+
+    def __init__(self, shop: Workshop) -> None:
+        self.shop = shop
+        self.encoder: Any = base.load_text_encoder(shop.out).to(shop.device).eval().requires_grad_(False)
+
+    def batch(self, rows: Mapping[str, Tensor], dice: Dice, groups: int) -> loop.Batch:
+        """What a training step reads, of rows of clean latents that stand in `groups` groups of one size."""
+        latents = rows["latents"]
+        count = len(latents) // groups
+        slots = torch.arange(count, device=latents.device).repeat(groups)
+        even = ((slots + dice.uniform(len(latents))) / count).clamp(1e-4, 1 - 1e-4)
+        sigmas = torch.special.ndtri(even).sigmoid()
+        noise = dice.normal(*latents.shape)
+        part = sigmas.view(-1, 1, 1, 1)
+        with torch.no_grad(), self.shop.mixed_precision():
+            told = self.encoder(rows["ids"])
+        return {
+            "sigmas": sigmas,
+            "noisy": packed((1 - part) * latents + part * noise),
+            "target": packed(noise - latents),
+            "cover": packed(rows["cover"].expand_as(latents)),
+            "context": told.last_hidden_state.float(),
+            "pooled": told.pooler_output.float(),
+        }
+
+
+def denoising(shop: Workshop, network: nn.Module, emphasis: float = 2.0) -> Callable[[loop.Batch], Tensor]:
+    """The loss of the transformer on a batch of `Flow.batch`; see `base.denoising_loss`."""
+    side = SIDE // 2
+    places = torch.zeros(side, side, 3, device=shop.device)
+    places[..., 1] = torch.arange(side, device=shop.device)[:, None]
+    places[..., 2] = torch.arange(side, device=shop.device)[None]
+    words = torch.zeros(text.MAX_TOKENS, 3, device=shop.device)
+
+    def loss_of(batch: loop.Batch) -> Tensor:
+        with shop.mixed_precision():
+            predicted = network(
+                hidden_states=batch["noisy"],
+                timestep=batch["sigmas"],
+                encoder_hidden_states=batch["context"],
+                pooled_projections=batch["pooled"],
+                img_ids=places.flatten(0, 1),
+                txt_ids=words,
+            ).sample.float()
+        return base.denoising_loss(predicted, batch["target"], batch["cover"], emphasis)
+
+    return loss_of
+
+
+def train_base(shop: Workshop) -> None:
+    """Train the transformer; writes its averaged weights in half precision, and the scheduler."""
+    torch.manual_seed(SEED)
+    network = new_transformer().train().to(shop.device)
+    pool, flow = base.ordinary_rows(shop, SEED), Flow(shop)
+    empty = shop.captions.tokens(torch.zeros(1, 1, dtype=torch.long, device=shop.device))
+    size = shop.amount(BATCH)
+
+    def make(step: int) -> loop.Batch:
+        dice = shop.dice(SEED, 1, step)
+        rows = pool.sample(step, size, dice)
+        rows["ids"] = torch.where(dice.share(0.1, size, 1), empty, rows["ids"])
+        return flow.batch(rows, dice, 1)
+
+    loop.train(
+        "flux",
+        shop.work,
+        network,
+        make,
+        denoising(shop, network),
+        steps=shop.steps(STEPS),
+        rate=RATE,
+        average=0.999,
+        checkpoint_every=2000,
+        graph=shop.graph,
+    )
+    folder = shop.out / FLUX
+    writer: Any = network.to("cpu", torch.float16)
+    writer.save_pretrained(folder / "transformer", safe_serialization=True)
+    new_scheduler().save_pretrained(folder / "scheduler")
+
+
+def load_transformer(shop: Workshop) -> FluxTransformer2DModel:
+    """The finished transformer, in single precision."""
+    folder = shop.out / FLUX / "transformer"
+    return FluxTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32)
+
+
+def train_experts(shop: Workshop) -> None:
+    """Train all experts side by side and write each as a LoRA file."""
+    torch.manual_seed(SEED)
+    network = load_transformer(shop)
+    names = expert.ALL
+    factors = {"transformer": expert.attach(network, TARGETS, len(names), EXPERT_RANK)}
+    network.to(shop.device)
+    flow = Flow(shop)
+    own = expert.own_rows(shop, names)
+    ordinary = base.ordinary_rows(shop, SEED + 999)
+
+    def make(step: int) -> loop.Batch:
+        dice = shop.dice(SEED, 2, step)
+        rows = expert.mixed_rows(own, ordinary, names, step, dice)
+        return flow.batch(rows, dice, len(names))
+
+    loss_of = denoising(shop, network, emphasis=3.0)
+    loop.train(
+        "flux-experts",
+        shop.work,
+        network,
+        make,
+        lambda batch: len(names) * loss_of(batch),
+        steps=shop.steps(EXPERT_STEPS),
+        rate=EXPERT_RATE,
+        decay=0.0,
+        graph=shop.graph,
+        clip=None,
+    )
+    for number, name in enumerate(names):
+        expert.write_expert(shop.out / FLUX, name, expert.of_one(factors, number), FLUX_STARTER)
