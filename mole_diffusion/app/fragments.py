@@ -9,8 +9,8 @@ from markupsafe import Markup
 from mole_diffusion.app import markup
 from mole_diffusion.app.metadata import PictureSettings
 from mole_diffusion.app.session import Session
-from mole_diffusion.app.setup import STARTER
 from mole_diffusion.methods import METHODS
+from mole_diffusion.starter.location import STARTER
 
 #: Pictures that the gallery shows at once.
 SHOWN = 64

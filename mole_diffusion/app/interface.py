@@ -28,8 +28,7 @@ from mole_diffusion.app.uploads import MAX_FILE_BYTES
 from mole_diffusion.app.web import SessionCookie, UploadGuard
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.files import check_writable
-from mole_diffusion.pictures.opening import STARTER
-from mole_diffusion.starter.location import starter_dir
+from mole_diffusion.starter.location import STARTER, starter_dir
 
 #: Calls that are open at once: whoever waits for a picture is one, and holds no thread. The long work has a
 #: queue of its own.

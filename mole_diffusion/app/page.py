@@ -11,10 +11,9 @@ from PIL import Image
 from mole_diffusion.app import tiles
 from mole_diffusion.app.metadata import image_digest
 from mole_diffusion.app.session import Picture, Session
-from mole_diffusion.app.setup import STARTER
 from mole_diffusion.core.phrases import listed, unnamed
 from mole_diffusion.pictures.files import open_picture, write_picture
-from mole_diffusion.starter.location import GUIDANCE
+from mole_diffusion.starter.location import GUIDANCE, STARTER
 
 #: What suits other models than the starter.
 _GUIDANCE = 7.5

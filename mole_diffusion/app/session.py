@@ -17,11 +17,11 @@ from torch import Tensor
 from mole_diffusion.app.jobs import Job
 from mole_diffusion.app.keeping import Kept, read, write
 from mole_diffusion.app.metadata import PictureSettings, read_settings
-from mole_diffusion.app.setup import COLOURS, STARTER, ExpertCard, Gates, Setup
+from mole_diffusion.app.setup import COLOURS, ExpertCard, Gates, Setup
 from mole_diffusion.app.trainings import Training
 from mole_diffusion.core.errors import ConfigError, MoLEError, UnknownExpertError
 from mole_diffusion.core.records import GateWeights
-from mole_diffusion.starter.location import default_experts, starter_dir, starter_experts
+from mole_diffusion.starter.location import STARTER, default_experts, starter_dir, starter_experts
 from mole_diffusion.training.state import GATES_FILE
 
 #: More experts than this make tiles and regions unreadable, and pictures slow.

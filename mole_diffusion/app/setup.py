@@ -9,9 +9,8 @@ from pathlib import Path
 
 from mole_diffusion.core.checkpoint import read_gates_header
 from mole_diffusion.core.files import file_sha256
-from mole_diffusion.starter.location import StarterExpert
+from mole_diffusion.starter.location import STARTER, StarterExpert
 
-STARTER = "starter"
 #: One colour per expert, in tiles, regions and curves; told apart on light and on dark ground.
 COLOURS = ("#e4572e", "#2a9d8f", "#e9b44c", "#7b61c9", "#3a86c8", "#d1478c", "#6a994e", "#8d6e5a")
 

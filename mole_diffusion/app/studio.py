@@ -14,12 +14,13 @@ from typing import Any
 from mole_diffusion.app.attaching import Shelf
 from mole_diffusion.app.jobs import Job, Worker
 from mole_diffusion.app.session import Session
-from mole_diffusion.app.setup import STARTER, Setup
+from mole_diffusion.app.setup import Setup
 from mole_diffusion.core.bases import base_of_networks
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.pictures.components import networks_of
 from mole_diffusion.pictures.denoisers import denoiser_of
 from mole_diffusion.pictures.opening import open_base, pick_device
+from mole_diffusion.starter.location import STARTER
 
 #: Jobs that may wait for the one that runs, and how many of them may be one visitor's.
 QUEUE_LENGTH, QUEUE_SHARE = 256, 32

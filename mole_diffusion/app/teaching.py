@@ -11,7 +11,7 @@ from PIL.Image import Image
 from mole_diffusion.app.jobs import Job
 from mole_diffusion.app.library import add_made
 from mole_diffusion.app.session import Session
-from mole_diffusion.app.setup import STARTER, ExpertCard, Setup
+from mole_diffusion.app.setup import ExpertCard, Setup
 from mole_diffusion.app.stopping import stoppable
 from mole_diffusion.app.studio import Studio, Work
 from mole_diffusion.core import rules
@@ -19,6 +19,7 @@ from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.phrases import class_words
 from mole_diffusion.pictures.files import open_picture
 from mole_diffusion.pictures.training.expert_trainer import ExpertTrainer, ExpertTrainingConfig
+from mole_diffusion.starter.location import STARTER
 
 MAX_STEPS = 5000
 MAX_PICTURES = 40

@@ -18,7 +18,7 @@ from mole_diffusion.commands.common import DeviceOption, ModelOption, say
 from mole_diffusion.commands.diagnosis import need_extra
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.files import check_writable
-from mole_diffusion.pictures.opening import STARTER
+from mole_diffusion.starter.location import STARTER
 
 _AUTH_VARIABLE = "MOLE_APP_AUTH"
 

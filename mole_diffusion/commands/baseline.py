@@ -30,7 +30,7 @@ from mole_diffusion.commands.train_gates import (
     parse_concepts,
 )
 from mole_diffusion.core.files import check_writable
-from mole_diffusion.pictures.opening import STARTER
+from mole_diffusion.starter.location import STARTER
 
 
 def baseline(

@@ -28,7 +28,7 @@ from mole_diffusion.commands.common import (
     split_names,
 )
 from mole_diffusion.core.files import check_writable
-from mole_diffusion.pictures.opening import STARTER
+from mole_diffusion.starter.location import STARTER
 
 
 class FormatChoice(str, Enum):

@@ -37,9 +37,9 @@ from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.files import check_writable, file_sha256
 from mole_diffusion.pictures.components import guidance_arguments, size_arguments, usual_guidance
 from mole_diffusion.pictures.files import PICTURES, open_picture, write_picture
-from mole_diffusion.pictures.opening import STARTER, from_picture
+from mole_diffusion.pictures.opening import from_picture
 from mole_diffusion.pictures.samplers import SAMPLERS, sampler_of, sampling
-from mole_diffusion.starter.location import STARTERS, gates_of
+from mole_diffusion.starter.location import STARTER, STARTERS, gates_of
 
 
 def generate(

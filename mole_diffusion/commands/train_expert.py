@@ -19,7 +19,8 @@ from mole_diffusion.commands.common import (
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.files import check_writable
 from mole_diffusion.pictures.files import read_pictures
-from mole_diffusion.pictures.opening import STARTER, open_base
+from mole_diffusion.pictures.opening import open_base
+from mole_diffusion.starter.location import STARTER
 
 #: Learning rates that suit the starter, which is small, and the large models.
 _RATES = {True: 1e-3, False: 1e-4}

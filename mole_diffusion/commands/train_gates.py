@@ -26,7 +26,7 @@ from mole_diffusion.core.errors import ConfigError, TrainingError, UnknownExpert
 from mole_diffusion.core.files import check_writable
 from mole_diffusion.core.phrases import read_concept
 from mole_diffusion.pictures.files import read_pictures
-from mole_diffusion.pictures.opening import STARTER
+from mole_diffusion.starter.location import STARTER
 from mole_diffusion.training.progress import Progress
 
 if TYPE_CHECKING:

@@ -89,7 +89,7 @@ class FluxStarterMixin(WithExperts):
 
     @classmethod
     def from_starter(cls: type[P], experts: Chosen = None, *, torch_dtype: torch.dtype = torch.float32) -> P:
-        """The small FLUX.1 of the repository, with the starter's codec and text encoder; no network is needed.
+        """The small FLUX.1 of the repository, with the starter's codec and text encoder; opens offline.
 
         It is drawn with guidance in two passes (`true_cfg_scale`), as a model that was not distilled.
 

@@ -21,7 +21,7 @@ from mole_diffusion.app.teaching import TeachRequest, teach
 from mole_diffusion.app.uploads import PICTURE_SUFFIXES
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.networks import families
-from mole_diffusion.pictures.opening import STARTER
+from mole_diffusion.starter.location import STARTER
 
 _PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 #: Files of a folder whose pictures are shown.
