@@ -11,19 +11,20 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import FluxPipeline, StableDiffusionPipeline
 from PIL import Image
 from transformers import CLIPTokenizer
 
 from mole_diffusion.pictures import drawing
 from mole_diffusion.starter.judge import STYLE, Judge, to_tensor
-from mole_diffusion.starter.location import GUIDANCE, RESCALE
+from mole_diffusion.starter.location import FLUX_GUIDANCE, GUIDANCE, RESCALE
 
-from . import base, guidance, judge, likeness, world
+from . import base, guidance, judge, likeness, text, world
 from .stage import HUES, NO_COLOUR
 from .workshop import Workshop, load_codec
 
 STEPS = 20
+Pipe = StableDiffusionPipeline | FluxPipeline
 
 
 def assemble(out: Path) -> StableDiffusionPipeline:
@@ -40,9 +41,7 @@ def assemble(out: Path) -> StableDiffusionPipeline:
     )
 
 
-def draw(
-    pipe: StableDiffusionPipeline, prompts: Sequence[str], first_seed: int = 0, batch: int = 20
-) -> list[Image.Image]:
+def draw(pipe: Pipe, prompts: Sequence[str], first_seed: int = 0, batch: int = 20) -> list[Image.Image]:
     """One picture per prompt; picture i has seed `first_seed + i`."""
     pictures: list[Image.Image] = []
     pipe.set_progress_bar_config(disable=True)
@@ -53,12 +52,18 @@ def draw(
             part,
             range(first_seed + start, first_seed + start + len(part)),
             num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
-            guidance_rescale=RESCALE,
             height=world.SIZE,
             width=world.SIZE,
+            **_guidance(pipe, len(part)),
         )
     return pictures
+
+
+def _guidance(pipe: Pipe, count: int) -> dict[str, Any]:
+    if isinstance(pipe, FluxPipeline):
+        blank = {"negative_prompt": [""] * count, "max_sequence_length": text.MAX_TOKENS}
+        return {"true_cfg_scale": FLUX_GUIDANCE, **blank}
+    return {"guidance_scale": GUIDANCE, "guidance_rescale": RESCALE}
 
 
 def judge_score(referee: Judge, radius: float, count: int = 400) -> dict[str, dict[str, float]]:
@@ -78,9 +83,7 @@ def judge_score(referee: Judge, radius: float, count: int = 400) -> dict[str, di
     return scores
 
 
-def base_scores(
-    pipe: StableDiffusionPipeline, referee: Judge, sets: int = 8, seeds: int = 20
-) -> dict[str, Any]:
+def base_scores(pipe: Pipe, referee: Judge, sets: int = 8, seeds: int = 20) -> dict[str, Any]:
     """Class level, held-out sets of one, two and three objects: share of asked objects found.
 
     Beside it (`extra`) the number of classes per picture that the judge sees and nobody asked for.
@@ -105,7 +108,7 @@ def base_scores(
     return result
 
 
-def base_sharpness(pipe: StableDiffusionPipeline, count: int = 48) -> float:
+def base_sharpness(pipe: Pipe, count: int = 48) -> float:
     """Edges inside objects over those of rendered scenes, of one object on every background in turn."""
     backgrounds = [list(world.BACKGROUNDS)[i % len(world.BACKGROUNDS)] for i in range(count)]
     things = [[world.Thing(world.CLASSES[i % len(world.CLASSES)], "noto")] for i in range(count)]
@@ -113,9 +116,7 @@ def base_sharpness(pipe: StableDiffusionPipeline, count: int = 48) -> float:
     return likeness.sharpness(draw(pipe, prompts), things, backgrounds)
 
 
-def expert_scores(
-    out: Path, pipe: StableDiffusionPipeline, referee: Judge, seeds: int = 20
-) -> dict[str, Any]:
+def expert_scores(out: Path, pipe: Pipe, referee: Judge, seeds: int = 20) -> dict[str, Any]:
     """Share of pictures with the expert's own subject: alone (also without the expert), and among two others.
 
     The others are plain objects, and its place is left, middle or right in turn.
@@ -169,9 +170,7 @@ def codec_score(out: Path, count: int = 200) -> dict[str, float]:
     }
 
 
-def style_scores(
-    out: Path, pipe: StableDiffusionPipeline, referee: Judge, seeds: int = 20
-) -> dict[str, dict[str, float]]:
+def style_scores(out: Path, pipe: Pipe, referee: Judge, seeds: int = 20) -> dict[str, dict[str, float]]:
     """Share of pictures that the judge takes for the style, with the style's expert and without."""
     rng = np.random.default_rng([99, 3])
     result = {}
@@ -296,19 +295,31 @@ def table(figures: dict[str, Any]) -> str:
                     f"{score['precision']:.2f} / {score['recall']:.2f}",
                 )
             )
+    rows += model_rows(figures)
+    for name, score in figures["clips"].items():
+        value = f"{score['object']:.2f} / {score['colours']:.2f}"
+        rows.append((f"{name}: right caption over one object / two colours exchanged", value))
+    return markdown(rows, figures["seeds"])
+
+
+def model_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is measured of a model and its experts."""
+    rows = []
     base_figures = figures["base"]
     for count, word in (("1", "one object"), ("2", "two objects"), ("3", "three objects")):
-        text = f"{base_figures[count]:.2f} ({base_figures['extra'][count]:.2f})"
-        rows.append((f"base, {word}: asked classes found (others seen per picture)", text))
+        value = f"{base_figures[count]:.2f} ({base_figures['extra'][count]:.2f})"
+        rows.append((f"base, {word}: asked classes found (others seen per picture)", value))
     rows.append(("base, edges inside objects over those of rendered scenes", f"{figures['sharpness']:.2f}"))
     for name, score in figures["experts"].items():
-        text = f"{score['with']:.2f} ({score['without']:.2f}), {score['among two']:.2f}"
-        rows.append((f"expert {name}: own subject found alone (without the expert), among two others", text))
+        value = f"{score['with']:.2f} ({score['without']:.2f}), {score['among two']:.2f}"
+        rows.append((f"expert {name}: own subject found alone (without the expert), among two others", value))
     for name, score in figures["styles"].items():
-        text = f"{score['with']:.2f} ({score['without']:.2f})"
-        rows.append((f"style {name}: found by the judge (without the expert)", text))
-    for name, score in figures["clips"].items():
-        text = f"{score['object']:.2f} / {score['colours']:.2f}"
-        rows.append((f"{name}: right caption over one object / two colours exchanged", text))
+        value = f"{score['with']:.2f} ({score['without']:.2f})"
+        rows.append((f"style {name}: found by the judge (without the expert)", value))
+    return rows
+
+
+def markdown(rows: Sequence[tuple[str, str]], seeds: int) -> str:
+    """A table of measures and values."""
     lines = ["| measure | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
-    return f"{figures['seeds']} seeds per set of objects.\n\n" + "\n".join(lines) + "\n"
+    return f"{seeds} seeds per set of objects.\n\n" + "\n".join(lines) + "\n"

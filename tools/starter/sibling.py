@@ -5,18 +5,22 @@ Trained by flow matching (Lipman et al. 2023; logit-normal times, Esser et al. 2
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
+from transformers import CLIPTokenizer
 
+from mole_diffusion.starter.judge import Judge
 from mole_diffusion.starter.location import FLUX_STARTER
 
-from . import base, codec, expert, loop, text, world
+from . import base, codec, evaluate, expert, loop, text, world
 from .scenes import Dice
-from .workshop import Workshop
+from .workshop import Workshop, load_codec
 
 SEED = 53
 BATCH, STEPS, RATE = 256, 16000, 1.2e-3
@@ -151,16 +155,46 @@ def train_base(shop: Workshop) -> None:
     new_scheduler().save_pretrained(folder / "scheduler")
 
 
-def load_transformer(shop: Workshop) -> FluxTransformer2DModel:
+def load_transformer(out: Path) -> FluxTransformer2DModel:
     """The finished transformer, in single precision."""
-    folder = shop.out / FLUX / "transformer"
+    folder = out / FLUX / "transformer"
     return FluxTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32)
+
+
+def assemble(out: Path) -> FluxPipeline:
+    """The sibling as a diffusers pipeline, in single precision."""
+    encoder = base.load_text_encoder(out)
+    tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
+    return FluxPipeline(
+        scheduler=new_scheduler(),
+        vae=load_codec(out, torch.device("cpu")),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=encoder,
+        tokenizer_2=tokenizer,
+        transformer=load_transformer(out),
+    )
+
+
+def measure(shop: Workshop, seeds: int) -> None:
+    """`figures.json` and a table beside it: the base on held-out sets, and every expert alone."""
+    folder = shop.out / FLUX
+    referee, pipe = Judge(shop.out / "judge"), assemble(shop.out).to(shop.device)
+    figures = {
+        "seeds": seeds,
+        "base": evaluate.base_scores(pipe, referee, seeds=seeds),
+        "sharpness": evaluate.base_sharpness(pipe),
+        "experts": evaluate.expert_scores(folder, pipe, referee, seeds),
+        "styles": evaluate.style_scores(folder, pipe, referee, seeds),
+    }
+    (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    (folder / "figures.md").write_text(evaluate.markdown(evaluate.model_rows(figures), seeds))
 
 
 def train_experts(shop: Workshop) -> None:
     """Train all experts side by side and write each as a LoRA file."""
     torch.manual_seed(SEED)
-    network = load_transformer(shop)
+    network = load_transformer(shop.out)
     names = expert.ALL
     factors = {"transformer": expert.attach(network, TARGETS, len(names), EXPERT_RANK)}
     network.to(shop.device)
