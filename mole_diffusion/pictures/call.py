@@ -156,6 +156,10 @@ class WithExperts(HoldsExperts):
         given = signature.bind_partial(*args, **kwargs).arguments
         known = {name: value for name, value in self.call_defaults.items() if name in signature.parameters}
         kwargs = {**{name: value for name, value in known.items() if name not in given}, **kwargs}
+        prompts, negative = given.get("prompt"), kwargs.get("negative_prompt")
+        if isinstance(negative, str) and isinstance(prompts, list):
+            # One for all: some pipelines of diffusers refuse it, others fail in their networks.
+            kwargs["negative_prompt"] = [negative] * len(prompts)
         height, width = picture_size(self, given)
         with self.composing(
             active_experts=active_experts,

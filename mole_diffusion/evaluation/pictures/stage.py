@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -16,6 +17,7 @@ from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.evaluation.pictures.protocol import ALONE, MASKED, SINGLE, Protocol, Variant
 from mole_diffusion.evaluation.pictures.sets import Scene
 from mole_diffusion.methods import METHODS, PrepareOptions, prepare
+from mole_diffusion.pictures.components import guidance_arguments, size_arguments
 from mole_diffusion.pictures.drawing import draw
 from mole_diffusion.pictures.opening import open_base
 
@@ -125,6 +127,7 @@ class Stage:
             active: the experts that are not masked; None is all.
         """
         pipe, options = self._artist(method, alone)
+        options = {**options, **self._how(pipe, method)}
         if active is not None:
             options["active_experts"] = list(active)
         text = self.scene.prompts[prompt] if alone is None else self.scene.alone_prompt(prompt, alone)
@@ -138,15 +141,31 @@ class Stage:
                 [text] * len(seeds),
                 seeds,
                 **options,
-                num_inference_steps=self.protocol.steps,
-                guidance_scale=self.protocol.guidance if method.guidance is None else method.guidance,
-                guidance_rescale=self.protocol.guidance_rescale,
-                height=self.protocol.size,
-                width=self.protocol.size,
             )
         seconds = (time.monotonic() - start) / len(seeds)
         peak = torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else None
         return Drawn(pictures, seconds, peak)
+
+    def _how(self, pipe: Any, method: Variant) -> dict[str, Any]:
+        """Steps, guidance and size of a call, by the names that the pipeline has.
+
+        Raises:
+            ConfigError: the pipeline knows no `guidance_rescale`, and the protocol asks for it.
+        """
+        protocol = self.protocol
+        scale = protocol.guidance if method.guidance is None else method.guidance
+        found = {"num_inference_steps": protocol.steps, **guidance_arguments(pipe, scale)}
+        known = inspect.signature(pipe.diffusers_class.__call__).parameters
+        if "guidance_rescale" in known:
+            found["guidance_rescale"] = protocol.guidance_rescale
+        elif protocol.guidance_rescale:
+            raise ConfigError(
+                f"guidance_rescale is {protocol.guidance_rescale:g}, and {type(pipe).__name__} knows none; "
+                "allowed is 0"
+            )
+        if protocol.size is not None:
+            found |= size_arguments(pipe, protocol.size, protocol.size)
+        return found
 
     def _artist(self, method: Variant, alone: str | None) -> tuple[Any, dict[str, Any]]:
         """The pipeline that draws, and what it is called with beside prompt and sampler."""
