@@ -21,7 +21,6 @@ from mole_diffusion.starter.location import (
     default_experts,
     gates_of,
     model_dir,
-    starter_dir,
     starter_experts,
 )
 
@@ -59,7 +58,7 @@ class StarterMixin(WithExperts):
             FileNotFoundError: the starter is missing from this installation.
             UnknownExpertError: the starter has no expert of this name.
         """
-        folder = starter_dir()
+        folder = model_dir(STARTER)
         if not (folder / "model_index.json").is_file():
             raise FileNotFoundError(f"the starter is missing: no model_index.json in {folder}")
         names = _names(experts, STARTER)
@@ -101,7 +100,7 @@ class FluxStarterMixin(WithExperts):
             FileNotFoundError: it is missing; wheels leave it out.
             UnknownExpertError: there is no expert of this name.
         """
-        folder, shared = model_dir(FLUX_STARTER), starter_dir()
+        folder, shared = model_dir(FLUX_STARTER), model_dir(STARTER)
         names = _names(experts, FLUX_STARTER)
         encoder = CLIPTextModel.from_pretrained(shared / "text_encoder", torch_dtype=torch_dtype)
         tokenizer = CLIPTokenizer.from_pretrained(shared / "tokenizer")

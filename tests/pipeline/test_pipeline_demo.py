@@ -14,7 +14,6 @@ from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 from mole_diffusion.core.checkpoint import read_gates_header
-from mole_diffusion.pictures import pipelines as pipeline_module
 from mole_diffusion.pictures.demo import DemoOptions, DemoResult, default_prompt, region_strips, run_demo
 from mole_diffusion.pictures.pipelines import StableDiffusionMoLEPipeline
 from mole_diffusion.starter import location
@@ -48,7 +47,6 @@ def starter(
         }
     (home / "experts.json").write_text(json.dumps(catalogue))
     monkeypatch.setattr(location, "starter_dir", lambda: folder)
-    monkeypatch.setattr(pipeline_module, "starter_dir", lambda: folder)
     return folder
 
 

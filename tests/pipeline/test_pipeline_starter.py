@@ -10,8 +10,8 @@ from PIL import Image
 
 from mole_diffusion import starter
 from mole_diffusion.core.errors import UnknownExpertError
-from mole_diffusion.pictures import pipelines as pipeline_module
 from mole_diffusion.pictures.pipelines import StableDiffusionMoLEImg2ImgPipeline, StableDiffusionMoLEPipeline
+from mole_diffusion.starter import location
 
 real = pytest.mark.skipif(
     not (starter.starter_dir() / "model_index.json").is_file(),
@@ -40,7 +40,7 @@ def folder(tmp_path, plain, lora_files, monkeypatch):
             "description": f"a glossy {name}",
         }
     (home / "experts.json").write_text(json.dumps(catalogue))
-    monkeypatch.setattr(pipeline_module, "starter_dir", lambda: tmp_path)
+    monkeypatch.setattr(location, "starter_dir", lambda: tmp_path)
     return tmp_path
 
 
@@ -87,7 +87,7 @@ def test_dtype(folder) -> None:
 
 
 def test_missing_starter_says_where(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(pipeline_module, "starter_dir", lambda: tmp_path)
+    monkeypatch.setattr(location, "starter_dir", lambda: tmp_path)
     with pytest.raises(FileNotFoundError, match=f"no model_index.json in {tmp_path}"):
         StableDiffusionMoLEPipeline.from_starter()
     with pytest.raises(FileNotFoundError, match=r"experts\.json does not exist"):
