@@ -146,7 +146,7 @@ def train_base(shop: Workshop) -> None:
         steps=shop.steps(STEPS),
         rate=RATE,
         average=0.999,
-        checkpoint_every=2000,
+        checkpoint_every=1000,
         graph=shop.graph,
     )
     folder = shop.out / FLUX
@@ -217,6 +217,7 @@ def train_experts(shop: Workshop) -> None:
         steps=shop.steps(EXPERT_STEPS),
         rate=EXPERT_RATE,
         decay=0.0,
+        checkpoint_every=500,
         graph=shop.graph,
         clip=None,
     )
