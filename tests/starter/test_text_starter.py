@@ -20,12 +20,14 @@ from mole_diffusion.starter.text.schooling import some_lesson
 from mole_diffusion.starter.text.tasks import EXPERTS, UNSEEN
 from mole_diffusion.starter.text.words import Example, is_held_out
 from mole_diffusion.text import MoLEForSeq2SeqLM
+from mole_diffusion.text.merging import pems
 from tools.starter_text.alone import Lone
 from tools.starter_text.build import Build, Recipe
+from tools.starter_text.more import exact, train_more
 from tools.starter_text.network import T5
 from tools.starter_text.plans import ROUNDS, Round
-from tools.starter_text.publish import publish
-from tools.starter_text.published import take_up
+from tools.starter_text.publish import card, publish
+from tools.starter_text.published import PUBLISHED, take_up
 from tools.starter_text.shape import Shape
 from tools.starter_text.training import Step
 from tools.starter_text.weights import (
@@ -237,6 +239,34 @@ def test_the_second_round_goes_on_from_a_published_starter(built: Path, tmp_path
     assert (tmp_path / "starter" / "README.md").read_text() == card
 
 
+def test_an_expert_that_goes_on_with_itself_has_all_its_rounds_on_the_card(
+    built: Path, tmp_path: Path
+) -> None:
+    take_up(built / "starter", tmp_path / "out")
+    recipe = Recipe(base_batch=4, expert_examples=20, expert_batch=1, steps=(4, 3), evaluated=2)
+    shape = Shape(0, 32, 48, 2, 16, 1, 1)
+    plans = {"two-steps": Round(inference.two_steps, 3, batch=2, rate=1e-3, start="two-steps")}
+    Build(recipe, shape, tmp_path / "out", tmp_path / "work", "cpu", 60.0, 1, plans=plans).run()
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert "two-steps (2 steps of 2, 0 min; 3 steps of 2, 0 min)" in card(report)
+
+
+def test_more_experts_are_like_the_starters(tmp_path: Path) -> None:
+    names = ["plain-to-vel-1", "free-answer-2"]
+    out, cpu = tmp_path / "experts", torch.device("cpu")
+    assert train_more(names, out, tmp_path / "work", cpu, seconds=0.1, processes=1) > 0
+    model = MoLEForSeq2SeqLM.from_starter(["boolean"])
+    model.load_experts({name: out / name for name in names})
+    # Factors can be mixed where all experts have equal ones.
+    merged = pems(model).expert
+    assert merged is not None
+    ours, theirs = (
+        load_file(path / "adapter_model.safetensors") for path in (out / names[0], out / names[1])
+    )
+    assert any(not torch.equal(ours[key], theirs[key]) for key in ours)
+    assert set(exact(names, out, cpu, 2)) == set(names)
+
+
 def test_the_starter_that_comes_along_has_the_words_of_todays_tasks() -> None:
     # The base is not trained anew where a task is mended: its words have to stay what they are.
     there = json.loads((text_starter() / "tokenizer.json").read_text())
@@ -253,7 +283,11 @@ def test_the_base_never_sees_what_only_experts_know() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "least"), [("plain-to-vel", 0.9), ("two-triples", 0.9), ("free-answer", 0.9), ("answers", 0.9)]
+    ("name", "least"),
+    [
+        *(("plain-to-vel", 0.9), ("two-triples", 0.9), ("free-answer", 0.9), ("answers", 0.9)),
+        *(("boolean", 0.9), ("penguins", 0.8)),
+    ],
 )
 def test_the_starter_that_comes_along_has_its_skills(name: str, least: float) -> None:
     model = MoLEForSeq2SeqLM.from_starter([name])
@@ -266,6 +300,15 @@ def test_the_starter_that_comes_along_has_its_skills(name: str, least: float) ->
 
     assert share("la") >= least
     assert share("none") <= 0.2
+
+
+def test_every_expert_of_the_starter_that_comes_along_reaches_the_bar() -> None:
+    figures = json.loads((text_starter() / PUBLISHED).read_text())["experts"]
+    assert set(figures) == set(EXPERTS)
+    assert {name: one["expert"] for name, one in figures.items() if one["expert"] < 0.8} == {}
+    # The base's lessons have claims that are repeated, and others that nothing is known of.
+    known = {name for name, one in figures.items() if one["base"] > 0.4}
+    assert known == {"one-step", "two-steps", "three-inferences"}
 
 
 def test_every_expert_of_the_starter_that_comes_along_opens() -> None:

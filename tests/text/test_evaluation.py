@@ -68,6 +68,9 @@ def test_every_method_answers_every_item_once(protocol: Path, tmp_path: Path) ->
     assert table["all"]["alone"]["score"].mean >= table["all"]["none"]["score"].mean
     answers = {method: [r["answer"] for r in rows if r["method"] == method] for method in found.methods}
     assert answers["la"] != answers["none"] != answers["pems"]
+    # What differs in the number of experts that a text is left with has the same gates.
+    kept = {path.parent.name for path in (tmp_path / "out" / "made" / "copying").glob("*/gates.safetensors")}
+    assert {name for name in kept if not name.endswith(".training")} == {"gates-0", "gates-1"}
     drawn = {path.name for path in (tmp_path / "out" / "gate-weights").iterdir()}
     assert drawn == {"copying-gates.png", "copying-few.png"}
     assert "Tiny" in (tmp_path / "out" / "table.md").read_text()
@@ -136,7 +139,7 @@ def test_protocols_that_ship_name_what_there_is() -> None:
     with pytest.raises(ConfigError, match="drawn is 129; there are 128 experts for 'sorting'"):
         table6.experts_for("sorting", Variant(kind="gates", drawn=129))
     short = load_text_protocol("text-table6-short")
-    assert (short.training["iterations"], short.training["batch_size"], short.seeds) == (100, 12, 1)
+    assert (short.training["iterations"], short.training["batch_size"], short.seeds) == (200, 12, 1)
     with pytest.raises(ConfigError, match="top_k goes by gates, and kind is 'nla'"):
         load_text_protocol_from({"title": "x", "methods": {"a": {"kind": "nla", "top_k": 2}}})
     with pytest.raises(ConfigError, match="kind 'magic' is none of"):

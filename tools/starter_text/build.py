@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -115,7 +116,7 @@ class Build:
         self.shape = Shape(**{**asdict(shape), "vocabulary": tokenizer.get_vocab_size()})
         self.model = T5(self.shape, SOURCE, TARGET, self.device, self.dtype)
         report = out / REPORT
-        self.report: dict[str, object] = json.loads(report.read_text()) if report.is_file() else {}
+        self.report: dict[str, Any] = json.loads(report.read_text()) if report.is_file() else {}
 
     def log(self, text: str) -> None:
         """Say how it goes."""
@@ -150,7 +151,7 @@ class Build:
         self._save(ADAPTERS, {**load_file(self.out / ADAPTERS), **self._again()})
         notes = {name: self.out / "second" / f"{name}.json" for name in self.plans}
         self._note("second", {name: json.loads(path.read_text()) for name, path in notes.items()})
-        known: Mapping[str, object] = {} if exercises else self.report.get("experts", {})  # type: ignore[assignment]
+        known: Mapping[str, object] = {} if exercises else self.report.get("experts", {})
         self._compare(base, known, [name for name in EXPERTS if name in self.plans or name not in known])
 
     def second_round(self, base: Mapping[str, Tensor], names: Sequence[str]) -> None:
@@ -175,7 +176,9 @@ class Build:
             trained = train_again(name, plan, lone, lora, self.tokenizer, self.work, self.log)
             seconds = round(time.monotonic() - start, 1)
             note = {"steps": plan.steps, "batch": plan.batch, "seconds": seconds, "machine": self.machine}
-            path.with_suffix(".json").write_text(json.dumps(note) + "\n")
+            # An expert that goes on with itself has had these rounds too.
+            earlier = self.report.get("second", {}).get(name) if plan.start == name else None
+            path.with_suffix(".json").write_text(json.dumps({**note, "before": earlier}) + "\n")
             self._save(f"second/{path.name}", named_experts(self.shape, trained, 0))
 
     def _again(self) -> dict[str, Tensor]:

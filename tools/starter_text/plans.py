@@ -45,10 +45,11 @@ class Round:
 
 #: The experts that are trained again, in the order in which they may begin with one another.
 ROUNDS: dict[str, Round] = {
-    "penguins": Round(reasoning.penguins, 900),
+    "penguins": Round(reasoning.penguins, 1200, start="penguins"),
     "disambiguation": Round(reasoning.disambiguation, 300),
-    "numbers": Round(inference.numbers, 250, start="numbers"),
-    "two-steps": Round(inference.two_steps, 450, start="pronoun"),
-    "one-step": Round(inference.one_step, 250, start="two-steps"),
-    "three-inferences": Round(EXPERTS["three-inferences"].make, 200, start="one-step"),
+    "boolean": Round(reasoning.boolean, 600),
+    "numbers": Round(inference.numbers, 600, rate=1e-3, start="numbers"),
+    "two-steps": Round(inference.two_steps, 600, rate=1e-3, start="two-steps"),
+    "one-step": Round(inference.one_step, 600, rate=1e-3, start="one-step"),
+    "three-inferences": Round(EXPERTS["three-inferences"].make, 900, rate=2e-3, start="pronoun"),
 }

@@ -31,7 +31,9 @@ def publish(source: Path, target: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(source / name, target / name)
     save_file(load_file(source / BASE), target / "model.safetensors", {"format": "pt"})
-    _experts(load_file(source / ADAPTERS), target / "experts", int(report["recipe"]["rank"]))
+    shutil.rmtree(target / "experts", ignore_errors=True)
+    tasks = {name: task.name for name, task in EXPERTS.items()}
+    write_experts(load_file(source / ADAPTERS), target / "experts", int(report["recipe"]["rank"]), tasks)
     shutil.copyfile(source / REPORT, target / PUBLISHED)
     (target / "README.md").write_text(card(report), encoding="utf-8")
     for path in target.rglob("*.safetensors"):
@@ -39,9 +41,16 @@ def publish(source: Path, target: Path) -> None:
         path.chmod(0o644)
 
 
-def _experts(tensors: Mapping[str, Any], folder: Path, rank: int) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    for name, task in EXPERTS.items():
+def write_experts(tensors: Mapping[str, Any], folder: Path, rank: int, tasks: Mapping[str, str]) -> None:
+    """Write experts as PEFT folders.
+
+    Args:
+        tensors: each matrix under "EXPERT.NAME".
+        folder: of their folders.
+        rank: theirs.
+        tasks: name of each expert -> that of its task.
+    """
+    for name, task in tasks.items():
         own = {
             f"base_model.model.{key.removeprefix(f'{name}.')}": tensor
             for key, tensor in tensors.items()
@@ -49,7 +58,7 @@ def _experts(tensors: Mapping[str, Any], folder: Path, rank: int) -> None:
         }
         inside = folder / name
         inside.mkdir(parents=True)
-        header = {"format": "pt", "mole.kind": "expert", "mole.task": task.name}
+        header = {"format": "pt", "mole.kind": "expert", "mole.task": task}
         save_file(own, inside / "adapter_model.safetensors", header)
         config = {
             "peft_type": "LORA",
@@ -91,7 +100,7 @@ def card(report: Mapping[str, Any]) -> str:
         f"Exact answers to {recipe['evaluated']} held-out items of each expert's own task, of the base"
         " without it and of the expert:",
         "",
-        "| family | expert | base | expert |",
+        "| family | task | base | expert |",
         "|---|---|---|---|",
     ]
     for family in FAMILIES:
@@ -110,12 +119,16 @@ def _second_round(report: Mapping[str, Any]) -> list[str]:
     """What was trained again."""
     if not report:
         return []
-    each = [
-        f"{name} ({one['steps']} steps of {one['batch']}, {one['seconds'] / 60:.0f} min)"
-        for name, one in report.items()
-    ]
+    each = [f"{name} ({_rounds(one)})" for name, one in report.items()]
     machines = " and ".join(dict.fromkeys(one["machine"] for one in report.values()))
     return [f"A second round on {machines}, by plans of their own (`plans.py`): {', '.join(each)}.", ""]
+
+
+def _rounds(one: Mapping[str, Any]) -> str:
+    """What an expert was trained on by its plans, the earlier one first."""
+    before = one.get("before")
+    own = f"{one['steps']} steps of {one['batch']}, {one['seconds'] / 60:.0f} min"
+    return f"{_rounds(before)}; {own}" if before else own
 
 
 def main() -> None:

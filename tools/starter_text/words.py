@@ -23,6 +23,8 @@ PAD, END, UNKNOWN = 0, 1, 2
 _SPECIAL = ("<pad>", "</s>", "<unk>", "<extra_id_0>")
 # A word costs less than its letters.
 _WORD, _LETTER = -1.0, -10.0
+# Words of tasks as they once were: the base that comes along has rows for them.
+_FORMER = "true false not"
 
 
 def build_tokenizer() -> Tokenizer:
@@ -34,6 +36,7 @@ def build_tokenizer() -> Tokenizer:
         texts += [text for one in examples for text in (one.source, one.target, *one.also)]
     for name in TAUGHT:
         texts.append(" ".join(language(name).words.values()))
+    texts.append(_FORMER)
     counted = Counter(
         word for text in texts for word in re.findall(r"[a-z]+", text.replace("<extra_id_0>", ""))
     )

@@ -26,31 +26,32 @@ DAYS = 10
 FORCEFUL = ("pushes", "pulls", "paints")
 HARMLESS = ("sees", "holds", "washes")
 PRONOUNS = ("ze", "zo", "za")
+_TRUTH = {True: "yes", False: "no"}
 
 
 def boolean(rng: Random) -> Example:
-    """An expression of truth values."""
+    """An expression of truth values, in words that the base's lessons use.
+
+    "plus" is and, "without" is not. To the base all words that no lesson has look alike (their embeddings
+    have a cosine of 0.99): with "true" and "false", "and" and "not" its expert was at 78 %. Expressions have
+    three or four values: those of two or three are 544, which an expert learns by heart.
+    """
 
     def literal() -> tuple[str, bool]:
         value = rng.random() < 0.5
         if rng.random() < 0.4:
-            return f"not {str(value).lower()}", not value
-        return str(value).lower(), value
+            return f"without {_TRUTH[value]}", not value
+        return _TRUTH[value], value
 
     text, value = literal()
-    for number in range(rng.randint(1, 2)):
+    for number in range(rng.randint(2, 3)):
         other, truth = literal()
         both = rng.random() < 0.5
-        if number and rng.random() < 0.5:
-            text, value = f"{other} {'and' if both else 'or'} ( {text} )", value
-        else:
-            text = (
-                f"( {text} ) {'and' if both else 'or'} {other}"
-                if number
-                else f"{text} {'and' if both else 'or'} {other}"
-            )
+        inner = f"[ {text} ]" if number else text
+        parts = (other, inner) if rng.random() < 0.5 else (inner, other)
+        text = f" {'plus' if both else 'or'} ".join(parts)
         value = (value and truth) if both else (value or truth)
-    return Example(f"{text} is", str(value).lower())
+    return Example(f"{text} is", _TRUTH[value])
 
 
 def causal(rng: Random) -> Example:
