@@ -308,7 +308,7 @@ def test_every_expert_of_the_starter_that_comes_along_reaches_the_bar() -> None:
     assert {name: one["expert"] for name, one in figures.items() if one["expert"] < 0.8} == {}
     # The base's lessons have claims that are repeated, and others that nothing is known of.
     known = {name for name, one in figures.items() if one["base"] > 0.4}
-    assert known == {"one-step", "two-steps", "three-inferences"}
+    assert known == {"boolean", "one-step", "two-steps", "three-inferences"}
 
 
 def test_every_expert_of_the_starter_that_comes_along_opens() -> None:
