@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import GenerationConfig, T5Config
 
 from mole_diffusion.starter.text.location import text_starter
@@ -31,9 +33,11 @@ def publish(source: Path, target: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(source / name, target / name)
     save_file(load_file(source / BASE), target / "model.safetensors", {"format": "pt"})
-    shutil.rmtree(target / "experts", ignore_errors=True)
     tasks = {name: task.name for name, task in EXPERTS.items()}
     write_experts(load_file(source / ADAPTERS), target / "experts", int(report["recipe"]["rank"]), tasks)
+    for folder in (target / "experts").iterdir():
+        if folder.name not in tasks:
+            shutil.rmtree(folder)
     shutil.copyfile(source / REPORT, target / PUBLISHED)
     (target / "README.md").write_text(card(report), encoding="utf-8")
     for path in target.rglob("*.safetensors"):
@@ -57,9 +61,12 @@ def write_experts(tensors: Mapping[str, Any], folder: Path, rank: int, tasks: Ma
             if key.startswith(f"{name}.")
         }
         inside = folder / name
-        inside.mkdir(parents=True)
+        inside.mkdir(parents=True, exist_ok=True)
         header = {"format": "pt", "mole.kind": "expert", "mole.task": task}
-        save_file(own, inside / "adapter_model.safetensors", header)
+        path = inside / "adapter_model.safetensors"
+        # A header's order is another each time: a file is written where it says something new.
+        if not (path.is_file() and _same(load_file(path), own)):
+            save_file(own, path, header)
         config = {
             "peft_type": "LORA",
             "task_type": "SEQ_2_SEQ_LM",
@@ -72,6 +79,10 @@ def write_experts(tensors: Mapping[str, Any], folder: Path, rank: int, tasks: Ma
             "target_modules": ["k", "o", "q", "v", "wi_0", "wi_1", "wo"],
         }
         (inside / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
 
 
 def card(report: Mapping[str, Any]) -> str:
