@@ -6,10 +6,13 @@ is shared among the processes; the first one writes the tables.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+import os
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import torch
 
 from mole_diffusion.evaluation.results import Results, check_metrics, check_settings
 from mole_diffusion.evaluation.schema import Row, Schema
@@ -19,7 +22,7 @@ from mole_diffusion.training.progress import Progress
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-__all__ = ["Batch", "Domain", "Say", "evaluate", "processes"]
+__all__ = ["Batch", "Domain", "Say", "device_of", "evaluate", "processes", "shared_card"]
 
 #: Other processes wait while one trains gates for hours.
 _PATIENCE = timedelta(days=7)
@@ -94,10 +97,37 @@ class Domain(Protocol[B]):
 
 
 def processes(on_cpu: bool) -> PartialState:
-    """The processes of `accelerate launch`, or this one alone."""
+    """The processes of `accelerate launch`, or this one alone.
+
+    Where there are more of them than cards, they share the cards. Small networks leave most of a card idle.
+    """
     from accelerate import PartialState
 
-    return PartialState(cpu=on_cpu, timeout=_PATIENCE)
+    card = None if on_cpu else shared_card(os.environ, torch.cuda.device_count())
+    if card is None:
+        return PartialState(cpu=on_cpu, timeout=_PATIENCE)
+    torch.cuda.set_device(card)
+    # The cards' own way of talking wants a card for each.
+    return PartialState(cpu=True, timeout=_PATIENCE)
+
+
+def shared_card(environ: Mapping[str, str], cards: int) -> int | None:
+    """The card of this process where the processes of a machine outnumber its cards; None where they do not.
+
+    Args:
+        environ: as `torchrun` and `accelerate launch` set it.
+        cards: of this machine.
+    """
+    if not 0 < cards < int(environ.get("LOCAL_WORLD_SIZE", "1")):
+        return None
+    return int(environ["LOCAL_RANK"]) % cards
+
+
+def device_of(state: PartialState, on_cpu: bool) -> torch.device:
+    """Where a process of `processes` computes."""
+    if on_cpu or state.device.type != "cpu":
+        return state.device
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def evaluate(

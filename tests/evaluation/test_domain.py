@@ -10,6 +10,7 @@ import pytest
 from mole_diffusion import ConfigError
 from mole_diffusion.evaluation import run
 from mole_diffusion.evaluation.results import Results, read_rows, write_text
+from mole_diffusion.evaluation.run import shared_card
 from mole_diffusion.evaluation.schema import Heading, Row, Schema
 from mole_diffusion.evaluation.table import ALL, Table, make_table, to_csv, to_grid
 
@@ -118,3 +119,20 @@ def test_what_is_there_is_not_made_again_and_other_settings_are_refused(tmp_path
         ConfigError, match=r"the sums in .* with other settings; .* --out:\n  - by: 0 there, 1"
     ):
         evaluated(Sums(tmp_path, by=1))
+
+
+@pytest.mark.parametrize(
+    ("local", "rank", "cards", "card"),
+    [
+        ("8", "5", 1, 0),
+        ("4", "3", 2, 1),
+        ("2", "1", 2, None),  # a card for each
+        ("2", "1", 0, None),
+        (None, None, 1, None),
+    ],
+)
+def test_processes_share_cards_where_there_are_more_of_them(
+    local: str | None, rank: str | None, cards: int, card: int | None
+) -> None:
+    environ = {"LOCAL_WORLD_SIZE": local, "LOCAL_RANK": rank}
+    assert shared_card({name: value for name, value in environ.items() if value}, cards) == card

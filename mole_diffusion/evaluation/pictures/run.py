@@ -88,7 +88,8 @@ def evaluate(
     """
     on_cpu = (device or torch.device(pick_device("auto"))).type == "cpu"
     state = run.processes(on_cpu)
-    return run.evaluate(Pictures(protocol, out, device or state.device), out, state, say=say, shown=shown)
+    domain = Pictures(protocol, out, device or run.device_of(state, on_cpu))
+    return run.evaluate(domain, out, state, say=say, shown=shown)
 
 
 def write_report(protocol: Protocol, out: Path, rows: Sequence[Row]) -> Table:
