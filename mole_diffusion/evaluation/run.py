@@ -123,6 +123,15 @@ def shared_card(environ: Mapping[str, str], cards: int) -> int | None:
     return int(environ["LOCAL_RANK"]) % cards
 
 
+def wait(state: PartialState) -> None:
+    """Until all processes have come so far."""
+    if state.num_processes > 1 and state.device.type == "cpu":
+        # Accelerate would name a card for each process.
+        torch.distributed.barrier()
+    else:
+        state.wait_for_everyone()
+
+
 def device_of(state: PartialState, on_cpu: bool) -> torch.device:
     """Where a process of `processes` computes."""
     if on_cpu or state.device.type != "cpu":
@@ -153,9 +162,9 @@ def evaluate(
         check_settings(out, domain.settings(), domain.schema)
         check_metrics(out, domain.identities(), domain.schema)
         results.merge()
-    state.wait_for_everyone()
+    wait(state)
     done = {domain.schema.key_of(row) for row in results.read()}
-    state.wait_for_everyone()
+    wait(state)
 
     def is_wanted(row: Row) -> bool:
         return domain.schema.key_of(row) not in done
@@ -163,19 +172,19 @@ def evaluate(
     mine = [batch for batch in domain.batches() if any(map(is_wanted, batch.rows()))]
     if state.num_processes > 1:
         _prepare_all(domain, mine, state, say)
-        state.wait_for_everyone()
+        wait(state)
         mine = mine[state.process_index :: state.num_processes]
     n_items = sum(len(batch.rows()) for batch in mine)
     if n_items:
         say(f"{n_items} {domain.schema.items} to {domain.schema.verb}, {len(done)} are there")
     with Progress(domain.schema.items, n_items, shown=shown and state.is_main_process) as progress:
         _make_all(domain, mine, is_wanted, results, progress, report=state.num_processes == 1)
-    state.wait_for_everyone()
+    wait(state)
     table: Table = {}
     if state.is_main_process:
         domain.extras()
         table = domain.report(results.merge())
-    state.wait_for_everyone()
+    wait(state)
     return table
 
 
