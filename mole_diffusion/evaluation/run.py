@@ -134,8 +134,9 @@ def wait(state: PartialState) -> None:
 
 def device_of(state: PartialState, on_cpu: bool) -> torch.device:
     """Where a process of `processes` computes."""
-    if on_cpu or state.device.type != "cpu":
-        return state.device
+    own: torch.device = state.device
+    if on_cpu or own.type != "cpu":
+        return own
     return torch.device("cuda", torch.cuda.current_device())
 
 
