@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mole_diffusion.core.errors import TrainingError
-from mole_diffusion.core.functional import EPS, entropy
+from mole_diffusion.core.functional import entropy
 from mole_diffusion.core.mixture import Mixture
 from mole_diffusion.training.losses import balance_of, mean_per_gate
 from mole_diffusion.training.objective import Losses, LossTerms, Objective
@@ -24,8 +24,6 @@ class Gates:
         mixtures: by part; all are kept in checkpoints.
         settings: learning rates and kind of balance.
         trained: parts whose gates train; the others rest. None is all.
-        balanced: experts that the balance loss keeps in use, those that compete with one another for places.
-            None is all.
     """
 
     def __init__(
@@ -33,17 +31,12 @@ class Gates:
         mixtures: Mapping[str, Mixture],
         settings: GateSettings,
         trained: Collection[str] | None = None,
-        balanced: Collection[str] | None = None,
     ) -> None:
         self.mixtures = dict(mixtures)
         self.trained = {
             part: mixture for part, mixture in mixtures.items() if trained is None or part in trained
         }
         self.settings = settings
-        names = next(iter(self.trained.values())).expert_names if self.trained else ()
-        own = [i for i, name in enumerate(names) if balanced is None or name in balanced]
-        # None is all of them, the same to the bit.
-        self._balanced = None if len(own) in (0, len(names)) else own
 
     def optimiser(self) -> torch.optim.Optimizer:
         """Adam with a learning rate for projections and one for scalars (strength, temperature).
@@ -95,12 +88,8 @@ class Gates:
                 parameter.requires_grad_(flag)
 
     def balance(self) -> Tensor:
-        """The balance loss of the last forward, 0 where all experts that compete are used equally."""
-        weights = self._live_weights()
-        if self._balanced is not None:
-            some = [gate[:, self._balanced] for gate in weights]
-            weights = [own / own.sum(dim=1, keepdim=True).clamp_min(EPS) for own in some]
-        return balance_of(weights, self.settings.balance)
+        """The balance loss of the last forward, 0 where all experts are used equally."""
+        return balance_of(self._live_weights(), self.settings.balance)
 
     def row(self, parts: Mapping[str, float]) -> dict[str, Any]:
         """Parts, balance, mean entropy in nats, and mean weight of every expert, of the last forward."""

@@ -130,24 +130,6 @@ def test_balance_of_every_gate_sees_what_the_average_does_not(
     assert balances["per_gate"] > 2 * balances["average"]
 
 
-def test_styles_take_no_part_in_the_balance(pipe: Any, tiny: Tiny, concepts: list[Concept]) -> None:
-    """A style that has all the weight takes nothing from a subject that has no rival."""
-    boot, cat = concepts
-    style = Concept("cat", "in vim style", "")
-    for group in pipe.mixtures["unet"].groups:
-        with torch.no_grad():
-            for name, parameter in group.gate.named_parameters():
-                if name.endswith("projection"):
-                    parameter.zero_()
-                    parameter[..., 0], parameter[..., 1] = -40, 40
-    balances = [
-        GateTrainer(pipe, prompt, [boot, other], tiny(iterations=1)).train().history[0]["balance"]
-        for prompt, other in ((PROMPT, cat), ("a zorin boot in vim style", style))
-    ]
-    assert balances[0] > 1e-3
-    assert balances[1] == pytest.approx(0, abs=1e-6)
-
-
 def test_flattened_gates_have_a_rate_of_their_own(pipe: Any, tiny: Tiny) -> None:
     pipe.configure(MoLEConfig(pooling="flatten", learn_strength=False, learn_temperature=False))
     groups = Gates(pipe.mixtures, tiny(flatten_lr=2e-5)).optimiser().param_groups

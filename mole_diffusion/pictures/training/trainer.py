@@ -15,7 +15,6 @@ from mole_diffusion.core.experts import Expert
 from mole_diffusion.core.files import replacing
 from mole_diffusion.core.mixture import Mixture
 from mole_diffusion.core.networks.base import DENOISER
-from mole_diffusion.core.phrases import STYLE
 from mole_diffusion.pictures.denoiser import Denoiser
 from mole_diffusion.pictures.denoisers import denoiser_of
 from mole_diffusion.pictures.training.concepts import (
@@ -155,10 +154,7 @@ class GateTrainer:
             WriteError: nothing can be written into `checkpoint_dir`.
             KeyboardInterrupt: after Ctrl-C; the checkpoint holds everything up to there.
         """
-        mixtures = self._pipe.mixtures
-        # A style is everywhere beside the others, and takes no place from them.
-        placed = [concept.name for concept in self.concepts.values() if concept.kind != STYLE]
-        gates = Gates(mixtures, self.config, trained_parts(mixtures, self.config), placed)
+        gates = Gates(self._pipe.mixtures, self.config, trained_parts(self._pipe.mixtures, self.config))
         self._loop = TrainingLoop(
             Balanced(self.objective, gates),
             gates,
