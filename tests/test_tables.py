@@ -1,5 +1,6 @@
 """The pages show the tables that the commands wrote."""
 
+import csv
 import json
 import runpy
 import subprocess
@@ -56,3 +57,21 @@ def test_memory_is_counted_on_the_networks() -> None:
     for table in ("models_table", "cards_table"):
         for row in memory[table](models).splitlines()[2:5]:
             assert row in page
+
+
+@pytest.mark.skipif(not SCRIPT.is_file(), reason="the pages are not part of the source archive")
+def test_bars_that_the_pages_call_reached_are_reached() -> None:
+    """`docs/RESULTS.md`, fifteen triples: what was asked of trained gates, and of gates without training."""
+    with (ROOT / "docs" / "results" / "starter" / "table.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["set"] == "all"]
+    present, joint, described, image = (
+        {row["method"]: float(row["mean"]) for row in rows if row["measure"] == measure}
+        for measure in ("present", "joint", "described", "image")
+    )
+    assert present["gates"] >= 0.95 * present["alone"]
+    assert present["auto"] >= 0.85 * present["gates"]
+    others = [joint[name] for name in joint if name not in ("gates", "alone", "masked", "plain")]
+    assert len(others) >= 4
+    assert joint["gates"] >= max(0.85, max(others) + 0.2)
+    for measure in (described, image):
+        assert measure["gates"] > max(measure["la"], measure["nla"])
