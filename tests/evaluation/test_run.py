@@ -256,6 +256,25 @@ def test_only_the_pictures_of_the_first_seeds_are_kept(write_protocol: Write, tm
     assert kept == ["0-0.png", "1-0.png"]
 
 
+@pytest.mark.gpu
+def test_more_processes_than_cards_share_them(write_protocol: Write, tmp_path: Path) -> None:
+    cards = torch.cuda.device_count()
+    if not cards:
+        pytest.skip("torch.cuda.is_available() is False: this machine has no CUDA device")
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        str(cards + 1),
+    ]
+    command = ["-m", "mole_diffusion.cli", "evaluate", str(write_protocol()), "--out", str(tmp_path / "out")]
+    done = subprocess.run([*launch, *command, "--json"], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(read_rows(tmp_path / "out" / "results.jsonl")) == 76
+
+
 @pytest.mark.slow
 def test_two_processes_write_the_table_of_one(
     finished: tuple[Protocol, Path], write_protocol: Write, tmp_path: Path
