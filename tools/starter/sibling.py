@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
@@ -20,14 +21,18 @@ from mole_diffusion.starter.location import FLUX_STARTER
 
 from . import base, codec, evaluate, expert, loop, text, world
 from .scenes import Dice
+from .stage import STYLES, SUBJECT
 from .workshop import Workshop, load_codec
 
 SEED = 53
-BATCH, STEPS, RATE = 256, 16000, 1.2e-3
+BATCH, STEPS, RATE = 256, 7600, 1.2e-3
 WIDTH, HEADS = 256, 8
 FLUX = "flux"
 """Its folder in the starter's."""
-EXPERT_RANK, EXPERT_STEPS, EXPERT_RATE = 4, 3000, 2e-3
+EXPERT_RANK, EXPERT_STEPS, EXPERT_RATE = 4, 240, 3e-3
+OWN, PRIOR = 6, 2
+"""Scenes of an expert's own in its batch, and ordinary ones beside them (prior preservation)."""
+SCENES, PRIORS, _DRAWN_AT_ONCE = 480, 160, 32
 TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
     *("net.0.proj", "net.2", "proj_mlp"),
@@ -102,6 +107,8 @@ class Flow:
 
 def denoising(shop: Workshop, network: nn.Module, emphasis: float = 2.0) -> Callable[[loop.Batch], Tensor]:
     """The loss of the transformer on a batch of `Flow.batch`; see `base.denoising_loss`."""
+    # Its attention of cuDNN fails in the backward pass of this network (torch 2.11, H100).
+    torch.backends.cuda.enable_cudnn_sdp(False)
     side = SIDE // 2
     places = torch.zeros(side, side, 3, device=shop.device)
     places[..., 1] = torch.arange(side, device=shop.device)[:, None]
@@ -192,34 +199,70 @@ def measure(shop: Workshop, seeds: int) -> None:
 
 
 def train_experts(shop: Workshop) -> None:
-    """Train all experts side by side and write each as a LoRA file."""
+    """Train every expert by itself and write it as a LoRA file; experts that are there stay."""
+    folder = shop.out / FLUX
+    ordinary = scenes(shop, None, shop.amount(PRIORS))
+    for name in expert.ALL:
+        if not (folder / "experts" / f"{name}.safetensors").is_file():
+            train_expert(shop, name, ordinary)
+
+
+def train_expert(shop: Workshop, name: str, ordinary: loop.Batch) -> None:
+    """Train one expert on scenes that are drawn once, and on ordinary ones beside them."""
     torch.manual_seed(SEED)
     network = load_transformer(shop.out)
-    names = expert.ALL
-    factors = {"transformer": expert.attach(network, TARGETS, len(names), EXPERT_RANK)}
+    factors = {"transformer": expert.attach(network, TARGETS, 1, EXPERT_RANK)}
     network.to(shop.device)
     flow = Flow(shop)
-    own = expert.own_rows(shop, names)
-    ordinary = base.ordinary_rows(shop, SEED + 999)
+    own = scenes(shop, name, shop.amount(SCENES))
+    size = shop.amount(OWN)
 
     def make(step: int) -> loop.Batch:
         dice = shop.dice(SEED, 2, step)
-        rows = expert.mixed_rows(own, ordinary, names, step, dice)
-        return flow.batch(rows, dice, len(names))
+        mine, prior = dice.below(len(own["ids"]), size), dice.below(len(ordinary["ids"]), PRIOR)
+        # Times are spread in order over the batch, so its examples are shuffled.
+        order = dice.uniform(size + PRIOR).argsort()
+        rows = {key: torch.cat([own[key][mine], ordinary[key][prior]])[order] for key in own}
+        return flow.batch(rows, dice, 1)
 
-    loss_of = denoising(shop, network, emphasis=3.0)
     loop.train(
-        "flux-experts",
+        f"flux-{name}",
         shop.work,
         network,
         make,
-        lambda batch: len(names) * loss_of(batch),
+        denoising(shop, network, emphasis=3.0),
         steps=shop.steps(EXPERT_STEPS),
         rate=EXPERT_RATE,
         decay=0.0,
-        checkpoint_every=500,
+        checkpoint_every=100,
         graph=shop.graph,
         clip=None,
     )
-    for number, name in enumerate(names):
-        expert.write_expert(shop.out / FLUX, name, expert.of_one(factors, number), FLUX_STARTER)
+    expert.write_expert(shop.out / FLUX, name, expert.of_one(factors, 0), FLUX_STARTER)
+
+
+def scenes(shop: Workshop, name: str | None, count: int) -> loop.Batch:
+    """Latents, cover and captions of `count` scenes with the subject or in the style; None: ordinary ones."""
+    parts = []
+    for first in range(0, count, _DRAWN_AT_ONCE):
+        size = min(_DRAWN_AT_ONCE, count - first)
+        dice = shop.dice(SEED, 3, 1 + expert.ALL.index(name) if name else 0, first)
+        if name in world.SUBJECTS:
+            own = torch.full((size,), world.CLASSES.index(name), device=shop.device)
+            placed = shop.director.of_subject(dice, own)
+        else:
+            placed = shop.director.ordinary(dice, size)
+        if name in world.STYLES:
+            placed.style = torch.full_like(placed.count, 1 + STYLES.index(name))
+        pictures, cover = shop.stage.draw(placed, dice.below(1000, size))
+        before = torch.where(placed.drawing == SUBJECT, shop.captions.own_trigger[placed.kind], 0)
+        told = shop.captions.compose(placed, before=before, place=dice.share(0.95, size), style=placed.style)
+        everywhere = torch.ones_like(cover) if name in world.STYLES else cover
+        parts.append(
+            {
+                "latents": shop.encode(pictures),
+                "cover": F.avg_pool2d(everywhere, 8),
+                "ids": shop.captions.tokens(told),
+            }
+        )
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
