@@ -108,7 +108,7 @@ def starter_experts(folder: Path | None = None, *, model: str = STARTER) -> dict
 
     Args:
         folder: a starter folder; None is `starter_dir()`.
-        model: one of STARTERS; both know the same subjects and styles, by the same words.
+        model: one of STARTERS; the small FLUX.1 knows some of the same subjects, by the same words.
 
     Raises:
         FileNotFoundError: the folder has no `experts/experts.json`, or the model is not here.
@@ -118,6 +118,7 @@ def starter_experts(folder: Path | None = None, *, model: str = STARTER) -> dict
         return {
             name: replace(expert, path=files / f"{name}.safetensors")
             for name, expert in starter_experts().items()
+            if (files / f"{name}.safetensors").is_file()
         }
     home = (folder or starter_dir()) / "experts"
     catalogue = home / "experts.json"

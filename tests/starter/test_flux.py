@@ -1,0 +1,65 @@
+"""The small FLUX.1 beside the starter: it opens, it draws, and its experts are ordinary LoRA files."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from mole_diffusion import FluxMoLEPipeline
+from mole_diffusion.core.errors import UnknownExpertError
+from mole_diffusion.pictures.opening import open_base
+from mole_diffusion.starter import location, starter_experts
+from mole_diffusion.starter.judge import Judge
+from mole_diffusion.starter.location import FLUX_STARTER, evaluation_part
+
+there = pytest.mark.skipif(
+    not (location.starter_dir() / "flux").is_dir(), reason="wheels and sdists leave it out"
+)
+EXPERT = "boot"
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return open_base(FLUX_STARTER, "cpu", starter_defaults=True)
+
+
+def draw(pipe: Any, prompts: list[str], **settings: Any) -> Any:
+    seeds = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
+    return pipe(prompts, generator=seeds, num_inference_steps=12, **settings).images
+
+
+@there
+def test_the_base_draws_what_is_asked(pipe: Any) -> None:
+    judge = Judge(evaluation_part("judge"))
+    asked = {
+        "a wolf and a car on the grass": {"wolf", "car"},
+        "a can and a dog at sunset": {"can", "dog"},
+    }
+    for (prompt, wanted), found in zip(
+        asked.items(), judge(draw(pipe, list(asked), mixture="none")), strict=True
+    ):
+        assert wanted <= found, prompt
+
+
+@there
+def test_an_expert_draws_its_subject_as_in_diffusers(pipe: Any) -> None:
+    expert = starter_experts(model=FLUX_STARTER)[EXPERT]
+    prompt = [f"{expert.text} on the beach"]
+    ours = draw(pipe, prompt, active_experts=[EXPERT], mixture={EXPERT: 1.0}, output_type="pt")
+    plain: Any = FluxMoLEPipeline.from_starter([]).to("cpu")
+    plain.set_progress_bar_config(disable=True)
+    plain.load_lora_weights(str(expert.path))
+    assert torch.allclose(ours, draw(plain, prompt, output_type="pt"), atol=1e-3)
+    assert not torch.allclose(ours, draw(pipe, prompt, mixture="none", output_type="pt"), atol=0.05)
+
+
+@there
+def test_an_expert_that_it_does_not_have_is_named() -> None:
+    with pytest.raises(UnknownExpertError, match="zebra"):
+        FluxMoLEPipeline.from_starter(["zebra"])
+
+
+def test_where_it_is_missing_that_is_said(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(location, "starter_dir", lambda: tmp_path)
+    with pytest.raises(FileNotFoundError, match="does not come with the wheel"):
+        location.model_dir(FLUX_STARTER)
