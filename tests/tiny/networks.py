@@ -35,6 +35,8 @@ WIDTH = 16
 TEXT = 77
 CLIP_TEXT = 12
 NAMES = ("dog", "cat", "boot", "clock", "vase", "robot")
+#: Number, kind of network and its shapes -> experts.
+_MADE: dict[tuple[object, ...], tuple[Expert, ...]] = {}
 
 
 def make_unet(*, linear: bool = True, layers: int = 1) -> UNet2DConditionModel:
@@ -108,7 +110,14 @@ def to_experts(loras: Mapping[str, Mapping[str, Tensor]], part: str) -> list[Exp
 
 
 def make_experts(count: int, network: nn.Module) -> list[Expert]:
-    return to_experts(states(count, network), part_of(network))
+    """Experts are frozen: tests of networks alike share them, but for those that inference mode makes."""
+    if torch.is_inference_mode_enabled():
+        return to_experts(states(count, network), part_of(network))
+    shapes = tuple((name, tuple(weight.shape)) for name, weight in network.named_parameters())
+    key = (count, type(network), shapes)
+    if key not in _MADE:
+        _MADE[key] = tuple(to_experts(states(count, network), part_of(network)))
+    return list(_MADE[key])
 
 
 def part_of(network: nn.Module) -> str:

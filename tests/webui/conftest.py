@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -109,6 +111,20 @@ def train(model: Any, loras: Path, names: tuple[str, ...], target: Path, config:
         mixture.eject()
 
 
+@functools.cache
+def files(flavour: str) -> dict[Path, bytes]:
+    """LoRA and gates files for the other model of a flavour; they are made once for all worlds."""
+    model = importlib.import_module("toys").FLAVOURS[flavour](2)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "Lora" / "animals").mkdir(parents=True)
+        for seed, expert in enumerate(EXPERTS):
+            save_file(make_lora(model, 10 + seed), folder / "Lora" / f"{expert}.safetensors")
+        for gates, config in (("both", MoLEConfig()), ("pooled", MoLEConfig(pooling="mean"))):
+            train(model, folder / "Lora", ("cat", "dog"), folder / "mole" / f"{gates}.safetensors", config)
+        return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
 @pytest.fixture(params=["a1111", "forge"])
 def flavour(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -140,13 +156,10 @@ def make_world(
     models = {"base": toys.FLAVOURS[flavour](1, **model), "other": toys.FLAVOURS[flavour](2)}
     host.sd_models.checkpoints.update(models)
     host.shared.sd_model = models["base"]
-    (folder / "Lora" / "animals").mkdir(parents=True)
-    for seed, name in enumerate(EXPERTS):
-        save_file(make_lora(models["other"], 10 + seed), folder / "Lora" / f"{name}.safetensors")
-    for name, config in (("both", MoLEConfig()), ("pooled", MoLEConfig(pooling="mean"))) if gates else ():
-        train(
-            models["other"], folder / "Lora", ("cat", "dog"), folder / "mole" / f"{name}.safetensors", config
-        )
+    for path, content in files(flavour).items():
+        if gates or path.parts[0] == "Lora":
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(content)
     script = host.scripts.load_script(str(EXTENSION / "scripts" / "mole.py"))
     host.script_callbacks.call("before_ui")
     return World(flavour, host, script, models, folder)

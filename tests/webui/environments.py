@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from machine import lacking
+from machine import install, lacking
 
 HERE = Path(__file__).parent
 # Where environments are kept between runs.
@@ -21,10 +21,14 @@ def gradio_environment(version: str) -> Path:
     requirements = HERE / f"requirements-gradio-{version}.txt"
     facts = f"{sys.version_info[:2]} {requirements.read_text()}"
     folder = CACHE / f"gradio-{version}-{hashlib.sha256(facts.encode()).hexdigest()[:10]}"
-    python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    python = _python(folder)
     if not python.is_file():
         _make(folder, requirements)
     return python
+
+
+def _python(folder: Path) -> Path:
+    return folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
 
 
 def _make(folder: Path, requirements: Path) -> None:
@@ -32,13 +36,11 @@ def _make(folder: Path, requirements: Path) -> None:
     unfinished = folder.with_name(f"{folder.name}-{os.getpid()}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        # The pip that runs these tests installs; one of its own takes longer to make than all else.
+        # A pip of its own takes longer to make than all else.
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(unfinished)], check=True)
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(unfinished)]
-        command = [*pip, "install", "--quiet", "--no-compile", "--no-deps", "-r", str(requirements)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode:
-            lacking(f"the packages of {requirements.name} cannot be had: {result.stderr.strip()[-300:]}")
+        wrong = install(_python(unfinished), "--no-deps", "--requirement", str(requirements))
+        if wrong:
+            lacking(f"the packages of {requirements.name} cannot be had: {wrong[-300:]}")
         # Entry points name the old folder; tests use the interpreter alone.
         unfinished.replace(folder)
     finally:

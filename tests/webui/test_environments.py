@@ -12,6 +12,7 @@ def test_ci_fails_without_gradio(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr(environments, "HERE", tmp_path)
     monkeypatch.setattr(environments, "CACHE", tmp_path / "cache")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("UV_OFFLINE", "1")
     monkeypatch.setenv("CI", "true")
     with pytest.raises(pytest.fail.Exception, match=r"requirements-gradio-0\.txt cannot be had"):
         environments.gradio_environment("0")
