@@ -1,4 +1,4 @@
-# Every target makes its own environment: plain venv and pip, nothing else needed but Python 3.10 or newer.
+# Every target makes its own environment with venv, pip and the uv that pip brings: nothing else needed but Python 3.10 or newer.
 # It holds the versions of requirements.lock; test-newest and test-lowest try the ends of the ranges in pyproject.toml.
 PYTHON ?= python3
 VENV   ?= .venv

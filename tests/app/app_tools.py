@@ -21,6 +21,11 @@ _START_SECONDS = 180
 _CUT_OFF = ("AbortError", "Connection errored out")
 
 
+# Whether the tab of a name is the chosen one; in a narrow page it may be out of sight.
+_CHOSEN = """(name) => [...document.querySelectorAll('[role=tab][aria-selected=true]')]
+  .some((tab) => tab.textContent.trim() === name)"""
+
+
 class Server:
     """`python app.py` with options, in a temporary folder of its own."""
 
@@ -117,7 +122,7 @@ class Visitor:
         else:
             self.page.locator(".overflow-menu > button").click()
             self.page.locator(".overflow-dropdown button", has_text=name).click()
-        self.page.wait_for_timeout(400)
+        self.page.wait_for_function(_CHOSEN, arg=name)
         return self.page
 
     def reload(self) -> None:
@@ -135,7 +140,7 @@ class Visitor:
     def unfold(self, selector: str) -> None:
         """Open an accordion."""
         self.page.locator(f"{selector} > button").first.click()
-        self.page.wait_for_timeout(300)
+        self.page.locator(f"{selector} > button.open").wait_for()
 
     def message(self, text: str) -> None:
         """Wait for a message in the page."""

@@ -57,7 +57,12 @@ def _learning(family: str) -> list[MoLEConfig]:
 @pytest.mark.parametrize(
     ("family", "form"),
     [
-        pytest.param(family, form, id=f"{family}-{form_id(form)}")
+        pytest.param(
+            *(family, form),
+            id=f"{family}-{form_id(form)}",
+            # The hooks are those of FLUX.1, which tries every form; the others the default and a pooled one.
+            marks=() if family == "FLUX.1" or form in (FORMS[2], FORMS[8]) else pytest.mark.slow,
+        )
         for family in FAMILIES
         if family != "Anima"
         for form in _learning(family)

@@ -61,7 +61,7 @@ def arguments(tab: Any, iterations: int, every: int = 2, **changes: Any) -> list
 
 def test_train_cancel_go_on_inspect_and_export(tab: Any) -> None:
     shown = []
-    for update in tab.train(*arguments(tab, 24)):
+    for update in tab.train(*arguments(tab, 12)):
         shown.append(update)
         job = training_tab.bench.get(training_tab.TRAIN)
         assert isinstance(job, TrainingJob)
@@ -69,16 +69,16 @@ def test_train_cancel_go_on_inspect_and_export(tab: Any) -> None:
             assert "Stopping" in tab.cancel()
     assert "Stopped after" in shown[-1][0], shown[-1]
     assert "the same settings go on from there" in shown[-1][0]
-    assert any("of 24 iterations" in update[0] and " left." in update[0] for update in shown)
+    assert any("of 12 iterations" in update[0] and " left." in update[0] for update in shown)
     assert any("<polyline" in update[1] for update in shown)
     assert any(isinstance(update[2], Image.Image) for update in shown)
     assert tab._library.gates_files() == []
     done = len(job.history())
-    assert 3 <= done < 24
+    assert 3 <= done < 12
 
-    assert _last(tab.train(*arguments(tab, 24)))[0].count("Done: the gates") == 1
+    assert _last(tab.train(*arguments(tab, 12)))[0].count("Done: the gates") == 1
     rows = training_tab.bench.get(training_tab.TRAIN).history()
-    assert [row["iteration"] for row in rows] == list(range(1, 25))
+    assert [row["iteration"] for row in rows] == list(range(1, 13))
     # The result is in the picker, and is what the trainer wrote.
     assert tab._library.gates_files() == ["boot+cat"]
     header = read_gates_header(tab._library.gates_path("boot+cat"))
