@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import mole_diffusion
-from mole_diffusion.starter.location import EVALUATION_PARTS, starter_dir
+from mole_diffusion.starter.location import NOT_IN_WHEELS, starter_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "mole_diffusion"
@@ -62,7 +62,7 @@ def test_wheel_holds_the_starter_but_for_what_only_evaluation_reads(wheel: zipfi
     files = {
         f"mole_diffusion/_starter/{path.relative_to(starter).as_posix()}": path
         for path in starter.rglob("*")
-        if path.is_file() and path.relative_to(starter).parts[0] not in (*EVALUATION_PARTS, "flux")
+        if path.is_file() and path.relative_to(starter).parts[0] not in NOT_IN_WHEELS
     }
     assert "mole_diffusion/_starter/model_index.json" in files
     packed = {

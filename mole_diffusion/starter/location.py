@@ -21,7 +21,9 @@ FLUX_GUIDANCE = 2.0
 
 #: What only evaluation reads: wheels leave it out, the repository and the source distribution have it.
 EVALUATION_PARTS = ("judge", "clip_eval")
-#: Variable with the folder of those parts, for an installed package.
+#: What wheels leave out of the starter: those parts, and the second model.
+NOT_IN_WHEELS = (*EVALUATION_PARTS, "flux")
+#: Variable with the folder of what only evaluation reads, for an installed package.
 EVALUATION_VARIABLE = "MOLE_EVALUATION_PARTS"
 
 _PACKAGE = Path(__file__).resolve().parent.parent
