@@ -78,7 +78,7 @@ def picture_size(pipe: Any, given: Mapping[str, Any]) -> tuple[int, int]:
     """
     own = denoiser_of(pipe)
     told = given.get("height") and given.get("width")
-    from_picture = "height" not in _arguments(pipe) or (pipe.as_large_as_its_picture and not told)
+    from_picture = "height" not in call_arguments(pipe) or (pipe.as_large_as_its_picture and not told)
     # Some latents are packed.
     factor = own.picture_size[0] // own.latent_shape[1]
     rows, columns = own.latent_shape[1:]
@@ -104,7 +104,7 @@ def guidance_arguments(pipe: Any, guidance: float | None, negative: str = "") ->
     Raises:
         ConfigError: the pipeline knows no negative prompt.
     """
-    known = _arguments(pipe)
+    known = call_arguments(pipe)
     found: dict[str, Any] = {} if guidance is None else {pipe.guided_by: guidance}
     if "negative_prompt" in known:
         # Where only a negative prompt makes the scale count, an empty one is one.
@@ -117,18 +117,19 @@ def guidance_arguments(pipe: Any, guidance: float | None, negative: str = "") ->
 
 def size_arguments(pipe: Any, height: int, width: int) -> dict[str, int]:
     """Arguments of a call for pictures of this size; none where they are as large as the picture given."""
-    known = _arguments(pipe)
+    known = call_arguments(pipe)
     return {name: value for name, value in (("height", height), ("width", width)) if name in known}
 
 
 def usual_guidance(pipe: Any) -> float:
     """The scale that a pipeline draws with where a call does not say."""
     given = pipe.call_defaults.get(pipe.guided_by)
-    usual = _arguments(pipe)[pipe.guided_by].default if given is None else given
+    usual = call_arguments(pipe)[pipe.guided_by].default if given is None else given
     return float(usual or 0.0)
 
 
-def _arguments(pipe: Any) -> Mapping[str, inspect.Parameter]:
+def call_arguments(pipe: Any) -> Mapping[str, inspect.Parameter]:
+    """What the pipeline of diffusers is called with, by name."""
     return inspect.signature(pipe.diffusers_class.__call__).parameters
 
 

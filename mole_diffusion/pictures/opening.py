@@ -36,9 +36,8 @@ def open_base(model: str, device: str = "auto", *, half: bool = False, starter_d
     hush_libraries()
     where = pick_device(device)
     if model in STARTERS:
-        kind: Any = pipelines.FluxMoLEPipeline
-        if model == STARTER:
-            kind = pipelines.StableDiffusionMoLEPipeline
+        unet = model == STARTER
+        kind: Any = pipelines.StableDiffusionMoLEPipeline if unet else pipelines.FluxMoLEPipeline
         try:
             pipe = kind.from_starter(None if starter_defaults else [])
         except FileNotFoundError as error:

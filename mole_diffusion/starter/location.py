@@ -14,6 +14,8 @@ GUIDANCE, RESCALE = 2.0, 0.7
 #: Names of its models where a model is asked for: the small Stable Diffusion, and the small FLUX.1 beside it.
 STARTER, FLUX_STARTER = "starter", "starter-flux"
 STARTERS = (STARTER, FLUX_STARTER)
+#: The folder of the small FLUX.1 in the starter's.
+FLUX = "flux"
 #: What their experts name as their base, in their files' headers.
 BASE_NAMES = {STARTER: "mole-diffusion starter", FLUX_STARTER: "mole-diffusion starter, FLUX.1"}
 #: Guidance of the small FLUX.1, in two passes.
@@ -22,7 +24,7 @@ FLUX_GUIDANCE = 2.0
 #: What only evaluation reads: wheels leave it out, the repository and the source distribution have it.
 EVALUATION_PARTS = ("judge", "clip_eval")
 #: What wheels leave out of the starter: those parts, and the second model.
-NOT_IN_WHEELS = (*EVALUATION_PARTS, "flux")
+NOT_IN_WHEELS = (*EVALUATION_PARTS, FLUX)
 #: Variable with the folder of what only evaluation reads, for an installed package.
 EVALUATION_VARIABLE = "MOLE_EVALUATION_PARTS"
 
@@ -92,17 +94,18 @@ def model_dir(model: str) -> Path:
     folder = starter_dir()
     if model == STARTER:
         return folder
-    if not (folder / "flux").is_dir():
+    folder /= FLUX
+    if not folder.is_dir():
         raise FileNotFoundError(
-            f"there is no {str(folder / 'flux')!r}: the small FLUX.1 does not come with the wheel; install "
+            f"there is no {str(folder)!r}: the small FLUX.1 does not come with the wheel; install "
             "the project from its repository, or take the folder assets/starter/flux from there"
         )
-    return folder / "flux"
+    return folder
 
 
 def gates_of(model: str) -> Path:
     """The gates that one of STARTERS has for its default experts; the file need not be there."""
-    return starter_dir() / ("" if model == STARTER else "flux") / "experts" / "gates.safetensors"
+    return starter_dir() / ("" if model == STARTER else FLUX) / "experts" / "gates.safetensors"
 
 
 def starter_experts(folder: Path | None = None, *, model: str = STARTER) -> dict[str, StarterExpert]:

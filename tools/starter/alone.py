@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import base, expert, loop
-from .stage import STYLES
+from . import base, expert, loop, world
+from .scenes import Dice
+from .stage import STYLES, SUBJECT
 from .workshop import Workshop
 
 SEED = 43
@@ -32,19 +33,13 @@ def train_style(shop: Workshop, name: str) -> None:
     }
     module = nn.ModuleDict({"unet": unet, "text_encoder": encoder})
     module.to(shop.device, memory_format=torch.channels_last)
-    number = 1 + STYLES.index(name)
-    own = scenes(shop, number, shop.amount(SCENES))
-    ordinary = scenes(shop, 0, shop.amount(PRIORS))
+    own = scenes(shop, name, shop.amount(SCENES), SEED, 1, 1 + STYLES.index(name))
+    ordinary = scenes(shop, None, shop.amount(PRIORS), SEED, 1, 0)
     noise = base.Noise(shop.device)
 
     def make(step: int) -> loop.Batch:
         dice = shop.dice(SEED, 2, step)
-        mine = dice.below(len(own["ids"]), OWN)
-        prior = dice.below(len(ordinary["ids"]), PRIOR)
-        # Timesteps are spread in order over the batch, so its examples are shuffled.
-        order = dice.uniform(OWN + PRIOR).argsort()
-        rows = {key: torch.cat([own[key][mine], ordinary[key][prior]])[order] for key in own}
-        return noise.batch(rows, dice, 1)
+        return noise.batch(mixed(own, ordinary, dice, OWN, PRIOR), dice, 1)
 
     loop.train(
         name,
@@ -64,23 +59,35 @@ def train_style(shop: Workshop, name: str) -> None:
     expert.write_catalogue(shop.out, (name,))
 
 
-def scenes(shop: Workshop, style: int, count: int) -> loop.Batch:
-    """Latents, cover and captions of `count` ordinary scenes, all in one style; 0 is as drawn."""
+def mixed(own: loop.Batch, ordinary: loop.Batch, dice: Dice, mine: int, prior: int) -> loop.Batch:
+    """So many rows of an expert's own scenes and of ordinary ones."""
+    picked = dice.below(len(own["ids"]), mine), dice.below(len(ordinary["ids"]), prior)
+    # Timesteps are spread in order over the batch, so its examples are shuffled.
+    order = dice.uniform(mine + prior).argsort()
+    return {key: torch.cat([own[key][picked[0]], ordinary[key][picked[1]]])[order] for key in own}
+
+
+def scenes(shop: Workshop, name: str | None, count: int, *seed: int) -> loop.Batch:
+    """Latents, cover and captions of `count` scenes with the subject or in the style; None: ordinary ones."""
     parts = []
     for first in range(0, count, _DRAWN_AT_ONCE):
         size = min(_DRAWN_AT_ONCE, count - first)
-        dice = shop.dice(SEED, 1, style, first)
-        flat = shop.director.ordinary(dice, size)
-        flat.style = torch.full_like(flat.count, style)
-        pictures, cover = shop.stage.draw(flat, dice.below(1000, size))
+        dice = shop.dice(*seed, first)
+        if name in world.SUBJECTS:
+            kind = torch.full((size,), world.CLASSES.index(name), device=shop.device)
+            placed = shop.director.of_subject(dice, kind)
+        else:
+            placed = shop.director.ordinary(dice, size)
+        if name in world.STYLES:
+            placed.style = torch.full_like(placed.count, 1 + STYLES.index(name))
+        pictures, cover = shop.stage.draw(placed, dice.below(1000, size))
+        trigger = torch.where(placed.drawing == SUBJECT, shop.captions.own_trigger[placed.kind], 0)
         named = dice.share(0.95, size)
-        caption = shop.captions.compose(
-            flat, before=torch.zeros_like(flat.kind), place=named, style=flat.style
-        )
+        caption = shop.captions.compose(placed, before=trigger, place=named, style=placed.style)
         parts.append(
             {
                 "latents": shop.encode(pictures),
-                "cover": F.avg_pool2d(torch.ones_like(cover) if style else cover, 8),
+                "cover": F.avg_pool2d(torch.ones_like(cover) if name in world.STYLES else cover, 8),
                 "ids": shop.captions.tokens(caption),
             }
         )

@@ -134,6 +134,19 @@ def ordinary_rows(shop: Workshop, seed: int) -> Pool:
     return Pool(make, CHUNK, shop.amount(CHUNKS), EVERY)
 
 
+def ordinary_batches(shop: Workshop, seed: int) -> Callable[[int, Dice], loop.Batch]:
+    """The base's rows of a step, of which a tenth has an empty caption."""
+    pool, size = ordinary_rows(shop, seed), shop.amount(BATCH)
+    empty = shop.captions.tokens(torch.zeros(1, 1, dtype=torch.long, device=shop.device))
+
+    def rows_of(step: int, dice: Dice) -> loop.Batch:
+        rows = pool.sample(step, size, dice)
+        rows["ids"] = torch.where(dice.share(0.1, size, 1), empty, rows["ids"])
+        return rows
+
+    return rows_of
+
+
 def train_base(shop: Workshop) -> None:
     """Train text encoder and UNet round by round; writes their averaged weights in half precision."""
     for number in range(len(ROUNDS)):
@@ -155,16 +168,11 @@ def train_round(shop: Workshop, number: int) -> None:
         networks = {"unet": new_unet(), "text_encoder": text.new_text_encoder(shop.tokenizer)}
     module = nn.ModuleDict(networks).train()
     module.to(shop.device, memory_format=torch.channels_last)
-    pool, noise = ordinary_rows(shop, seed), Noise(shop.device)
-    empty = shop.captions.tokens(torch.zeros(1, 1, dtype=torch.long, device=shop.device))
-
-    size = shop.amount(BATCH)
+    rows_of, noise = ordinary_batches(shop, seed), Noise(shop.device)
 
     def make(step: int) -> loop.Batch:
         dice = shop.dice(seed, 1, step)
-        rows = pool.sample(step, size, dice)
-        rows["ids"] = torch.where(dice.share(0.1, size, 1), empty, rows["ids"])
-        return noise.batch(rows, dice, 1)
+        return noise.batch(rows_of(step, dice), dice, 1)
 
     loop.train(
         f"base-{number + 1}",

@@ -19,7 +19,6 @@ from mole_diffusion.core.checkpoint import write_safetensors
 from mole_diffusion.starter.location import BASE_NAMES, STARTER
 
 from . import base, loop, world
-from .scenes import Dice
 from .stage import STYLES, SUBJECT
 from .workshop import Pool, Workshop
 
@@ -33,6 +32,8 @@ ALONE = ("print",)
 """Styles that are trained by themselves, see `tools.starter.alone`."""
 NAMES = tuple(name for name in (*world.SUBJECTS, *world.STYLES) if name not in ALONE)
 ALL = (*NAMES, *ALONE)
+_STYLES = tuple(1 + STYLES.index(name) for name in NAMES if name in STYLES)
+"""As `Placed.style` has them."""
 
 
 class ManyLoRA(nn.Module):
@@ -70,13 +71,9 @@ def attach(
     return made
 
 
-def own_rows(shop: Workshop, names: Sequence[str]) -> Pool:
-    """A chunk holds `OWN` scenes of every expert in the order of the names, as rows (OWN, experts, ...).
-
-    The subjects come first among the names, then the styles.
-    """
-    kinds = [world.CLASSES.index(name) for name in names if name in world.SUBJECTS]
-    styles = [1 + STYLES.index(name) for name in names if name in STYLES]  # as `Placed.style` has them
+def own_rows(shop: Workshop) -> Pool:
+    """A chunk holds `OWN` scenes of every expert in the order of NAMES, as rows (OWN, experts, ...)."""
+    kinds = [world.CLASSES.index(name) for name in world.SUBJECTS]
 
     def make(number: int, count: int) -> loop.Batch:
         dice = shop.dice(SEED, 1, number)
@@ -88,8 +85,8 @@ def own_rows(shop: Workshop, names: Sequence[str]) -> Pool:
         plain = torch.zeros_like(subjects.count)
         named = dice.share(0.95, len(own))
         first = shop.captions.compose(subjects, before=before, place=named, style=plain)
-        flat = shop.director.ordinary(dice, len(styles) * OWN)
-        flat.style = torch.tensor(styles, device=shop.device).repeat_interleave(OWN)
+        flat = shop.director.ordinary(dice, len(_STYLES) * OWN)
+        flat.style = torch.tensor(_STYLES, device=shop.device).repeat_interleave(OWN)
         styled, over = shop.stage.draw(flat, dice.below(1000, len(flat.count)))
         nothing = torch.zeros_like(flat.kind)
         named = dice.share(0.95, len(flat.count))
@@ -101,24 +98,11 @@ def own_rows(shop: Workshop, names: Sequence[str]) -> Pool:
             "ids": shop.captions.tokens(torch.cat([first, second])),
         }
         return {
-            name: value.view(len(names), OWN, *value.shape[1:]).transpose(0, 1)
+            name: value.view(len(NAMES), OWN, *value.shape[1:]).transpose(0, 1)
             for name, value in rows.items()
         }
 
     return Pool(make, OWN, shop.amount(48), 4)
-
-
-def mixed_rows(own: Pool, ordinary: Pool, names: Sequence[str], step: int, dice: Dice) -> loop.Batch:
-    """A step's rows, expert by expert: `OWN` of its own and `PRIOR` ordinary ones, the same for all."""
-    mine = own.sample(step, OWN, dice)
-    prior = ordinary.sample(step, PRIOR, dice)
-    # Timesteps are spread in order over each expert's batch, so its examples are shuffled.
-    order = dice.uniform(OWN + PRIOR).argsort()
-    rows = {}
-    for name, value in mine.items():
-        shared = prior[name][None].expand(len(names), *prior[name].shape)
-        rows[name] = torch.cat([value.transpose(0, 1), shared], 1)[:, order].flatten(0, 1)
-    return rows
 
 
 def train_experts(shop: Workshop) -> None:
@@ -131,12 +115,20 @@ def train_experts(shop: Workshop) -> None:
     }
     module = nn.ModuleDict({"unet": unet, "text_encoder": encoder})
     module.to(shop.device, memory_format=torch.channels_last)
-    own, ordinary = own_rows(shop, NAMES), base.ordinary_rows(shop, SEED + 999)
-    noise = base.Noise(shop.device)
+    own, ordinary = own_rows(shop), base.ordinary_rows(shop, SEED + 999)
+    noise, each = base.Noise(shop.device), OWN + PRIOR
 
     def make(step: int) -> loop.Batch:
         dice = shop.dice(SEED, 2, step)
-        return noise.batch(mixed_rows(own, ordinary, NAMES, step, dice), dice, len(NAMES))
+        mine = own.sample(step, OWN, dice)
+        prior = ordinary.sample(step, PRIOR, dice)
+        # Timesteps are spread in order over each expert's batch, so its examples are shuffled.
+        order = dice.uniform(each).argsort()
+        rows = {}
+        for name, value in mine.items():
+            shared = prior[name][None].expand(len(NAMES), *prior[name].shape)
+            rows[name] = torch.cat([value.transpose(0, 1), shared], 1)[:, order].flatten(0, 1)
+        return noise.batch(rows, dice, len(NAMES))
 
     loss_of = base.denoising(shop, module, emphasis=3.0)
 

@@ -11,28 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from mole_diffusion.starter.judge import Judge
-from mole_diffusion.starter.location import FLUX_STARTER
+from mole_diffusion.starter.location import FLUX, FLUX_STARTER
 
-from . import base, codec, evaluate, expert, loop, text, world
+from . import alone, base, codec, evaluate, expert, loop, text, world
 from .scenes import Dice
-from .stage import STYLES, SUBJECT
 from .workshop import Workshop, load_codec
 
 SEED = 53
-BATCH, STEPS, RATE = 256, 7600, 1.2e-3
+STEPS, RATE = 7600, 1.2e-3
 WIDTH, HEADS = 256, 8
-FLUX = "flux"
-"""Its folder in the starter's."""
 EXPERT_RANK, EXPERT_STEPS, EXPERT_RATE = 4, 240, 3e-3
 OWN, PRIOR = 6, 2
 """Scenes of an expert's own in its batch, and ordinary ones beside them (prior preservation)."""
-SCENES, PRIORS, _DRAWN_AT_ONCE = 480, 160, 32
+SCENES, PRIORS = 480, 160
 TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
     *("net.0.proj", "net.2", "proj_mlp"),
@@ -71,10 +67,9 @@ def new_scheduler() -> FlowMatchEulerDiscreteScheduler:
 
 
 def packed(latents: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H W / 4, 4 C), as `FluxPipeline` packs."""
-    batch, channels, height, width = latents.shape
-    parts = latents.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return parts.reshape(batch, height * width // 4, 4 * channels)
+    """(B, C, H, W) -> (B, H W / 4, 4 C)."""
+    tokens: Tensor = FluxPipeline._pack_latents(latents, *latents.shape)
+    return tokens
 
 
 class Flow:
@@ -110,9 +105,7 @@ def denoising(shop: Workshop, network: nn.Module, emphasis: float = 2.0) -> Call
     # Its attention of cuDNN fails in the backward pass of this network (torch 2.11, H100).
     torch.backends.cuda.enable_cudnn_sdp(False)
     side = SIDE // 2
-    places = torch.zeros(side, side, 3, device=shop.device)
-    places[..., 1] = torch.arange(side, device=shop.device)[:, None]
-    places[..., 2] = torch.arange(side, device=shop.device)[None]
+    places = FluxPipeline._prepare_latent_image_ids(1, side, side, shop.device, torch.float32)
     words = torch.zeros(text.MAX_TOKENS, 3, device=shop.device)
 
     def loss_of(batch: loop.Batch) -> Tensor:
@@ -122,7 +115,7 @@ def denoising(shop: Workshop, network: nn.Module, emphasis: float = 2.0) -> Call
                 timestep=batch["sigmas"],
                 encoder_hidden_states=batch["context"],
                 pooled_projections=batch["pooled"],
-                img_ids=places.flatten(0, 1),
+                img_ids=places,
                 txt_ids=words,
             ).sample.float()
         return base.denoising_loss(predicted, batch["target"], batch["cover"], emphasis)
@@ -134,15 +127,11 @@ def train_base(shop: Workshop) -> None:
     """Train the transformer; writes its averaged weights in half precision, and the scheduler."""
     torch.manual_seed(SEED)
     network = new_transformer().train().to(shop.device)
-    pool, flow = base.ordinary_rows(shop, SEED), Flow(shop)
-    empty = shop.captions.tokens(torch.zeros(1, 1, dtype=torch.long, device=shop.device))
-    size = shop.amount(BATCH)
+    rows_of, flow = base.ordinary_batches(shop, SEED), Flow(shop)
 
     def make(step: int) -> loop.Batch:
         dice = shop.dice(SEED, 1, step)
-        rows = pool.sample(step, size, dice)
-        rows["ids"] = torch.where(dice.share(0.1, size, 1), empty, rows["ids"])
-        return flow.batch(rows, dice, 1)
+        return flow.batch(rows_of(step, dice), dice, 1)
 
     loop.train(
         "flux",
@@ -201,7 +190,7 @@ def measure(shop: Workshop, seeds: int) -> None:
 def train_experts(shop: Workshop) -> None:
     """Train every expert by itself and write it as a LoRA file; experts that are there stay."""
     folder = shop.out / FLUX
-    ordinary = scenes(shop, None, shop.amount(PRIORS))
+    ordinary = alone.scenes(shop, None, shop.amount(PRIORS), SEED, 3, 0)
     for name in expert.ALL:
         if not (folder / "experts" / f"{name}.safetensors").is_file():
             train_expert(shop, name, ordinary)
@@ -214,16 +203,11 @@ def train_expert(shop: Workshop, name: str, ordinary: loop.Batch) -> None:
     factors = {"transformer": expert.attach(network, TARGETS, 1, EXPERT_RANK)}
     network.to(shop.device)
     flow = Flow(shop)
-    own = scenes(shop, name, shop.amount(SCENES))
-    size = shop.amount(OWN)
+    own = alone.scenes(shop, name, shop.amount(SCENES), SEED, 3, 1 + expert.ALL.index(name))
 
     def make(step: int) -> loop.Batch:
         dice = shop.dice(SEED, 2, step)
-        mine, prior = dice.below(len(own["ids"]), size), dice.below(len(ordinary["ids"]), PRIOR)
-        # Times are spread in order over the batch, so its examples are shuffled.
-        order = dice.uniform(size + PRIOR).argsort()
-        rows = {key: torch.cat([own[key][mine], ordinary[key][prior]])[order] for key in own}
-        return flow.batch(rows, dice, 1)
+        return flow.batch(alone.mixed(own, ordinary, dice, OWN, PRIOR), dice, 1)
 
     loop.train(
         f"flux-{name}",
@@ -239,30 +223,3 @@ def train_expert(shop: Workshop, name: str, ordinary: loop.Batch) -> None:
         clip=None,
     )
     expert.write_expert(shop.out / FLUX, name, expert.of_one(factors, 0), FLUX_STARTER)
-
-
-def scenes(shop: Workshop, name: str | None, count: int) -> loop.Batch:
-    """Latents, cover and captions of `count` scenes with the subject or in the style; None: ordinary ones."""
-    parts = []
-    for first in range(0, count, _DRAWN_AT_ONCE):
-        size = min(_DRAWN_AT_ONCE, count - first)
-        dice = shop.dice(SEED, 3, 1 + expert.ALL.index(name) if name else 0, first)
-        if name in world.SUBJECTS:
-            own = torch.full((size,), world.CLASSES.index(name), device=shop.device)
-            placed = shop.director.of_subject(dice, own)
-        else:
-            placed = shop.director.ordinary(dice, size)
-        if name in world.STYLES:
-            placed.style = torch.full_like(placed.count, 1 + STYLES.index(name))
-        pictures, cover = shop.stage.draw(placed, dice.below(1000, size))
-        before = torch.where(placed.drawing == SUBJECT, shop.captions.own_trigger[placed.kind], 0)
-        told = shop.captions.compose(placed, before=before, place=dice.share(0.95, size), style=placed.style)
-        everywhere = torch.ones_like(cover) if name in world.STYLES else cover
-        parts.append(
-            {
-                "latents": shop.encode(pictures),
-                "cover": F.avg_pool2d(everywhere, 8),
-                "ids": shop.captions.tokens(told),
-            }
-        )
-    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -17,7 +16,7 @@ from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.evaluation.pictures.protocol import ALONE, MASKED, SINGLE, Protocol, Variant
 from mole_diffusion.evaluation.pictures.sets import Scene
 from mole_diffusion.methods import METHODS, PrepareOptions, prepare
-from mole_diffusion.pictures.components import guidance_arguments, size_arguments
+from mole_diffusion.pictures.components import call_arguments, guidance_arguments, size_arguments
 from mole_diffusion.pictures.drawing import draw
 from mole_diffusion.pictures.opening import open_base
 
@@ -155,8 +154,7 @@ class Stage:
         protocol = self.protocol
         scale = protocol.guidance if method.guidance is None else method.guidance
         found = {"num_inference_steps": protocol.steps, **guidance_arguments(pipe, scale)}
-        known = inspect.signature(pipe.diffusers_class.__call__).parameters
-        if "guidance_rescale" in known:
+        if "guidance_rescale" in call_arguments(pipe):
             found["guidance_rescale"] = protocol.guidance_rescale
         elif protocol.guidance_rescale:
             raise ConfigError(
