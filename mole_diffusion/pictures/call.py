@@ -20,6 +20,7 @@ from mole_diffusion.core.networks.clip import TEXT_ENCODER
 from mole_diffusion.core.records import GateWeights, MapRecorder, Recorder
 from mole_diffusion.pictures.auto import expect_prompts, reading_prompts, usual_for, usual_mixture
 from mole_diffusion.pictures.calibration import Progress, export_lora
+from mole_diffusion.pictures.call_defaults import completed, hand_on
 from mole_diffusion.pictures.choosing import Engaging, Request, chosen_by
 from mole_diffusion.pictures.components import latent_size, networks_of, old_text_model_name, picture_size
 from mole_diffusion.pictures.holding import (
@@ -77,10 +78,8 @@ class WithExperts(HoldsExperts):
         parent: Any = super()
         new: P = parent.from_pipe(pipeline, **kwargs)
         if isinstance(pipeline, WithExperts) and networks_of(new) == networks_of(pipeline):
-            new._ensemble, new.call_defaults = pipeline.ensemble, pipeline.call_defaults
-            for name in ("guided_by", "default_sample_size"):
-                if name in vars(pipeline):
-                    setattr(new, name, getattr(pipeline, name))
+            new._ensemble = pipeline.ensemble
+            hand_on(pipeline, new)
         return new
 
     @classmethod
@@ -154,12 +153,7 @@ class WithExperts(HoldsExperts):
         pipe: Any = self
         signature = inspect.signature(parent.__call__)
         given = signature.bind_partial(*args, **kwargs).arguments
-        known = {name: value for name, value in self.call_defaults.items() if name in signature.parameters}
-        kwargs = {**{name: value for name, value in known.items() if name not in given}, **kwargs}
-        prompts, negative = given.get("prompt"), kwargs.get("negative_prompt")
-        if isinstance(negative, str) and isinstance(prompts, list):
-            # One for all: some pipelines of diffusers refuse it, others fail in their networks.
-            kwargs["negative_prompt"] = [negative] * len(prompts)
+        kwargs = completed(self, given, kwargs)
         height, width = picture_size(self, given)
         with self.composing(
             active_experts=active_experts,

@@ -240,14 +240,8 @@ class Texts:
     def _kept(self, batch: TextBatch) -> Path:
         """What was trained or searched for a batch."""
         suffix = {"gates": "/gates.safetensors", "oracle": "/adapter_config.json"}
-        folder = self._out / "made" / batch.place / f"{self._trained_by(batch)}-{batch.seed}"
+        folder = self._out / "made" / batch.place / f"{self._protocol.trained_as(batch.maker)}-{batch.seed}"
         return Path(f"{folder}{suffix.get(self._variant(batch).kind, '.json')}")
-
-    def _trained_by(self, batch: TextBatch) -> str:
-        """The method that makes what a batch needs: what differs in `top_k` alone has the same gates."""
-        wanted = self._variant(batch).model_copy(update={"top_k": None})
-        same = (name for name, one in self._protocol.methods.items() if one == wanted)
-        return next(same, batch.maker)
 
     @contextmanager
     def _experts(self, batch: TextBatch, variant: Variant) -> Iterator[None]:

@@ -175,6 +175,11 @@ class TextProtocol(Part):
             task.examples(self.shots, "shots", held_out=False),
         )
 
+    def trained_as(self, method: str) -> str:
+        """The method that makes what a method needs: what differs in `top_k` alone has the same gates."""
+        wanted = self.methods[method].model_copy(update={"top_k": None})
+        return next((name for name, one in self.methods.items() if one == wanted), method)
+
     def experts_for(self, task: str, variant: Variant) -> tuple[str, ...]:
         """The experts of a task, in the order of the gates' rows.
 
