@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import browser
-from playwright.sync_api import Page
+from playwright.sync_api import Page, ViewportSize
 
 _READY = "() => window.app && window.app.graph && window.app.extensionManager && window.LiteGraph"
 _MILLISECONDS = 120_000
@@ -121,10 +121,13 @@ class Layout:
 
 
 @contextmanager
-def front_end(url: str, *, width: int = 1600, height: int = 900) -> Iterator[Page]:
+def front_end(
+    url: str, *, width: int = 1600, height: int = 900, pixels_per_point: float = 1
+) -> Iterator[Page]:
     """A page with the front end, ready for use."""
     with browser() as chromium:
-        page = chromium.new_page(viewport={"width": width, "height": height})
+        viewport = ViewportSize(width=width, height=height)
+        page = chromium.new_page(viewport=viewport, device_scale_factor=pixels_per_point)
         page.set_default_timeout(_MILLISECONDS)
         page.goto(url)
         page.wait_for_function(_READY)
@@ -205,9 +208,14 @@ _GRAPH = """(margin) => {
 }"""
 
 
+#: Menus, panels, what says how many jobs are done, and messages lie over the canvas.
+_ALONE = """.comfyui-body > :not(#graph-canvas-container), body > :not(#vue-app) { visibility: hidden; }"""
+
+
 def graph_picture(page: Page, margin: int = 12) -> bytes:
     """The whole workflow as a PNG, and nothing around it."""
     show_whole_graph(page)
+    page.add_style_tag(content=_ALONE)
     shot: bytes = page.screenshot(clip=page.evaluate(_GRAPH, margin))
     return shot
 

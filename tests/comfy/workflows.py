@@ -217,16 +217,16 @@ def write_examples() -> None:
                 workflow.get("extra", {}).pop("ds", None)
                 (EXAMPLES / f"{name}.json").write_text(json.dumps(workflow, indent=1) + "\n")
         for name in WORKFLOWS:
-            with front_end(server.url) as page:
+            with front_end(server.url, pixels_per_point=1.5) as page:
                 load_workflow(page, EXAMPLES / f"{name}.json")
                 if name in RUNNABLE:
                     queue_and_wait(page, seconds=3600)
-                page.wait_for_timeout(8000)  # until what says that the queue has ended is gone
                 shown = Image.open(io.BytesIO(graph_picture(page))).convert("RGB")
                 shown.save(PICTURES / f"{name}.webp", quality=82)
                 drawn = sorted((Path(folder) / "output").glob("mole_*.png"))
                 thumbnail = _side_by_side(drawn) if name in RUNNABLE else shown
-                ImageOps.fit(thumbnail, _THUMBNAIL).save(EXAMPLES / f"{name}.jpg", quality=85)
+                whole = ImageOps.pad(thumbnail, _THUMBNAIL, color="#202020")
+                whole.save(EXAMPLES / f"{name}.jpg", quality=85)
                 for path in drawn:
                     path.unlink()
 
