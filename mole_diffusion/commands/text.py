@@ -24,11 +24,10 @@ from mole_diffusion.commands.common import (
 from mole_diffusion.commands.train_gates import parse_settings
 from mole_diffusion.core.errors import ConfigError, TrainingError
 from mole_diffusion.core.files import check_writable
+from mole_diffusion.starter.location import STARTER
 
 if TYPE_CHECKING:
     from mole_diffusion.text import MoLEForSeq2SeqLM
-
-STARTER = "starter"
 
 ModelOption = Annotated[
     str, typer.Option("--model", "-m", help='"starter", a folder or a hub id such as google/flan-t5-large.')

@@ -177,7 +177,8 @@ def queue_and_wait(page: Page, seconds: float = 400) -> None:
     Raises:
         TimeoutError: it takes longer.
     """
-    page.get_by_role("button", name="Run", exact=True).click()
+    # Newer front ends call the menu beside the button so too.
+    page.get_by_role("button", name="Run", exact=True).first.click()
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         page.wait_for_timeout(500)

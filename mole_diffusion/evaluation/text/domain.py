@@ -26,8 +26,9 @@ from mole_diffusion.evaluation.results import write_text
 from mole_diffusion.evaluation.run import Say
 from mole_diffusion.evaluation.schema import Heading, Row, Schema
 from mole_diffusion.evaluation.table import ALL, Table, make_table, to_csv, to_grid
-from mole_diffusion.evaluation.text.protocol import STARTER, TextProtocol, TextTask, Variant, plain
+from mole_diffusion.evaluation.text.protocol import TextProtocol, TextTask, Variant, plain
 from mole_diffusion.evaluation.text.scorers import scores_of
+from mole_diffusion.starter.location import STARTER
 from mole_diffusion.starter.text.identity import starter_identity
 from mole_diffusion.starter.text.location import text_experts
 from mole_diffusion.starter.text.more import MORE

@@ -13,12 +13,12 @@ from pydantic import Field, model_validator
 
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.evaluation.protocol import Part, chosen, find_protocol, read_protocol, shipped
+from mole_diffusion.starter.location import STARTER
 from mole_diffusion.starter.text.more import MORE
 from mole_diffusion.starter.text.tasks import EXPERTS, JOINT, UNSEEN
 from mole_diffusion.starter.text.words import Example
 
 FOLDER = Path(__file__).parent / "protocols"
-STARTER = "starter"
 #: Methods that every protocol may name.
 KINDS = (
     *(
