@@ -1,5 +1,6 @@
 """The small FLUX.1 beside the starter: it opens, it draws, and its experts are ordinary LoRA files."""
 
+import json
 from typing import Any
 
 import pytest
@@ -11,11 +12,13 @@ from mole_diffusion.pictures.opening import open_base
 from mole_diffusion.starter import location, starter_experts
 from mole_diffusion.starter.judge import Judge
 from mole_diffusion.starter.location import FLUX_STARTER, evaluation_part
+from tools.starter import world
 
 there = pytest.mark.skipif(
     not (location.starter_dir() / "flux").is_dir(), reason="wheels and sdists leave it out"
 )
 EXPERT = "boot"
+PLACES = ["on the beach", "in the snow", "on a wooden floor"]
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,30 @@ def test_an_expert_draws_its_subject_as_in_diffusers(pipe: Any) -> None:
     plain.load_lora_weights(str(expert.path))
     assert torch.allclose(ours, draw(plain, prompt, output_type="pt"), atol=1e-3)
     assert not torch.allclose(ours, draw(pipe, prompt, mixture="none", output_type="pt"), atol=0.05)
+
+
+@there
+def test_its_gates_draw_three_subjects_at_once(pipe: Any) -> None:
+    judge = Judge(evaluation_part("judge"))
+    prompts = [f"a zorin boot, a vekka monster and a kipra clock {place}" for place in PLACES]
+    subjects = {"subject:boot", "subject:monster", "subject:clock"}
+    for with_gates, without in zip(
+        judge(draw(pipe, prompts)), judge(draw(pipe, prompts, mixture="nla")), strict=True
+    ):
+        assert subjects <= with_gates
+        assert not subjects <= without
+
+
+@there
+def test_the_figures_on_record_are_those_of_a_sibling() -> None:
+    figures = json.loads((location.starter_dir() / "flux" / "figures.json").read_text())
+    for count, least in (("1", 0.97), ("2", 0.97), ("3", 0.95)):
+        assert figures["base"][count] >= least
+    assert figures["sharpness"] >= 0.84
+    assert set(figures["experts"]) == set(world.SUBJECTS)
+    assert min(one["among two"] for one in figures["experts"].values()) >= 0.90
+    assert min(one["with"] for one in figures["experts"].values()) >= 0.75  # four pictures each
+    assert set(figures["styles"]) == set(world.STYLES)
 
 
 @there

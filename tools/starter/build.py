@@ -38,7 +38,7 @@ def steps_of(seeds: int = 20, measures: Sequence[str] = ()) -> dict[str, Step]:
         "clip-eval": lambda shop: guidance.train_clip(shop, guidance.SCORER),
         "flux": sibling.train_base,
         "flux-experts": sibling.train_experts,
-        "flux-evaluate": lambda shop: sibling.measure(shop, seeds),
+        "flux-evaluate": lambda shop: sibling.measure(shop, seeds, measures),
         "pipeline": lambda shop: write_index(shop.out),
         "evaluate": lambda shop: evaluate.evaluate(
             shop.out, shop.out / "figures.json", seeds, shop.device, measures

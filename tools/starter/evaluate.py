@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -266,11 +266,32 @@ def evaluate(
         "styles": lambda: style_scores(out, pipe, referee, seeds),
         "clips": lambda: {name: clip_scores(out, name) for name in ("clip", "clip_eval")},
     }
-    figures = json.loads(report.read_text()) if measures else {"seeds": seeds}
-    figures |= {name: ways[name]() for name in measures or MEASURES}
+    figures = taken(report, ways, seeds, measures)
+    report.with_suffix(".md").write_text(table(figures))
+    return figures
+
+
+def taken(
+    report: Path, ways: Mapping[str, Callable[[], Any]], seeds: int, measures: Sequence[str]
+) -> dict[str, Any]:
+    """The figures of a report, taken and written there.
+
+    Args:
+        report: the JSON file.
+        ways: how each figure is taken.
+        seeds: pictures per set of objects.
+        measures: some of `ways`; the others stay as the report has them. None are all.
+
+    Raises:
+        ValueError: one of `measures` is not among `ways`.
+    """
+    unknown = [name for name in measures if name not in ways]
+    if unknown:
+        raise ValueError(f"{report} has no figure {unknown[0]!r}; it has {', '.join(ways)}")
+    figures: dict[str, Any] = json.loads(report.read_text()) if measures else {"seeds": seeds}
+    figures |= {name: ways[name]() for name in measures or ways}
     report.parent.mkdir(parents=True, exist_ok=True)
     report.write_text(json.dumps(figures, indent=1) + "\n")
-    report.with_suffix(".md").write_text(table(figures))
     return figures
 
 

@@ -5,8 +5,7 @@ Trained by flow matching (Lipman et al. 2023; logit-normal times, Esser et al. 2
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,19 +173,28 @@ def assemble(out: Path) -> FluxPipeline:
     )
 
 
-def measure(shop: Workshop, seeds: int) -> None:
-    """`figures.json` and a table beside it: the base on held-out sets, and every expert alone."""
+MEASURES = ("base", "sharpness", "experts", "styles")
+
+
+def measure(shop: Workshop, seeds: int, measures: Sequence[str] = ()) -> None:
+    """`figures.json` and a table beside it: the base on held-out sets, and every expert alone.
+
+    Args:
+        shop: the run of the build.
+        seeds: pictures per set of objects.
+        measures: some of MEASURES; the other figures stay. None are all.
+    """
     folder = shop.out / FLUX
     referee, pipe = Judge(shop.out / "judge"), assemble(shop.out).to(shop.device)
-    figures = {
-        "seeds": seeds,
-        "base": evaluate.base_scores(pipe, referee, seeds=seeds),
-        "sharpness": evaluate.base_sharpness(pipe),
-        "experts": evaluate.expert_scores(folder, pipe, referee, seeds),
-        "styles": evaluate.style_scores(folder, pipe, referee, seeds),
+    ways: dict[str, Callable[[], Any]] = {
+        "base": lambda: evaluate.base_scores(pipe, referee, seeds=seeds),
+        "sharpness": lambda: evaluate.base_sharpness(pipe),
+        "experts": lambda: evaluate.expert_scores(folder, pipe, referee, seeds),
+        "styles": lambda: evaluate.style_scores(folder, pipe, referee, seeds),
     }
-    (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
-    (folder / "figures.md").write_text(evaluate.markdown(evaluate.model_rows(figures), seeds))
+    figures = evaluate.taken(folder / "figures.json", ways, seeds, measures)
+    rows = evaluate.model_rows(figures)
+    (folder / "figures.md").write_text(evaluate.markdown(rows, figures["seeds"]))
 
 
 def train_experts(shop: Workshop) -> None:
