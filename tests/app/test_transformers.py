@@ -1,37 +1,28 @@
 """A transformer as the app's base: pictures, maps and facts, and what cannot be is said."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny.flux import FLUX_TARGETS, make_flux_components, write_transformer_lora
-from tiny.qwen import make_qwen_image_components, make_z_image_components
+from tiny.denoising import FAMILIES
+from tiny.flux import write_transformer_lora
 
-from mole_diffusion import FluxMoLEPipeline, QwenImageMoLEPipeline, ZImageMoLEPipeline
 from mole_diffusion.app.composing import ComposeRequest, compose
 from mole_diffusion.app.library import add_file
 from mole_diffusion.app.studio import Studio
 from mole_diffusion.app.tabs.models import BASES
-
-# Our class, components, what LoRA files change, and what the family is called.
-Z_IMAGE, QWEN = ["attention.to_q", "feed_forward.w2"], ["attn.to_q", "img_mlp.net.2"]
-FAMILIES: dict[str, tuple[Any, Callable[[Path], dict[str, Any]], list[str], str]] = {
-    "flux": (FluxMoLEPipeline, make_flux_components, FLUX_TARGETS, "FLUX.1"),
-    "qwen-image": (QwenImageMoLEPipeline, lambda _: make_qwen_image_components(), QWEN, "Qwen-Image"),
-    "z-image": (ZImageMoLEPipeline, lambda _: make_z_image_components(), Z_IMAGE, "Z-Image"),
-}
 
 
 @pytest.mark.parametrize(
     "family", ["flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen-image", "z-image"))]
 )
 def test_pictures_of_a_transformer(family: str, tmp_path: Path) -> None:
-    cls, make, targets, name = FAMILIES[family]
-    components = make(tmp_path / "words")
-    cls.diffusers_class(**components).save_pretrained(tmp_path / "model")
+    known = FAMILIES[family]
+    targets, name = known.targets, known.name
+    components = known.make(tmp_path / "words")
+    known.cls.diffusers_class(**components).save_pretrained(tmp_path / "model")
     studio = Studio(tmp_path / "studio", device="cpu", model=str(tmp_path / "model"))
     try:
         studio.opening.wait(300)

@@ -1,7 +1,6 @@
 """Transformers on the command line: told by the folder, drawn, trained, exported and inspected."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,33 +10,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tiny.flux import (
-    FLUX_TARGETS,
-    make_chroma_components,
-    make_flux_components,
-    make_sd3_components,
-    write_transformer_lora,
-)
-from tiny.qwen import (
-    make_anima_components,
-    make_flux2_components,
-    make_krea2_components,
-    make_qwen_image_components,
-    make_z_image_components,
-)
+from tiny.denoising import FAMILIES
+from tiny.flux import FLUX_TARGETS, write_transformer_lora
 from typer.testing import CliRunner
 
-from mole_diffusion import (
-    AnimaMoLEPipeline,
-    ChromaMoLEPipeline,
-    ConfigError,
-    Flux2KleinMoLEPipeline,
-    FluxMoLEPipeline,
-    Krea2MoLEPipeline,
-    QwenImageMoLEPipeline,
-    StableDiffusion3MoLEPipeline,
-    ZImageMoLEPipeline,
-)
+from mole_diffusion import ConfigError
 from mole_diffusion.app.metadata import read_settings
 from mole_diffusion.cli import app
 from mole_diffusion.pictures import pipelines
@@ -50,17 +27,6 @@ def run(*arguments: Any) -> Any:
     return CliRunner().invoke(app, [str(argument) for argument in arguments], env=environment)
 
 
-# Our class, components, and what `inspect` calls the family.
-FAMILIES: dict[str, tuple[Any, Callable[[Path], dict[str, Any]], str]] = {
-    "flux": (FluxMoLEPipeline, make_flux_components, "FLUX.1"),
-    "sd3": (StableDiffusion3MoLEPipeline, make_sd3_components, "Stable Diffusion 3"),
-    "chroma": (ChromaMoLEPipeline, lambda _: make_chroma_components(), "FLUX.1"),
-    "anima": (AnimaMoLEPipeline, lambda _: make_anima_components(), "Anima"),
-    "klein": (Flux2KleinMoLEPipeline, lambda _: make_flux2_components(), "FLUX.2"),
-    "krea-2": (Krea2MoLEPipeline, lambda _: make_krea2_components(), "Krea 2"),
-    "qwen-image": (QwenImageMoLEPipeline, lambda _: make_qwen_image_components(), "Qwen-Image"),
-    "z-image": (ZImageMoLEPipeline, lambda _: make_z_image_components(), "Z-Image"),
-}
 TARGETS = [
     *(target for target in FLUX_TARGETS if target != "proj_out"),
     *(
@@ -92,14 +58,14 @@ class Model:
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     folder = tmp_path_factory.mktemp("model")
-    cls, make, family = FAMILIES[request.param]
-    components = make(folder / "words")
+    known = FAMILIES[request.param]
+    components = known.make(folder / "words")
     files = [
         write_transformer_lora(folder / f"{name}.safetensors", components, seed, 2, TARGETS)
         for seed, name in enumerate(("boot", "cat"), 1)
     ]
-    cls.diffusers_class(**components).save_pretrained(folder / "model")
-    return Model(cls, folder / "model", files, family)
+    known.cls.diffusers_class(**components).save_pretrained(folder / "model")
+    return Model(known.cls, folder / "model", files, known.name)
 
 
 def test_generate(model: Model, tmp_path: Path) -> None:

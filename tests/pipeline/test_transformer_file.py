@@ -2,7 +2,6 @@
 
 import shutil
 import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -10,53 +9,11 @@ import pytest
 import torch
 from pipeline_helpers import CLOSE
 from safetensors.torch import save_file
-from tiny.flux import (
-    FLUX_TARGETS,
-    make_chroma_components,
-    make_flux_components,
-    make_sd3_components,
-    write_transformer_lora,
-)
-from tiny.qwen import (
-    make_anima_components,
-    make_flux2_components,
-    make_krea2_components,
-    make_qwen_image_components,
-    make_z_image_components,
-)
+from tiny.denoising import FAMILIES
+from tiny.flux import make_flux_components, write_transformer_lora
 
-from mole_diffusion import (
-    AnimaMoLEPipeline,
-    ChromaMoLEPipeline,
-    ConfigError,
-    Flux2KleinMoLEPipeline,
-    FluxMoLEPipeline,
-    Krea2MoLEPipeline,
-    QwenImageMoLEPipeline,
-    StableDiffusion3MoLEPipeline,
-    ZImageMoLEPipeline,
-)
+from mole_diffusion import ConfigError, FluxMoLEPipeline
 from mole_diffusion.pictures.opening import open_base
-
-# Our class, components, and what LoRA files change.
-FAMILIES: dict[str, tuple[Any, Callable[[Path], dict[str, Any]], list[str]]] = {
-    "flux": (FluxMoLEPipeline, make_flux_components, FLUX_TARGETS),
-    "chroma": (ChromaMoLEPipeline, lambda _: make_chroma_components(), FLUX_TARGETS),
-    "anima": (AnimaMoLEPipeline, lambda _: make_anima_components(), ["attn1.to_q", "ff.net.2"]),
-    "sd3": (StableDiffusion3MoLEPipeline, make_sd3_components, ["attn.to_q", "ff.net.2"]),
-    "klein": (Flux2KleinMoLEPipeline, lambda _: make_flux2_components(), ["attn.to_qkv_mlp_proj"]),
-    "krea-2": (Krea2MoLEPipeline, lambda _: make_krea2_components(), ["attn.to_q", "ff.down"]),
-    "qwen-image": (
-        QwenImageMoLEPipeline,
-        lambda _: make_qwen_image_components(),
-        ["attn.to_q", "img_mlp.net.2"],
-    ),
-    "z-image": (
-        ZImageMoLEPipeline,
-        lambda _: make_z_image_components(),
-        ["attention.to_q", "feed_forward.w2"],
-    ),
-}
 
 
 def draw(pipe: Any, **given: Any) -> torch.Tensor:
@@ -80,7 +37,8 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("offline")
 def test_opens_offline_with_a_folder_for_the_rest(family: str, tmp_path: Path) -> None:
     """Under the names of diffusers: it reads the makers' at the real models' widths alone."""
-    cls, make, targets = FAMILIES[family]
+    known = FAMILIES[family]
+    cls, make, targets = known.cls, known.make, known.targets
     components = make(tmp_path / "words")
     lora = write_transformer_lora(tmp_path / "boot.safetensors", components, 1, 2, targets)
     folder = tmp_path / "model"

@@ -7,23 +7,10 @@ from typing import Any
 import pytest
 import torch
 from learning import losses_before_and_after
+from tiny.denoising import FAMILIES
 from tiny.flux import write_transformer_lora
-from tiny.qwen import (
-    make_anima_components,
-    make_flux2_components,
-    make_krea2_components,
-    make_qwen_image_components,
-    make_z_image_components,
-)
 
-from mole_diffusion import (
-    AnimaMoLEPipeline,
-    Flux2KleinMoLEPipeline,
-    Krea2MoLEPipeline,
-    MoLEConfig,
-    QwenImageMoLEPipeline,
-    ZImageMoLEPipeline,
-)
+from mole_diffusion import AnimaMoLEPipeline, Krea2MoLEPipeline, MoLEConfig, QwenImageMoLEPipeline
 from mole_diffusion.pictures.components import guidance_arguments
 from mole_diffusion.pictures.denoiser import Condition
 from mole_diffusion.pictures.denoisers import denoiser_of
@@ -31,42 +18,16 @@ from mole_diffusion.pictures.training import Concept, GateTrainer, TrainingConfi
 
 PROMPT = "a zorin boot and a vim cat"
 Tiny = Callable[..., TrainingConfig]
-# Our class, components, and what the LoRA files change.
-FAMILIES: dict[str, tuple[Any, Callable[[], dict[str, Any]], list[str]]] = {
-    "anima": (
-        AnimaMoLEPipeline,
-        make_anima_components,
-        ["attn1.to_q", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_k", "attn2.to_v", "ff.net.2"],
-    ),
-    "klein": (
-        Flux2KleinMoLEPipeline,
-        make_flux2_components,
-        ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.to_qkv_mlp_proj", "ff.linear_out"],
-    ),
-    "krea-2": (
-        Krea2MoLEPipeline,
-        make_krea2_components,
-        ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_gate", "attn.to_out.0", "ff.down"],
-    ),
-    "qwen-image": (
-        QwenImageMoLEPipeline,
-        make_qwen_image_components,
-        ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "img_mlp.net.2"],
-    ),
-    "z-image": (
-        ZImageMoLEPipeline,
-        make_z_image_components,
-        ["attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0", "feed_forward.w2"],
-    ),
-}
+# Whose texts go through a language model.
+TRAINED = ("anima", "klein", "krea-2", "qwen-image", "z-image")
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=TRAINED)
 def make(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Any]:
     """Makes a pipeline with two experts."""
     folder = tmp_path_factory.mktemp("family")
-    cls, components, targets = FAMILIES[request.param]
-    made = components()
+    family = FAMILIES[request.param]
+    cls, made, targets = family.cls, family.make(folder), family.targets
     files = {
         name: write_transformer_lora(folder / f"{name}.safetensors", made, seed, 1 + seed, targets)
         for seed, name in enumerate(("boot", "cat"), 1)
