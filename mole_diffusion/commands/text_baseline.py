@@ -10,7 +10,6 @@ import typer
 
 from mole_diffusion.commands.common import DeviceOption, JsonOption, say, shares, show
 from mole_diffusion.commands.text import (
-    STARTER,
     ExamplesArgument,
     ExpertOption,
     ModelOption,
@@ -19,6 +18,7 @@ from mole_diffusion.commands.text import (
     text,
 )
 from mole_diffusion.core.files import check_writable, replacing
+from mole_diffusion.starter.location import STARTER
 
 __all__ = ["text"]
 
