@@ -51,11 +51,11 @@ def take(session: Session, held: Mapping[str, Any], shown: Any, **more: Any) -> 
     Args:
         session: whose.
         held: by the names of `FIRST`.
-        shown: the tiles' value.
+        shown: the tiles' value; None leaves what is known of them.
         more: what else is known of the page now; all of it is written down at once.
     """
     kept = {name: value for name, value in held.items() if name in FIRST and value is not None}
-    session.set_page(**kept, **more, tiles=tiles.read(shown))
+    session.set_page(**kept, **more, **({} if shown is None else {"tiles": tiles.read(shown)}))
 
 
 def suggested_prompt(session: Session) -> str:

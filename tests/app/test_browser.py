@@ -173,7 +173,7 @@ def test_what_the_server_could_not_be_told_any_more_is_in_the_browser(visit: Any
     page.locator("#prompt textarea").fill("a vekka monster alone")
     visitor.number("#seed", 11)
     page.locator("#mix input[data-tile=clock]").uncheck(force=True)
-    page.wait_for_function("() => (localStorage.getItem('mole-page') || '').includes('\"on\":false')")
+    page.wait_for_function("() => (localStorage.getItem('mole-tiles') || '').includes('\"on\":false')")
     assert waiting
     page.unroute("**/queue/join**")
     visitor.reload()
@@ -238,10 +238,11 @@ def test_the_page_is_as_it_was_after_a_reload_and_the_prompt_goes_along(visit: A
     page.wait_for_function(pictures, arg=2)
     page.locator("#details dd", has_text="nla").wait_for()
     assert page.locator("#prompt textarea").input_value() == wanted
-    assert not page.locator("#mix input[data-tile=clock]").is_checked()
-    assert page.locator("#beside input").is_checked()
+    # The front end shows one part after the other.
+    page.locator("#mix input[data-tile=clock]:not(:checked)").wait_for(state="attached")
+    page.locator("#beside input:checked").wait_for(state="attached")
     visitor.unfold("#settings-box")
-    assert page.locator("#seed input").input_value() == "5"
+    page.wait_for_function("() => document.querySelector('#seed input').value === '5'")
     visitor.tab("Export")
     page.wait_for_function(
         "(text) => document.querySelector('#export-prompt textarea').value === text", arg=wanted

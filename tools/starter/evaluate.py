@@ -334,7 +334,7 @@ def model_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     for name, score in figures["experts"].items():
         value = f"{score['with']:.2f} ({score['without']:.2f}), {score['among two']:.2f}"
         rows.append((f"expert {name}: own subject found alone (without the expert), among two others", value))
-    for name, score in figures["styles"].items():
+    for name, score in figures.get("styles", {}).items():
         value = f"{score['with']:.2f} ({score['without']:.2f})"
         rows.append((f"style {name}: found by the judge (without the expert)", value))
     return rows

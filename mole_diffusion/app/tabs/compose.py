@@ -22,7 +22,7 @@ from mole_diffusion.core.errors import ConfigError, MoLEError
 _PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 _QUIET: dict[str, Any] = {"show_progress": "hidden", **_PRIVATE}
 #: What the browser's storage keeps, each with a time of its own.
-_KINDS = ("page", "regions")
+_KINDS = ("page", "tiles", "regions")
 _LIVE: dict[str, Any] = {"concurrency_limit": None, **_QUIET}
 
 
@@ -83,12 +83,13 @@ class ComposeTab(ComposeLayout):
 
     def _connect_keeping(self, controls: list[Any], named: list[Any]) -> None:
         """Every change goes into the browser's storage at once, and to the server when it can take it."""
-        changes = [*(control.change for control in controls), self.mix.select]
-        held = [self.mix, *controls]
-        regions_now = [self.canvas]
+        # Each by itself: while a load fills the page part by part, controls change beside tiles of before.
+        changes = [control.change for control in controls]
+        painted, chosen = [self.canvas.input], [self.mix.select]
         for events, kind, inputs, names, handler, outputs in (
-            (changes, "page", held, ["tiles", *self._controls], self.remember, named),
-            ([self.canvas.input], "regions", regions_now, ["regions"], self.keep_regions, [self.regions_box]),
+            (changes, "page", [*controls, self.mix], list(self._controls), self.remember, named),
+            (chosen, "tiles", [self.mix, self.prompt], ["tiles"], self.remember_tiles, named),
+            (painted, "regions", [self.canvas], ["regions"], self.keep_regions, [self.regions_box]),
         ):
             gr.on(events, None, [self.mark, *inputs], None, js=browser.write_js(kind, names), **_PRIVATE)
             gr.on(
@@ -122,10 +123,11 @@ class ComposeTab(ComposeLayout):
         """After a load: everything as it was, with what the browser has and could not tell any more."""
         session = show.session_of(self.studio, request)
         held = browser.newer(session, "page", _KINDS.index("page"), brought)
+        chosen = browser.newer(session, "tiles", _KINDS.index("tiles"), brought)
         painted = browser.newer(session, "regions", _KINDS.index("regions"), brought)
         with suppress(MoLEError):
-            if held:
-                page.take(session, held, held.get("tiles"))
+            if held or chosen:
+                page.take(session, held, chosen.get("tiles"))
         with suppress(MoLEError):
             if painted:
                 session.set_page(regions=regions.kept(painted.get("regions")))
@@ -134,13 +136,21 @@ class ComposeTab(ComposeLayout):
         return [*filled, fragments.gallery(session), browser.mark_of(session)]
 
     @show.friendly
-    def remember(self, request: gr.Request, stamp: Any, mix: Any, *values: Any) -> list[Any]:
-        """Keep what the controls hold, and say what the prompt does not name."""
+    def remember(self, request: gr.Request, stamp: Any, *values: Any) -> list[Any]:
+        """Keep what the controls hold, and say what the prompt does not name of the tiles, the last value."""
         session = show.session_of(self.studio, request)
-        held = dict(zip(self._controls, values, strict=True))
-        page.take(session, held, mix, stamps=browser.stamps(session, "page", stamp))
+        *told, mix = values
+        held = dict(zip(self._controls, told, strict=True))
+        page.take(session, held, None, stamps=browser.stamps(session, "page", stamp))
         prompt = str(held["prompt"] or "")
         return _named(session, prompt, mix)
+
+    @show.friendly
+    def remember_tiles(self, request: gr.Request, stamp: Any, mix: Any, prompt: str) -> list[Any]:
+        """Keep which experts count, and say what the prompt does not name."""
+        session = show.session_of(self.studio, request)
+        page.take(session, {}, mix, stamps=browser.stamps(session, "tiles", stamp))
+        return _named(session, prompt or "", mix)
 
     @show.friendly
     def keep_regions(self, stamp: Any, painted: Any, request: gr.Request) -> Any:
