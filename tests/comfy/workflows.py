@@ -222,7 +222,7 @@ def write_examples() -> None:
                 if name in RUNNABLE:
                     queue_and_wait(page, seconds=3600)
                 shown = Image.open(io.BytesIO(graph_picture(page))).convert("RGB")
-                shown.save(PICTURES / f"{name}.webp", quality=82)
+                shown.save(PICTURES / f"{name}.webp", quality=55, method=6)
                 drawn = sorted((Path(folder) / "output").glob("mole_*.png"))
                 thumbnail = _side_by_side(drawn) if name in RUNNABLE else shown
                 whole = ImageOps.pad(thumbnail, _THUMBNAIL, color="#202020")
