@@ -8,7 +8,6 @@ from typing import Any
 
 from PIL import Image
 
-from mole_diffusion.app import tiles
 from mole_diffusion.app.metadata import image_digest
 from mole_diffusion.app.session import Picture, Session
 from mole_diffusion.core.phrases import listed, unnamed
@@ -45,17 +44,16 @@ def controls(session: Session) -> dict[str, Any]:
     return {**found, "prompt": found["prompt"] or suggested_prompt(session)}
 
 
-def take(session: Session, held: Mapping[str, Any], shown: Any, **more: Any) -> None:
-    """What the controls and tiles hold is the page's state from now on.
+def take(session: Session, held: Mapping[str, Any], **more: Any) -> None:
+    """What the controls hold is the page's state from now on.
 
     Args:
         session: whose.
         held: by the names of `FIRST`.
-        shown: the tiles' value; None leaves what is known of them.
         more: what else is known of the page now; all of it is written down at once.
     """
     kept = {name: value for name, value in held.items() if name in FIRST and value is not None}
-    session.set_page(**kept, **more, **({} if shown is None else {"tiles": tiles.read(shown)}))
+    session.set_page(**kept, **more)
 
 
 def suggested_prompt(session: Session) -> str:

@@ -221,9 +221,15 @@ class Session:
             ConfigError: too many.
         """
         with self.lock:
-            before, self.chosen = self.chosen, self.ordered(names)
-            if self.chosen != before:
+            wanted = self.ordered(names)
+            if wanted != self.chosen:
+                self._take_part(wanted)
                 self.note()
+
+    def _take_part(self, names: tuple[str, ...]) -> None:
+        """These take part; of the others is forgotten how they counted."""
+        self.chosen = names
+        self.page["tiles"] = [tile for tile in self.page.get("tiles") or () if tile["name"] in names]
 
     def add(self, card: ExpertCard) -> None:
         """Put an expert into the library, and choose it where there is room."""
@@ -244,7 +250,7 @@ class Session:
             if name not in own:
                 raise UnknownExpertError(name, own)
             card = self.library.pop(name)
-            self.chosen = tuple(other for other in self.chosen if other != name)
+            self._take_part(tuple(other for other in self.chosen if other != name))
             self._gates = {key: gates for key, gates in self._gates.items() if card.path not in key}
             self._discarded.add(card.path)
             self._sweep()

@@ -257,6 +257,10 @@ def test_a_session_knows_its_experts(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="strength of 'boot' is 9"):
         tiles.read([{"name": "boot", "on": True, "strength": 9}])
     assert tiles.read([{"name": "boot", "on": True, "strength": 0}])[0]["strength"] == 0.0
+    session.set_page(tiles=tiles.read(shown))
+    session.choose(["clock"])
+    session.choose(["boot", "clock"])
+    assert [tile["on"] for tile in tiles.mixing_tiles(session, session.page["tiles"])] == [True, True]
     session.close()
     assert not (tmp_path / "s").exists()
 

@@ -171,16 +171,13 @@ def assemble(out: Path) -> FluxPipeline:
     )
 
 
-MEASURES = ("base", "sharpness", "experts")
-
-
 def measure(shop: Workshop, seeds: int, measures: Sequence[str] = ()) -> None:
     """`figures.json` and a table beside it: the base on held-out sets, and every expert alone.
 
     Args:
         shop: the run of the build.
         seeds: pictures per set of objects.
-        measures: some of MEASURES; the other figures stay. None are all.
+        measures: some of these figures; the others stay. None are all.
     """
     folder = shop.out / FLUX
     referee, pipe = Judge(shop.out / "judge"), assemble(shop.out).to(shop.device)

@@ -122,12 +122,13 @@ class ComposeTab(ComposeLayout):
     def restore(self, brought: Any, request: gr.Request) -> list[Any]:
         """After a load: everything as it was, with what the browser has and could not tell any more."""
         session = show.session_of(self.studio, request)
-        held = browser.newer(session, "page", _KINDS.index("page"), brought)
-        chosen = browser.newer(session, "tiles", _KINDS.index("tiles"), brought)
-        painted = browser.newer(session, "regions", _KINDS.index("regions"), brought)
+        held, chosen, painted = (
+            browser.newer(session, kind, index, brought) for index, kind in enumerate(_KINDS)
+        )
+        page.take(session, held)
         with suppress(MoLEError):
-            if held or chosen:
-                page.take(session, held, chosen.get("tiles"))
+            if chosen:
+                session.set_page(tiles=tiles.read(chosen.get("tiles")))
         with suppress(MoLEError):
             if painted:
                 session.set_page(regions=regions.kept(painted.get("regions")))
@@ -141,7 +142,7 @@ class ComposeTab(ComposeLayout):
         session = show.session_of(self.studio, request)
         *told, mix = values
         held = dict(zip(self._controls, told, strict=True))
-        page.take(session, held, None, stamps=browser.stamps(session, "page", stamp))
+        page.take(session, held, stamps=browser.stamps(session, "page", stamp))
         prompt = str(held["prompt"] or "")
         return _named(session, prompt, mix)
 
@@ -149,7 +150,7 @@ class ComposeTab(ComposeLayout):
     def remember_tiles(self, request: gr.Request, stamp: Any, mix: Any, prompt: str) -> list[Any]:
         """Keep which experts count, and say what the prompt does not name."""
         session = show.session_of(self.studio, request)
-        page.take(session, {}, mix, stamps=browser.stamps(session, "tiles", stamp))
+        session.set_page(tiles=tiles.read(mix), stamps=browser.stamps(session, "tiles", stamp))
         return _named(session, prompt or "", mix)
 
     @show.friendly
@@ -191,7 +192,7 @@ class ComposeTab(ComposeLayout):
         painted = regions.kept(canvas, session.page.get("regions"))
         wanted = self._request(session, held, mix, painted, image)
         beside = held["beside"] and wanted.mixture != "nla"
-        page.take(session, held, mix, regions=painted)
+        page.take(session, held, tiles=tiles.read(mix), regions=painted)
         work = compose(self.studio, session, wanted, [wanted.mixture, *(["nla"] if beside else [])])
         job = self.studio.submit(session, "compose", work)
         async for update in self._follow(session, job):
