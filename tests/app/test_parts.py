@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gradio as gr
 import numpy as np
 import pytest
 import torch
@@ -37,6 +39,7 @@ from mole_diffusion.app.session import MAX_EXPERTS, Picture, Session
 from mole_diffusion.app.setup import Gates
 from mole_diffusion.app.show import progress_bar
 from mole_diffusion.app.studio import Studio
+from mole_diffusion.app.tabs.compose import ComposeTab
 from mole_diffusion.app.tabs.models import preview_of
 from mole_diffusion.app.tabs.train import TrainTab
 from mole_diffusion.app.teaching import TeachRequest, teach
@@ -375,6 +378,28 @@ def test_a_tab_that_is_shown_while_experts_are_chosen_holds_no_old_prompt(
     assert prompt == "a zorin boot and a kipra clock on the beach"
     _, prompt, *_ = tab.choose(shown, "my own", None, asked)
     assert prompt == "my own"
+
+
+def test_a_page_that_is_loading_is_filled_by_its_load_alone(tmp_path: Path) -> None:
+    """The tab that is shown first is refreshed too, with a page that holds nothing yet."""
+    session = Session(tmp_path)
+    kept = tiles.mixing_tiles(session, [])
+    kept[2]["on"] = False
+    session.set_page(tiles=kept)
+    tab = ComposeTab(SimpleNamespace(session=lambda key: session))
+
+    async def built() -> None:  # Gradio makes loops of its own, and leaves them open, where none runs
+        with gr.Blocks() as demo:
+            tab.build(demo)
+
+    asyncio.run(built())
+    handler, inputs, outputs = tab.refreshed
+    asked = SimpleNamespace(cookies={}, session_hash="x")
+    told = dict.fromkeys(inputs) | {tab.prompt: "", tab.mix: [], tab.mark: ""}
+    assert handler(*told.values(), asked) == [gr.skip()] * len(outputs)
+    filled = tab.restore("", asked)
+    told |= {tab.mix: kept, tab.mark: filled[-1]}
+    assert dict(zip(outputs, handler(*told.values(), asked), strict=True))[tab.mark] == filled[-1] != ""
 
 
 def test_the_prompt_follows_the_experts_unless_the_user_wrote_one(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ class ComposeTab(ComposeLayout):
         demo.load(self.rejoin, None, results, **_LIVE)
         self.refreshed = (
             self.refresh,
-            [self.library, self.mix, self.prompt],
+            [self.library, self.mix, self.prompt, self.mark],
             [*shown, self.gallery, self.prompt, *named, self.guidance, self.mark],
         )
 
@@ -105,8 +105,10 @@ class ComposeTab(ComposeLayout):
         self.image.change(self.begin_from, self.image, None, trigger_mode="always_last", **_QUIET)
 
     @show.friendly
-    def refresh(self, library: Any, values: Any, written: str, request: gr.Request) -> list[Any]:
+    def refresh(self, library: Any, values: Any, written: str, mark: str, request: gr.Request) -> list[Any]:
         """What the session has, after work in other tabs: tiles, notices, brush colours, gallery, prompt."""
+        if not mark:  # the page is loading, and this tab is shown first: `restore` fills it, in any order
+            return [gr.skip()] * len(self.refreshed[2])
         session = show.session_of(self.studio, request)
         prompt = str(page.controls(session)["prompt"])
         there, mix, *rest = self._experts(session, values)
