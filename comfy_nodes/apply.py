@@ -12,6 +12,7 @@ from mole_diffusion.core.errors import InjectionError, NoExpertsError
 from mole_diffusion.core.experts import Expert
 from mole_diffusion.core.mixture_set import Choice
 
+from .attention import let_attention_be_read
 from .auto import ClipReader
 from .binding import KEY, Applied, Binding, LastRun, bare_weights, facts_of, networks_of, text_encoders_of
 from .experts import ExpertSet, GatesFile
@@ -44,7 +45,7 @@ def apply_experts(
         experts: at least one.
         gates: those that were trained for the experts, or None.
         without: what mixes the experts without gates: "auto" lets words and places find their experts by the
-            prompt, where the MODEL has a UNet; "equal shares" gives each 1/N.
+            prompt; "equal shares" gives each 1/N.
         tell: called before a run with the experts that no prompt of it names, see `PromptCheck`.
     Raises:
         NoExpertsError: there are no experts.
@@ -79,6 +80,8 @@ def apply_experts(
     listeners: list[TextListener] = [check] if auto is None else [auto, check]
     on_model = Binding(ensemble, list(networks[0]))
     on_model.install(new_model)
+    if auto is not None:
+        let_attention_be_read(new_model)
     on_model.check_prompts(new_model, check)
     Binding(ensemble, list(networks[1]), listeners).install(new_clip.patcher)
     for patcher, own in zip((new_model, new_clip.patcher), networks, strict=True):
@@ -100,7 +103,10 @@ def _check_bare(model: Any, clip: Any) -> None:
 
 def _reader(clip: Any, ensemble: Ensemble, experts: ExpertSet) -> ClipReader | None:
     """What reads the prompts; None where nothing can be told by them."""
-    if not all(one.architecture.auto_is_usual for one in ensemble.mixtures.values() if one.in_picture):
+    denoisers = [ensemble.networks[one.part] for one in ensemble.mixtures.values() if one.in_picture]
+    known = all(one.finds_places for one in ensemble.mixtures.values() if one.in_picture)
+    # Anima's makes the text anew, of words that another tokenizer has told it.
+    if not known or any(hasattr(network, "preprocess_text_embeds") for network in denoisers):
         logger.warning("the attention of this MODEL is not read here: without gates every expert counts 1/N")
         return None
     return ClipReader(clip, _active(experts), text_encoders_of(clip.patcher.model), experts.names)

@@ -13,7 +13,9 @@ from torch.utils.hooks import RemovableHandle
 from mole_diffusion.core.auto import Auto
 from mole_diffusion.core.calling import Calling
 from mole_diffusion.core.experts import Expert
-from mole_diffusion.core.words import TokenPhrases, places_of
+from mole_diffusion.core.words import TokenPhrases, places_of, word_places
+
+from .texts import encoder_of, tokenizer_of
 
 #: No token has this number: an embedding stands in its place.
 _NO_TOKEN = -1
@@ -26,6 +28,8 @@ class ClipReader(Auto):
     the CLIP while its experts are on it: the tokens of each encoder before it runs, and what comes out of all
     of them together, by which a denoiser's text is known again. Each text is read by itself: a style counts
     in the texts that name it and in the pictures of these.
+
+    A transformer's text is what a language model says of it, alone or behind a CLIP's.
 
     Args:
         clip: ComfyUI's CLIP.
@@ -41,6 +45,9 @@ class ClipReader(Auto):
         self._order = tuple(order)
         self._calling = Calling()
         self._encoders = encoders
+        self._tokenizers = clip.tokenizer
+        self._language: list[str] = []
+        self._blank: dict[str, list[int]] = {}
         self._handles: list[RemovableHandle] = []
         super().__init__({part: self._phrases(clip, name) for part, name in encoders.items()})
 
@@ -65,6 +72,12 @@ class ClipReader(Auto):
         for part, name in self._encoders.items():
             encoder = getattr(clip_model, name)
             self._handles.append(encoder.register_forward_pre_hook(self._before(part)))
+        known = self._tokenizers.tokenize_with_weights("")
+        clips = {name.removeprefix("clip_") for name in self._encoders.values()}
+        self._language = [
+            key for key in known if key not in clips and isinstance(encoder_of(clip_model, key), nn.Module)
+        ]
+        self._blank = {key: _plain(known[key]) for key in self._language}
 
     def detach(self, clip_model: nn.Module) -> None:
         """Stop that; doing it twice does no harm."""
@@ -80,17 +93,65 @@ class ClipReader(Auto):
 
     def note(self, tokens: Mapping[str, Any], encoded: torch.Tensor) -> Mapping[str, Any]:
         """Note whose words the text is made of, whose sections come one after the other."""
-        # Encoders write the same words into the same places.
-        part, name = next(iter(self._encoders.items()))
-        sections = tokens[name.removeprefix("clip_")]
-        ids = _numbers([[token[0] for token in section] for section in sections]).reshape(1, -1)
-        if encoded.shape[1] == ids.shape[1]:
-            with torch.inference_mode(False):
-                own = self.phrases[part]
-                # Also for experts that do not count: the denoiser knows them by their rows.
-                places = places_of(ids, {name: own.get(name, ()) for name in self._order})
-                self.remember(encoded.clone(), places)
+        with torch.inference_mode(False):
+            places = self._places(tokens, encoded.shape[1])
+            if places is not None:
+                self.remember(encoded.clone(), places[None])
         return {}
+
+    def _places(self, tokens: Mapping[str, Any], rows: int) -> torch.Tensor | None:
+        """(L, N) whose words an encoded text is made of, which has so many rows; None where nobody knows."""
+        clips, language = self._of_clips(tokens), self._of_language(tokens)
+        if language is None or clips is None:
+            found = clips if language is None else language
+        else:
+            found = torch.cat([clips, language]) if rows == len(clips) + len(language) else language
+        if found is None or (language is None and rows != len(found)):
+            return None
+        # Models leave out the beginning of a chat, and pictures in it are more than one row each.
+        found = found[max(len(found) - rows, 0) :]
+        return nn.functional.pad(found, (0, 0, rows - len(found), 0))
+
+    def _of_clips(self, tokens: Mapping[str, Any]) -> torch.Tensor | None:
+        """(L, N) the words of a CLIP's tokens; encoders write the same words into the same places."""
+        for part, name in self._encoders.items():
+            sections, own = tokens[name.removeprefix("clip_")], self.phrases[part]
+            ids = _numbers([[token[0] for token in section] for section in sections]).reshape(1, -1)
+            # Also for experts that do not count: the denoiser knows them by their rows.
+            return places_of(ids, {name: own.get(name, ()) for name in self._order})[0]
+        return None
+
+    def _of_language(self, tokens: Mapping[str, Any]) -> torch.Tensor | None:
+        """(L, N) the words of a language model's tokens, without those of a chat around them."""
+        if len(self._language) != 1 or self._language[0] not in tokens:
+            return None
+        (key,) = self._language
+        tokenizer = tokenizer_of(self._tokenizers, key)
+        if tokenizer is None:
+            return None
+        ids, blank = _plain(tokens[key]), self._blank[key]
+        phrases = {
+            name: self._calling.of(self._experts[name]) if name in self._experts else ()
+            for name in self._order
+        }
+        found = word_places(tokenizer, ids, (), phrases)
+        start = _alike(ids, blank)
+        end = _alike(ids[start:][::-1], blank[start:][::-1])
+        found[:start] = 0
+        found[len(ids) - end :] = 0
+        return found
+
+
+def _plain(sections: Sequence[Sequence[Any]]) -> list[int]:
+    """The numbers of all tokens, one after the other; 0 where something else stands in their place."""
+    tokens = [token[0] for section in sections for token in section]
+    return [int(one) if isinstance(one, Integral) else 0 for one in tokens]
+
+
+def _alike(some: Sequence[int], others: Sequence[int]) -> int:
+    """How many tokens are the same from the beginning."""
+    pairs = enumerate(zip(some, others, strict=False))
+    return next((index for index, (one, other) in pairs if one != other), min(len(some), len(others)))
 
 
 def _numbers(sections: Sequence[Sequence[Any]]) -> torch.Tensor:

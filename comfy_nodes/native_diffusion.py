@@ -15,7 +15,8 @@ from mole_diffusion.core.ensemble import PREDICTION_TYPE
 from mole_diffusion.core.errors import TrainingError
 from mole_diffusion.pictures.denoiser import Condition
 
-from .native_model import PLAIN_ATTENTION, CopiedModel, copied, differentiable, free_inputs, plain_attention
+from .attention import ATTENTION, plain_attention
+from .native_model import CopiedModel, copied, differentiable, free_inputs
 
 #: Height and width of the pictures of models that do not say, and of SDXL.
 DEFAULT_SIZE, XL_SIZE = 512, 1024
@@ -177,7 +178,7 @@ class DiffusionDenoiser(CopiedModel):
         if not torch.is_grad_enabled():
             comfy.model_management.throw_exception_if_processing_interrupted()
         times = torch.as_tensor(times, device=latents.device).float().expand(len(latents))
-        options = {PLAIN_ATTENTION: plain_attention}
+        options = {ATTENTION: plain_attention}
         told = condition.tensors
         with differentiable():
             prediction: Tensor = self.network(

@@ -21,8 +21,9 @@ from mole_diffusion.core.errors import TrainingError
 from mole_diffusion.pictures.denoiser import Condition
 from mole_diffusion.pictures.flow_matching import FlowMatching
 
+from .attention import ATTENTION, plain_attention
 from .binding import text_encoders_of
-from .native_model import PLAIN_ATTENTION, CopiedModel, copied, differentiable, free_inputs, plain_attention
+from .native_model import CopiedModel, copied, differentiable, free_inputs
 from .texts import stop_listening
 
 #: Height and width of the pictures of models that do not say.
@@ -216,7 +217,7 @@ class FlowDenoiser(FlowMatching, CopiedModel):
             name: one.process_cond(batch_size=len(latents), device=latents.device, area=None).cond
             for name, one in conditions.items()
         }
-        options = {PLAIN_ATTENTION: plain_attention}
+        options = {ATTENTION: plain_attention}
         with differentiable():
             velocity: Tensor = self._base._apply_model(framed, times, transformer_options=options, **given)
         return self._unframed(velocity)

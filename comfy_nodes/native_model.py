@@ -15,7 +15,6 @@ from typing import Any
 
 import comfy.model_management
 import torch
-from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
 
 from mole_diffusion.core.errors import TrainingError
@@ -25,8 +24,6 @@ from .memory import is_dynamic
 
 #: Says in newer cores that somebody trains.
 _TRAINS = "in_training"
-#: What every network is called with.
-PLAIN_ATTENTION = "optimized_attention_override"
 
 
 class CopiedModel:
@@ -150,12 +147,6 @@ def differentiable() -> Iterator[None]:
         yield
     finally:
         setattr(management, _TRAINS, before)
-
-
-def plain_attention(_: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """PyTorch's own attention in place of ComfyUI's choice, which may have no gradient."""
-    result: Tensor = attention_pytorch(*args, **kwargs)
-    return result
 
 
 def copied(patcher: Any, network: nn.Module, device: torch.device, dtype: torch.dtype | None) -> Any:

@@ -49,9 +49,8 @@ class ApplyMoLE(io.ComfyNode):  # type: ignore[misc]
                     options=list(WITHOUT_GATES),
                     default=AUTO,
                     optional=True,
-                    tooltip="auto: each expert has its own words and the places that look at them; for "
-                    "models with cross-attention (SD 1, SD 2, SDXL), others take equal shares. equal shares: "
-                    "every expert counts 1/N everywhere.",
+                    tooltip="auto: each expert has its own words and the places that look at them; Anima "
+                    "takes equal shares. equal shares: every expert counts 1/N everywhere.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="MODEL"), io.Clip.Output(display_name="CLIP")],

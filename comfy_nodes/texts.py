@@ -141,9 +141,8 @@ class PromptCheck:
 
     def _unnamed(self, key: str, sections: Any) -> frozenset[str] | None:
         """Of one encoder's text; None where its tokenizer cannot say what was written."""
-        own = getattr(self._tokenizers, f"clip_{key}", None) or getattr(self._tokenizers, key, None)
-        tokenizer: Any = getattr(own, "tokenizer", None)
-        if not hasattr(tokenizer, "decode"):
+        tokenizer = tokenizer_of(self._tokenizers, key)
+        if tokenizer is None:
             return None
         # Phrases go the same way, so that both have the tokenizer's own spaces and letters.
         text = _words(tokenizer, [token[0] for section in sections for token in section])
@@ -152,6 +151,17 @@ class PromptCheck:
             for name, own_phrases in self._triggers.items()
         }
         return frozenset(unnamed(text, phrases))
+
+
+def encoder_of(whole: Any, key: str) -> Any:
+    """What ComfyUI's object of all text encoders, or of their tokenizers, has for one entry of the tokens."""
+    return getattr(whole, f"clip_{key}", None) or getattr(whole, key, None)
+
+
+def tokenizer_of(tokenizers: Any, key: str) -> Any:
+    """The tokenizer itself of one entry of the tokens; None where it cannot say what was written."""
+    tokenizer = getattr(encoder_of(tokenizers, key), "tokenizer", None)
+    return tokenizer if hasattr(tokenizer, "decode") else None
 
 
 def _words(tokenizer: Any, tokens: Iterable[Any]) -> str:

@@ -133,13 +133,13 @@ class Auto:
     def _placed(self, row: Tensor) -> KnownText | None:
         """What is known of a text (L, d) that a host may have lengthened to stand beside a longer one.
 
-        Some repeat it, some put an empty text or its last token behind it; some cut it.
+        Some repeat it, some put an empty text or its last token behind it, or zeros before it; some cut it.
         """
         found: list[Tensor] = []
         first: KnownText | None = None
-        start = 0
+        start = begin = _zeros_before(row)
         while start < len(row):
-            known = self._known(row[start:], cut=start == 0)
+            known = self._known(row[start:], cut=start == begin)
             if known is None:
                 break
             first = first or known
@@ -147,9 +147,10 @@ class Auto:
             start += len(found[-1])
         if first is None:
             # Hosts put zeros in place of a negative prompt.
-            empty = bool(self.texts) and not bool(row.any())
+            empty = bool(self.texts) and begin == len(row)
             return KnownText(row, _nothing(row, self.texts[-1]), prompt=False) if empty else None
-        return KnownText(row, torch.cat([*found, _nothing(row[start:], first)]), first.prompt)
+        before, behind = (_nothing(part, first) for part in (row[:begin], row[start:]))
+        return KnownText(row, torch.cat([before, *found, behind]), first.prompt)
 
     def _known(self, row: Tensor, *, cut: bool) -> KnownText | None:
         """What stands at the beginning of a text (L, d): the longest that is known, whole, and the nearest.
@@ -183,6 +184,12 @@ def are_same(texts: Texts, others: Texts) -> bool:
     if isinstance(texts, Tensor) or isinstance(others, Tensor):
         return texts is others
     return len(texts) == len(others) and all(one is other for one, other in zip(texts, others, strict=True))
+
+
+def _zeros_before(row: Tensor) -> int:
+    """How many tokens of a text (L, d) are nothing but zeros until the first that is not."""
+    written = row.any(1)
+    return int(written.int().argmax()) if bool(written.any()) else len(row)
 
 
 def _nothing(row: Tensor, like: KnownText) -> Tensor:

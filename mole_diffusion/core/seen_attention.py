@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -27,8 +28,16 @@ _FROM, _TO = 0.3, 0.6
 # Attention is computed for so many numbers at a time.
 _NUMBERS = 2**26
 
+# How many layers are inside a forward that is read.
+_reading: ContextVar[int] = ContextVar("reading", default=0)
+
 #: Told of queries (B, H, T, d), keys (B, H, L, d) and the other arguments of attention.
 Told = Callable[[Tensor, Tensor, Mapping[str, Any]], None]
+
+
+def is_reading() -> bool:
+    """Whether attention that is computed now is read: hosts with functions of their own take torch's then."""
+    return _reading.get() > 0
 
 
 class _Watching(TorchFunctionMode):
@@ -142,10 +151,12 @@ class SeenAttention:
         mode = _Watching(self.told)
         mode.__enter__()  # type: ignore[no-untyped-call]
         self._inside.append(mode)
+        _reading.set(_reading.get() + 1)
 
     def _leave(self, *_: Any) -> None:
         if self._inside:
             self._inside.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            _reading.set(_reading.get() - 1)
 
     def _end(self, *_: Any) -> None:
         self.remove()

@@ -34,7 +34,7 @@ def usual_mixture(ensemble: Ensemble) -> str:
     """What a call without `mixture` is drawn with; see `WithExperts.usual_mixture`."""
     mixtures = ensemble.mixtures.values()
     trained = any(one.is_trained for one in mixtures)
-    able = all(one.finds_places and one.architecture.auto_is_usual for one in mixtures if one.in_picture)
+    able = all(one.finds_places for one in mixtures if one.in_picture)
     return AUTO if able and not trained and len(ensemble.experts) > 1 else "gates"
 
 

@@ -171,8 +171,8 @@ class WithExperts(HoldsExperts):
     def usual_mixture(self) -> str:
         """What a call without `mixture` is drawn with.
 
-        "gates" where any are trained or there is nothing to share out, and for models on whose real weights
-        "auto" was never tried, which draw with it where a call says so; else "auto".
+        "gates" where any are trained or there is nothing to share out, and where attention to words is not
+        known; else "auto".
         """
         return usual_mixture(self.ensemble)
 

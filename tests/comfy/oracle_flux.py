@@ -24,6 +24,7 @@ from tiny.flux import filled
 from torch import Tensor, nn
 
 from mole_diffusion import Expert, MoLEConfig, inject, load_expert, save_gates
+from mole_diffusion.core.auto import Auto
 from mole_diffusion.core.mixture import Mixture
 from mole_diffusion.core.networks import map_network
 
@@ -38,6 +39,8 @@ BLOCKS: dict[str, Any] = {
     "axes_dims_rope": (4, 4, 8),
 }
 TEXT = 7
+#: While the layout forms, and behind it.
+AUTO_TIMES = (1.0, 0.95, 0.5)
 #: Of the latent: height and width differ.
 SIZE = (8, 12)
 
@@ -140,6 +143,12 @@ def _write_answers(network: Any, home: Path) -> None:
     answers["regions"] = _run(network, tensors)
     mixture.activate(["b"])
     answers["alone"] = _run(network, tensors)
+    auto = Auto({})
+    auto.remember(tensors["text"], tensors["words"])
+    mixture.activate(auto=auto)
+    answers["times"] = torch.tensor(AUTO_TIMES)
+    for step, time in enumerate(AUTO_TIMES):
+        answers[f"auto_{step}"] = _run(network, {**tensors, "timesteps": torch.tensor([time, time])})
     mixture.eject()
     answers["base"] = _run(network, tensors)
     save_file(
@@ -182,6 +191,10 @@ def _inputs(network: Any) -> dict[str, Tensor]:
         # ComfyUI pads those of FLUX.2.
         "text": torch.randn(2, 512 if _is_flux2(network) else TEXT, 32, generator=draws),
     }
+    # Whose words the texts are made of; the second names two of the experts.
+    tensors["words"] = torch.zeros(*tensors["text"].shape[:2], 3)
+    for row, token, expert in ((0, 1, 0), (0, 2, 0), (0, 4, 1), (0, 6, 2), (1, 2, 0), (1, 5, 1)):
+        tensors["words"][row, token, expert] = 1
     if network.config.get("guidance_embeds"):
         tensors["guidance"] = torch.full((2,), 3.5)
     if isinstance(network, (FluxTransformer2DModel, SD3Transformer2DModel)):

@@ -24,7 +24,7 @@ def check_auto(
     pipe: Any, plain: Any, files: Mapping[str, Any], draw: Draws, guided: Mapping[str, Any], caplog: Any
 ) -> None:
     """All of it, with a pipeline that has the experts "boot" and "cat" and no trained gates."""
-    assert pipe.usual_mixture == "gates"
+    assert pipe.usual_mixture == "auto"
     base = draw(pipe, BOTH, mixture="none")
     with caplog.at_level(logging.WARNING, logger="mole_diffusion"):
         _named(pipe, plain, files, draw, guided)

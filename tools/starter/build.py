@@ -18,7 +18,7 @@ import typer
 
 from mole_diffusion.starter.location import starter_dir
 
-from . import alone, base, codec, evaluate, expert, guidance, judge, sibling, text
+from . import alone, base, codec, colours, evaluate, expert, guidance, judge, sibling, text
 from .workshop import Workshop
 
 Step = Callable[[Workshop], object]
@@ -35,6 +35,7 @@ def steps_of(seeds: int = 20, measures: Sequence[str] = ()) -> dict[str, Step]:
         "judge": judge.train_judge,
         "judge-styles": lambda shop: judge.add_styles(shop, expert.ALONE),
         "clip": guidance.train_clip,
+        "clip-colours": colours.train_colours,
         "clip-eval": lambda shop: guidance.train_clip(shop, guidance.SCORER),
         "flux": sibling.train_base,
         "flux-experts": sibling.train_experts,

@@ -181,6 +181,26 @@ def wrongly_drawn(described: Described, dice: Dice) -> tuple[Placed, Tensor]:
     return replace(scenes, count=scenes.count - missing.long(), **moved), merged
 
 
+def drawn_rows(
+    shop: Workshop,
+    described: Described,
+    place: Tensor,
+    variety: Tensor,
+    dice: Dice,
+    softener: Softener | None,
+) -> loop.Batch:
+    """Pictures of scenes and wrong ones; as generators make them where there is a softener."""
+    scenes = described.scenes
+    pictures, _ = shop.stage.draw(scenes, variety)
+    changed, merged = wrongly_drawn(described, dice)
+    wrong, _ = shop.stage.draw(changed, variety, merged)
+    if softener is not None:
+        plain = {"before": torch.zeros_like(scenes.kind), "style": torch.zeros_like(scenes.style)}
+        ids = shop.captions.tokens(shop.captions.compose(scenes, place=place, **plain))
+        pictures, wrong = (softener.generated(one, ids, dice, scenes.style) for one in (pictures, wrong))
+    return {"picture": stored(pictures), "wrong": stored(wrong)}
+
+
 def described_rows(shop: Workshop, seed: int) -> Pool:
     """Pictures, wrong pictures, their description and a wrong one."""
     softener = Softener(shop)
@@ -193,23 +213,8 @@ def described_rows(shop: Workshop, seed: int) -> Pool:
         ids, wrong_ids = (
             shop.captions.tokens(caption(shop, d, place)) for d in (described, wrongly_told(described, dice))
         )
-        pictures, _ = shop.stage.draw(scenes, variety)
-        changed, merged = wrongly_drawn(described, dice)
-        wrong, _ = shop.stage.draw(changed, variety, merged)
-        base_ids = shop.captions.tokens(
-            shop.captions.compose(
-                scenes,
-                before=torch.zeros_like(scenes.kind),
-                place=place,
-                style=torch.zeros_like(scenes.style),
-            )
-        )
-        return {
-            "picture": stored(softener.generated(pictures, base_ids, dice, scenes.style)),
-            "wrong": stored(softener.generated(wrong, base_ids, dice, scenes.style)),
-            "ids": ids,
-            "wrong_ids": wrong_ids,
-        }
+        drawn = drawn_rows(shop, described, place, variety, dice, softener)
+        return {**drawn, "ids": ids, "wrong_ids": wrong_ids}
 
     return Pool(make, shop.amount(CHUNK), shop.amount(CHUNKS), EVERY)
 
@@ -231,10 +236,7 @@ def train_clip(shop: Workshop, recipe: Recipe = GUIDE) -> None:
         return {"picture": Softener.worn(restored(pictures), dice), "ids": ids}
 
     def loss_of(batch: loop.Batch) -> Tensor:
-        with shop.mixed_precision():
-            image, words = clip.encode_image(batch["picture"]), clip.encode_text(batch["ids"])
-        image, words = F.normalize(image.float(), dim=-1), F.normalize(words.float(), dim=-1)
-        logits = clip.logit_scale.exp().clamp(max=100) * image @ words.T
+        logits = contrast(shop, clip, batch)
         return (F.cross_entropy(logits[:size], target) + F.cross_entropy(logits[:, :size].T, target)) / 2
 
     loop.train(
@@ -249,6 +251,21 @@ def train_clip(shop: Workshop, recipe: Recipe = GUIDE) -> None:
         average=0.998,
         graph=shop.graph,
     )
+    save_clip(shop, recipe, clip)
+
+
+def contrast(shop: Workshop, clip: CLIP, batch: loop.Batch) -> Tensor:
+    """(pictures, captions) the CLIP's logits of a batch."""
+    with shop.mixed_precision():
+        image, words = clip.encode_image(batch["picture"]), clip.encode_text(batch["ids"])
+    image, words = F.normalize(image.float(), dim=-1), F.normalize(words.float(), dim=-1)
+    logits: Tensor = clip.logit_scale.exp().clamp(max=100) * image @ words.T
+    return logits
+
+
+def save_clip(shop: Workshop, recipe: Recipe, clip: CLIP) -> None:
+    """Write a CLIP into the starter, in open_clip's format, with the starter's tokenizer."""
+    settings = model_config(recipe, len(shop.tokenizer))
     folder = shop.out / recipe.name
     folder.mkdir(parents=True, exist_ok=True)
     save_half(clip, folder / "open_clip_model.safetensors")

@@ -292,13 +292,6 @@ class Architecture(Protocol):
     def looking(self, sites: Sequence[Site]) -> Looking | None:
         """Where image tokens look at text, if `text_readers` do not say so; None where they do not."""
 
-    @property
-    def auto_is_usual(self) -> bool:
-        """Whether pictures are drawn with `mixture="auto"` where no gates are trained and nobody says how.
-
-        For kinds of networks whose pictures were judged.
-        """
-
     def leaf(self, matrix: str) -> str:
         """A canonical name without the numbered blocks that the matrix lies in."""
 

@@ -105,8 +105,7 @@ class Stack:
     """An `Architecture` whose blocks stand in rows.
 
     Attributes:
-        name, role, slots, prefixes, writers, families, example, text_gates, causal, auto_is_usual: see
-            `Architecture`.
+        name, role, slots, prefixes, writers, families, example, text_gates, causal: see `Architecture`.
         inputs: what the inputs of a forward say.
         counter: tokens for flattened gates.
         before, after: matrices that run before and after all blocks.
@@ -149,7 +148,6 @@ class Stack:
     tell: Callable[[str, Mapping[str, int]], Base | None] = lambda slot, inputs: None
     text_gates: bool = False
     causal: bool = False
-    auto_is_usual: bool = False
 
     @property
     def example(self) -> str:

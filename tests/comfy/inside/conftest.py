@@ -79,3 +79,23 @@ def experts() -> Any:
 def oracle() -> Path:
     """What diffusers computed, see test_comfy_inside.py."""
     return Path(os.environ["MOLE_COMFY_ORACLE"])
+
+
+@pytest.fixture(scope="session", params=["flux", "z_image"])
+def tiny(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, tuple[Any, Any, Any], Any]:
+    """A family, its model, and two experts."""
+    from tiny_loras import write_flux_lora, write_z_image_lora
+    from tiny_models import transformers
+
+    from mole_diffusion.core.experts import load_expert
+
+    write = {"flux": write_flux_lora, "z_image": write_z_image_lora}[request.param]
+    found, folder = part("experts").ExpertSet(), tmp_path_factory.mktemp("loras")
+    for seed, name in enumerate(("dog", "cat")):
+        path = write(folder, name, seed)
+        with torch.inference_mode(False):
+            found = found.with_expert(load_expert(path))
+    with torch.inference_mode():
+        return request.param, transformers.load(request.param), found

@@ -10,17 +10,14 @@ import torch
 from conftest import part
 from inside_flux import LOADERS, close, experts_of
 from safetensors.torch import load_file
-from tiny_loras import write_flux_lora, write_z_image_lora
 from tiny_models import transformers
 
 from mole_diffusion import MoLEConfig, TrainingConfig, read_gates_header
 from mole_diffusion.core.errors import TrainingError
-from mole_diffusion.core.experts import load_expert
 from mole_diffusion.pictures.denoiser import Condition
 from tools import encoded, hooks, sample
 
 PROMPT = "a sks dog and a sks cat"
-WRITERS = {"flux": write_flux_lora, "z_image": write_z_image_lora}
 
 
 @pytest.mark.parametrize("name", LOADERS)
@@ -53,20 +50,6 @@ def test_predictions_and_gradients_are_those_of_diffusers(
             assert (ours[key].grad - expected).norm() <= 1e-3 * expected.norm() + 1e-6, key
         assert not any(value.is_inference() for value in copy.denoiser.network.parameters())
     assert hooks(model.model.diffusion_model) == 0
-
-
-@pytest.fixture(scope="module", params=WRITERS)
-def tiny(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, tuple[Any, Any, Any], Any]:
-    """A family, its model, and two experts."""
-    found, folder = part("experts").ExpertSet(), tmp_path_factory.mktemp("loras")
-    for seed, name in enumerate(("dog", "cat")):
-        path = WRITERS[request.param](folder, name, seed)
-        with torch.inference_mode(False):
-            found = found.with_expert(load_expert(path))
-    with torch.inference_mode():
-        return request.param, transformers.load(request.param), found
 
 
 def test_texts_and_predictions_are_those_of_the_sampler(tiny: Any) -> None:

@@ -118,6 +118,33 @@ def test_numbers_are_those_of_diffusers(family: tuple[Path, Any], starter: tuple
         assert hooks(model.model.diffusion_model) == 0
 
 
+def test_words_find_the_places_that_they_find_in_diffusers(
+    family: tuple[Path, Any], starter: tuple[Any, Any, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without gates: while the layout forms attention is read, behind it each place is somebody's."""
+    folder, model = family
+    answers = load_file(folder / "answers.safetensors")
+    mixed, _ = part("apply").apply_experts(model, starter[1], experts_of(folder), None, "auto")
+    reader = part("apply").applied_to(mixed).ensemble.choice.auto
+    if folder.name == "anima":
+        assert reader is None
+        assert "attention of this MODEL is not read here" in caplog.text
+        return
+    reader.remember(answers["text"], answers["words"])
+    options = mixed.model_options["transformer_options"]
+    for step, time in enumerate(answers["times"]):
+        told = {**answers, "timesteps": time.expand(2)}
+        found = run(mixed, told, transformer_options=options)
+        assert close(found, answers[f"auto_{step}"]), step
+        assert not close(run(model, told, transformer_options=options), found)
+    assert not caplog.records
+    # Where another node's attention takes the place of ours, nobody has a place of its own, and that is said.
+    for time in answers["times"]:
+        blind = run(mixed, {**answers, "timesteps": time.expand(2)}, transformer_options={})
+    assert "cannot be read" in caplog.text
+    assert not close(blind, found)
+
+
 def test_gates_made_here_are_those_for_diffusers(family: tuple[Path, Any]) -> None:
     """The header says the same of the base: names and shapes of its matrices, whoever fuses them."""
     folder, model = family

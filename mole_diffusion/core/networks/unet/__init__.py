@@ -54,7 +54,6 @@ class UNet:
     example = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     text_gates = False
     causal = False
-    auto_is_usual = True
 
     def sites(self, network: nn.Module) -> tuple[Site, ...]:
         """See `Architecture`; where projections are fused, the fused modules' rows."""
