@@ -17,7 +17,20 @@ from transformers import CLIPTokenizer
 from mole_diffusion.core.experts import load_expert
 from mole_diffusion.starter import starter_dir
 from mole_diffusion.starter.judge import STRIDE, presence
-from tools.starter import base, codec, evaluate, expert, guidance, judge, likeness, loop, stage, text, world
+from tools.starter import (
+    base,
+    codec,
+    colours,
+    evaluate,
+    expert,
+    guidance,
+    judge,
+    likeness,
+    loop,
+    stage,
+    text,
+    world,
+)
 from tools.starter.workshop import Pool, Workshop
 
 BATCH = 64
@@ -269,6 +282,16 @@ def test_wrong_descriptions_say_something_else() -> None:
     assert two.any()
     assert (right != swapped).any(1)[two].all()
     assert torch.equal(right.sort(1).values[two], swapped.sort(1).values[two])
+
+
+def test_a_clips_second_round_is_about_colours() -> None:
+    described = colours.coloured_scenes(shop(), shop().dice(13), BATCH)
+    two, place = guidance.two_colours(described), torch.ones(BATCH, dtype=torch.bool)
+    assert len(two) == BATCH
+    assert 0.6 <= float(two.float().mean()) <= 0.9
+    right = guidance.caption(shop(), described, place)
+    wrong = guidance.caption(shop(), colours.wrongly_coloured(described, shop().dice(14)), place)
+    assert (right != wrong).any(1).all()
 
 
 @pytest.mark.slow
