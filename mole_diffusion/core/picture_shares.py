@@ -164,7 +164,7 @@ class PictureShares:
         """
         anew = time > self._last + _ANEW or time >= self._start > self._last or not self._begun
         if anew:
-            self._start, self._begun = time, True
+            self._start, self._begun, self._blind = time, True, False
             if not self._auto.continues:
                 self._seen = None
         before = 0 if self._seen is None else len(self._seen.met)

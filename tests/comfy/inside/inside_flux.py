@@ -131,18 +131,20 @@ def test_words_find_the_places_that_they_find_in_diffusers(
         assert "attention of this MODEL is not read here" in caplog.text
         return
     reader.remember(answers["text"], answers["words"])
-    options = mixed.model_options["transformer_options"]
-    for step, time in enumerate(answers["times"]):
-        told = {**answers, "timesteps": time.expand(2)}
-        found = run(mixed, told, transformer_options=options)
-        assert close(found, answers[f"auto_{step}"]), step
-        assert not close(run(model, told, transformer_options=options), found)
+    ours = mixed.model_options["transformer_options"]
+
+    def drawn(some: Any, options: Any) -> list[Tensor]:
+        told = [{**answers, "timesteps": time.expand(2)} for time in answers["times"]]
+        return [run(some, one, transformer_options=options) for one in told]
+
+    expected = [answers[f"auto_{step}"] for step in range(len(answers["times"]))]
+    assert all(map(close, drawn(mixed, ours), expected))
+    assert not any(map(close, drawn(model, ours), expected))
     assert not caplog.records
     # Where another node's attention takes the place of ours, nobody has a place of its own, and that is said.
-    for time in answers["times"]:
-        blind = run(mixed, {**answers, "timesteps": time.expand(2)}, transformer_options={})
+    assert not close(drawn(mixed, {})[-1], expected[-1])
     assert "cannot be read" in caplog.text
-    assert not close(blind, found)
+    assert all(map(close, drawn(mixed, ours), expected))
 
 
 def test_gates_made_here_are_those_for_diffusers(family: tuple[Path, Any]) -> None:
