@@ -11,7 +11,7 @@ from mole_diffusion.pictures.demo import concepts_of
 from mole_diffusion.pictures.training import TrainingConfig
 from mole_diffusion.starter import judge, starter_dir, starter_experts
 from mole_diffusion.starter.location import NOT_IN_WHEELS
-from tools.starter import evaluate, world
+from tools.starter import clips, evaluate, world
 
 
 def test_everything_is_there_and_light() -> None:
@@ -51,11 +51,15 @@ def test_the_figures_on_record_meet_what_the_model_card_promises() -> None:
     assert figures["codec"]["whole"] >= 28
     assert figures["codec"]["objects"] >= 25
     assert max(figures["colours"].values()) < 5
+    guide = figures["clips"]["clip"]
+    for found in (guide, guide["generated"]):
+        assert found["object"] >= 0.97
+        assert found["colours"] >= 0.95
 
 
 @pytest.mark.parametrize(("name", "least"), [("clip", 0.8), ("clip_eval", 0.9)])
 def test_clips_tell_a_caption_from_one_with_a_wrong_object(name: str, least: float) -> None:
-    assert evaluate.clip_scores(starter_dir(), name, 100, colours=False)["object"] > least
+    assert clips.clip_scores(starter_dir(), name, 100, colours=False)["object"] > least
 
 
 def test_the_papers_settings_train_on_it() -> None:

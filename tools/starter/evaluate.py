@@ -9,7 +9,6 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-import open_clip
 import torch
 from diffusers import FluxPipeline, StableDiffusionPipeline
 from PIL import Image
@@ -19,9 +18,8 @@ from mole_diffusion.pictures import drawing
 from mole_diffusion.starter.judge import STYLE, Judge, to_tensor
 from mole_diffusion.starter.location import FLUX_GUIDANCE, GUIDANCE, RESCALE
 
-from . import base, guidance, judge, likeness, text, world
-from .stage import HUES, NO_COLOUR
-from .workshop import Workshop, load_codec
+from . import base, clips, judge, likeness, text, world
+from .workshop import load_codec
 
 STEPS = 20
 Pipe = StableDiffusionPipeline | FluxPipeline
@@ -196,46 +194,6 @@ def style_scores(out: Path, pipe: Pipe, referee: Judge, seeds: int = 20) -> dict
     return result
 
 
-def clip_scores(out: Path, folder: str, count: int = 400, *, colours: bool = True) -> dict[str, float]:
-    """How often a CLIP prefers a scene's description to a wrong one.
-
-    Wrong is one object exchanged, or the colours of the first two objects, of scenes that have two.
-
-    Args:
-        colours: half of the scenes are recoloured, and descriptions name colours.
-    """
-    shop = Workshop(out, out, torch.device("cpu"), hues=HUES if colours else 1)
-    network = open_clip.create_model(f"local-dir:{out / folder}").eval()
-    tokenise = open_clip.get_tokenizer(f"local-dir:{out / folder}")
-
-    def words(told: guidance.Described) -> list[str]:
-        return shop.captions.text(guidance.caption(shop, told, place))
-
-    dice = shop.dice(99, 5)
-    scenes = shop.director.mixed(dice, count, recoloured=0.5)
-    described = guidance.describe(shop, scenes, dice)
-    if not colours:
-        described.colour.fill_(NO_COLOUR)
-    pictures, _ = shop.stage.draw(scenes, dice.below(1000, count), plain=True)
-    place = torch.ones(count, dtype=torch.bool)
-    told = {
-        "right": words(described),
-        "object": words(guidance.exchanged(described, dice)),
-        "colours": words(guidance.colours_swapped(described)),
-    }
-    with torch.no_grad():
-        image = torch.cat([network.encode_image(part * 2 - 1, normalize=True) for part in pictures.split(50)])
-        near = {
-            name: (image * network.encode_text(tokenise(captions), normalize=True)).sum(1)
-            for name, captions in told.items()
-        }
-    two = guidance.two_colours(described)
-    return {
-        "object": float((near["right"] > near["object"]).float().mean()),
-        "colours": float((near["right"] > near["colours"])[two].float().mean()),
-    }
-
-
 MEASURES = ("codec", "colours", "judge", "base", "sharpness", "experts", "styles", "clips")
 
 
@@ -264,7 +222,7 @@ def evaluate(
         "sharpness": lambda: base_sharpness(pipe),
         "experts": lambda: expert_scores(out, pipe, referee, seeds),
         "styles": lambda: style_scores(out, pipe, referee, seeds),
-        "clips": lambda: {name: clip_scores(out, name) for name in ("clip", "clip_eval")},
+        "clips": lambda: clips.scores(out, lambda prompts: draw(pipe, prompts)),
     }
     figures = taken(report, ways, seeds, measures)
     report.with_suffix(".md").write_text(table(figures))
@@ -318,8 +276,9 @@ def table(figures: dict[str, Any]) -> str:
             )
     rows += model_rows(figures)
     for name, score in figures["clips"].items():
-        value = f"{score['object']:.2f} / {score['colours']:.2f}"
-        rows.append((f"{name}: right caption over one object / two colours exchanged", value))
+        for where, found in (("", score), (" on pictures that the base drew", score["generated"])):
+            value = f"{found['object']:.2f} / {found['colours']:.2f}"
+            rows.append((f"{name}: right caption over one object / two colours exchanged{where}", value))
     return markdown(rows, figures["seeds"])
 
 
