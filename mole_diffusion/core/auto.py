@@ -25,9 +25,13 @@ _KEPT = 256
 # A denoiser's text is a known one up to rounding.
 _SAME = 1e-2
 
+# Between these timesteps strength eases off: behind the first shapes stand, behind the second details come.
+_SHAPES, _DETAILS = 0.7, 0.3
+
 _ALLOWED = {
     "sharpness": number(0, math.inf, above=True),
     "strength": number(0, math.inf, above=True),
+    "detail": number(0, math.inf, above=True),
     "until": number(0, 1),
     "floor": number(0, 1),
 }
@@ -40,7 +44,8 @@ class AutoSettings:
     Args:
         sharpness: factor of each expert's attention map, which is 1 where it is highest, in the softmax over
             the experts.
-        strength: of an expert inside its place.
+        strength: of an expert inside its place while shapes form: more than 1, or some never come.
+        detail: the same for details, which more than 1 washes out.
         until: the timestep, from 1 (noise) to 0, down to which the denoiser is watched; at least one forward.
         floor: attention, of the highest, below which an image token belongs to nobody; it rises to full
             strength at twice that.
@@ -49,14 +54,20 @@ class AutoSettings:
         ConfigError: a value is out of range.
     """
 
-    sharpness: float = 8.0
-    strength: float = 1.5
+    sharpness: float = 16.0
+    strength: float = 2.0
+    detail: float = 1.0
     until: float = 0.9
-    floor: float = 0.25
+    floor: float = 0.1
 
     def __post_init__(self) -> None:
         for name, rule in _ALLOWED.items():
             rule.demand(name, getattr(self, name))
+
+    def strength_at(self, timestep: float) -> float:
+        """Of an expert inside its place at a timestep, from 1 (noise) to 0."""
+        shapes = min(max((timestep - _DETAILS) / (_SHAPES - _DETAILS), 0.0), 1.0)
+        return self.detail + shapes * (self.strength - self.detail)
 
 
 @dataclass(eq=False)

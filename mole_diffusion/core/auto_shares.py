@@ -105,12 +105,15 @@ def shared_rest(weights: Tensor) -> Tensor:
     return weights + free * named / named.sum(-1, keepdim=True).clamp_min(1)
 
 
-def shared_places(maps: Tensor, settings: AutoSettings, inside: float | None = None) -> Tensor:
+def shared_places(
+    maps: Tensor, settings: AutoSettings, timestep: float, inside: float | None = None
+) -> Tensor:
     """Weights of the experts in each place of a picture, from how much it looks at their words.
 
     Args:
         maps: (B, N, H, W) attention, 0 for experts that the text does not name.
         settings: how places are shared out.
+        timestep: from 1 (noise) to 0.
         inside: how far each place belongs to any expert; None to tell it by the attention.
     Returns:
         (B, N, H, W). A single expert has the whole picture, at 1.
@@ -126,4 +129,4 @@ def shared_places(maps: Tensor, settings: AutoSettings, inside: float | None = N
     else:
         held = torch.full_like(seen[:, :1], inside)
     several = named.sum(1, keepdim=True) > 1
-    return torch.where(several, shares * held * settings.strength, shares)
+    return torch.where(several, shares * held * settings.strength_at(timestep), shares)

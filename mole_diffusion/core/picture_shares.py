@@ -319,13 +319,13 @@ class PictureShares:
         full = experts.to(self._words)[..., None, None]
         settings = self._auto.settings
         if self._regions is not None:
-            return shared_places(full, settings, inside=1.0)
+            return shared_places(full, settings, self._last, inside=1.0)
         if self._blind and self._seen.maps is None:
             return full / full.sum(1, keepdim=True).clamp_min(1.0)
         if watched or self._seen.maps is None:
             # The layout forms, and it forms as the experts have it: without them some subjects never come.
             return full
-        own = shared_places(self._seen.maps[pictures] * full, settings)
+        own = shared_places(self._seen.maps[pictures] * full, settings, self._last)
         # Those whose places nobody has seen yet are looked for with the experts in full.
         lacking = (experts & ~self._seen.met[pictures]).to(own)[..., None, None]
         return own * (1 - lacking) + lacking

@@ -93,12 +93,15 @@ def test_attention_is_what_diffusers_computes() -> None:
 def test_places_are_shared_out() -> None:
     maps = torch.zeros(1, 3, 4, 4)
     maps[0, 0, :, 0], maps[0, 1, :, 3] = 1.0, 0.5
-    settings = AutoSettings(sharpness=20.0, strength=1.5)
-    weights = shared_places(maps, settings)[0].permute(1, 2, 0)
+    settings = AutoSettings(sharpness=20.0, strength=1.5, floor=0.25)
+    weights = shared_places(maps, settings, 0.8)[0].permute(1, 2, 0)
     torch.testing.assert_close(weights[:, 0], torch.tensor([1.5, 0.0, 0.0]).expand(4, 3), atol=1e-5, rtol=0)
     torch.testing.assert_close(weights[:, 3], torch.tensor([0.0, 1.5, 0.0]).expand(4, 3), atol=1e-5, rtol=0)
     assert not weights[:, 1:3].any()
-    alone = shared_places(maps * torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1), settings)
+    for timestep, strength in ((0.7, 1.5), (0.5, 1.25), (0.3, 1.0), (0.0, 1.0)):  # it eases off
+        eased = shared_places(maps, settings, timestep)[0].permute(1, 2, 0)
+        torch.testing.assert_close(eased, weights * strength / 1.5)
+    alone = shared_places(maps * torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1), settings, 0.8)
     torch.testing.assert_close(alone[0].permute(1, 2, 0), torch.tensor([1.0, 0.0, 0.0]).expand(4, 4, 3))
 
 

@@ -9,7 +9,7 @@ import torch
 from tiny.networks import LATENT, TEXT, WIDTH, make_experts, make_unet
 from torch import Tensor
 
-from mole_diffusion.core.auto import Auto
+from mole_diffusion.core.auto import Auto, AutoSettings
 from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.mixture import Mixture, inject
 
@@ -43,6 +43,7 @@ def test_texts_are_known_whatever_a_host_put_behind_them() -> None:
         "an empty text behind it": ([other, empty], [words(1, 2), nothing]),
         "its last token repeated": ([other, other[-1:].expand(5, -1)], [words(1, 2), nothing[:5]]),
         "two texts": ([one, other], [words(0), words(1, 2)]),
+        "zeros before it": ([torch.zeros(4, WIDTH), one, empty], [nothing[:4], words(0), nothing]),
         "cut": ([other[:3]], [words(1, 2)[:3]]),
     }
     for case, (given, places) in cases.items():
@@ -68,13 +69,14 @@ def test_of_texts_that_are_much_alike_the_nearest_is_meant(dtype: torch.dtype) -
 
 
 class Drawing:
-    """A UNet with three experts, and the texts that name them."""
+    """A UNet with three experts, and the texts that name them; strength is the same at all times."""
 
     def __init__(self, named: list[tuple[int, ...]]) -> None:
         self.unet = make_unet()
         self.mixture: Mixture = inject(self.unet, make_experts(3, self.unet), MoLEConfig())
         self.texts = texts(len(named))
         self.auto = remembering(*((one, words(*own)) for one, own in zip(self.texts, named, strict=True)))
+        self.auto.settings = AutoSettings(strength=1.5, detail=1.5)
         self.mixture.activate(auto=self.auto)
 
     def step(self, time: int, *rows: int, size: int = LATENT) -> Tensor:

@@ -96,11 +96,12 @@ def test_scales_hold(loaded, draw) -> None:
 
 
 def test_regions_are_places_from_the_first_step_on(loaded, draw) -> None:
-    two = {"active_experts": ["boot", "cat"], "mixture": "auto"}
+    strength = 1.4
+    mixture = AutoMixture(AutoSettings(strength=strength, detail=strength))
+    two = {"active_experts": ["boot", "cat"], "mixture": mixture}
     one = draw(loaded, region_masks={"boot": LEFT, "cat": 1 - LEFT}, **two)
     weights = loaded.gate_weights().where(network="unet", branch="prompt", step=0).mean("group", "expert")
     tokens = {key: value for key, value in weights.items() if not key[0].endswith(".context")}
-    strength = AutoSettings().strength
     assert tokens
     for (_, expert), weight in tokens.items():
         # Half the picture each.
