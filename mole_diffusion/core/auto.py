@@ -29,6 +29,7 @@ _SAME = 1e-2
 _SHAPES, _DETAILS = 0.7, 0.3
 
 _ALLOWED = {
+    "words": number(0, math.inf, above=True),
     "sharpness": number(0, math.inf, above=True),
     "strength": number(0, math.inf, above=True),
     "detail": number(0, math.inf, above=True),
@@ -39,9 +40,11 @@ _ALLOWED = {
 
 @dataclass(frozen=True, kw_only=True)
 class AutoSettings:
-    """How image tokens are shared out.
+    """How tokens are shared out.
 
     Args:
+        words: of an expert in its own words, where a text names several: in full each disturbs the words of
+            the others, which it never met in its training, and their subjects go.
         sharpness: factor of each expert's attention map, which is 1 where it is highest, in the softmax over
             the experts.
         strength: of an expert inside its place while shapes form: more than 1, or some never come.
@@ -54,6 +57,7 @@ class AutoSettings:
         ConfigError: a value is out of range.
     """
 
+    words: float = 0.75
     sharpness: float = 16.0
     strength: float = 2.0
     detail: float = 1.0

@@ -33,6 +33,12 @@ class Counting:
         weights = torch.tensor([self.auto.everywhere.get(name, 0.0) for name in self.names], device=device)
         return weights * self.counting(device)
 
+    def in_words(self, places: Tensor) -> Tensor:
+        """Weights (B, L, N) of the experts in their own words, from whose words tokens are."""
+        apart = self.everywhere(places.device) == 0
+        several = (places.any(1) & apart).sum(-1) > 1
+        return torch.where(several[:, None, None], places * self.auto.settings.words, places)
+
     def meet(self, places: Tensor) -> None:
         """Tell the host whom texts name, from places (B, L, N)."""
         named = places.flatten(0, 1).any(0).tolist()
@@ -75,9 +81,9 @@ class TextShares:
             )
         places = places_of(ids, self._phrases)
         self._rows.meet(places)
-        weights = places.to(ids.device)
         counting, everywhere = self._rows.counting(ids.device), self._rows.everywhere(ids.device)
-        weights = with_everywhere(shared_rest(weights * counting), everywhere)
+        weights = self._rows.in_words(places.to(ids.device) * counting)
+        weights = with_everywhere(shared_rest(weights), everywhere)
         self._value = GateValue(weights.flatten(0, 1), len(weights), None, in_backward=False)
 
     def value(self, context: ForwardContext, stream: str, tokens: int) -> GateValue:

@@ -260,7 +260,7 @@ class PictureShares:
         Networks may lengthen texts, up to the width of their masks, and fold what several layers of a text
         encoder say of a word into as many tokens.
         """
-        words = self._words
+        words = self._rows.in_words(self._words)
         known, mask = words.shape[1], forward.masks.get(CONTEXT)
         if known < tokens and ((mask is not None and tokens <= mask.shape[1]) or tokens % known):
             words = F.pad(words, (0, 0, 0, tokens - known))
