@@ -114,6 +114,14 @@ def test_a_run_can_be_restricted(write_protocol: Write) -> None:
             r"Unknown settings pool",
         ),
         ({"mole": {"preset": "best"}}, r"preset 'best'; allowed are 'paper' and 'uniform'"),
+        (
+            {"methods": [{"name": "x", "base": "auto", "auto": {"word": 1}}], "masks": []},
+            r"x: auto has \['word'\]; allowed are \['words'",
+        ),
+        (
+            {"methods": [{"name": "x", "base": "la", "auto": {"words": 1}}], "masks": []},
+            r"x: auto has \['words'\]; allowed are .* for 'auto' alone",
+        ),
         ({"masks": ["nla"]}, r"masks names \['nla'\]; allowed are \['few'\]"),
         ({"sheet": ["boot+dog"]}, r"sheet names \['boot\+dog'\]; allowed are \['boot\+cat', 'cat\+clock'\]"),
         ({"methods": ["masked", "gates"], "masks": ["few"]}, r"masks names"),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from mole_diffusion.core.auto import AutoSettings
 from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.evaluation.protocol import Part, chosen, find_protocol, read_protocol, shipped
+from mole_diffusion.pictures.auto import AUTO, AutoMixture
 from mole_diffusion.pictures.training.config import TrainingConfig
 
 __all__ = [
@@ -107,6 +110,7 @@ class Variant(Part):
         references: train with only the first so many reference pictures; all are scored against.
         seeds: only the first so many seeds, for rows that cost more than they tell.
         guidance: in place of the protocol's.
+        auto: settings of `AutoSettings` that differ, with "auto".
     """
 
     name: str = Field(min_length=1, pattern=r"^[^/\\]+$")
@@ -118,6 +122,20 @@ class Variant(Part):
     references: int | None = Field(default=None, ge=1)
     seeds: int | None = Field(default=None, ge=1)
     guidance: float | None = Field(default=None, ge=0)
+    auto: dict[str, float] = Field(default_factory=dict)
+
+    def mixture(self) -> Any:
+        """What `pipe(mixture=...)` takes, where nothing is prepared.
+
+        Raises:
+            ConfigError: `auto` names no setting, or one out of range, or this is something else.
+        """
+        if not self.auto:
+            return self.kind
+        known = [entry.name for entry in fields(AutoSettings)]
+        if lost := [name for name in self.auto if name not in known or self.kind != AUTO]:
+            raise ConfigError(f"{self.name}: auto has {lost}; allowed are {known}, and for {AUTO!r} alone")
+        return AutoMixture(AutoSettings(**self.auto))
 
     @property
     def kind(self) -> str:
@@ -332,3 +350,4 @@ def _check(protocol: Protocol, path: Path) -> None:
         protocol.prepared_as(method)
         protocol.mole_config(method)
         protocol.training_config(method)
+        method.mixture()

@@ -171,7 +171,8 @@ def settings_of(protocol: Protocol, scenes: Sequence[Scene]) -> dict[str, Any]:
 
 
 def _method_settings(protocol: Protocol, method: Variant) -> dict[str, Any]:
-    drawing = {"base": method.kind} | ({} if method.guidance is None else {"guidance": method.guidance})
+    own = {"guidance": method.guidance, "auto": method.auto or None}
+    drawing = {"base": method.kind} | {name: value for name, value in own.items() if value is not None}
     if not needs_preparation(method):
         return drawing
     method = protocol.prepared_as(method)

@@ -90,7 +90,7 @@ class Stage:
     def prepare(self, method: Variant) -> Any:
         """What `pipe(mixture=...)` takes for this method; prepared now, or found in its folder."""
         if not needs_preparation(method):
-            return method.kind
+            return method.mixture()
         method = self.protocol.prepared_as(method)
         if self._ready is None or self._ready[0] != method.name:
             config = self.protocol.mole_config(method)
