@@ -69,8 +69,10 @@ def test_bars_that_the_pages_call_reached_are_reached() -> None:
         for measure in ("present", "joint", "described", "image")
     )
     assert present["gates"] >= 0.95 * present["alone"]
-    assert present["auto"] >= 0.85 * present["gates"]
-    others = [joint[name] for name in joint if name not in ("gates", "alone", "masked", "plain")]
+    assert present["auto"] >= 0.95 * present["gates"]
+    assert joint["auto"] >= 0.85
+    # Those of others; the page says how near "auto" is.
+    others = [joint[name] for name in joint if name not in ("gates", "auto", "alone", "masked", "plain")]
     assert len(others) >= 4
     assert joint["gates"] >= max(0.85, max(others) + 0.2)
     for measure in (described, image):
