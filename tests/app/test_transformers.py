@@ -41,7 +41,7 @@ def test_pictures_of_a_transformer(family: str, tmp_path: Path) -> None:
             assert job.error is None, job.error
             pictures.append(job.result[0].path.read_bytes())
         assert len(set(pictures[1:])) == 3
-        assert pictures[3] != pictures[0]
+        assert pictures[3] == pictures[0]  # no gates are trained
     finally:
         studio.close()
 

@@ -165,9 +165,13 @@ class TrainTab:
         shown = [self.experts, self.prompt, self.concept, *concept]
         self.experts.select(self.choose, [self.experts, self.prompt, self.concept], shown, **quick)
         self.concept.change(self.show_concept, self.concept, concept, **quick)
-        self.keep.click(self.save_phrases, [self.concept, self.text, self.class_text], concept, **quick)
-        self.upload.upload(self.add_pictures, [self.concept, self.upload], [*concept, self.upload], **quick)
-        self.clear.click(self.remove_pictures, self.concept, concept, **quick)
+        # What is shown afterwards is the concept that is chosen by then, which may be another one.
+        for changed in (
+            self.keep.click(self.save_phrases, [self.concept, self.text, self.class_text], None, **quick),
+            self.upload.upload(self.add_pictures, [self.concept, self.upload], self.upload, **quick),
+            self.clear.click(self.remove_pictures, self.concept, None, **quick),
+        ):
+            changed.success(self.show_concept, self.concept, concept, **quick)
         self.refreshed = (self.refresh, [self.experts, self.prompt, self.concept], shown)
         demo.load(self.refresh, [self.experts, self.prompt, self.concept], shown, **quick)
 
@@ -192,18 +196,17 @@ class TrainTab:
         return _concept(show.session_of(self.studio, request), name)
 
     @show.friendly
-    def save_phrases(self, name: str | None, text: str, class_text: str, request: gr.Request) -> list[Any]:
+    def save_phrases(self, name: str | None, text: str, class_text: str, request: gr.Request) -> None:
         """Keep what the user wrote."""
         session = show.session_of(self.studio, request)
         if name is None or not text.strip():
             raise ConfigError("choose a concept and write its phrase first")
         session.describe(name, text=text.strip(), class_text=class_text.strip())
         gr.Info(markup.html("Saved for {}.", name))
-        return _concept(session, name)
 
     @show.friendly
-    def add_pictures(self, name: str | None, files: list[str] | None, request: gr.Request) -> list[Any]:
-        """Put uploaded pictures to an expert's references."""
+    def add_pictures(self, name: str | None, files: list[str] | None, request: gr.Request) -> None:
+        """Put uploaded pictures to an expert's references; the place for uploads is empty then."""
         session = show.session_of(self.studio, request)
         if name is None:
             raise ConfigError("choose a concept first")
@@ -221,15 +224,13 @@ class TrainTab:
         if added:
             references = (*card.references, *added)
             session.describe(name, references=references, picture=card.picture or references[0])
-        return [*_concept(session, name), None]
 
     @show.friendly
-    def remove_pictures(self, name: str | None, request: gr.Request) -> list[Any]:
+    def remove_pictures(self, name: str | None, request: gr.Request) -> None:
         """No references: the expert then draws its own."""
         session = show.session_of(self.studio, request)
         if name is not None:
             session.describe(name, references=())
-        return _concept(session, name)
 
     @show.friendly
     async def train(self, request: gr.Request, *values: Any) -> AsyncIterator[Any]:
