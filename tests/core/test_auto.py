@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mole_diffusion.core.attention import AttentionMaps
 from mole_diffusion.core.auto import Auto, AutoSettings
-from mole_diffusion.core.auto_shares import shared_places, shared_rest
+from mole_diffusion.core.auto_shares import Counting, shared_places, shared_rest
 from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.mixture import Mixture, inject
@@ -144,7 +144,7 @@ def _injected() -> tuple[UNet2DConditionModel, Mixture]:
 def test_words_have_their_expert_alone_while_places_are_looked_for() -> None:
     unet, mixture = _injected()
     latent, time, text = drawn()
-    _auto(mixture, text, AutoSettings(until=0.0))
+    _auto(mixture, text, AutoSettings(until=0.0, words=1.0))
     with torch.no_grad():
         ours = unet(latent, time, text).sample
     mixture.eject()
@@ -176,7 +176,7 @@ def test_words_have_their_expert_alone_while_places_are_looked_for() -> None:
 def test_experts_get_their_places_once_they_are_known() -> None:
     unet, mixture = _injected()
     latent, _, text = drawn()
-    _auto(mixture, text, AutoSettings(until=0.5))
+    _auto(mixture, text, AutoSettings(until=0.5, words=1.0))
     with torch.no_grad():
         unet(latent, 900, text)
         weights = mixture.live_weights()
@@ -198,6 +198,18 @@ def test_tokens_of_no_phrase_are_of_all_experts_that_the_text_names() -> None:
     assert torch.equal(shared[0, [0, 2, 4, 5]], rest.expand(4, 3))
     assert torch.equal(shared[0, [1, 3]], text[0, [1, 3]])
     assert not shared[1].any()  # a negative prompt names nobody
+
+
+def test_words_count_less_where_a_text_names_several() -> None:
+    auto = Auto({}, {"c": 1.0}, AutoSettings(words=0.75))
+    rows = Counting(auto, ("a", "b", "c"), (0, 1, 2))
+    text = torch.zeros(3, 5, 3)
+    text[0, 1, 0] = text[0, 3, 1] = 1.0  # two
+    text[1, 1, 0] = text[1, 3, 2] = 1.0  # one, and one of the whole picture
+    text[2, 2, 1] = 1.0  # one
+    found = rows.in_words(text)
+    assert torch.equal(found[0], 0.75 * text[0])
+    assert torch.equal(found[1:], text[1:])
 
 
 def test_an_expert_of_the_whole_picture_has_every_token() -> None:

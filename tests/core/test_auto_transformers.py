@@ -100,7 +100,7 @@ def test_attention_is_what_diffusers_computes(name: str) -> None:
 def test_words_have_their_expert_alone_while_places_are_looked_for(name: str) -> None:
     network, given = drawn(name)
     mixture = mixed(network)
-    mixture.activate(auto=auto_for(given, AutoSettings(until=0.0)))
+    mixture.activate(auto=auto_for(given, AutoSettings(until=0.0, words=1.0)))
     ours = run(network, given)
     texts = [value.weights for label, value in mixture._context.live.items() if label.endswith(".context")]
     assert texts

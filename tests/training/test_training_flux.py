@@ -81,12 +81,11 @@ def test_training_draws_what_the_pipeline_draws(make: Any, concepts: list[Concep
     noise = torch.randn(1, *bench.denoiser.latent_shape, generator=torch.Generator().manual_seed(4))
     packed = pipe._pack_latents(noise, *noise.shape)
     steps = bench.settings.sampling_steps
-    guided = {"guidance_scale": 3.0}
+    guided: dict[str, Any] = {"guidance_scale": 3.0}
     if not pipe.transformer.config.get("guidance_embeds") and isinstance(pipe, FluxMoLEPipeline):
         guided = {"true_cfg_scale": 3.0, "negative_prompt": ""}
-    expected = pipe(
-        PROMPT, latents=packed, num_inference_steps=steps, height=32, width=32, output_type="pt", **guided
-    ).images
+    drawn = {"height": 32, "width": 32, "output_type": "pt", "mixture": "gates", **guided}
+    expected = pipe(PROMPT, latents=packed, num_inference_steps=steps, **drawn).images
     torch.testing.assert_close(found, expected, rtol=0, atol=1 / 255)
     # Guidance that is embedded costs no second pass.
     assert bench.counter.without_gradient == steps

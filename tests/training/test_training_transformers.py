@@ -61,6 +61,7 @@ def test_training_draws_what_the_pipeline_draws(make: Any, concepts: list[Concep
         noise = pipe._pack_latents(noise, *noise.shape)
     noise = noise.unsqueeze(2) if isinstance(pipe, AnimaMoLEPipeline) else noise
     options = {**guidance_arguments(pipe, 2.0), "output_type": "pt", "height": 32, "width": 32}
+    options["mixture"] = "gates"
     expected = pipe(prompt=PROMPT, latents=noise, num_inference_steps=steps, **options).images
     torch.testing.assert_close(found, expected, rtol=0, atol=1 / 255)
 
