@@ -122,15 +122,22 @@ def test_freefuse_gives_every_place_to_one_expert(pipe, draw) -> None:
     words = {"boot": "boot", "cat": "cat", "clock": "clock"}
     assert set(words) == set(pipe.experts)
     seen: list[torch.Tensor] = []
+    texts: list[torch.Tensor] = []
     mixture = pipe.mixtures["unet"]
-    handle = pipe.unet.register_forward_hook(
-        lambda *_: seen.extend(v.rows for k, v in mixture._context.live.items() if not k.endswith(".context"))
-    )
+
+    def look(*_: Any) -> None:
+        for label, value in mixture._context.live.items():
+            (texts if label.endswith(".context") else seen).append(value.rows)
+
+    handle = pipe.unet.register_forward_hook(look)
     draw(pipe, mixture="freefuse", num_inference_steps=4, guidance_scale=1.0)
     handle.remove()
     late = torch.cat(seen[-2:])
     torch.testing.assert_close(late.sum(-1), torch.ones(len(late)), atol=1e-4, rtol=0)
     assert late.max() == pytest.approx(1.0, abs=1e-4)
+    # Its words are its own in full, where "auto" gives several experts less.
+    assert texts
+    assert all(rows.max() == 1.0 for rows in texts)
 
 
 @pytest.mark.parametrize("word", ["arrow", "energy", "klora", "loratorio"])
