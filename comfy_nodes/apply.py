@@ -14,7 +14,17 @@ from mole_diffusion.core.mixture_set import Choice
 
 from .attention import let_attention_be_read
 from .auto import ClipReader
-from .binding import KEY, Applied, Binding, LastRun, bare_weights, facts_of, networks_of, text_encoders_of
+from .binding import (
+    KEY,
+    Applied,
+    Binding,
+    LastRun,
+    adapts_text,
+    bare_weights,
+    facts_of,
+    networks_of,
+    text_encoders_of,
+)
 from .experts import ExpertSet, GatesFile
 from .memory import count
 from .texts import PromptCheck, TextListener
@@ -103,10 +113,8 @@ def _check_bare(model: Any, clip: Any) -> None:
 
 def _reader(clip: Any, ensemble: Ensemble, experts: ExpertSet) -> ClipReader | None:
     """What reads the prompts; None where nothing can be told by them."""
-    denoisers = [ensemble.networks[one.part] for one in ensemble.mixtures.values() if one.in_picture]
-    known = all(one.finds_places for one in ensemble.mixtures.values() if one.in_picture)
-    # Anima's makes the text anew, of words that another tokenizer has told it.
-    if not known or any(hasattr(network, "preprocess_text_embeds") for network in denoisers):
+    drawing = [one for one in ensemble.mixtures.values() if one.in_picture]
+    if not all(one.finds_places and not adapts_text(one.network) for one in drawing):
         logger.warning("the attention of this MODEL is not read here: without gates every expert counts 1/N")
         return None
     return ClipReader(clip, _active(experts), text_encoders_of(clip.patcher.model), experts.names)

@@ -47,7 +47,8 @@ class ClipReader(Auto):
         self._encoders = encoders
         self._tokenizers = clip.tokenizer
         self._language: list[str] = []
-        self._blank: dict[str, list[int]] = {}
+        # The empty text is what a chat is around any.
+        self._blank: Mapping[str, Any] = clip.tokenizer.tokenize_with_weights("")
         self._handles: list[RemovableHandle] = []
         super().__init__({part: self._phrases(clip, name) for part, name in encoders.items()})
 
@@ -72,12 +73,12 @@ class ClipReader(Auto):
         for part, name in self._encoders.items():
             encoder = getattr(clip_model, name)
             self._handles.append(encoder.register_forward_pre_hook(self._before(part)))
-        known = self._tokenizers.tokenize_with_weights("")
         clips = {name.removeprefix("clip_") for name in self._encoders.values()}
         self._language = [
-            key for key in known if key not in clips and isinstance(encoder_of(clip_model, key), nn.Module)
+            key
+            for key in self._blank
+            if key not in clips and isinstance(encoder_of(clip_model, key), nn.Module)
         ]
-        self._blank = {key: _plain(known[key]) for key in self._language}
 
     def detach(self, clip_model: nn.Module) -> None:
         """Stop that; doing it twice does no harm."""
@@ -102,24 +103,23 @@ class ClipReader(Auto):
     def _places(self, tokens: Mapping[str, Any], rows: int) -> torch.Tensor | None:
         """(L, N) whose words an encoded text is made of, which has so many rows; None where nobody knows."""
         clips, language = self._of_clips(tokens), self._of_language(tokens)
-        if language is None or clips is None:
-            found = clips if language is None else language
-        else:
-            found = torch.cat([clips, language]) if rows == len(clips) + len(language) else language
-        if found is None or (language is None and rows != len(found)):
-            return None
+        if language is None:
+            return clips if clips is not None and len(clips) == rows else None
+        if clips is not None and rows == len(clips) + len(language):
+            return torch.cat([clips, language])
         # Models leave out the beginning of a chat, and pictures in it are more than one row each.
-        found = found[max(len(found) - rows, 0) :]
+        found = language[max(len(language) - rows, 0) :]
         return nn.functional.pad(found, (0, 0, rows - len(found), 0))
 
     def _of_clips(self, tokens: Mapping[str, Any]) -> torch.Tensor | None:
         """(L, N) the words of a CLIP's tokens; encoders write the same words into the same places."""
-        for part, name in self._encoders.items():
-            sections, own = tokens[name.removeprefix("clip_")], self.phrases[part]
-            ids = _numbers([[token[0] for token in section] for section in sections]).reshape(1, -1)
-            # Also for experts that do not count: the denoiser knows them by their rows.
-            return places_of(ids, {name: own.get(name, ()) for name in self._order})[0]
-        return None
+        if not self._encoders:
+            return None
+        part, name = next(iter(self._encoders.items()))
+        own = self.phrases[part]
+        ids = torch.tensor([_plain(tokens[name.removeprefix("clip_")], _NO_TOKEN)])
+        # Also for experts that do not count: the denoiser knows them by their rows.
+        return places_of(ids, {name: own.get(name, ()) for name in self._order})[0]
 
     def _of_language(self, tokens: Mapping[str, Any]) -> torch.Tensor | None:
         """(L, N) the words of a language model's tokens, without those of a chat around them."""
@@ -129,7 +129,7 @@ class ClipReader(Auto):
         tokenizer = tokenizer_of(self._tokenizers, key)
         if tokenizer is None:
             return None
-        ids, blank = _plain(tokens[key]), self._blank[key]
+        ids, blank = _plain(tokens[key], 0), _plain(self._blank[key], 0)
         phrases = {
             name: self._calling.of(self._experts[name]) if name in self._experts else ()
             for name in self._order
@@ -142,10 +142,10 @@ class ClipReader(Auto):
         return found
 
 
-def _plain(sections: Sequence[Sequence[Any]]) -> list[int]:
-    """The numbers of all tokens, one after the other; 0 where something else stands in their place."""
+def _plain(sections: Sequence[Sequence[Any]], other: int) -> list[int]:
+    """The numbers of all tokens, one after the other; `other` where something else stands in their place."""
     tokens = [token[0] for section in sections for token in section]
-    return [int(one) if isinstance(one, Integral) else 0 for one in tokens]
+    return [int(one) if isinstance(one, Integral) else other for one in tokens]
 
 
 def _alike(some: Sequence[int], others: Sequence[int]) -> int:

@@ -79,6 +79,11 @@ def slot_of(network: nn.Module) -> str:
     return _slots[network]
 
 
+def adapts_text(network: nn.Module) -> bool:
+    """Whether a denoiser makes the text anew, of words that another tokenizer told it, as Anima does."""
+    return hasattr(network, "preprocess_text_embeds")
+
+
 def facts_of(model: Any) -> dict[str, str]:
     """What experts and gates must agree with: what a MODEL predicts, as it would be sampled now.
 

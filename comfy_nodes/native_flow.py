@@ -22,7 +22,7 @@ from mole_diffusion.pictures.denoiser import Condition
 from mole_diffusion.pictures.flow_matching import FlowMatching
 
 from .attention import ATTENTION, plain_attention
-from .binding import text_encoders_of
+from .binding import adapts_text, text_encoders_of
 from .native_model import CopiedModel, copied, differentiable, free_inputs
 from .texts import stop_listening
 
@@ -139,7 +139,7 @@ class FlowDenoiser(FlowMatching, CopiedModel):
         Raises:
             TrainingError: it is such a one, or has no gradients.
         """
-        if hasattr(self.network, "preprocess_text_embeds"):
+        if adapts_text(self.network):
             raise TrainingError(
                 "Gates of Anima cannot be trained in ComfyUI: its attention there has no gradients. Without "
                 "gates experts count alike, with masks and regions."

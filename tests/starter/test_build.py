@@ -290,7 +290,9 @@ def test_a_clips_second_round_is_about_colours() -> None:
     assert len(two) == BATCH
     assert 0.6 <= float(two.float().mean()) <= 0.9
     right = guidance.caption(shop(), described, place)
-    wrong = guidance.caption(shop(), colours.wrongly_coloured(described, shop().dice(14)), place)
+    wrong = guidance.caption(
+        shop(), guidance.wrongly_told(described, shop().dice(14), colours.SWAPPED), place
+    )
     assert (right != wrong).any(1).all()
 
 

@@ -6,7 +6,7 @@ Three quarters of the scenes are such here.
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import open_clip
 import torch
@@ -14,24 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import loop
-from .guidance import (
-    GUIDE,
-    Described,
-    caption,
-    colours_swapped,
-    contrast,
-    describe,
-    drawn_rows,
-    exchanged,
-    save_clip,
-    two_colours,
-)
+from .guidance import GUIDE, Described, contrastive, describe, logits_of, rows_of, save_clip, two_colours
 from .scenes import Dice
 from .soften import Softener, restored
 from .stage import Placed
 from .workshop import Pool, Workshop
 
 STEPS, BATCH, RATE, SEED = 400, 192, 4e-4, 171
+#: Of the scenes with two colours, so many are told with the colours exchanged.
+SWAPPED = 0.7
 #: Rows that are made at once, such chunks that are held, every which step one is new: as rendered, and as
 #: generated, which costs more.
 RENDERED, GENERATED = (96, 24, 2), (48, 16, 60)
@@ -49,28 +40,12 @@ def coloured_scenes(shop: Workshop, dice: Dice, count: int) -> Described:
     return Described(kept, described.colour[keep], described.glossy[keep])
 
 
-def wrongly_coloured(described: Described, dice: Dice) -> Described:
-    """The colours exchanged in seven of ten scenes that have two, else an object."""
-    swap = two_colours(described) & dice.share(0.7, len(described.scenes.count))
-    other, swapped = exchanged(described, dice), colours_swapped(described)
-    kind = torch.where(swap[:, None], described.scenes.kind, other.scenes.kind)
-    colour = torch.where(swap[:, None], swapped.colour, described.colour)
-    return replace(described, scenes=replace(described.scenes, kind=kind), colour=colour)
-
-
 def coloured_rows(shop: Workshop, seed: int, softener: Softener | None) -> Pool:
     """As `guidance.described_rows`; as rendered where there is no softener."""
 
     def make(number: int, count: int) -> loop.Batch:
         dice = shop.dice(seed, number)
-        described = coloured_scenes(shop, dice, count)
-        place, variety = dice.share(0.8, count), dice.below(1000, count)
-        ids, wrong_ids = (
-            shop.captions.tokens(caption(shop, one, place))
-            for one in (described, wrongly_coloured(described, dice))
-        )
-        drawn = drawn_rows(shop, described, place, variety, dice, softener)
-        return {**drawn, "ids": ids, "wrong_ids": wrong_ids}
+        return rows_of(shop, coloured_scenes(shop, dice, count), dice, softener, SWAPPED)
 
     chunk, chunks, every = RENDERED if softener is None else GENERATED
     return Pool(make, shop.amount(chunk), shop.amount(chunks), every)
@@ -97,11 +72,10 @@ def train_colours(shop: Workshop) -> None:
         return {"picture": Softener.worn(restored(pictures), dice), "ids": ids}
 
     def loss_of(batch: loop.Batch) -> Tensor:
-        logits = contrast(shop, clip, batch)
+        logits = logits_of(shop, clip, batch)
         # Also each picture's own wrong caption against its right one, which are two among hundreds above.
         pair = F.softplus(logits[target, target + size] - logits[target, target]).mean()
-        both = F.cross_entropy(logits[:size], target) + F.cross_entropy(logits[:, :size].T, target)
-        return both / 2 + pair
+        return contrastive(logits, target) + pair
 
     loop.train(
         "clip-colours",

@@ -132,9 +132,11 @@ def colours_swapped(described: Described) -> Described:
     return replace(described, colour=described.colour[:, [1, 0, 2]])
 
 
-def wrongly_told(described: Described, dice: Dice) -> Described:
-    """A description of something else: two objects' colours exchanged where there are two, else an object."""
-    swap = two_colours(described) & dice.share(0.6, len(described.scenes.count))
+def wrongly_told(described: Described, dice: Dice, swapped_share: float = 0.6) -> Described:
+    """A description of something else: the colours of two objects exchanged, in a share of scenes where they
+    differ; else an object.
+    """
+    swap = two_colours(described) & dice.share(swapped_share, len(described.scenes.count))
     other, swapped = exchanged(described, dice), colours_swapped(described)
     kind = torch.where(swap[:, None], described.scenes.kind, other.scenes.kind)
     return replace(
@@ -181,24 +183,29 @@ def wrongly_drawn(described: Described, dice: Dice) -> tuple[Placed, Tensor]:
     return replace(scenes, count=scenes.count - missing.long(), **moved), merged
 
 
-def drawn_rows(
-    shop: Workshop,
-    described: Described,
-    place: Tensor,
-    variety: Tensor,
-    dice: Dice,
-    softener: Softener | None,
+def rows_of(
+    shop: Workshop, described: Described, dice: Dice, softener: Softener | None, swapped_share: float = 0.6
 ) -> loop.Batch:
-    """Pictures of scenes and wrong ones; as generators make them where there is a softener."""
-    scenes = described.scenes
+    """Pictures of scenes, wrong pictures, their description and a wrong one.
+
+    Args:
+        softener: makes pictures as generators do; None leaves them as rendered.
+        swapped_share: see `wrongly_told`.
+    """
+    scenes, count = described.scenes, len(described.scenes.count)
+    place, variety = dice.share(0.8, count), dice.below(1000, count)
+    ids, wrong_ids = (
+        shop.captions.tokens(caption(shop, one, place))
+        for one in (described, wrongly_told(described, dice, swapped_share))
+    )
     pictures, _ = shop.stage.draw(scenes, variety)
     changed, merged = wrongly_drawn(described, dice)
     wrong, _ = shop.stage.draw(changed, variety, merged)
     if softener is not None:
         plain = {"before": torch.zeros_like(scenes.kind), "style": torch.zeros_like(scenes.style)}
-        ids = shop.captions.tokens(shop.captions.compose(scenes, place=place, **plain))
-        pictures, wrong = (softener.generated(one, ids, dice, scenes.style) for one in (pictures, wrong))
-    return {"picture": stored(pictures), "wrong": stored(wrong)}
+        base_ids = shop.captions.tokens(shop.captions.compose(scenes, place=place, **plain))
+        pictures, wrong = (softener.generated(one, base_ids, dice, scenes.style) for one in (pictures, wrong))
+    return {"picture": stored(pictures), "wrong": stored(wrong), "ids": ids, "wrong_ids": wrong_ids}
 
 
 def described_rows(shop: Workshop, seed: int) -> Pool:
@@ -208,13 +215,7 @@ def described_rows(shop: Workshop, seed: int) -> Pool:
     def make(number: int, count: int) -> loop.Batch:
         dice = shop.dice(seed, number)
         scenes = shop.director.mixed(dice, count, recoloured=0.5, styled=0.12)
-        described = describe(shop, scenes, dice)
-        place, variety = dice.share(0.8, count), dice.below(1000, count)
-        ids, wrong_ids = (
-            shop.captions.tokens(caption(shop, d, place)) for d in (described, wrongly_told(described, dice))
-        )
-        drawn = drawn_rows(shop, described, place, variety, dice, softener)
-        return {**drawn, "ids": ids, "wrong_ids": wrong_ids}
+        return rows_of(shop, describe(shop, scenes, dice), dice, softener)
 
     return Pool(make, shop.amount(CHUNK), shop.amount(CHUNKS), EVERY)
 
@@ -236,8 +237,7 @@ def train_clip(shop: Workshop, recipe: Recipe = GUIDE) -> None:
         return {"picture": Softener.worn(restored(pictures), dice), "ids": ids}
 
     def loss_of(batch: loop.Batch) -> Tensor:
-        logits = contrast(shop, clip, batch)
-        return (F.cross_entropy(logits[:size], target) + F.cross_entropy(logits[:, :size].T, target)) / 2
+        return contrastive(logits_of(shop, clip, batch), target)
 
     loop.train(
         recipe.name,
@@ -254,13 +254,19 @@ def train_clip(shop: Workshop, recipe: Recipe = GUIDE) -> None:
     save_clip(shop, recipe, clip)
 
 
-def contrast(shop: Workshop, clip: CLIP, batch: loop.Batch) -> Tensor:
+def logits_of(shop: Workshop, clip: CLIP, batch: loop.Batch) -> Tensor:
     """(pictures, captions) the CLIP's logits of a batch."""
     with shop.mixed_precision():
         image, words = clip.encode_image(batch["picture"]), clip.encode_text(batch["ids"])
     image, words = F.normalize(image.float(), dim=-1), F.normalize(words.float(), dim=-1)
     logits: Tensor = clip.logit_scale.exp().clamp(max=100) * image @ words.T
     return logits
+
+
+def contrastive(logits: Tensor, target: Tensor) -> Tensor:
+    """The loss of Radford et al. 2021; right pictures and captions come first, in the order of `target`."""
+    size = len(target)
+    return (F.cross_entropy(logits[:size], target) + F.cross_entropy(logits[:, :size].T, target)) / 2
 
 
 def save_clip(shop: Workshop, recipe: Recipe, clip: CLIP) -> None:

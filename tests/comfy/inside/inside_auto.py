@@ -70,14 +70,10 @@ def test_the_only_one_that_is_named_draws_as_if_alone(tiny: Any, caplog: pytest.
     assert hooks(model.model.diffusion_model) == 0
 
 
-class _TinyQwen25(transformers._TinyQwen3):
-    """Named as Qwen-Image's."""
-
-
 class _TinyQwenTexts(comfy.text_encoders.qwen_image.QwenImageTEModel):  # type: ignore[misc]
     def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: Any = None) -> None:
         super(comfy.text_encoders.qwen_image.QwenImageTEModel, self).__init__(
-            device=device, dtype=dtype, name="qwen25_7b", clip_model=_TinyQwen25
+            device=device, dtype=dtype, name="qwen25_7b", clip_model=transformers._TinyQwen3
         )
 
 
