@@ -191,8 +191,8 @@ class MoLEForSeq2SeqLM(Seq2SeqExperts):
         self.need_experts("answer with top_k")
         choices: list[tuple[str, ...]] = []
         for start in range(0, len(texts), batch_size):
-            own = texts[start : start + batch_size]
-            choices += preselected(self, own, count, active=active, scales=scales)
+            batch = self.read(texts[start : start + batch_size])
+            choices += preselected(self, batch, count, active=active, scales=scales)
         found = dict[int, str]()
         for names, indices in grouped(choices).items():
             answers = self.answer(

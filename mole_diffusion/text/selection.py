@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.networks.t5 import READER
-from mole_diffusion.text.composed import Reading
+from mole_diffusion.text.composed import Composed
 
 
 def preselected(
-    model: Reading,
-    texts: Sequence[str],
+    model: Composed,
+    batch: Mapping[str, Tensor],
     count: int,
     *,
     active: Sequence[str] | None = None,
@@ -25,8 +26,8 @@ def preselected(
     mixes no more than so many; a text's choice does not depend on its neighbours.
 
     Args:
-        model: with trained gates.
-        texts: what it is to read.
+        model: with gates.
+        batch: `input_ids` (B, L) and `attention_mask` of the texts.
         count: how many experts are left to each.
         active, scales: see `Seq2SeqExperts.active`.
 
@@ -40,10 +41,10 @@ def preselected(
         raise ConfigError(f"top_k is {count}; it has to be at least 1")
     names = [name for name in model.experts if active is None or name in active]
     if count >= len(names):
-        return [tuple(names)] * len(texts)
-    batch = model.read(texts)
+        return [tuple(names)] * len(batch["input_ids"])
+    read = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad(), model.active(active, expert_scales=scales), model.recording():
-        model.model.get_encoder()(**batch)
+        model.model.get_encoder()(**read)
     records = [one for one in model.gate_weights().records if one.network == READER]
     if not records:
         raise ConfigError("top_k goes by the encoder's gates, and no expert changes the encoder")

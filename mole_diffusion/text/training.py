@@ -17,12 +17,16 @@ from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.text.composed import Composed
 from mole_diffusion.text.examples import Pair, pairs_of
+from mole_diffusion.text.selection import grouped, preselected
 from mole_diffusion.training.gates import Balanced, Gates
 from mole_diffusion.training.loop import TrainingLoop
 from mole_diffusion.training.objective import Losses, LossTerms
 from mole_diffusion.training.progress import HistoryRow, TrainingEvent
 from mole_diffusion.training.settings import COSMETIC, GateSettings, flag, whole
 from mole_diffusion.training.state import GATES_FILE, frozen
+
+# What transformers leaves out of the cross entropy.
+_IGNORED = -100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,8 @@ class TextTrainingConfig(GateSettings):
             The gates are those of the smallest loss.
         source_tokens: Most tokens of a text that is read; longer ones are cut.
         target_tokens: Most tokens of a text that is written.
+        top_k: In the second half of the iterations leave each example with so many experts, as
+            `answer(top_k=...)` does with these gates; 0 for all of them.
 
     Raises:
         ConfigError: if a value is out of range.
@@ -52,6 +58,7 @@ class TextTrainingConfig(GateSettings):
     patience: int = whole(0, 0)
     source_tokens: int = whole(512)
     target_tokens: int = whole(256)
+    top_k: int = whole(0, 0)
 
     @classmethod
     def paper(cls) -> TextTrainingConfig:
@@ -135,7 +142,7 @@ class CrossEntropy:
 
     def losses(self, iteration: int) -> Losses:
         """The loss of the next batch."""
-        loss = self.loss([self._examples[index] for index in self._draw()])
+        loss = self.loss(self.draw())
         yield LossTerms(loss, {"cross_entropy": float(loss.detach())})
 
     def state_dict(self) -> dict[str, Any]:
@@ -168,12 +175,12 @@ class CrossEntropy:
         return {
             "input_ids": read["input_ids"].to(device),
             "attention_mask": read["attention_mask"].to(device),
-            "labels": written["input_ids"].masked_fill(mask == 0, -100).to(device),
+            "labels": written["input_ids"].masked_fill(mask == 0, _IGNORED).to(device),
             # Padding of the targets must not count in the means that the balance loss is of.
             "decoder_attention_mask": mask.to(device),
         }
 
-    def _draw(self) -> list[int]:
+    def draw(self) -> list[Pair]:
         """The next batch of an order that holds every example once; a few are drawn again and again."""
         size = self._config.batch_size
         chosen: list[int] = []
@@ -181,7 +188,68 @@ class CrossEntropy:
             if not self._left:
                 self._left = torch.randperm(len(self._examples), generator=self._rng).tolist()
             chosen.append(self._left.pop())
-        return chosen
+        return [self._examples[index] for index in chosen]
+
+
+class AmongFew(CrossEntropy):
+    """The same where each text is left with the few experts that the encoder's gates weigh most.
+
+    In the first half of the iterations every expert counts, so that gates know all before they choose.
+
+    Args:
+        composed: model and experts.
+        tokenizer, examples, config, padded: see `CrossEntropy`.
+    """
+
+    def __init__(
+        self,
+        composed: Composed,
+        tokenizer: Any,
+        examples: Sequence[Pair],
+        config: TextTrainingConfig,
+        padded: int | None = None,
+    ) -> None:
+        super().__init__(composed.model, tokenizer, examples, config, padded)
+        self._composed, self._count, self._among_all = composed, config.top_k, config.iterations // 2
+
+    def losses(self, iteration: int) -> Losses:
+        """The loss of the next batch; later on those of the texts that have the same experts."""
+        pairs = self.draw()
+        if iteration < self._among_all:
+            loss = super().loss(pairs)
+            yield LossTerms(loss, {"cross_entropy": float(loss.detach())})
+            return
+        batch, groups, tokens = self._shared_out(pairs)
+        last, whole = len(groups) - 1, 0.0
+        for number, (names, rows) in enumerate(groups.items()):
+            # Left only after the backward pass: the balance is that of these gates.
+            with self._composed.active(names):
+                loss = self._of(batch, rows) * tokens[rows].sum() / tokens.sum()
+                whole += float(loss.detach())
+                parts = {"cross_entropy": whole} if number == last else {}
+                yield LossTerms(loss, parts, update=number == last)
+
+    def loss(self, pairs: Sequence[Pair]) -> Tensor:
+        """Mean cross entropy of the tokens of these targets, each text among its own experts."""
+        batch, groups, tokens = self._shared_out(pairs)
+        found = []
+        for names, rows in groups.items():
+            with self._composed.active(names):
+                found.append(self._of(batch, rows) * tokens[rows].sum())
+        return torch.stack(found).sum() / tokens.sum()
+
+    def _shared_out(
+        self, pairs: Sequence[Pair]
+    ) -> tuple[dict[str, Tensor], dict[tuple[str, ...], list[int]], Tensor]:
+        """A batch, which experts which of its rows are left with, and how many tokens each row asks for."""
+        batch = self.batch(pairs)
+        groups = grouped(preselected(self._composed, batch, self._count))
+        return batch, groups, (batch["labels"] != _IGNORED).sum(1)
+
+    def _of(self, batch: Mapping[str, Tensor], rows: list[int]) -> Tensor:
+        """Mean cross entropy of some rows of a batch."""
+        loss: Tensor = self._model(**{name: one[rows] for name, one in batch.items()}, use_cache=False).loss
+        return loss.float()
 
 
 class Validated:
@@ -293,8 +361,11 @@ def train_gates(
     share = experts if config.per_expert else 1
     gates = Gates(composed.mixtures, dataclasses.replace(config, alpha=config.alpha / share))
     padded = composed.ensemble.flatten_tokens.get("encoder")
-    objective = CrossEntropy(
-        composed.model, tokenizer, pairs, config, padded if isinstance(padded, int) else None
+    length = padded if isinstance(padded, int) else None
+    objective = (
+        AmongFew(composed, tokenizer, pairs, config, length)
+        if config.top_k
+        else CrossEntropy(composed.model, tokenizer, pairs, config, length)
     )
     validated = Validated(objective, gates, others, config)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)

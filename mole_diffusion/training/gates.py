@@ -37,6 +37,7 @@ class Gates:
             part: mixture for part, mixture in mixtures.items() if trained is None or part in trained
         }
         self.settings = settings
+        self._seen: list[Tensor] = []
 
     def optimiser(self) -> torch.optim.Optimizer:
         """Adam with a learning rate for projections and one for scalars (strength, temperature).
@@ -89,11 +90,13 @@ class Gates:
 
     def balance(self) -> Tensor:
         """The balance loss of the last forward, 0 where all experts are used equally."""
-        return balance_of(self._live_weights(), self.settings.balance)
+        live = self._live_weights()
+        self._seen = [gate.detach() for gate in live]
+        return balance_of(live, self.settings.balance)
 
     def row(self, parts: Mapping[str, float]) -> dict[str, Any]:
-        """Parts, balance, mean entropy in nats, and mean weight of every expert, of the last forward."""
-        live = [gate.detach() for gate in self._live_weights()]
+        """Parts, balance, mean entropy in nats, and mean weight of every expert, when balance was taken."""
+        live = self._seen
         names = next(iter(self.trained.values())).expert_names
         weights = mean_per_gate(live).mean(dim=0).tolist()
         return {

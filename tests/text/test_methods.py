@@ -146,12 +146,12 @@ def test_searches_find_the_expert_that_answers(make: Make) -> None:
 
 def test_few_of_many_are_chosen_by_the_encoders_gates(make: Make) -> None:
     model = make(3, MoLEConfig(gate_input="own"))
-    choices = preselected(model, TEXTS, 1)
+    choices = preselected(model, model.read(TEXTS), 1)
     with model.active(), model.recording():
         model.model.get_encoder()(**model.read(TEXTS))
     means = [model.gate_weights().where(network="encoder", entry=k).mean("expert") for k in range(len(TEXTS))]
     assert choices == [(max(own, key=lambda key: own[key])[0],) for own in means]
-    assert choices == [preselected(model, [text], 1)[0] for text in TEXTS]
+    assert choices == [preselected(model, model.read([text]), 1)[0] for text in TEXTS]
     assert len(set(choices)) > 1
     settings = {"max_new_tokens": 6, "min_new_tokens": 6}
     few = model.answer(TEXTS, top_k=1, **settings)
@@ -161,7 +161,7 @@ def test_few_of_many_are_chosen_by_the_encoders_gates(make: Make) -> None:
     ]
     assert few == single
     assert model.answer(TEXTS, top_k=3, **settings) == model.answer(TEXTS, **settings)
-    assert preselected(model, TEXTS, 1, active=["two", "three"]) != choices
+    assert preselected(model, model.read(TEXTS), 1, active=["two", "three"]) != choices
     with pytest.raises(ConfigError, match="top_k is 0; it has to be at least 1"):
         model.answer(TEXTS, top_k=0)
     with pytest.raises(ConfigError, match="top_k goes by the gates, and mixture is 'nla'"):
