@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,8 +45,8 @@ class TextTrainingConfig(GateSettings):
             The gates are those of the smallest loss.
         source_tokens: Most tokens of a text that is read; longer ones are cut.
         target_tokens: Most tokens of a text that is written.
-        top_k: In the second half of the iterations leave each example with so many experts, as
-            `answer(top_k=...)` does with these gates; 0 for all of them.
+        top_k: Leave each example with so many experts in the end, as `answer(top_k=...)` does with these
+            gates: all count for half of the iterations, then fewer and fewer for a quarter. 0 for all.
 
     Raises:
         ConfigError: if a value is out of range.
@@ -194,7 +195,8 @@ class CrossEntropy:
 class AmongFew(CrossEntropy):
     """The same where each text is left with the few experts that the encoder's gates weigh most.
 
-    In the first half of the iterations every expert counts, so that gates know all before they choose.
+    Gates get to know all experts before they choose, and choose step by step: a few of many at once are a
+    mixture that nothing was trained for.
 
     Args:
         composed: model and experts.
@@ -210,16 +212,17 @@ class AmongFew(CrossEntropy):
         padded: int | None = None,
     ) -> None:
         super().__init__(composed.model, tokenizer, examples, config, padded)
-        self._composed, self._count, self._among_all = composed, config.top_k, config.iterations // 2
+        self._composed, self._count, self._iterations = composed, config.top_k, config.iterations
+
+    def left(self, iteration: int) -> int:
+        """How many experts a text is left with in an iteration; in equal ratios from all to few."""
+        every = len(self._composed.experts)
+        passed = min(max(4 * iteration / self._iterations - 2, 0.0), 1.0)
+        return max(round(every * math.pow(min(self._count, every) / every, passed)), 1)
 
     def losses(self, iteration: int) -> Losses:
-        """The loss of the next batch; later on those of the texts that have the same experts."""
-        pairs = self.draw()
-        if iteration < self._among_all:
-            loss = super().loss(pairs)
-            yield LossTerms(loss, {"cross_entropy": float(loss.detach())})
-            return
-        batch, groups, tokens = self._shared_out(pairs)
+        """The losses of the next batch, one for the texts that have the same experts."""
+        batch, groups, tokens = self._shared_out(self.draw(), self.left(iteration))
         last, whole = len(groups) - 1, 0.0
         for number, (names, rows) in enumerate(groups.items()):
             # Left only after the backward pass: the balance is that of these gates.
@@ -231,7 +234,7 @@ class AmongFew(CrossEntropy):
 
     def loss(self, pairs: Sequence[Pair]) -> Tensor:
         """Mean cross entropy of the tokens of these targets, each text among its own experts."""
-        batch, groups, tokens = self._shared_out(pairs)
+        batch, groups, tokens = self._shared_out(pairs, self._count)
         found = []
         for names, rows in groups.items():
             with self._composed.active(names):
@@ -239,11 +242,11 @@ class AmongFew(CrossEntropy):
         return torch.stack(found).sum() / tokens.sum()
 
     def _shared_out(
-        self, pairs: Sequence[Pair]
+        self, pairs: Sequence[Pair], count: int
     ) -> tuple[dict[str, Tensor], dict[tuple[str, ...], list[int]], Tensor]:
         """A batch, which experts which of its rows are left with, and how many tokens each row asks for."""
         batch = self.batch(pairs)
-        groups = grouped(preselected(self._composed, batch, self._count))
+        groups = grouped(preselected(self._composed, batch, count))
         return batch, groups, (batch["labels"] != _IGNORED).sum(1)
 
     def _of(self, batch: Mapping[str, Tensor], rows: list[int]) -> Tensor:

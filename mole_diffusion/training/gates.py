@@ -89,10 +89,14 @@ class Gates:
                 parameter.requires_grad_(flag)
 
     def balance(self) -> Tensor:
-        """The balance loss of the last forward, 0 where all experts are used equally."""
-        live = self._live_weights()
-        self._seen = [gate.detach() for gate in live]
-        return balance_of(live, self.settings.balance)
+        """The balance loss of the last forward, 0 where all experts that count are used equally."""
+        self._seen = [gate.detach() for gate in self._live_weights()]
+        counting = [
+            gate[:, list(mixture.active)]
+            for mixture in self.trained.values()
+            for gate in mixture.live_weights().values()
+        ]
+        return balance_of(counting, self.settings.balance)
 
     def row(self, parts: Mapping[str, float]) -> dict[str, Any]:
         """Parts, balance, mean entropy in nats, and mean weight of every expert, when balance was taken."""
