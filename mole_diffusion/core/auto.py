@@ -27,6 +27,8 @@ _SAME = 1e-2
 
 # Between these timesteps strength eases off: behind the first shapes stand, behind the second details come.
 _SHAPES, _DETAILS = 0.7, 0.3
+# Around this one a style gives way to the others, and so far from it no longer.
+_MIDDLE, _REACH = 0.5, 0.35
 
 _ALLOWED = {
     "words": number(0, math.inf, above=True),
@@ -35,6 +37,9 @@ _ALLOWED = {
     "detail": number(0, math.inf, above=True),
     "until": number(0, 1),
     "floor": number(0, 1),
+    "style": number(0, math.inf),
+    "style_middle": number(0, math.inf),
+    "style_words": number(0, math.inf),
 }
 
 
@@ -52,6 +57,9 @@ class AutoSettings:
         until: the timestep, from 1 (noise) to 0, down to which the denoiser is watched; at least one forward.
         floor: attention, of the highest, below which an image token belongs to nobody; it rises to full
             strength at twice that.
+        style, style_middle: where a prompt names an expert of the whole picture and others: its strength
+            while shapes form, and half-way; for details it is 1.
+        style_words: its weight in the words there, in keys and values of cross-attention.
 
     Raises:
         ConfigError: a value is out of range.
@@ -63,6 +71,9 @@ class AutoSettings:
     detail: float = 1.0
     until: float = 0.9
     floor: float = 0.1
+    style: float = 1.5
+    style_middle: float = 0.5
+    style_words: float = 0.33
 
     def __post_init__(self) -> None:
         for name, rule in _ALLOWED.items():
@@ -72,6 +83,11 @@ class AutoSettings:
         """Of an expert inside its place at a timestep, from 1 (noise) to 0."""
         shapes = min(max((timestep - _DETAILS) / (_SHAPES - _DETAILS), 0.0), 1.0)
         return self.detail + shapes * (self.strength - self.detail)
+
+    def style_at(self, timestep: float) -> float:
+        """Of an expert of the whole picture beside others, likewise."""
+        end = self.style if timestep > _MIDDLE else 1.0
+        return self.style_middle + min(abs(timestep - _MIDDLE) / _REACH, 1.0) * (end - self.style_middle)
 
 
 @dataclass(eq=False)

@@ -239,11 +239,6 @@ class Mixture:
         return tuple(self.expert_names[i] for i in active)
 
     @property
-    def active(self) -> tuple[int, ...]:
-        """Rows of the experts that count in the forwards to come."""
-        return self._context.activation.active
-
-    @property
     def _device(self) -> torch.device:
         """Where the gates are."""
         return self.groups[0].gate.projection.device

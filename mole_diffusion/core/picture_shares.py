@@ -20,6 +20,8 @@ from .errors import ConfigError
 from .networks.base import CONTEXT, DENOISER, EMBEDDING, TOKENS, Forward, NetworkMap, Texts
 from .regions import RegionMasks
 from .seen_attention import SeenAttention
+from .seen_places import SeenPlaces, pictures_of
+from .styled_shares import beside_others, factors_of
 from .torch_state import is_compiling
 from .values import GateValue
 
@@ -40,46 +42,6 @@ class Watcher(Protocol):
 
     def remove(self) -> None:
         """Take what watches off the network."""
-
-
-class _Seen:
-    """What is known of the pictures of a batch.
-
-    Args:
-        pictures: P.
-        names: N.
-
-    Attributes:
-        met: (P, N) for which experts there is a map; on the CPU.
-        now: (P, N) which experts the texts name at this timestep; on the CPU.
-        maps: (P, N, H, W) how much each place looked at the experts' words, summed over forwards.
-    """
-
-    def __init__(self, pictures: int, names: int) -> None:
-        self.met = torch.zeros(pictures, names, dtype=torch.bool)
-        self.now = torch.zeros(pictures, names, dtype=torch.bool)
-        self.maps: Tensor | None = None
-
-    def add(self, maps: Tensor, pictures: Sequence[int | None], named: Tensor) -> None:
-        """Add what one forward looked at.
-
-        Args:
-            maps: (B, N, H, W).
-            pictures: whose row is whose, see `pictures_of`.
-            named: (B, N) the experts that the prompts name.
-        """
-        rows = [row for row, picture in enumerate(pictures) if picture is not None and bool(named[row].any())]
-        into = torch.zeros(len(self.met), len(rows))
-        for column, row in enumerate(rows):
-            into[pictures[row], column] = 1.0
-        counts = into @ named[rows].float()
-        own = maps[rows] * named[rows].to(maps)[..., None, None]
-        found = torch.einsum("pr,rnhw->pnhw", into.to(maps), own)
-        found = found / counts.clamp_min(1.0).to(maps)[..., None, None]
-        if self.maps is None or self.maps.shape != found.shape:
-            self.maps, self.met = found, counts > 0
-        else:
-            self.maps, self.met = self.maps + found, self.met | (counts > 0)
 
 
 class PictureShares:
@@ -113,10 +75,11 @@ class PictureShares:
         self._known: tuple[Texts, Tensor, Tensor, Tensor] | None = None
         self._values: dict[tuple[str, int], GateValue] = {}
         self._words = self._everywhere = torch.zeros(0)
-        self._seen: _Seen | None = None
+        self._seen: SeenPlaces | None = None
         self._reading: tuple[list[int | None], Tensor] | None = None
         self._own: Tensor | None = None
         self._order: Tensor | None = None
+        self._styles: tuple[Tensor, Tensor] | None = None
         self._begun = False
         self._start = self._last = 0.0
 
@@ -152,6 +115,7 @@ class PictureShares:
         self._maps.begin(self._words if reading else None, forward)
         self._reading = (pictures, named if watched else lacking) if reading else None
         self._lay_out(pictures, named, prompts, watched)
+        self._styles = self._weigh_styles(pictures)
         self._values.clear()
 
     def _begin_step(self, time: float, named: Tensor, prompts: Tensor) -> list[int | None]:
@@ -171,7 +135,7 @@ class PictureShares:
         count = 1 if self._auto.single else int(prompts.sum()) or before
         pictures = pictures_of(prompts.tolist(), count)
         if self._seen is None or len(self._seen.met) != count:
-            self._seen = _Seen(count, named.shape[1])
+            self._seen = SeenPlaces(count, named.shape[1])
         if bool(prompts.any()):
             if time != self._last:
                 self._seen.now.zero_()
@@ -180,6 +144,18 @@ class PictureShares:
                     self._seen.now[picture] |= named[row]
         self._last = time
         return pictures
+
+    def _weigh_styles(self, pictures: Sequence[int | None]) -> tuple[Tensor, Tensor] | None:
+        """Factors (B, 1, N) of weights in words and in the picture, for styles beside others.
+
+        Not where the denoiser encodes the texts further: nobody has looked at styles there.
+        """
+        assert self._seen is not None
+        beside = None if self._rewrites else beside_others(self._everywhere, pictures, self._seen.now)
+        if beside is None:
+            return None
+        settings = self._auto.settings
+        return factors_of(beside, settings.style_words), factors_of(beside, settings.style_at(self._last))
 
     def _lacking(self, pictures: Sequence[int | None], named: Tensor) -> Tensor:
         """(B, N) the experts that a prompt names and of whose places nothing is known yet."""
@@ -250,6 +226,8 @@ class PictureShares:
         else:
             weights = self._image(context, tokens)
         weights = with_everywhere(weights, self._everywhere)
+        if self._styles is not None and stream != EMBEDDING:
+            weights = weights * self._styles[stream != CONTEXT]
         if stream == TOKENS and self._regions is not None:
             weights = weights * context.region_masks(self._regions, tokens, weights.device)
         return GateValue(weights.flatten(0, 1), len(weights), None, in_backward=False)
@@ -340,22 +318,6 @@ class PictureShares:
             masks = self._regions.on_grid(height, width, own.device)
             own = functional.region_weights(own, masks) * own.sum(-1, keepdim=True)
         return own.index_select(0, self._order)
-
-
-def pictures_of(prompts: Sequence[bool], count: int) -> list[int | None]:
-    """Which picture each row of a batch shows; None for a row that may belong to any.
-
-    Args:
-        prompts: whether the text of a row is a prompt.
-        count: of the pictures; the prompts are theirs, in order.
-    """
-    if count == 1:
-        return [0] * len(prompts)
-    theirs = iter(range(count))
-    others = [row for row, own in enumerate(prompts) if not own]
-    # Their negative prompts, before or behind them or in turns; else nobody knows whose they are.
-    paired = dict(zip(others, range(count), strict=True)) if len(others) == count else {}
-    return [next(theirs, None) if own else paired.get(row) for row, own in enumerate(prompts)]
 
 
 def shares_of(

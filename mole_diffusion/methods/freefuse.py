@@ -16,6 +16,17 @@ FREEFUSE = "freefuse"
 #: Softmax of such sharpness is the highest alone.
 _HARD = 1e4
 
-MIXTURE = AutoMixture(AutoSettings(words=1.0, sharpness=_HARD, strength=1.0, until=0.8, floor=0.0))
+MIXTURE = AutoMixture(
+    AutoSettings(
+        words=1.0,
+        sharpness=_HARD,
+        strength=1.0,
+        until=0.8,
+        floor=0.0,
+        style=1.0,
+        style_middle=1.0,
+        style_words=1.0,
+    )
+)
 
 register(FREEFUSE, MIXTURE)

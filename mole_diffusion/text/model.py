@@ -191,8 +191,8 @@ class MoLEForSeq2SeqLM(Seq2SeqExperts):
         self.need_experts("answer with top_k")
         choices: list[tuple[str, ...]] = []
         for start in range(0, len(texts), batch_size):
-            batch = self.read(texts[start : start + batch_size])
-            choices += preselected(self, batch, count, active=active, scales=scales)
+            own = texts[start : start + batch_size]
+            choices += preselected(self, own, count, active=active, scales=scales)
         found = dict[int, str]()
         for names, indices in grouped(choices).items():
             answers = self.answer(
@@ -242,6 +242,31 @@ class MoLEForSeq2SeqLM(Seq2SeqExperts):
             examples, self.need_tokenizer("train_gates"), config,
             validation=validation, callback=callback, checkpoint_dir=checkpoint_dir, resume=resume,
         )  # fmt: skip
+
+    def keep_best(self, examples: Any, count: int) -> tuple[str, ...]:
+        """Unload all experts but the few that the gates weigh most on examples.
+
+        The gates of those that stay are fresh. Trained in turn, they cost in every step what few experts
+        cost, however many there were to choose from.
+
+        Args:
+            examples: of the task, see `train_gates`; a hundred will do.
+            count: how many experts stay.
+
+        Returns:
+            Their names.
+
+        Raises:
+            NoExpertsError: no experts are loaded.
+            ConfigError: `count` is below 1, or there are no examples.
+        """
+        from mole_diffusion.text.selection import weightiest
+
+        self.need_experts("keep_best")
+        self.need_tokenizer("keep_best")
+        kept = weightiest(self, examples, count)
+        self.ensemble.set_experts([expert for name, expert in self.experts.items() if name in kept])
+        return kept
 
     def export(
         self,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,16 +17,12 @@ from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.text.composed import Composed
 from mole_diffusion.text.examples import Pair, pairs_of
-from mole_diffusion.text.selection import grouped, preselected
 from mole_diffusion.training.gates import Balanced, Gates
 from mole_diffusion.training.loop import TrainingLoop
 from mole_diffusion.training.objective import Losses, LossTerms
 from mole_diffusion.training.progress import HistoryRow, TrainingEvent
 from mole_diffusion.training.settings import COSMETIC, GateSettings, flag, whole
 from mole_diffusion.training.state import GATES_FILE, frozen
-
-# What transformers leaves out of the cross entropy.
-_IGNORED = -100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +40,6 @@ class TextTrainingConfig(GateSettings):
             The gates are those of the smallest loss.
         source_tokens: Most tokens of a text that is read; longer ones are cut.
         target_tokens: Most tokens of a text that is written.
-        top_k: Leave each example with so many experts in the end, as `answer(top_k=...)` does with these
-            gates: all count for half of the iterations, then fewer and fewer for a quarter. 0 for all.
 
     Raises:
         ConfigError: if a value is out of range.
@@ -59,7 +52,6 @@ class TextTrainingConfig(GateSettings):
     patience: int = whole(0, 0)
     source_tokens: int = whole(512)
     target_tokens: int = whole(256)
-    top_k: int = whole(0, 0)
 
     @classmethod
     def paper(cls) -> TextTrainingConfig:
@@ -143,7 +135,7 @@ class CrossEntropy:
 
     def losses(self, iteration: int) -> Losses:
         """The loss of the next batch."""
-        loss = self.loss(self.draw())
+        loss = self.loss([self._examples[index] for index in self._draw()])
         yield LossTerms(loss, {"cross_entropy": float(loss.detach())})
 
     def state_dict(self) -> dict[str, Any]:
@@ -176,12 +168,12 @@ class CrossEntropy:
         return {
             "input_ids": read["input_ids"].to(device),
             "attention_mask": read["attention_mask"].to(device),
-            "labels": written["input_ids"].masked_fill(mask == 0, _IGNORED).to(device),
+            "labels": written["input_ids"].masked_fill(mask == 0, -100).to(device),
             # Padding of the targets must not count in the means that the balance loss is of.
             "decoder_attention_mask": mask.to(device),
         }
 
-    def draw(self) -> list[Pair]:
+    def _draw(self) -> list[int]:
         """The next batch of an order that holds every example once; a few are drawn again and again."""
         size = self._config.batch_size
         chosen: list[int] = []
@@ -189,70 +181,7 @@ class CrossEntropy:
             if not self._left:
                 self._left = torch.randperm(len(self._examples), generator=self._rng).tolist()
             chosen.append(self._left.pop())
-        return [self._examples[index] for index in chosen]
-
-
-class AmongFew(CrossEntropy):
-    """The same where each text is left with the few experts that the encoder's gates weigh most.
-
-    Gates get to know all experts before they choose, and choose step by step: a few of many at once are a
-    mixture that nothing was trained for.
-
-    Args:
-        composed: model and experts.
-        tokenizer, examples, config, padded: see `CrossEntropy`.
-    """
-
-    def __init__(
-        self,
-        composed: Composed,
-        tokenizer: Any,
-        examples: Sequence[Pair],
-        config: TextTrainingConfig,
-        padded: int | None = None,
-    ) -> None:
-        super().__init__(composed.model, tokenizer, examples, config, padded)
-        self._composed, self._count, self._iterations = composed, config.top_k, config.iterations
-
-    def left(self, iteration: int) -> int:
-        """How many experts a text is left with in an iteration; in equal ratios from all to few."""
-        every = len(self._composed.experts)
-        passed = min(max(4 * iteration / self._iterations - 2, 0.0), 1.0)
-        return max(round(every * math.pow(min(self._count, every) / every, passed)), 1)
-
-    def losses(self, iteration: int) -> Losses:
-        """The losses of the next batch, one for the texts that have the same experts."""
-        batch, groups, tokens = self._shared_out(self.draw(), self.left(iteration))
-        last, whole = len(groups) - 1, 0.0
-        for number, (names, rows) in enumerate(groups.items()):
-            # Left only after the backward pass: the balance is that of these gates.
-            with self._composed.active(names):
-                loss = self._of(batch, rows) * tokens[rows].sum() / tokens.sum()
-                whole += float(loss.detach())
-                parts = {"cross_entropy": whole} if number == last else {}
-                yield LossTerms(loss, parts, update=number == last)
-
-    def loss(self, pairs: Sequence[Pair]) -> Tensor:
-        """Mean cross entropy of the tokens of these targets, each text among its own experts."""
-        batch, groups, tokens = self._shared_out(pairs, self._count)
-        found = []
-        for names, rows in groups.items():
-            with self._composed.active(names):
-                found.append(self._of(batch, rows) * tokens[rows].sum())
-        return torch.stack(found).sum() / tokens.sum()
-
-    def _shared_out(
-        self, pairs: Sequence[Pair], count: int
-    ) -> tuple[dict[str, Tensor], dict[tuple[str, ...], list[int]], Tensor]:
-        """A batch, which experts which of its rows are left with, and how many tokens each row asks for."""
-        batch = self.batch(pairs)
-        groups = grouped(preselected(self._composed, batch, count))
-        return batch, groups, (batch["labels"] != _IGNORED).sum(1)
-
-    def _of(self, batch: Mapping[str, Tensor], rows: list[int]) -> Tensor:
-        """Mean cross entropy of some rows of a batch."""
-        loss: Tensor = self._model(**{name: one[rows] for name, one in batch.items()}, use_cache=False).loss
-        return loss.float()
+        return chosen
 
 
 class Validated:
@@ -364,11 +293,8 @@ def train_gates(
     share = experts if config.per_expert else 1
     gates = Gates(composed.mixtures, dataclasses.replace(config, alpha=config.alpha / share))
     padded = composed.ensemble.flatten_tokens.get("encoder")
-    length = padded if isinstance(padded, int) else None
-    objective = (
-        AmongFew(composed, tokenizer, pairs, config, length)
-        if config.top_k
-        else CrossEntropy(composed.model, tokenizer, pairs, config, length)
+    objective = CrossEntropy(
+        composed.model, tokenizer, pairs, config, padded if isinstance(padded, int) else None
     )
     validated = Validated(objective, gates, others, config)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)

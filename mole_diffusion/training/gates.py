@@ -37,7 +37,6 @@ class Gates:
             part: mixture for part, mixture in mixtures.items() if trained is None or part in trained
         }
         self.settings = settings
-        self._seen: list[Tensor] = []
 
     def optimiser(self) -> torch.optim.Optimizer:
         """Adam with a learning rate for projections and one for scalars (strength, temperature).
@@ -89,18 +88,12 @@ class Gates:
                 parameter.requires_grad_(flag)
 
     def balance(self) -> Tensor:
-        """The balance loss of the last forward, 0 where all experts that count are used equally."""
-        self._seen = [gate.detach() for gate in self._live_weights()]
-        counting = [
-            gate[:, list(mixture.active)]
-            for mixture in self.trained.values()
-            for gate in mixture.live_weights().values()
-        ]
-        return balance_of(counting, self.settings.balance)
+        """The balance loss of the last forward, 0 where all experts are used equally."""
+        return balance_of(self._live_weights(), self.settings.balance)
 
     def row(self, parts: Mapping[str, float]) -> dict[str, Any]:
-        """Parts, balance, mean entropy in nats, and mean weight of every expert, when balance was taken."""
-        live = self._seen
+        """Parts, balance, mean entropy in nats, and mean weight of every expert, of the last forward."""
+        live = [gate.detach() for gate in self._live_weights()]
         names = next(iter(self.trained.values())).expert_names
         weights = mean_per_gate(live).mean(dim=0).tolist()
         return {

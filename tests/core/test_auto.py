@@ -20,7 +20,7 @@ from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.mixture import Mixture, inject
 from mole_diffusion.core.networks import map_network
 from mole_diffusion.core.networks.base import Forward
-from mole_diffusion.core.picture_shares import pictures_of
+from mole_diffusion.core.seen_places import pictures_of
 from mole_diffusion.core.words import places_of
 
 

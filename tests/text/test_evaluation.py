@@ -15,7 +15,8 @@ from mole_diffusion.commands.evaluate import is_of_texts
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.evaluation.results import check_settings
 from mole_diffusion.evaluation.text import domain
-from mole_diffusion.evaluation.text.domain import evaluate_texts, in_blocks
+from mole_diffusion.evaluation.text.domain import evaluate_texts
+from mole_diffusion.evaluation.text.layers import in_blocks
 from mole_diffusion.evaluation.text.protocol import Variant, load_text_protocol, text_protocols
 from mole_diffusion.evaluation.text.scorers import is_exact, scores_of
 from mole_diffusion.starter.text import identity
@@ -83,6 +84,24 @@ def test_every_method_answers_every_item_once(protocol: Path, tmp_path: Path) ->
         evaluate_texts(other, tmp_path / "out", device=cpu, say=lambda _: None, shown=False)
 
 
+def test_gates_of_all_choose_the_experts_that_are_kept(
+    protocol: Path, adapters: list[Path], tmp_path: Path
+) -> None:
+    methods = {"gates": Variant(kind="gates"), "best": Variant(kind="gates", kept=2)}
+    changes = {"experts": tuple(map(str, adapters)), "methods": methods, "seeds": 1}
+    found, cpu = load_text_protocol(str(protocol)).model_copy(update=changes), torch.device("cpu")
+    evaluate_texts(found, tmp_path / "out", device=cpu, say=lambda _: None, shown=False)
+    best = json.loads((tmp_path / "out" / "made" / "copying" / "best-0" / "experts.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    weights = {row["method"]: row["weights"] for row in rows}
+    assert len(weights["gates"]) == 3
+    assert len(best) == 2
+    assert set(weights["best"]) == set(best) < set(weights["gates"])
+    alone = found.restricted(None, ("best",), None)
+    with pytest.raises(ConfigError, match="method 'best' keeps experts that gates of all choose"):
+        evaluate_texts(alone, tmp_path / "other", device=cpu, say=lambda _: None, shown=False)
+
+
 def test_answers_of_another_starter_are_not_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,6 +161,8 @@ def test_protocols_that_ship_name_what_there_is() -> None:
     assert (short.training["iterations"], short.training["batch_size"], short.seeds) == (200, 12, 1)
     with pytest.raises(ConfigError, match="top_k goes by gates, and kind is 'nla'"):
         load_text_protocol_from({"title": "x", "methods": {"a": {"kind": "nla", "top_k": 2}}})
+    with pytest.raises(ConfigError, match="kept goes by gates, and kind is 'alone'"):
+        load_text_protocol_from({"title": "x", "methods": {"a": {"kind": "alone", "kept": 2}}})
     with pytest.raises(ConfigError, match="kind 'magic' is none of"):
         load_text_protocol_from({"title": "x", "methods": {"a": {"kind": "magic"}}})
 

@@ -18,6 +18,7 @@ from mole_diffusion.text import MoLEForSeq2SeqLM
 from mole_diffusion.text.merging import alone, lorahub, mix_factors, pems, searched, tuned
 from mole_diffusion.text.phatgoose import KeyConfig, phatgoose, train_keys
 from mole_diffusion.text.selection import preselected
+from mole_diffusion.text.training import CrossEntropy, TextTrainingConfig
 
 from .conftest import Make, save_adapter
 from .test_model import TEXTS, logits, peft
@@ -146,12 +147,12 @@ def test_searches_find_the_expert_that_answers(make: Make) -> None:
 
 def test_few_of_many_are_chosen_by_the_encoders_gates(make: Make) -> None:
     model = make(3, MoLEConfig(gate_input="own"))
-    choices = preselected(model, model.read(TEXTS), 1)
+    choices = preselected(model, TEXTS, 1)
     with model.active(), model.recording():
         model.model.get_encoder()(**model.read(TEXTS))
     means = [model.gate_weights().where(network="encoder", entry=k).mean("expert") for k in range(len(TEXTS))]
     assert choices == [(max(own, key=lambda key: own[key])[0],) for own in means]
-    assert choices == [preselected(model, model.read([text]), 1)[0] for text in TEXTS]
+    assert choices == [preselected(model, [text], 1)[0] for text in TEXTS]
     assert len(set(choices)) > 1
     settings = {"max_new_tokens": 6, "min_new_tokens": 6}
     few = model.answer(TEXTS, top_k=1, **settings)
@@ -161,11 +162,28 @@ def test_few_of_many_are_chosen_by_the_encoders_gates(make: Make) -> None:
     ]
     assert few == single
     assert model.answer(TEXTS, top_k=3, **settings) == model.answer(TEXTS, **settings)
-    assert preselected(model, model.read(TEXTS), 1, active=["two", "three"]) != choices
+    assert preselected(model, TEXTS, 1, active=["two", "three"]) != choices
     with pytest.raises(ConfigError, match="top_k is 0; it has to be at least 1"):
         model.answer(TEXTS, top_k=0)
     with pytest.raises(ConfigError, match="top_k goes by the gates, and mixture is 'nla'"):
         model.answer(TEXTS, top_k=1, mixture="nla")
+
+
+def test_the_best_of_many_are_kept_for_a_task(make: Make) -> None:
+    model = make(3, MoLEConfig(gate_input="own"))
+    pairs = [(text, text) for text in TEXTS]
+    objective = CrossEntropy(model.model, model.tokenizer, pairs, TextTrainingConfig())
+    with torch.no_grad(), model.active(), model.recording():
+        objective.loss(pairs)
+    weights = {name: weight for (name,), weight in model.gate_weights().mean("expert").items()}
+    least = min(weights, key=lambda name: weights[name])
+    kept = model.keep_best(pairs, 2)
+    assert set(kept) == set(weights) - {least}
+    assert list(model.experts) == list(kept)
+    assert not any(mixture.is_trained for mixture in model.mixtures.values())
+    with pytest.raises(ConfigError, match="count is 0; it has to be at least 1"):
+        model.keep_best(pairs, 0)
+    assert list(model.experts) == list(kept)
 
 
 def test_phatgoose_routes_tokens_by_keys(make: Make) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,7 @@ from mole_diffusion.core.errors import ConfigError, NoExpertsError, TrainingErro
 from mole_diffusion.text import MoLEForSeq2SeqLM, TextTrainingConfig
 from mole_diffusion.text.examples import pairs_of
 from mole_diffusion.text.module import GatesModule
-from mole_diffusion.text.selection import preselected
-from mole_diffusion.text.training import AmongFew, CrossEntropy
+from mole_diffusion.text.training import CrossEntropy
 
 from .conftest import Make
 from .test_model import TEXTS, logits
@@ -211,32 +209,3 @@ def test_a_merged_model_is_a_plain_model(make: Make, tmp_path: Path) -> None:
     assert plain.answer(TEXTS, max_new_tokens=5) == model.answer(TEXTS, max_new_tokens=5, mixture="la")
     assert all(torch.equal(a, b) for a, b in zip(before, model.model.parameters(), strict=True))
     assert torch.equal(logits(model, batch), gated)
-
-
-def test_gates_learn_among_the_few_experts_that_they_choose(make: Make) -> None:
-    form = MoLEConfig(gate_input="own")
-    few = dataclasses.replace(FAST, top_k=2)
-    model, dense = make(3, form, trained=False), make(3, form, trained=False)
-    pairs = examples(model, "two")
-    objective = AmongFew(model, model.tokenizer, pairs, few)
-    batch = objective.batch(pairs)
-    tokens = (batch["labels"] >= 0).sum(1).float()
-    with torch.no_grad(), model.active():
-        choices = preselected(model, batch, 2)
-        apart = torch.tensor([loss(model, [pair], own) for pair, own in zip(pairs, choices, strict=True)])
-        assert float(objective.loss(pairs)) == pytest.approx(float((apart * tokens).sum() / tokens.sum()))
-    result, other = model.train_gates(pairs, few), dense.train_gates(pairs, FAST)
-    assert [objective.left(one) for one in (0, 25, 37, 38, 50)] == [3, 3, 2, 2, 2]
-    wide = AmongFew(model, model.tokenizer, pairs, dataclasses.replace(few, top_k=1))
-    assert [wide.left(one) for one in (25, 27, 32, 37, 38)] == [3, 3, 2, 1, 1]
-    half, last = FAST.iterations // 2, -1
-    assert [row["loss"] for row in result.history[:half]] == pytest.approx(
-        [row["loss"] for row in other.history[:half]], rel=1e-5
-    )
-    assert result.history[last]["loss"] < result.history[38]["loss"]
-    # Experts that are left out have no share in the balance, whose log would be boundless.
-    assert max(row["balance"] for row in result.history) < 2
-    with torch.no_grad():
-        trained, cut = (float(AmongFew(one, one.tokenizer, pairs, few).loss(pairs)) for one in (model, dense))
-    assert trained == pytest.approx(result.history[last]["loss"], rel=0.2)
-    assert trained < cut

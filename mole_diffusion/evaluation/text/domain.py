@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from mole_diffusion.core.checkpoint import write_safetensors
 from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.errors import ConfigError
-from mole_diffusion.core.experts import Expert
 from mole_diffusion.core.files import replacing
 from mole_diffusion.core.records import in_order
 from mole_diffusion.evaluation import run
@@ -26,6 +25,7 @@ from mole_diffusion.evaluation.results import write_text
 from mole_diffusion.evaluation.run import Say
 from mole_diffusion.evaluation.schema import Heading, Row, Schema
 from mole_diffusion.evaluation.table import ALL, Table, make_table, to_csv, to_grid
+from mole_diffusion.evaluation.text.layers import in_blocks
 from mole_diffusion.evaluation.text.protocol import TextProtocol, TextTask, Variant, plain
 from mole_diffusion.evaluation.text.scorers import scores_of
 from mole_diffusion.starter.location import STARTER
@@ -36,6 +36,7 @@ from mole_diffusion.starter.text.tasks import EXPERTS
 from mole_diffusion.text import MoLEForSeq2SeqLM, TextTrainingConfig
 from mole_diffusion.text.merging import Merged, alone, lorahub, mix_factors, pems, searched, tuned
 from mole_diffusion.text.phatgoose import ExpertKeys, KeyConfig, phatgoose, train_keys
+from mole_diffusion.text.selection import weightiest
 from mole_diffusion.training.heat_map import gate_heat_map
 
 TEXTS = Schema(
@@ -62,6 +63,8 @@ _BATCH = 50
 _PASSES = 3
 # The starter's experts have it, and factors can be mixed where all have the same.
 _RANK = 4
+# Examples that few of many experts are chosen on.
+_CHOICE = 96
 
 
 @dataclass(frozen=True)
@@ -250,6 +253,8 @@ class Texts:
         names: tuple[str, ...] = ()
         if variant.kind in ("own", "layers"):
             names = (batch.place,)
+        elif variant.kept is not None:
+            names = self._best(batch, variant.kept)
         elif variant.kind not in ("none", "oracle"):
             names = self._protocol.experts_for(batch.place, variant)
         form = MoLEConfig.from_dict({**self._protocol.gates, **variant.gates})
@@ -260,6 +265,20 @@ class Texts:
             self._model.load_experts(sources)
         yield
         self._model.eject()
+
+    def _best(self, batch: TextBatch, count: int) -> tuple[str, ...]:
+        """The experts that the gates of all weigh most on examples of the task."""
+        path = self._kept(batch).with_name("experts.json")
+        if not path.exists():
+            of_all = dataclasses.replace(batch, maker=self._protocol.chosen_by(batch.maker))
+            self.prepare(of_all)
+            with self._experts(of_all, self._variant(of_all)):
+                self._model.load_gates(self._kept(of_all))
+                examples = [(one.source, one.target) for one in self._task(batch.place).train[:_CHOICE]]
+                write_text(path, json.dumps(weightiest(self._model, examples, count)) + "\n")
+        kept = json.loads(path.read_text())
+        sources = self._protocol.experts_for(batch.place, self._variant(batch))
+        return tuple(source for source in sources if Path(source).name in kept)
 
     def _source(self, name: str) -> str | Path:
         """Where an expert lies; one of `starter.text.more` is trained first."""
@@ -362,26 +381,6 @@ class Texts:
         if variant.kind == "lorahub":
             return lorahub(model, model.tokenizer, shots, literal=not variant.same_budget, **options)
         return searched(model, model.tokenizer, shots, **options)
-
-
-def in_blocks(expert: Expert, low: float, high: float) -> Expert:
-    """An expert in some of its blocks alone (Table 5).
-
-    Args:
-        expert: the whole.
-        low, high: shares of each stack's depth, from 0 to 1.
-    """
-    factors = {}
-    for part, own in expert.factors.items():
-        numbers = {name: int(name.split(".")[2]) for name in own}
-        depth = max(numbers.values()) + 1
-        factors[part] = {name: one for name, one in own.items() if low <= numbers[name] / depth < high}
-    return dataclasses.replace(
-        expert,
-        factors=factors,
-        sha256=f"{expert.sha256} {low} {high}",
-        name=f"{expert.name} {low:g}-{high:g}",
-    )
 
 
 def evaluate_texts(

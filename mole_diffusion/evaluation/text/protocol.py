@@ -50,6 +50,8 @@ class Variant(Part):
         drawn: another number of experts.
         trained_on: another task that gates are trained on.
         top_k: for "gates": how many experts each text is left with; see `text.selection`.
+        kept: for "gates": how many experts are kept of all, those that gates of all of them weigh most; see
+            `MoLEForSeq2SeqLM.keep_best`. The protocol has a method that differs in this alone.
         layers: for "layers", from which to which share of the blocks.
         same_budget: for "lorahub" and "searched": as many passes as the gates' training.
     """
@@ -60,6 +62,7 @@ class Variant(Part):
     drawn: int | None = None
     trained_on: str | None = None
     top_k: int | None = Field(None, ge=1)
+    kept: int | None = Field(None, ge=2)
     layers: tuple[float, float] = (0.0, 1.0)
     same_budget: bool = False
 
@@ -67,8 +70,9 @@ class Variant(Part):
     def _known(self) -> Variant:
         if self.kind not in KINDS:
             raise ValueError(f"kind {self.kind!r} is none of {', '.join(KINDS)}")
-        if self.top_k is not None and self.kind != "gates":
-            raise ValueError(f"top_k goes by gates, and kind is {self.kind!r}")
+        for name in ("top_k", "kept"):
+            if getattr(self, name) is not None and self.kind != "gates":
+                raise ValueError(f"{name} goes by gates, and kind is {self.kind!r}")
         return self
 
 
@@ -179,6 +183,20 @@ class TextProtocol(Part):
         """The method that makes what a method needs: what differs in `top_k` alone has the same gates."""
         wanted = self.methods[method].model_copy(update={"top_k": None})
         return next((name for name, one in self.methods.items() if one == wanted), method)
+
+    def chosen_by(self, method: str) -> str:
+        """The method whose gates choose the experts that another one keeps.
+
+        Raises:
+            ConfigError: the protocol has none, or it is left out.
+        """
+        wanted = self.methods[method].model_copy(update={"kept": None})
+        found = next((name for name, one in self.methods.items() if one == wanted), None)
+        if found is None:
+            raise ConfigError(
+                f"method {method!r} keeps experts that gates of all choose; add the method of these"
+            )
+        return found
 
     def experts_for(self, task: str, variant: Variant) -> tuple[str, ...]:
         """The experts of a task, in the order of the gates' rows.
