@@ -224,6 +224,34 @@ def test_an_expert_of_the_whole_picture_has_every_token() -> None:
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("others", [True, False])
+def test_a_style_beside_others_gives_way_to_them_half_way(others: bool) -> None:
+    unet, mixture = _injected()
+    latent, _, text = drawn()
+    name, settings = mixture.expert_names[2], AutoSettings(style=1.5, style_middle=0.5, style_words=0.25)
+    auto = Auto({}, {name: 1.0}, settings)
+    places = torch.zeros(*text.shape[:2], 3)
+    if others:
+        places[:, 1, 0] = places[:, 2, 1] = 1.0
+    auto.remember(text, places)
+    mixture.activate(auto=auto)
+    for timestep, strength in (
+        (950, 1.5),
+        (850, 1.5),
+        (675, 1.0),
+        (500, 0.5),
+        (325, 0.75),
+        (150, 1.0),
+        (50, 1.0),
+    ):
+        with torch.no_grad():
+            unet(latent, timestep, text)
+        for gate, weights in mixture.live_weights().items():
+            in_words = gate.endswith(".context")
+            expected = (settings.style_words if in_words else strength) if others else 1.0
+            torch.testing.assert_close(weights[:, 2], torch.full_like(weights[:, 2], expected))
+
+
 def _known(text: Tensor) -> list[Any]:
     auto = Auto({})
     auto.remember(text, torch.zeros(*text.shape[:2], 3))
