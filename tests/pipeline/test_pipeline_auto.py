@@ -41,7 +41,8 @@ def test_experts_without_a_word_count_everywhere(loaded, plain, lora_files, draw
 
 def test_a_style_counts_everywhere_beside_the_subject(loaded, draw) -> None:
     words = {"boot": "boot", "cat": "cat", "clock": "red"}
-    styled = AutoMixture(AutoSettings(strength=0.5), phrases=words, styles=("clock",))
+    settings = AutoSettings(strength=0.5, style=1.0, style_middle=1.0)
+    styled = AutoMixture(settings, phrases=words, styles=("clock",))
     draw(loaded, "a red boot and a cat", mixture=styled, guidance_scale=1.0)
     means = loaded.gate_weights().where(network="unet").mean("group", "expert")
     tokens = {key: value for key, value in means.items() if not key[0].endswith(".context")}
