@@ -60,6 +60,20 @@ def test_memory_is_counted_on_the_networks() -> None:
 
 
 @pytest.mark.skipif(not SCRIPT.is_file(), reason="the pages are not part of the source archive")
+@pytest.mark.parametrize("name", ["styles", "styles-two"])
+def test_styles_beside_subjects_are_as_the_pages_say(name: str) -> None:
+    with (ROOT / "docs" / "results" / name / "table.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["set"] == "all"]
+    present, styled = (
+        {row["method"]: float(row["mean"]) for row in rows if row["measure"] == measure}
+        for measure in ("present", "styled")
+    )
+    assert styled["auto"] >= 0.9 * styled["alone"]
+    assert present["auto"] >= 1.5 * present["la"]
+    assert styled["auto"] > styled["gates"]
+
+
+@pytest.mark.skipif(not SCRIPT.is_file(), reason="the pages are not part of the source archive")
 def test_bars_that_the_pages_call_reached_are_reached() -> None:
     """`docs/RESULTS.md`, fifteen triples: what was asked of trained gates, and of gates without training."""
     with (ROOT / "docs" / "results" / "starter" / "table.csv").open(newline="") as file:
