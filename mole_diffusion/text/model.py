@@ -251,7 +251,7 @@ class MoLEForSeq2SeqLM(Seq2SeqExperts):
 
         Args:
             examples: of the task, see `train_gates`; a hundred will do.
-            count: how many experts stay.
+            count: how many experts stay; where there are no more, nothing changes.
 
         Returns:
             Their names.
@@ -265,6 +265,8 @@ class MoLEForSeq2SeqLM(Seq2SeqExperts):
         self.need_experts("keep_best")
         self.need_tokenizer("keep_best")
         kept = weightiest(self, examples, count)
+        if len(kept) == len(self.experts):
+            return kept
         self.ensemble.set_experts([expert for name, expert in self.experts.items() if name in kept])
         return kept
 

@@ -177,6 +177,8 @@ def test_the_best_of_many_are_kept_for_a_task(make: Make) -> None:
         objective.loss(pairs)
     weights = {name: weight for (name,), weight in model.gate_weights().mean("expert").items()}
     least = min(weights, key=lambda name: weights[name])
+    assert model.keep_best(pairs, 3) == tuple(weights)
+    assert all(mixture.is_trained for mixture in model.mixtures.values())
     kept = model.keep_best(pairs, 2)
     assert set(kept) == set(weights) - {least}
     assert list(model.experts) == list(kept)
