@@ -43,6 +43,15 @@ def test_128_experts_are_no_worse_than_48_in_table_6() -> None:
     assert found["all", "own gates of 128"][0] >= found["all", "own gates of 48"][1]
 
 
+def test_the_best_4_of_128_experts_keep_the_score_of_all() -> None:
+    found = scores("table6")
+    few, every = found["all", "own gates of the best 4 of 128"], found["all", "own gates of 128"]
+    assert few[0] >= every[1]
+    assert few[0] >= every[0] - 0.03
+    for other in ("lorahub of 128", "nla of 128", "own gates 4 of 128"):
+        assert few[0] > found["all", other][0]
+
+
 def test_a_step_with_4_of_128_experts_costs_little_more_than_with_one() -> None:
     found = json.loads((ROOT / "bench" / "results" / "text-steps.json").read_text())
     assert found["to one expert"]["4 of 128"] <= 1.5
