@@ -37,4 +37,10 @@ CLASHES = (
         "add_adapter and set_adapter of text encoders raise ImportError (mole_diffusion uses neither)",
         'where you need them: pip install "peft>=0.22", or as long as there is none "transformers<5.24"',
     ),
+    Clash(
+        ("nevergrad<1.0.13", "numpy>=2.5"),
+        "longer searches for weights (LoRAHub) end in a TypeError: it makes numbers of arrays of one entry",
+        'pip install "numpy<2.5"',
+        breaks=True,
+    ),
 )

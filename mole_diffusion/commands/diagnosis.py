@@ -85,10 +85,13 @@ class Diagnosis:
 def diagnose() -> Diagnosis:
     """Look at this installation; nothing is changed and no network is used."""
     packages = [_package(wanted, "everything", required=True) for wanted in requirements()]
+    # Some extras only narrow what is required; `CLASHES` says what happens outside of that.
+    required = {package.name for package in packages}
     packages += [
         _package(wanted, purpose, required=False)
         for extra, purpose in _EXTRAS.items()
         for wanted in requirements(extra)
+        if wanted.name not in required
     ]
     starter, problem = _starter(starter_dir())
     found = clashes()

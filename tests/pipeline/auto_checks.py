@@ -81,7 +81,8 @@ def _places(pipe: Any, draw: Draws, guided: Mapping[str, Any]) -> None:
     weights = {row.weight for row in image if row.step == last}
     assert all(weight != 1.0 for weight in weights)
     assert {row.expert for row in image if row.weight > 0} == {"boot", "cat"}
-    styled = AutoMixture(AutoSettings(), phrases=PHRASES.phrases, styles=("cat",))
+    even = AutoSettings(style=1.0, style_middle=1.0, style_words=1.0)
+    styled = AutoMixture(even, phrases=PHRASES.phrases, styles=("cat",))
     draw(pipe, BOTH, mixture=styled)
     rows = pipe.gate_weights().where(network="transformer", branch="prompt", expert="cat")
     assert rows
