@@ -13,6 +13,16 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "docs" / "tables.py"
 
 
+def means(name: str, *measures: str) -> list[dict[str, float]]:
+    """For each measure of a table of pictures, over all sets: method -> mean."""
+    with (ROOT / "docs" / "results" / name / "table.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["set"] == "all"]
+    return [
+        {row["method"]: float(row["mean"]) for row in rows if row["measure"] == measure}
+        for measure in measures
+    ]
+
+
 @pytest.mark.skipif(not SCRIPT.is_file(), reason="the pages are not part of the source archive")
 def test_tables_in_the_pages_are_those_of_the_files() -> None:
     done = subprocess.run([sys.executable, SCRIPT, "--check"], capture_output=True, text=True, check=False)
@@ -62,12 +72,7 @@ def test_memory_is_counted_on_the_networks() -> None:
 @pytest.mark.skipif(not SCRIPT.is_file(), reason="the pages are not part of the source archive")
 @pytest.mark.parametrize("name", ["styles", "styles-two"])
 def test_styles_beside_subjects_are_as_the_pages_say(name: str) -> None:
-    with (ROOT / "docs" / "results" / name / "table.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["set"] == "all"]
-    present, styled = (
-        {row["method"]: float(row["mean"]) for row in rows if row["measure"] == measure}
-        for measure in ("present", "styled")
-    )
+    present, styled = means(name, "present", "styled")
     assert styled["auto"] >= 0.9 * styled["alone"]
     assert present["auto"] >= 1.5 * present["la"]
     assert styled["auto"] > styled["gates"]
@@ -76,12 +81,7 @@ def test_styles_beside_subjects_are_as_the_pages_say(name: str) -> None:
 @pytest.mark.skipif(not SCRIPT.is_file(), reason="the pages are not part of the source archive")
 def test_bars_that_the_pages_call_reached_are_reached() -> None:
     """`docs/RESULTS.md`, fifteen triples: what was asked of trained gates, and of gates without training."""
-    with (ROOT / "docs" / "results" / "starter" / "table.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["set"] == "all"]
-    present, joint, described, image = (
-        {row["method"]: float(row["mean"]) for row in rows if row["measure"] == measure}
-        for measure in ("present", "joint", "described", "image")
-    )
+    present, joint, described, image = means("starter", "present", "joint", "described", "image")
     assert present["gates"] >= 0.95 * present["alone"]
     assert present["auto"] >= 0.95 * present["gates"]
     assert joint["auto"] >= 0.85

@@ -150,8 +150,10 @@ class PictureShares:
 
         Not where the denoiser encodes the texts further: nobody has looked at styles there.
         """
-        assert self._seen is not None
-        beside = None if self._rewrites else beside_others(self._everywhere, pictures, self._seen.now)
+        # Asked of what the host says: what is on a GPU would have to be waited for, in every forward.
+        if self._rewrites or self._seen is None or not self._auto.everywhere:
+            return None
+        beside = beside_others(self._everywhere, pictures, self._seen.now)
         if beside is None:
             return None
         settings = self._auto.settings

@@ -22,7 +22,7 @@ def beside_others(everywhere: Tensor, pictures: Sequence[int | None], now: Tenso
         None where there is no such row.
     """
     named = now.any(1)
-    if not bool(everywhere.any()) or not bool(named.any()):
+    if not bool(named.any()):
         return None
     rows = torch.tensor([bool(named.any() if one is None else named[one]) for one in pictures])
     return rows.to(everywhere.device)[:, None, None] & (everywhere != 0)

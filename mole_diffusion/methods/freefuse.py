@@ -16,11 +16,13 @@ FREEFUSE = "freefuse"
 #: Softmax of such sharpness is the highest alone.
 _HARD = 1e4
 
+# All that `AutoSettings` has, so that other defaults there do not change this form.
 MIXTURE = AutoMixture(
     AutoSettings(
         words=1.0,
         sharpness=_HARD,
         strength=1.0,
+        detail=1.0,
         until=0.8,
         floor=0.0,
         style=1.0,

@@ -206,12 +206,7 @@ class _Scorer:
             return self._loss()
 
     def _loss(self) -> float:
-        size, total = 64, 0.0
-        with torch.no_grad():
-            for start in range(0, len(self.pairs), size):
-                own = self.pairs[start : start + size]
-                total += float(self._objective.loss(own)) * len(own)
-        return total / len(self.pairs)
+        return self._objective.mean_loss(self.pairs, 64)
 
 
 def _plain(one: LoraFactors) -> LoraFactors:

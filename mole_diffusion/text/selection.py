@@ -77,9 +77,8 @@ def weightiest(model: Reading, examples: Any, count: int) -> tuple[str, ...]:
         raise ConfigError(f"count is {count}; it has to be at least 1")
     pairs, config = pairs_of(examples), TextTrainingConfig()
     objective = CrossEntropy(model.model, model.tokenizer, pairs, config)
-    with torch.no_grad(), model.active(), model.recording():
-        for start in range(0, len(pairs), config.batch_size):
-            objective.loss(pairs[start : start + config.batch_size])
+    with model.active(), model.recording():
+        objective.mean_loss(pairs, config.batch_size)
     weights = {name: weight for (name,), weight in model.gate_weights().mean("expert").items()}
     kept = sorted(weights, key=lambda name: -weights[name])[:count]
     return tuple(name for name in model.experts if name in kept)

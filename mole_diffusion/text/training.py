@@ -153,6 +153,15 @@ class CrossEntropy:
         loss: Tensor = self._model(**batch, use_cache=False).loss
         return loss.float()
 
+    def mean_loss(self, pairs: Sequence[Pair], size: int) -> float:
+        """Mean over these pairs of the losses of so many at a time, without gradient."""
+        total = 0.0
+        with torch.no_grad():
+            for start in range(0, len(pairs), size):
+                own = pairs[start : start + size]
+                total += float(self.loss(own)) * len(own)
+        return total / len(pairs)
+
     def batch(self, pairs: Sequence[Pair]) -> dict[str, Tensor]:
         """What the model takes; padding is -100 in the labels, and masked in both texts."""
         device = next(self._model.parameters()).device
@@ -235,14 +244,7 @@ class Validated:
         """Take the loss after so many iterations, where it is time and not done."""
         if not self._pairs or not done or done % self._config.validate_every or done in self.found:
             return
-        total, count = 0.0, 0
-        size = self._config.batch_size
-        with torch.no_grad():
-            for start in range(0, len(self._pairs), size):
-                own = self._pairs[start : start + size]
-                total += float(self._objective.loss(own)) * len(own)
-                count += len(own)
-        self.found[done] = total / count
+        self.found[done] = self._objective.mean_loss(self._pairs, self._config.batch_size)
         if self.best == done:
             self._best = {
                 part: {name: value.detach().clone() for name, value in state.items()}

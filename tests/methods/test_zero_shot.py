@@ -15,6 +15,7 @@ from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.factors import LoraFactors
 from mole_diffusion.core.routing import LARGEST, Route
 from mole_diffusion.methods import prepare
+from mole_diffusion.methods.freefuse import MIXTURE as FREEFUSE_MIXTURE
 from mole_diffusion.methods.loratorio import LoRAtorio
 from mole_diffusion.methods.merges import LORA_FILE
 
@@ -135,6 +136,8 @@ def test_freefuse_gives_every_place_to_one_expert(pipe, draw) -> None:
     late = torch.cat(seen[-2:])
     torch.testing.assert_close(late.sum(-1), torch.ones(len(late)), atol=1e-4, rtol=0)
     assert late.max() == pytest.approx(1.0, abs=1e-4)
+    settings = FREEFUSE_MIXTURE.settings
+    assert settings.style == settings.style_middle == settings.style_words == 1.0
     # Its words are its own in full, where "auto" gives several experts less.
     assert texts
     assert all(rows.max() == 1.0 for rows in texts)

@@ -274,7 +274,7 @@ class Texts:
             self.prepare(of_all)
             with self._experts(of_all, self._variant(of_all)):
                 self._model.load_gates(self._kept(of_all))
-                examples = [(one.source, one.target) for one in self._task(batch.place).train[:_CHOICE]]
+                examples = [one.pair for one in self._task(batch.place).train[:_CHOICE]]
                 write_text(path, json.dumps(weightiest(self._model, examples, count)) + "\n")
         kept = json.loads(path.read_text())
         sources = self._protocol.experts_for(batch.place, self._variant(batch))
@@ -291,7 +291,7 @@ class Texts:
             settings = {"rank": _RANK, **self._protocol.trained_experts, "progress": False}
             config = TextExpertConfig(**settings)
             examples = MORE[name].examples(self._protocol.train, "expert", held_out=False)
-            pairs = [(one.source, one.target) for one in examples]
+            pairs = [one.pair for one in examples]
             train_expert(self._model.model, self._model.tokenizer, pairs, folder, config)
         return folder if name in MORE else text_experts().get(name, name)
 
@@ -341,7 +341,7 @@ class Texts:
             if name not in tasks:
                 raise ConfigError(f"phatgoose trains on experts' own tasks; that of {name!r} is not known")
             examples = tasks[name].examples(self._protocol.train, "keys", held_out=False)
-            pairs = [(one.source, one.target) for one in examples]
+            pairs = [one.pair for one in examples]
             found = train_keys(self._model, self._model.tokenizer, name, pairs, KeyConfig(progress=False))
             path.parent.mkdir(exist_ok=True)
             write_safetensors(path, {key: value.cpu() for key, value in found.items()}, {"mole.kind": "keys"})
@@ -351,7 +351,7 @@ class Texts:
     def _train_gates(self, batch: TextBatch, variant: Variant) -> None:
         settings = {**self._protocol.training, **variant.training, "seed": batch.seed, "progress": False}
         task = self._task(variant.trained_on or batch.place)
-        examples = [(one.source, one.target) for one in task.train]
+        examples = [one.pair for one in task.train]
         folder = self._kept(batch).parent
         # Not to be taken for finished while it is under way.
         work = folder.with_name(f"{folder.name}.training")
@@ -362,12 +362,12 @@ class Texts:
     def _train_oracle(self, batch: TextBatch) -> None:
         from mole_diffusion.text.expert_training import TextExpertConfig, train_expert
 
-        examples = [(one.source, one.target) for one in self._task(batch.place).train]
+        examples = [one.pair for one in self._task(batch.place).train]
         config = TextExpertConfig(rank=_RANK, seed=batch.seed, progress=False)
         train_expert(self._model.model, self._model.tokenizer, examples, self._kept(batch).parent, config)
 
     def _search(self, batch: TextBatch, variant: Variant) -> Merged:
-        model, shots = self._model, [(one.source, one.target) for one in self._task(batch.place).shots]
+        model, shots = self._model, [one.pair for one in self._task(batch.place).shots]
         if variant.kind == "alone":
             return alone(model, model.tokenizer, shots)
         if variant.kind == "tuned":
@@ -376,7 +376,7 @@ class Texts:
         if variant.same_budget:
             config = TextTrainingConfig(**self._protocol.training)
             train = self._task(batch.place).train[: 4 * config.batch_size]
-            shots = [(one.source, one.target) for one in train]
+            shots = [one.pair for one in train]
             options["budget"] = max(1, _PASSES * config.iterations * config.batch_size // len(shots))
         if variant.kind == "lorahub":
             return lorahub(model, model.tokenizer, shots, literal=not variant.same_budget, **options)

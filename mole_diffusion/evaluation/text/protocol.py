@@ -181,8 +181,7 @@ class TextProtocol(Part):
 
     def trained_as(self, method: str) -> str:
         """The method that makes what a method needs: what differs in `top_k` alone has the same gates."""
-        wanted = self.methods[method].model_copy(update={"top_k": None})
-        return next((name for name, one in self.methods.items() if one == wanted), method)
+        return self._same_but_for(method, "top_k") or method
 
     def chosen_by(self, method: str) -> str:
         """The method whose gates choose the experts that another one keeps.
@@ -190,13 +189,17 @@ class TextProtocol(Part):
         Raises:
             ConfigError: the protocol has none, or it is left out.
         """
-        wanted = self.methods[method].model_copy(update={"kept": None})
-        found = next((name for name, one in self.methods.items() if one == wanted), None)
+        found = self._same_but_for(method, "kept")
         if found is None:
             raise ConfigError(
                 f"method {method!r} keeps experts that gates of all choose; add the method of these"
             )
         return found
+
+    def _same_but_for(self, method: str, field: str) -> str | None:
+        """The first method that is like another one with this field left out."""
+        wanted = self.methods[method].model_copy(update={field: None})
+        return next((name for name, one in self.methods.items() if one == wanted), None)
 
     def experts_for(self, task: str, variant: Variant) -> tuple[str, ...]:
         """The experts of a task, in the order of the gates' rows.

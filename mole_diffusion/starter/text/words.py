@@ -52,6 +52,11 @@ class Example:
     target: str
     also: tuple[str, ...] = ()
 
+    @property
+    def pair(self) -> tuple[str, str]:
+        """What is read and what is to be written, as trainings and searches take it."""
+        return self.source, self.target
+
 
 def is_held_out(source: str) -> bool:
     """Whether an example is for evaluation alone: every tenth, by what the model reads."""
