@@ -38,9 +38,9 @@ CLASHES = (
         'where you need them: pip install "peft>=0.22", or as long as there is none "transformers<5.24"',
     ),
     Clash(
-        ("nevergrad<1.0.13", "numpy>=2.5"),
+        ("nevergrad<1.0.13", "numpy>=2.4"),
         "longer searches for weights (LoRAHub) end in a TypeError: it makes numbers of arrays of one entry",
-        'pip install "numpy<2.5"',
+        'pip install "numpy<2.4"',
         breaks=True,
     ),
 )

@@ -42,6 +42,17 @@ def test_finds_the_weights_of_a_known_function() -> None:
     assert value < 0.03
 
 
+def test_goes_on_with_a_model_of_the_score_where_the_budget_allows_one() -> None:
+    """NGOpt builds one from some evaluations on, and makes numbers of its arrays: numpy 2.4 refuses that."""
+
+    def score(weights: Sequence[float]) -> tuple[float, int]:
+        return (weights[0] - 0.3) ** 2, 1
+
+    assert optimiser_maker(1, seed=0)(60).optim.name == "MetaModel"
+    found, _ = minimise(score, optimiser_maker(1, seed=0), passes=60, first=[0.0])
+    assert found == pytest.approx([0.3], abs=0.05)
+
+
 def test_stays_within_the_bounds_and_the_budget() -> None:
     history = History()
 
