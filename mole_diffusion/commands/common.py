@@ -43,7 +43,8 @@ ExpertOption = Annotated[
     ),
 ]
 GatesOption = Annotated[
-    Path | None, typer.Option(help="Trained gates; with the starter they also choose the experts.")
+    Path | None,
+    typer.Option(help="Trained gates, which name the experts with the starter; or shared ones."),
 ]
 ActiveOption = Annotated[
     str | None, typer.Option(help="The experts that count, separated by commas; default: all.")
@@ -114,12 +115,13 @@ def open_pipeline(
 ) -> StableDiffusionMoLEPipeline:
     """A silent pipeline with experts and gates.
 
-    With the starter and no experts, the gates file names them; without gates they are the starter's default.
+    With the starter and no experts, the gates file names them; without gates, or with shared ones, they are
+    the starter's default.
 
     Args:
         model: "starter", a file, a folder or a hub id.
         experts: what `--expert` named.
-        gates: gates file to load.
+        gates: gates file to load, or shared gates, which name no experts.
         device: "auto" or a device.
         training: keep float32 also on a GPU, and leave the gates that the starter has for its experts.
 
@@ -127,15 +129,17 @@ def open_pipeline(
         MoLEError: the model, an expert or the gates cannot be had.
     """
     from mole_diffusion.core.checkpoint import read_gates_header
+    from mole_diffusion.core.shared_gates import is_shared_gates
     from mole_diffusion.starter.location import default_experts
 
     # Reads the file before the large ones.
-    header = read_gates_header(gates) if gates is not None else None
+    shared = gates is not None and is_shared_gates(gates)
+    header = read_gates_header(gates) if gates is not None and not shared else None
     if model in STARTERS and not experts and header is not None:
         names = dict.fromkeys(name for part in header.parts for name in header.expert_names(part))
         experts = [ExpertChoice(name) for name in names]
-    if training and model in STARTERS and not experts:
-        # By name, which leaves their gates behind: a training begins with fresh ones.
+    if (training or shared) and model in STARTERS and not experts:
+        # By name, which leaves their gates behind: a training begins with fresh ones, and these go first.
         experts = [ExpertChoice(name) for name in default_experts()]
     pipe: StableDiffusionMoLEPipeline = open_base(
         model, device, half=not training, starter_defaults=not experts
@@ -144,7 +148,7 @@ def open_pipeline(
         path, name = _locate(choice.source, model)
         pipe.load_expert(path, name=name, scale=choice.scale)
     if gates is not None:
-        pipe.load_gates(gates)
+        (pipe.load_shared_gates if shared else pipe.load_gates)(gates)
     return pipe
 
 

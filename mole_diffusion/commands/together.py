@@ -22,6 +22,7 @@ from mole_diffusion.commands.inspect import inspect
 from mole_diffusion.commands.text_baseline import text
 from mole_diffusion.commands.train_expert import train_expert
 from mole_diffusion.commands.train_gates import train_gates
+from mole_diffusion.commands.train_shared import train_shared
 
 app = typer.Typer(
     name="mole",
@@ -32,7 +33,18 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Mixture of LoRA Experts: several LoRAs in one picture, mixed by small learned gates.",
 )
-for command in (demo, generate, train_gates, train_expert, baseline, evaluate, export, inspect, doctor):
+for command in (
+    demo,
+    generate,
+    train_gates,
+    train_shared,
+    train_expert,
+    baseline,
+    evaluate,
+    export,
+    inspect,
+    doctor,
+):
     app.command()(command)
 app.command("app")(serve)
 app.add_typer(text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -30,7 +30,7 @@ from mole_diffusion.starter.location import STARTER
 from mole_diffusion.training.progress import Progress
 
 if TYPE_CHECKING:
-    from mole_diffusion.pictures.training import Concept, TrainingConfig, TrainingEvent
+    from mole_diffusion.pictures.training import Concept, TrainingEvent
 
 
 ConceptOption = Annotated[
@@ -104,7 +104,7 @@ def train_gates(
 
     Example: [bold]mole train-gates "a zorin boot and a kipra clock" -e boot -e clock --out outputs/pair[/]
     """
-    from mole_diffusion.pictures.training import TrainingConfig
+    from mole_diffusion.pictures.training import GateTrainer, TrainingConfig
 
     choices, texts = parse_experts(experts), parse_concepts(concepts)
     given = {"objective": objective.value, "iterations": iterations, "batch": batch, "seed": seed}
@@ -114,7 +114,12 @@ def train_gates(
     say(f"Loading {model} ...")
     pipe = open_pipeline(model, choices, None, device, training=True)
     known = known_concepts(pipe.experts, texts, references, model)
-    result = _train(pipe, prompts, known, config, out, fresh=fresh)
+    result = trained(
+        lambda **told: GateTrainer(pipe, prompts, known, config, checkpoint_dir=out, **told),
+        out,
+        fresh=fresh,
+        shown=config.progress,
+    )
     last = result.history[-1]
     if as_json:
         facts = {name: last[name] for name in ("iteration", "loss", "weights", "seconds")}
@@ -125,17 +130,15 @@ def train_gates(
     say(f'Draw with them: mole generate "{prompts[0]}" --gates {result.gates}{model_flag(model)}{again}')
 
 
-def _train(
-    pipe: Any,
-    prompts: Sequence[str],
-    concepts: Mapping[str, Concept],
-    config: TrainingConfig,
-    out: Path,
-    *,
-    fresh: bool,
-) -> Any:
-    """Train or go on; says what Ctrl-C leaves behind."""
-    from mole_diffusion.pictures.training import GateTrainer
+def trained(make: Callable[..., Any], out: Path, *, fresh: bool, shown: bool) -> Any:
+    """Train or go on; says what Ctrl-C leaves behind.
+
+    Args:
+        make: makes the trainer, given its `callback` and `preparing`.
+        out: its folder.
+        fresh: begin anew, whatever the folder holds.
+        shown: whether to show what is prepared.
+    """
     from mole_diffusion.training.state import PREPARATION_FILE, STATE_FILE
 
     done = 0
@@ -144,10 +147,7 @@ def _train(
         nonlocal done
         done = event.iteration
 
-    preparing = _Preparing(config.progress)
-    trainer = GateTrainer(
-        pipe, prompts, concepts, config, callback=count, checkpoint_dir=out, preparing=preparing
-    )
+    trainer = make(callback=count, preparing=_Preparing(shown))
     going_on = not fresh and (out / STATE_FILE).is_file()
     try:
         # Not None where there is a checkpoint: that begins anew over another training's results.

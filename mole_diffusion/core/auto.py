@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -90,6 +91,13 @@ class AutoSettings:
         return self.style_middle + min(abs(timestep - _MIDDLE) / _REACH, 1.0) * (end - self.style_middle)
 
 
+class Refining(Protocol):
+    """Refines the weights of experts, gate by gate; see `shared_gates.SharedGates`."""
+
+    def refine(self, part: str, place: str, weights: Tensor, timestep: float) -> Tensor:
+        """(B, T, N) from (B, T, N) of the experts that have places of their own."""
+
+
 @dataclass(eq=False)
 class KnownText:
     """A text as a denoiser reads it, and whose words its tokens are.
@@ -122,6 +130,7 @@ class Auto:
         single: whether a host knows that one picture is drawn at a time, by however many texts.
         continues: whether a host knows that the next steps go on with the picture that was drawn last, in
             another size or from more noise: what was seen of it holds.
+        shared: what refines the weights, trained once for the base; None for nothing.
     """
 
     phrases: Mapping[str, TokenPhrases]
@@ -131,6 +140,7 @@ class Auto:
     ids: dict[str, Tensor] = field(default_factory=dict)
     single: bool = False
     continues: bool = False
+    shared: Refining | None = None
     _recognised: tuple[Texts, list[KnownText | None]] | None = field(default=None, init=False, repr=False)
 
     def meet(self, named: frozenset[str]) -> None:

@@ -65,7 +65,8 @@ class TextShares:
         phrases = auto.phrases.get(part, {})
         self._phrases = {name: phrases.get(name, ()) for name in names}
         self._rows = Counting(auto, names, active)
-        self._value: GateValue | None = None
+        self._weights = self._everywhere = torch.zeros(0)
+        self._values: dict[str, GateValue] = {}
 
     def begin(self, context: ForwardContext, forward: Forward) -> None:
         """A forward begins: look for the phrases among its tokens.
@@ -81,15 +82,22 @@ class TextShares:
             )
         places = places_of(ids, self._phrases)
         self._rows.meet(places)
-        counting, everywhere = self._rows.counting(ids.device), self._rows.everywhere(ids.device)
-        weights = self._rows.in_words(places.to(ids.device) * counting)
-        weights = with_everywhere(shared_rest(weights), everywhere)
-        self._value = GateValue(weights.flatten(0, 1), len(weights), None, in_backward=False)
+        counting, self._everywhere = self._rows.counting(ids.device), self._rows.everywhere(ids.device)
+        self._weights = shared_rest(self._rows.in_words(places.to(ids.device) * counting))
+        self._values.clear()
 
-    def value(self, context: ForwardContext, stream: str, tokens: int) -> GateValue:
+    def value(self, context: ForwardContext, stream: str, tokens: int, place: str) -> GateValue:
         """Weights (B * L, N); one row per text where `stream` is "embedding"."""
-        assert self._value is not None
-        return self._value.pooled() if stream == EMBEDDING else self._value
+        shared = self._rows.auto.shared
+        key = "" if shared is None else place
+        if key not in self._values:
+            weights = self._weights
+            if shared is not None:
+                weights = shared.refine(context.part, place, weights * (self._everywhere == 0), 0.0)
+            weights = with_everywhere(weights, self._everywhere)
+            self._values[key] = GateValue(weights.flatten(0, 1), len(weights), None, in_backward=False)
+        value = self._values[key]
+        return value.pooled() if stream == EMBEDDING else value
 
     def remove(self) -> None:
         """Nothing to take away."""

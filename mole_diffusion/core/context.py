@@ -25,13 +25,14 @@ class TokenShares(Protocol):
     def begin(self, context: ForwardContext, forward: Forward) -> None:
         """A forward of the whole network begins."""
 
-    def value(self, context: ForwardContext, stream: str, tokens: int) -> GateValue:
+    def value(self, context: ForwardContext, stream: str, tokens: int, place: str) -> GateValue:
         """Weights of the tokens of a stream.
 
         Args:
             context: state of the mixture.
             stream: "tokens", "context" or "embedding".
             tokens: L.
+            place: what it is called, see `Group.place`.
         """
 
     def remove(self) -> None:

@@ -24,6 +24,7 @@ from .mixture import Mixture, mixture_on
 from .mixture_set import Choice, Companions, MixtureSet
 from .modules import unwrapped
 from .networks import map_network
+from .shared_gates import SharedGates
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class Ensemble(Carrier):
 
     Attributes:
         networks, facts, flatten_tokens: as given.
+        shared: what refines `mixture="auto"`, whichever experts come; None for nothing.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Ensemble(Carrier):
         self.networks = {part: unwrapped(network) for part, network in networks.items()}
         self.facts = dict(facts)
         self.flatten_tokens = dict(flatten_tokens or {})
+        self.shared: SharedGates | None = None
         self._attached = attached
         self._base_weight = base_weight or own_weight
 

@@ -15,7 +15,7 @@ from .errors import ConfigError, InjectionError
 from .gates import Gate
 from .matrices import MatrixSlot
 from .modules import base_layer, site_shape
-from .networks.base import CONTEXT, EMBEDDING, JOINT, ROW, TOKENS, NetworkMap, Site
+from .networks.base import CONTEXT, EMBEDDING, JOINT, ROW, TOKENS, NetworkMap, Site, streams_of
 from .torch_state import in_backward, on_device
 from .values import GateValue, Voice
 
@@ -67,6 +67,16 @@ class Group:
     def label(self, stream: str) -> str:
         """Name under which the gate of a stream is recorded."""
         return self.voice(stream).label
+
+    def place(self, stream: str) -> str:
+        """What a place of this stream is called, whether or not the gate tells it from the tokens."""
+        return f"{self.name}.{CONTEXT}" if stream == CONTEXT else self.name
+
+    @property
+    def places(self) -> list[str]:
+        """Names of the places where tokens may have weights of their own."""
+        read = {stream for slot in self.slots for stream in streams_of(slot.stream)}
+        return [self.place(stream) for stream in (TOKENS, CONTEXT) if stream in read]
 
     def first(self, stream: str) -> MatrixSlot:
         """The matrix at which the gate for `stream` is computed: the first to run that reads it."""

@@ -215,7 +215,7 @@ class MatrixHook:
         if stream != EMBEDDING and self.slot.stream == JOINT:
             span = context.span(stream, rows)
             rows = span.stop - span.start
-        value = shares.value(context, stream, rows)
+        value = shares.value(context, stream, rows, self.group.place(stream))
         return value if voice.value is not None else context.store(voice, value)
 
     def _logits(

@@ -73,13 +73,14 @@ class PictureShares:
         self._blind = False
         self._rows = Counting(auto, names, active)
         self._known: tuple[Texts, Tensor, Tensor, Tensor] | None = None
-        self._values: dict[tuple[str, int], GateValue] = {}
+        self._values: dict[tuple[str, int, str], GateValue] = {}
         self._words = self._everywhere = torch.zeros(0)
         self._seen: SeenPlaces | None = None
         self._reading: tuple[list[int | None], Tensor] | None = None
         self._own: Tensor | None = None
         self._order: Tensor | None = None
         self._styles: tuple[Tensor, Tensor] | None = None
+        self._alone: Tensor | None = None
         self._begun = False
         self._start = self._last = 0.0
 
@@ -116,6 +117,7 @@ class PictureShares:
         self._reading = (pictures, named if watched else lacking) if reading else None
         self._lay_out(pictures, named, prompts, watched)
         self._styles = self._weigh_styles(pictures)
+        self._alone = self._find_alone(pictures)
         self._values.clear()
 
     def _begin_step(self, time: float, named: Tensor, prompts: Tensor) -> list[int | None]:
@@ -158,6 +160,19 @@ class PictureShares:
             return None
         settings = self._auto.settings
         return factors_of(beside, settings.style_words), factors_of(beside, settings.style_at(self._last))
+
+    def _find_alone(self, pictures: Sequence[int | None]) -> Tensor | None:
+        """(B, 1, N) the expert of a picture that has one alone, beside others in the batch; None for none.
+
+        A prompt that is drawn by itself gives that expert everything, see `Calling.everywhere`.
+        """
+        if self._seen is None or self._auto.everywhere or len(self._seen.now) == 1:
+            return None
+        rows = torch.zeros(len(pictures), self._seen.now.shape[1])
+        for row, picture in enumerate(pictures):
+            if picture is not None and int(self._seen.now[picture].sum()) == 1:
+                rows[row] = self._seen.now[picture].float()
+        return rows.to(self._words.device)[:, None] if bool(rows.any()) else None
 
     def _lacking(self, pictures: Sequence[int | None], named: Tensor) -> Tensor:
         """(B, N) the experts that a prompt names and of whose places nothing is known yet."""
@@ -210,16 +225,16 @@ class PictureShares:
         self._known = text, places.to(text[0].device), named & prompts[:, None], prompts
         return self._known[1:]
 
-    def value(self, context: ForwardContext, stream: str, tokens: int) -> GateValue:
+    def value(self, context: ForwardContext, stream: str, tokens: int, place: str) -> GateValue:
         """Weights (B * T, N) of the tokens of a stream; one row per picture where it is "embedding"."""
         if is_compiling():  # a block that finds what an earlier one computed would not be like that one
-            return self._value(context, stream, tokens)
-        key = stream, tokens
+            return self._value(context, stream, tokens, place)
+        key = stream, tokens, "" if self._auto.shared is None else place
         if key not in self._values:
-            self._values[key] = self._value(context, stream, tokens)
+            self._values[key] = self._value(context, stream, tokens, place)
         return self._values[key]
 
-    def _value(self, context: ForwardContext, stream: str, tokens: int) -> GateValue:
+    def _value(self, context: ForwardContext, stream: str, tokens: int, place: str) -> GateValue:
         if stream == CONTEXT:
             weights = self._text(context.forward, tokens)
         elif stream == EMBEDDING:
@@ -227,6 +242,8 @@ class PictureShares:
             weights = self._picture(int(size[0]), int(size[1])).mean(1, keepdim=True)
         else:
             weights = self._image(context, tokens)
+        if self._auto.shared is not None and stream != EMBEDDING:
+            weights = self._auto.shared.refine(context.part, place, weights, self._last)
         weights = with_everywhere(weights, self._everywhere)
         if self._styles is not None and stream != EMBEDDING:
             weights = weights * self._styles[stream != CONTEXT]
@@ -246,6 +263,8 @@ class PictureShares:
             words = F.pad(words, (0, 0, 0, tokens - known))
         if self._rewrites:
             words = shared_rest(words)
+        if self._alone is not None:
+            words = torch.where(self._alone.any(-1, keepdim=True), self._alone, words)
         return words if words.shape[1] == tokens else words.repeat_interleave(tokens // known, dim=1)
 
     def _image(self, context: ForwardContext, tokens: int) -> Tensor:

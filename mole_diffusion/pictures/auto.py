@@ -17,6 +17,7 @@ from mole_diffusion.core.errors import UnknownExpertError
 from mole_diffusion.core.experts import Expert
 from mole_diffusion.core.mixture_set import Choice
 from mole_diffusion.core.phrases import names_phrase
+from mole_diffusion.core.shared_gates import SharedGates
 from mole_diffusion.core.words import places_of
 from mole_diffusion.pictures.choosing import Request, register
 from mole_diffusion.pictures.components import tokenizers_of
@@ -58,11 +59,13 @@ class AutoMixture:
         settings: how image tokens are shared out.
         phrases: expert name -> the phrase that calls it in prompts, for files that do not say one.
         styles: names of experts that change the whole picture, for files that do not say so.
+        shared: what refines the weights; None for what the pipeline has, see `load_shared_gates`.
     """
 
     settings: AutoSettings = field(default_factory=AutoSettings)
     phrases: Mapping[str, str] = field(default_factory=dict)
     styles: Sequence[str] = ()
+    shared: SharedGates | None = None
 
     @contextmanager
     def engaged(self, pipe: Any, request: Request) -> Iterator[None]:
@@ -70,15 +73,19 @@ class AutoMixture:
 
         Raises:
             NoExpertsError, UnknownExpertError, AllExpertsMaskedError, RegionMaskError: as for any mixture.
+            GateMismatchError: the shared gates are for another base.
         """
         pipe.need_experts("mixture='auto'")
+        shared = self.shared or pipe.ensemble.shared
+        if shared is not None:
+            shared.check(pipe.mixtures)
         for name in (*self.phrases, *self.styles):
             if name not in pipe.experts:
                 raise UnknownExpertError(name, list(pipe.experts))
         active = pipe.experts if request.active_experts is None else request.active_experts
         counting = {name: expert for name, expert in pipe.experts.items() if name in active}
         reader = PromptReader(
-            Calling(self.phrases, self.styles), self.settings, counting, tokenizers_of(pipe)
+            Calling(self.phrases, self.styles), self.settings, counting, tokenizers_of(pipe), shared
         )
         choice = Choice(
             request.active_experts,
@@ -99,6 +106,7 @@ class PromptReader(Auto):
         settings: how image tokens are shared out.
         experts: those that count.
         tokenizers: by part.
+        shared: what refines the weights, if anything does.
 
     Attributes:
         calls: expert name -> phrases, of those that count.
@@ -111,6 +119,7 @@ class PromptReader(Auto):
         settings: AutoSettings,
         experts: Mapping[str, Expert],
         tokenizers: Mapping[str, Any],
+        shared: SharedGates | None = None,
     ) -> None:
         self._calling, self._experts, self._tokenizers = calling, experts, tokenizers
         self.calls = {name: calling.of(expert) for name, expert in experts.items()}
@@ -122,6 +131,7 @@ class PromptReader(Auto):
                 for part, tokenizer in tokenizers.items()
             },
             settings=settings,
+            shared=shared,
         )
 
     def expect(self, given: Mapping[str, Any]) -> None:

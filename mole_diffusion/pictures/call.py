@@ -15,7 +15,6 @@ import torch
 from mole_diffusion.core.ensemble import Ensemble
 from mole_diffusion.core.experts import Expert
 from mole_diffusion.core.export import ExportReport
-from mole_diffusion.core.holding import HoldsExperts
 from mole_diffusion.core.networks.clip import TEXT_ENCODER
 from mole_diffusion.core.records import GateWeights, MapRecorder, Recorder
 from mole_diffusion.pictures.auto import expect_prompts, reading_prompts, usual_for, usual_mixture
@@ -32,6 +31,7 @@ from mole_diffusion.pictures.holding import (
 )
 from mole_diffusion.pictures.placing import placing_of
 from mole_diffusion.pictures.regions import region_tensors
+from mole_diffusion.pictures.sharing import SharesGates
 from mole_diffusion.pictures.single_file import check_safetensors, configuration_of
 from mole_diffusion.pictures.transformer_file import ONLY_FOR_FILES, transformer_in
 
@@ -42,7 +42,7 @@ P = TypeVar("P", bound="WithExperts")
 GuidedIn = Literal["batch", "batch, prompt first", "turns"]
 
 
-class WithExperts(HoldsExperts):
+class WithExperts(SharesGates):
     """Experts for a diffusers pipeline; stands before the diffusers class among the bases.
 
     Attributes:

@@ -108,6 +108,11 @@ def gates_of(model: str) -> Path:
     return starter_dir() / ("" if model == STARTER else FLUX) / "experts" / "gates.safetensors"
 
 
+def shared_gates_of(model: str) -> Path:
+    """The shared gates that one of STARTERS has for whatever experts; the file need not be there."""
+    return gates_of(model).with_name("shared.safetensors")
+
+
 def starter_experts(folder: Path | None = None, *, model: str = STARTER) -> dict[str, StarterExpert]:
     """All experts of the starter by name, in the order of `experts/experts.json`.
 

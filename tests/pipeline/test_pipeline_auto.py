@@ -88,6 +88,17 @@ def test_a_prompt_of_a_batch_may_name_nobody(loaded, draw) -> None:
     torch.testing.assert_close(both[1:], named, **CLOSE)
 
 
+def test_a_prompt_of_a_batch_may_name_one_expert_alone(loaded, draw) -> None:
+    called = AutoMixture(phrases={name: name for name in loaded.experts})
+    prompts = ["a boot and a cat", "a cat on the beach"]
+    latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    # Without a negative prompt, which each of the two would encode in another way.
+    both = draw(loaded, prompts, latents=latents, mixture=called, guidance_scale=1.0)
+    for row, prompt in enumerate(prompts):
+        one = draw(loaded, prompt, latents=latents[row : row + 1], mixture=called, guidance_scale=1.0)
+        torch.testing.assert_close(both[row : row + 1], one, **CLOSE)
+
+
 def test_scales_hold(loaded, draw) -> None:
     none = draw(loaded, mixture="auto", expert_scales={"boot": 0.0})
     masked = draw(loaded, mixture="auto", active_experts=["cat", "clock"])

@@ -12,9 +12,11 @@ from pydantic import BeforeValidator, Field
 from mole_diffusion.core.auto import AutoSettings
 from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.core.shared_gates import SharedGates
 from mole_diffusion.evaluation.protocol import Part, chosen, find_protocol, read_protocol, shipped
 from mole_diffusion.pictures.auto import AUTO, AutoMixture
 from mole_diffusion.pictures.training.config import TrainingConfig
+from mole_diffusion.starter.location import STARTER, shared_gates_of
 
 __all__ = [
     "ExpertSet",
@@ -111,6 +113,7 @@ class Variant(Part):
         seeds: only the first so many seeds, for rows that cost more than they tell.
         guidance: in place of the protocol's.
         auto: settings of `AutoSettings` that differ, with "auto".
+        shared: with "auto", the shared gates that refine it: "starter", or a file.
     """
 
     name: str = Field(min_length=1, pattern=r"^[^/\\]+$")
@@ -123,19 +126,32 @@ class Variant(Part):
     seeds: int | None = Field(default=None, ge=1)
     guidance: float | None = Field(default=None, ge=0)
     auto: dict[str, float] = Field(default_factory=dict)
+    shared: str = ""
+
+    @property
+    def shared_file(self) -> Path | None:
+        """The file of `shared`."""
+        if not self.shared:
+            return None
+        return shared_gates_of(STARTER) if self.shared == STARTER else Path(self.shared)
 
     def mixture(self) -> Any:
         """What `pipe(mixture=...)` takes, where nothing is prepared.
 
         Raises:
             ConfigError: `auto` names no setting, or one out of range, or this is something else.
+            GateMismatchError: `shared` is no file of shared gates.
         """
-        if not self.auto:
+        file = self.shared_file
+        if not self.auto and file is None:
             return self.kind
+        if file is not None and self.kind != AUTO:
+            raise ConfigError(f"{self.name}: shared gates refine {AUTO!r} alone, and this is {self.kind!r}")
         known = [entry.name for entry in fields(AutoSettings)]
         if lost := [name for name in self.auto if name not in known or self.kind != AUTO]:
             raise ConfigError(f"{self.name}: auto has {lost}; allowed are {known}, and for {AUTO!r} alone")
-        return AutoMixture(AutoSettings(**self.auto))
+        shared = None if file is None else SharedGates.load(file)
+        return AutoMixture(AutoSettings(**self.auto), shared=shared)
 
     @property
     def kind(self) -> str:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.core.files import file_sha256
 from mole_diffusion.evaluation import run
 from mole_diffusion.evaluation.gate_records import record_of, record_path, write_record
 from mole_diffusion.evaluation.pictures.cost import measure_cost
@@ -171,7 +172,12 @@ def settings_of(protocol: Protocol, scenes: Sequence[Scene]) -> dict[str, Any]:
 
 
 def _method_settings(protocol: Protocol, method: Variant) -> dict[str, Any]:
-    own = {"guidance": method.guidance, "auto": method.auto or None}
+    file = method.shared_file
+    own = {
+        "guidance": method.guidance,
+        "auto": method.auto or None,
+        "shared": None if file is None else file_sha256(file),
+    }
     drawing = {"base": method.kind} | {name: value for name, value in own.items() if value is not None}
     if not needs_preparation(method):
         return drawing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from mole_diffusion.pictures.training import collage
 from mole_diffusion.pictures.training.concepts import read_prompt
-from mole_diffusion.pictures.training.denoising import NoisyBatch, denoising_loss
+from mole_diffusion.pictures.training.denoising import NoisyBatch, Times, denoising_loss
 from mole_diffusion.pictures.training.sources import ConceptPictures
 from mole_diffusion.pictures.training.tasks import Collage
 from mole_diffusion.pictures.training.teaching import Teacher
@@ -66,24 +67,40 @@ class CollageObjective:
             self._renew(entries)
         chosen = torch.randperm(self._size, generator=bench.draws.tensors)[: settings.batch]
         taught = settings.target == "experts"
-        times = self._teacher.times if taught else None
-        batch = NoisyBatch.draw(bench.denoiser, self._latents[chosen], bench.draws.tensors, times)
+        times = self._teacher.times if taught else bench.denoiser.random_times
+        batch = NoisyBatch.draw(
+            bench.denoiser, self._latents[chosen], bench.draws.tensors, self._drawing(times)
+        )
         covers = self._covers[chosen].to(bench.device)
         inside = covers.sum(dim=1, keepdim=True)
         captions = [self._captions[i] for i in chosen.tolist()]
         # Before the other: the balance is that of the last forward.
         target = self._teacher.target(batch, captions, covers) if taught else batch.target
         prior = self._base_prediction(batch, captions)
-        with bench.autocast():
-            prediction = bench.predict(batch, self._some_empty(captions))
-        weights = settings.outside_weight + (1 - settings.outside_weight) * inside
-        loss = denoising_loss(prediction, target, weights)
-        parts = {"collage": float(loss.detach())}
-        if prior is not None:
-            distance = denoising_loss(prediction, prior, 1 - inside)
-            parts["prior"] = float(distance.detach())
-            loss = loss + settings.prior_weight * distance
-        yield LossTerms(loss, parts)
+        # Around the backward pass too, in which networks may be asked again.
+        with self._composing():
+            with bench.autocast():
+                prediction = self._predict(batch, self._some_empty(captions))
+            weights = settings.outside_weight + (1 - settings.outside_weight) * inside
+            loss = denoising_loss(prediction, target, weights)
+            parts = {"collage": float(loss.detach())}
+            if prior is not None:
+                distance = denoising_loss(prediction, prior, 1 - inside)
+                parts["prior"] = float(distance.detach())
+                loss = loss + settings.prior_weight * distance
+            yield LossTerms(loss, parts)
+
+    def _drawing(self, times: Times) -> Times:
+        """How times are drawn for a batch."""
+        return times
+
+    def _composing(self) -> AbstractContextManager[Any]:
+        """How experts count in what is trained: as the trainer has chosen."""
+        return nullcontext()
+
+    def _predict(self, batch: NoisyBatch, captions: Sequence[str]) -> Tensor:
+        """What the network says, with gradient."""
+        return self._bench.predict(batch, captions)
 
     def state_dict(self) -> dict[str, Any]:
         """The pool."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mole_diffusion.pictures.denoiser import Denoiser
+
+#: Draws times (count,).
+Times = Callable[[int, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
@@ -19,11 +23,14 @@ class NoisyBatch:
         noisy: (batch, c, h, w).
         times: (batch,).
         target: (batch, c, h, w).
+        latents, noise: what `noisy` is made of.
     """
 
     noisy: Tensor
     times: Tensor
     target: Tensor
+    latents: Tensor
+    noise: Tensor
 
     @classmethod
     def draw(
@@ -31,7 +38,7 @@ class NoisyBatch:
         denoiser: Denoiser,
         latents: Tensor,
         draws: torch.Generator,
-        times: Callable[[int, torch.Generator], Tensor] | None = None,
+        times: Times | None = None,
     ) -> NoisyBatch:
         """Noise a batch: first the noise is drawn, then the times.
 
@@ -45,10 +52,14 @@ class NoisyBatch:
         noise = torch.randn(latents.shape, generator=draws).to(device)
         when = (times or denoiser.random_times)(len(latents), draws).to(device)
         latents = latents.to(device)
-        return cls(denoiser.noisy(latents, noise, when), when, denoiser.target(latents, noise, when))
+        noisy, target = denoiser.noisy(latents, noise, when), denoiser.target(latents, noise, when)
+        return cls(noisy, when, target, latents, noise)
 
     def __len__(self) -> int:
         return len(self.times)
+
+    def __getitem__(self, rows: Any) -> NoisyBatch:
+        return NoisyBatch(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
 def denoising_loss(prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +32,7 @@ class PictureObjective:
         concepts: The concept of each expert.
         config: The settings.
         preparation: Keeps what `prepare` draws.
+        collages: Makes the objective of collages.
 
     Attributes:
         bench: The model, random draws and the pass counter.
@@ -50,8 +51,10 @@ class PictureObjective:
         concepts: Mapping[str, Concept],
         config: TrainingConfig,
         preparation: Preparation | None = None,
+        collages: Callable[..., CollageObjective] = CollageObjective,
     ) -> None:
         self._config = config
+        self._collages = collages
         clip = config.clip_guidance
         small = None if clip is None else clip.decoder
         self.bench = Workbench(denoiser, composing, config.pictures, config.seed, small)
@@ -105,7 +108,7 @@ class PictureObjective:
     def _task(self, settings: Collage | Clip | ClipWalk | Both) -> Objective:
         bench, pictures, iterations = self.bench, self.pictures, self._config.iterations
         if isinstance(settings, Collage):
-            return CollageObjective(bench, pictures, settings, iterations)
+            return self._collages(bench, pictures, settings, iterations)
         assert self._guide is not None
         if isinstance(settings, ClipWalk):
             return ClipWalkObjective(bench, pictures, settings, self._guide)

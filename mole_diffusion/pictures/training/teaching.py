@@ -62,7 +62,7 @@ class Teacher:
     def _ask(
         self, batch: NoisyBatch, rows: list[int], texts: Sequence[str], mixture: Mapping[str, Any]
     ) -> Tensor:
-        some = NoisyBatch(batch.noisy[rows], batch.times[rows], batch.target[rows])
+        some = batch[rows]
         with self._bench.composing(**mixture), self._bench.autocast():
             return self._bench.predict(some, texts).to(batch.target)
 
