@@ -53,7 +53,7 @@ def apply_experts(
         model: ComfyUI's ModelPatcher of a UNet.
         clip: ComfyUI's CLIP.
         experts: at least one.
-        gates: those that were trained for the experts, or None.
+        gates: those that were trained for the experts, or shared ones, or None.
         without: what mixes the experts without gates: "auto" lets words and places find their experts by the
             prompt; "equal shares" gives each 1/N.
         tell: called before a run with the experts that no prompt of it names, see `PromptCheck`.
@@ -80,10 +80,11 @@ def apply_experts(
     if not ensemble.mixtures:
         raise NoExpertsError(f"None of the experts {', '.join(experts.names)} changes this MODEL or CLIP.")
     if gates is not None:
-        ensemble.load_gates(gates.path)
+        _take(ensemble, gates)
     for mixture in ensemble.mixtures.values():
         mixture.gates.requires_grad_(False)
-    auto = _reader(new_clip, ensemble, experts) if gates is None and without == AUTO else None
+    seeks = without == AUTO if gates is None else gates.shared is not None
+    auto = _reader(new_clip, ensemble, experts) if seeks else None
     ensemble.activate(Choice(experts.active, experts.scales, experts.regions or None, auto=auto))
     ensemble.record(LastRun())
     check = PromptCheck(clip, _active(experts), tell)
@@ -98,6 +99,19 @@ def apply_experts(
         patcher.set_attachments(KEY, Applied(experts, ensemble))
         count(patcher, [ensemble.mixtures[part] for part in own if part in ensemble.mixtures])
     return new_model, new_clip
+
+
+def _take(ensemble: Ensemble, gates: GatesFile) -> None:
+    """Give the experts these gates.
+
+    Raises:
+        GateMismatchError: they do not fit.
+    """
+    if gates.shared is None:
+        ensemble.load_gates(gates.path)
+        return
+    gates.shared.check(ensemble.mixtures)
+    ensemble.shared = gates.shared
 
 
 def _check_bare(model: Any, clip: Any) -> None:
@@ -117,7 +131,9 @@ def _reader(clip: Any, ensemble: Ensemble, experts: ExpertSet) -> ClipReader | N
     if not all(one.finds_places and not adapts_text(one.network) for one in drawing):
         logger.warning("the attention of this MODEL is not read here: without gates every expert counts 1/N")
         return None
-    return ClipReader(clip, _active(experts), text_encoders_of(clip.patcher.model), experts.names)
+    reader = ClipReader(clip, _active(experts), text_encoders_of(clip.patcher.model), experts.names)
+    reader.shared = ensemble.shared
+    return reader
 
 
 def _active(experts: ExpertSet) -> list[Expert]:

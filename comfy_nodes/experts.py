@@ -17,6 +17,7 @@ from mole_diffusion.core.checkpoint import GatesHeader, read_gates_header
 from mole_diffusion.core.errors import ConfigError, UnknownExpertError
 from mole_diffusion.core.experts import Expert
 from mole_diffusion.core.files import replacing
+from mole_diffusion.core.shared_gates import SharedGates, is_shared_gates
 
 _SEPARATORS = re.compile(r"[,;\n]")
 
@@ -89,7 +90,7 @@ class ExpertSet:
 
 @dataclass(frozen=True)
 class GatesFile:
-    """Gates, kept in a file of the format of `mole_diffusion.core.checkpoint`."""
+    """Gates, kept in a file of the format of `mole_diffusion.core.checkpoint`, or shared gates."""
 
     path: Path
 
@@ -99,6 +100,23 @@ class GatesFile:
         return read_gates_header(self.path)
 
     @cached_property
+    def shared(self) -> SharedGates | None:
+        """What the file holds if it is for any experts; None where it is for some."""
+        return SharedGates.load(self.path) if is_shared_gates(self.path) else None
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What its writer noted."""
+        return self.header.metadata if self.shared is None else self.shared.metadata
+
+    @property
+    def expert_names(self) -> dict[str, tuple[str, ...]]:
+        """Part -> the experts that it is for; none for shared gates."""
+        if self.shared is not None:
+            return {}
+        return {part: self.header.expert_names(part) for part in self.header.parts}
+
+    @cached_property
     def sha256(self) -> str:
         """Hash of the content."""
         return hashlib.sha256(self.path.read_bytes()).hexdigest()
@@ -106,7 +124,7 @@ class GatesFile:
     @property
     def iterations(self) -> tuple[int, int] | None:
         """Iterations of the training so far and in all; None where the file does not say."""
-        known = self.header.metadata
+        known = self.metadata
         try:
             return int(known["iterations"]), int(json.loads(known["training"])["iterations"])
         except (KeyError, TypeError, ValueError):

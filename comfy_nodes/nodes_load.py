@@ -175,10 +175,9 @@ class LoadGates(io.ComfyNode):  # type: ignore[misc]
     @classmethod
     def execute(cls, gates: str) -> io.NodeOutput:
         file = GatesFile(places.gates_file(gates))
-        parts = "; ".join(
-            f"{part}: {', '.join(file.header.expert_names(part))}" for part in file.header.parts
-        )
-        lines = [f"gates of {parts}", *filter(None, [file.unfinished])]
+        parts = "; ".join(f"{part}: {', '.join(names)}" for part, names in file.expert_names.items())
+        what = f"gates of {parts}" if file.shared is None else "shared gates, for any experts"
+        lines = [what, *filter(None, [file.unfinished])]
         show_text(cls.hidden.unique_id, "; ".join(lines))
         return io.NodeOutput(file)
 

@@ -32,10 +32,13 @@ def describe_expert(choice: str) -> dict[str, Any]:
 
 
 def describe_gates(choice: str) -> dict[str, Any]:
-    """Experts of a gates file of `places.gates_choices`, and whether its training was finished."""
+    """Experts of a gates file of `places.gates_choices`, and whether its training was finished.
+
+    Shared gates are for any experts: None.
+    """
     file = GatesFile(places.gates_file(choice))
-    names = dict.fromkeys(name for part in file.header.parts for name in file.header.expert_names(part))
-    return {"experts": list(names), "unfinished": file.unfinished}
+    names = dict.fromkeys(name for own in file.expert_names.values() for name in own)
+    return {"experts": None if file.shared else list(names), "unfinished": file.unfinished}
 
 
 def _route(describe: Callable[[str], dict[str, Any]]) -> Callable[[web.Request], Any]:

@@ -27,7 +27,7 @@ def weights_of_gates(gates: GatesFile) -> tuple[tuple[str, ...], Rows]:
     Raises:
         ConfigError: the file does not say.
     """
-    text = gates.header.metadata.get(ENTRY)
+    text = gates.metadata.get(ENTRY)
     if text is None:
         raise ConfigError(
             f"{gates.path.name!r} does not say what its gates weighed in training (MoLE Train Gates notes "

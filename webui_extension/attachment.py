@@ -22,6 +22,7 @@ from mole_diffusion.core.ensemble import Ensemble
 from mole_diffusion.core.mixture_set import Choice
 from mole_diffusion.core.phrases import unnamed
 from mole_diffusion.core.records import Recorder
+from mole_diffusion.core.shared_gates import SharedGates, is_shared_gates
 
 from .hooks import UNET, RegionHook, TextHook, rectangle
 from .host import bare_weights, facts_of, text_encoders_of, text_processors_of, unet_of
@@ -99,7 +100,9 @@ class Attachment:
             attached=False,
         )
         gates = library.gates_path(settings.gates)
-        header = None if gates is None else read_gates_header(gates)
+        shared = gates is not None and is_shared_gates(gates)
+        header = None if gates is None or shared else read_gates_header(gates)
+        self.ensemble.shared = SharedGates.load(gates) if gates is not None and shared else None
         self._experts = _load(settings, library, header, base_of_networks(networks))
         self._check_base = check_base
         self.hashes = {name: expert.sha256 for name, expert in self._experts.items()}
@@ -138,7 +141,8 @@ class Attachment:
     @property
     def seeks(self) -> bool:
         """Whether the experts are to find their words and places by the prompt."""
-        return self.settings.gates == AUTO and len(self.settings.active) > 1
+        auto = self.settings.gates == AUTO or self.ensemble.shared is not None
+        return auto and len(self.settings.active) > 1
 
     def begin_batch(self, passes: Sequence[Sequence[Prompt]], disturbances: Sequence[str] = ()) -> bool:
         """A batch begins, whose prompts are not encoded yet.
@@ -236,6 +240,8 @@ class Attachment:
             raise SettingsError("none of the experts changes the UNet")
         if gates is not None and header is not None:
             self._load_gates(gates, header)
+        if ensemble.shared is not None:
+            ensemble.shared.check(ensemble.mixtures)
         self._listen()
         ensemble.activate(self._choice())
         if self.settings.record:
@@ -254,6 +260,7 @@ class Attachment:
         if self.seeks and processors and hasattr(self._sd_model, "get_learned_conditioning"):
             active = self._names(self.settings.active)
             self._reader = TextReader(processors, self._experts.values(), active)
+            self._reader.shared = self.ensemble.shared
             self._reader.attach(self._sd_model)
 
     def _load_gates(self, gates: Path, header: GatesHeader) -> None:

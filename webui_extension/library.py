@@ -103,16 +103,17 @@ class Library:
         return ", ".join([begun, *missing] if begun else missing), " ".join(said)
 
     def header(self, name: str) -> Any:
-        """What a gates file says about itself; None for "auto" and "equal shares".
+        """What a gates file says about itself; None for "auto", "equal shares" and shared gates.
 
         Raises:
             SettingsError: there is no such file.
             MoLEError: it is not a gates file.
         """
         from mole_diffusion import read_gates_header
+        from mole_diffusion.core.shared_gates import is_shared_gates
 
         path = self.gates_path(name)
-        return None if path is None else read_gates_header(path)
+        return None if path is None or is_shared_gates(path) else read_gates_header(path)
 
     def experts_of(self, gates: str) -> list[str]:
         """Names in the Lora folder of the experts that gates were trained for.

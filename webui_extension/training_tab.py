@@ -295,12 +295,13 @@ class TrainingTab:
     def export(self, name: str, gates: str, model: str, prompts: str, rank: float) -> Iterator[list[Any]]:
         """Start an export and show it until it ends."""
         from mole_diffusion import MoLEError
+        from mole_diffusion.core.shared_gates import is_shared_gates
 
         try:
             target = self._options.lora_folder / f"{check_name(name or '')}.safetensors"
             path = self._library.gates_path(gates or AUTO)
-            if path is None:
-                raise SettingsError("choose gates to freeze")
+            if path is None or is_shared_gates(path):
+                raise SettingsError("choose gates to freeze, which were trained for some experts")
             command = export_command(
                 self._python(),
                 model=self._model_file(model),

@@ -170,7 +170,7 @@ class Panel:
         except (SettingsError, MoLEError) as error:
             return [*(gr.update() for _ in self._experts), as_message(str(error))]
         if not names:
-            note = "These need no gates file, and go with any experts."
+            note = "These go with any experts: choose them below."
             return [*(gr.update() for _ in self._experts), as_message(note)]
         padded = [*names, *[""] * (self._rows - len(names))]
         return [*(gr.update(value=name) for name in padded), ""]

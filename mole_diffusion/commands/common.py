@@ -194,8 +194,9 @@ def say_composition(pipe: StableDiffusionMoLEPipeline, mixture: Any = "gates", n
     scales = {name: pipe.experts[name].scale for name in active}
     shown = listed([name if scale == 1 else f"{name} x {scale:g}" for name, scale in scales.items()])
     trained = any(one.is_trained for one in pipe.mixtures.values())
+    refined = "" if pipe.shared_gates is None else ", refined by shared gates"
     ways = {
-        "auto": "where the prompt puts them (auto, no training); `mole train-gates` trains gates",
+        "auto": f"where the prompt puts them (auto{refined}, no training); `mole train-gates` trains gates",
         "la": "each in full (LA)",
         "nla": "each at an equal share (NLA)",
     }

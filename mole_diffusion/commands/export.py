@@ -27,6 +27,7 @@ from mole_diffusion.commands.common import (
     show,
     split_names,
 )
+from mole_diffusion.core.checkpoint import read_gates_header
 from mole_diffusion.core.files import check_writable
 from mole_diffusion.starter.location import STARTER
 
@@ -64,6 +65,8 @@ def export(
     """
     choices, names, pixels = parse_experts(experts), split_names(active, "--active"), parse_size(size)
     check_writable(file.parent)
+    if gates is not None:
+        read_gates_header(gates)  # shared gates know no means: they go by the places of a picture
     say(f"Loading {model} ...")
     pipe = open_pipeline(model, choices, gates, device)
     say_composition(pipe, "gates", names)

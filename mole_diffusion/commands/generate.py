@@ -35,6 +35,7 @@ from mole_diffusion.commands.common import (
 )
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.files import check_writable, file_sha256
+from mole_diffusion.core.shared_gates import is_shared_gates
 from mole_diffusion.pictures.components import guidance_arguments, size_arguments, usual_guidance
 from mole_diffusion.pictures.files import PICTURES, open_picture, write_picture
 from mole_diffusion.pictures.opening import from_picture
@@ -127,7 +128,7 @@ def generate(
         mixture=mixture if mixture in _words() else Path(mixture).name,
         model=model,
         gates=_gates_state(pipe, mixture),
-        gates_sha256="" if gates is None or mixture != "gates" else file_sha256(gates),
+        gates_sha256="" if gates is None or mixture != _mixed_by(gates) else file_sha256(gates),
         experts=tuple(_use(expert, names) for expert in pipe.experts.values()),
         sampler=sampler,
         image_sha256="" if image is None else file_sha256(image),
@@ -201,6 +202,11 @@ def _gates_state(pipe: Any, mixture: str) -> str:
     if mixture != "gates" or not pipe.experts:
         return ""
     return "trained" if any(one.is_trained for one in pipe.mixtures.values()) else "fresh"
+
+
+def _mixed_by(gates: Path) -> str:
+    """The mixture in which a gates file has a say."""
+    return "auto" if is_shared_gates(gates) else "gates"
 
 
 def _words() -> Sequence[str]:

@@ -22,6 +22,8 @@ from .reading import BadFileError, is_finite, parse_json, read_header, read_safe
 logger = logging.getLogger(__name__)
 
 FORMAT = "mole-gates"
+# Of `shared_gates`, which are for any experts.
+SHARED_FORMAT = "mole-shared-gates"
 # 1: the base's fingerprint ("shapes") knows the matrices of transformers only; 2: all of them ("matrices").
 FORMAT_VERSION = 2
 _OWN_KEYS = ("format", "format_version", "parts")
@@ -103,6 +105,11 @@ def read_gates_header(path: str | Path) -> GatesHeader:
         metadata = read_header(Path(path)).metadata
     except (BadFileError, OSError) as error:
         raise GateMismatchError(f"{str(path)!r} cannot be read as a gates file: {error}.") from error
+    if metadata.get("format") == SHARED_FORMAT:
+        raise GateMismatchError(
+            f"{str(path)!r} holds shared gates, which refine auto for any experts, and here gates of some are "
+            "needed: load_shared_gates() and mole generate --gates take it."
+        )
     if metadata.get("format") != FORMAT:
         raise GateMismatchError(f"{str(path)!r} is not a gates file: its header has no format={FORMAT!r}.")
     version = metadata.get("format_version", "")

@@ -10,12 +10,13 @@ from typing import Any
 
 from .bases import base_of_expert, prediction_type, told_base
 from .checkpoint import FORMAT as GATES_FORMAT
-from .checkpoint import GatesHeader, read_gates_header
+from .checkpoint import SHARED_FORMAT, GatesHeader, read_gates_header
 from .errors import ExpertLoadError
 from .experts import Expert, read_expert
 from .factors import LoraFactors
 from .networks import of_matrices
 from .reading import BadFileError, read_header
+from .shared_gates import SharedGates
 from .writers import writer_of
 
 __all__ = ["FileDescription", "describe_expert", "describe_file", "describe_gates"]
@@ -31,7 +32,7 @@ class FileDescription:
     """A file in words: one title, short facts, and sections of lines; `data` has all of it for programs.
 
     Attributes:
-        kind: "expert" or "gates".
+        kind: "expert", "gates" or "shared gates".
     """
 
     kind: str
@@ -46,7 +47,7 @@ class FileDescription:
 
 
 def describe_file(path: str | Path) -> FileDescription:
-    """Describe a safetensors file, whichever of the two kinds it is, or an expert's folder.
+    """Describe a safetensors file, whichever of the three kinds it is, or an expert's folder.
 
     Raises:
         ExpertLoadError: nothing is there, it cannot be read, or it is neither gates nor a usable LoRA.
@@ -60,6 +61,8 @@ def describe_file(path: str | Path) -> FileDescription:
             raise ExpertLoadError(f"{str(path)!r} cannot be read as safetensors: {error}.") from error
         if header.metadata.get("format") == GATES_FORMAT:
             return describe_gates(read_gates_header(path), path.name)
+        if header.metadata.get("format") == SHARED_FORMAT:
+            return describe_shared(SharedGates.load(path), path.name)
     return describe_expert(read_expert(path))
 
 
@@ -231,6 +234,17 @@ def describe_gates(header: GatesHeader, name: str) -> FileDescription:
         "metadata": dict(header.metadata),
     }
     return _described("gates", name, facts, sections, data)
+
+
+def describe_shared(shared: SharedGates, name: str) -> FileDescription:
+    """The networks that shared gates in a file called `name` are for, and what the writer noted."""
+    facts = {"kind": "shared gates, for any experts", **shared.metadata}
+    sections = {
+        f"{part} ({own['base'].get('class')}), {len(own['gates'])} gates": list(own["gates"])
+        for part, own in shared.parts.items()
+    }
+    data = {"parts": shared.parts, "metadata": shared.metadata}
+    return _described("shared gates", name, facts, sections, data)
 
 
 def _by_reason(ignored: Mapping[str, str]) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import SHARED_FORMAT as FORMAT
 from .checkpoint import write_safetensors
 from .errors import GateMismatchError
 from .mixture import Mixture
@@ -23,7 +24,6 @@ from .reading import BadFileError, is_finite, parse_json, read_header, read_safe
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "mole-shared-gates"
 FORMAT_VERSION = "1"
 _OWN_KEYS = ("format", "format_version", "parts")
 # Numbers that describe a gate, width of the hidden layers, and what the net reads of a token and an expert.

@@ -21,6 +21,7 @@ from mole_diffusion.starter.location import (
     default_experts,
     gates_of,
     model_dir,
+    shared_gates_of,
     starter_experts,
 )
 
@@ -143,4 +144,6 @@ def _with_experts(pipe: P, names: Sequence[str], model: str, *, gates: bool) -> 
         pipe.load_expert(known[name].path, name=name)
     if gates and file.is_file():
         pipe.load_gates(file)
+    if (shared := shared_gates_of(model)).is_file():
+        pipe.load_shared_gates(shared)
     return pipe

@@ -190,6 +190,7 @@ class Stage:
         pipe = open_base(self.protocol.model, str(self.device))
         for name, file in self.scene.files.items() if experts else ():
             pipe.load_expert(file, name=name)
+        pipe.unload_shared_gates()  # the starter's: protocols say which methods have some
         if self.protocol.sampler is not None:
             pipe.scheduler = _sampler(self.protocol.sampler).from_config(pipe.scheduler.config)
         return pipe
