@@ -42,8 +42,8 @@ class ApplyMoLE(io.ComfyNode):  # type: ignore[misc]
                 Gates.Input(
                     "gates",
                     optional=True,
-                    tooltip="Gates that were trained for these experts, or shared ones, which refine auto for any. "
-                    "None: see 'without gates'.",
+                    tooltip="Gates that were trained for these experts, or shared ones, which refine auto "
+                    "for any. None: see 'without gates'.",
                 ),
                 io.Combo.Input(
                     "without_gates",

@@ -86,6 +86,7 @@ def test_help_lists_the_commands_and_each_command_has_an_example() -> None:
         "demo",
         "generate",
         "train-gates",
+        "train-shared",
         "train-expert",
         "baseline",
         "export",
@@ -178,6 +179,7 @@ common.errors = Struck()
     [
         "generate A --out OUT/a.png",
         "train-gates A --out OUT/gates",
+        "train-shared A --out OUT/shared",
         "train-expert PICTURES A --out OUT/a.safetensors",
         "baseline ties -e boot -e cat --out OUT/ties",
         "export OUT/a.safetensors A",

@@ -107,8 +107,8 @@ def read_gates_header(path: str | Path) -> GatesHeader:
         raise GateMismatchError(f"{str(path)!r} cannot be read as a gates file: {error}.") from error
     if metadata.get("format") == SHARED_FORMAT:
         raise GateMismatchError(
-            f"{str(path)!r} holds shared gates, which refine auto for any experts, and here gates of some are "
-            "needed: load_shared_gates() and mole generate --gates take it."
+            f"{str(path)!r} holds shared gates, which refine auto for any experts, and here those of some "
+            "are needed: load_shared_gates() and mole generate --gates take it."
         )
     if metadata.get("format") != FORMAT:
         raise GateMismatchError(f"{str(path)!r} is not a gates file: its header has no format={FORMAT!r}.")

@@ -301,6 +301,63 @@ def test_any_setting_of_the_trainer_can_be_given(training, tmp_path):
     assert run(*training, *out, "--set", "speed").exit_code == 2
 
 
+def test_train_shared_and_draw_with_the_file(ours, options, tmp_path):
+    out = tmp_path / "shared"
+    command = [
+        *("train-shared", *options, "--concept", "boot=a boot", "--concept", "cat=a cat"),
+        *("--sets", 3, "--scene", "on the beach", "--iterations", 2, "--out", out),
+        *(
+            f"--set={one}"
+            for one in ("collage_batch=2", "pool_size=2", "drawn_pictures=1", "sampling_steps=2")
+        ),
+    ]
+    result = run(*command, "--json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    file = out / "shared.safetensors"
+    assert (told["shared"], told["iteration"]) == (str(file), 2)
+    before, history = load_file(file), (out / "history.jsonl").read_text()
+    assert run(*command).exit_code == 0, "nothing is left to do"
+    assert (out / "history.jsonl").read_text() == history
+    assert all(torch.equal(value, before[name]) for name, value in load_file(file).items())
+    picture = tmp_path / "a.png"
+    drawing = ["generate", "a boot and a cat", *options, "--gates", file, "--steps", 2, "--size", "40x24"]
+    result = run(*drawing, "--guidance", 3, "--seed", 5, "--out", picture)
+    assert result.exit_code == 0, result.output
+    assert "auto, refined by shared gates" in result.output
+    settings = read_settings(picture)
+    assert (settings.mixture, settings.gates_sha256) == (
+        "auto",
+        hashlib.sha256(file.read_bytes()).hexdigest(),
+    )
+    ours.load_shared_gates(file)
+    drawn = ours(
+        "a boot and a cat",
+        num_inference_steps=2,
+        guidance_scale=3,
+        height=24,
+        width=40,
+        generator=torch.Generator().manual_seed(5),
+    ).images[0]
+    assert np.array_equal(np.asarray(drawn), np.asarray(Image.open(picture)))
+    assert "shared gates, for any experts" in run("inspect", file).output
+    result = run("export", tmp_path / "lora.safetensors", "a boot", *options, "--gates", file)
+    assert result.exit_code == 1
+    assert "holds shared gates" in result.stderr
+
+
+def test_train_shared_refuses(options, tmp_path):
+    out = ["--out", tmp_path / "run", "--iterations", 1]
+    texts = ["--concept", "boot=a boot", "--concept", "cat=a cat"]
+    result = run("train-shared", "a boot and a cat", *options, *out, *texts, "--scene", "at night")
+    assert result.exit_code == 1
+    assert "prompts are given" in result.stderr
+    result = run("train-shared", *options, *out, *texts, "--set", "alpha=0.1")
+    assert result.exit_code == 1
+    assert "alpha say nothing" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_train_gates_refuses(options, tmp_path):
     out = ["--out", tmp_path / "run", "--iterations", 1]
     result = run("train-gates", "a boot and a cat", *options, *out)

@@ -10,7 +10,9 @@ import pytest
 import torch
 from pipeline_helpers import CLOSE, train_a_little
 from safetensors.torch import load_file, save_file
+from tiny.shared import randomised
 
+from mole_diffusion import FluxMoLEPipeline, StableDiffusionMoLEPipeline
 from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.errors import GateMismatchError
 from mole_diffusion.core.shared_gates import SharedGates, is_shared_gates
@@ -22,12 +24,7 @@ LEFT[:, :16] = 1
 
 def trained(pipe) -> SharedGates:
     """Shared gates for a pipeline that do something."""
-    shared = SharedGates.fresh(pipe.mixtures)
-    draws = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in shared.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=draws) * 0.3)
-    return shared.requires_grad_(False)
+    return randomised(SharedGates.fresh(pipe.mixtures))
 
 
 @pytest.fixture
@@ -112,11 +109,8 @@ def test_masks_scales_and_regions_hold(loaded, file, draw) -> None:
 
 
 def test_all_experts_are_treated_alike() -> None:
-    shared = SharedGates({"unet": {"gates": ["one", "two"], "base": {"class": "X", "matrices": "y"}}})
-    draws = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in shared.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=draws) * 0.3)
+    base = {"class": "X", "matrices": "y"}
+    shared = randomised(SharedGates({"unet": {"gates": ["one", "two"], "base": base}}))
     weights = torch.rand(2, 5, 3, generator=torch.Generator().manual_seed(2))
     weights[..., 2] = 0.0
     found = shared.refine("unet", "one", weights, 0.5)
@@ -220,3 +214,28 @@ def test_the_form_of_gates_that_nobody_trained_does_not_matter(loaded, file, dra
     expected = draw(loaded, mixture="auto")
     loaded.configure(MoLEConfig.uniform())
     torch.testing.assert_close(draw(loaded, mixture="auto"), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("maker", [StableDiffusionMoLEPipeline, FluxMoLEPipeline])
+def test_text_and_image_in_one_sequence_have_them_too(maker) -> None:
+    pipe = maker.from_starter(experts=["cat", "can"])
+    pipe.unload_shared_gates()
+    fresh, other = SharedGates.fresh(pipe.mixtures), trained(pipe)
+
+    def drawn(shared=None):
+        noise = torch.Generator().manual_seed(0)
+        prompt, called = "a fenna cat and a gidro can", AutoMixture(shared=shared)
+        found = pipe(prompt, mixture=called, num_inference_steps=2, generator=noise, output_type="pt").images
+        return found
+
+    expected = drawn()
+    assert torch.equal(drawn(fresh), expected)
+    assert (drawn(other) - expected).abs().max() > 1e-2
+
+
+def test_the_starter_comes_with_some() -> None:
+    pipe = StableDiffusionMoLEPipeline.from_starter(experts=["wolf", "boot"])
+    assert pipe.shared_gates is not None
+    assert "wolf" not in json.loads(pipe.shared_gates.metadata["trained_on"])
+    assert pipe.usual_mixture == "auto"
+    assert StableDiffusionMoLEPipeline.from_starter().usual_mixture == "gates"

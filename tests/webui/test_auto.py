@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny.sd import build, make_components, with_experts, write_loras
+from tiny.shared import randomised
 from torch import Tensor
 
 from mole_diffusion import StableDiffusionMoLEPipeline
+from mole_diffusion.core.shared_gates import SharedGates
 
 from .conftest import World, make_world
 from .host_models import TINY
@@ -89,6 +91,30 @@ def test_without_gates_it_draws_what_auto_draws_in_diffusers(tiny: World, pipe: 
     for other in ("equal shares", None):
         settings = {**THREE, "gates": other} if other else {"enabled": False}
         assert not close(draw(tiny, settings, negative_prompt=negative)[0], picture)
+
+
+def test_shared_gates_refine_it_as_in_diffusers(tiny: World, pipe: Any) -> None:
+    file = tiny.folder / "mole" / "shared.safetensors"
+    randomised(SharedGates.fresh(pipe.mixtures)).save(file)
+    before = drawn(pipe)
+    pipe.load_shared_gates(file)
+    picture, info, said = draw(tiny, {**THREE, "gates": "shared"})
+    torch.testing.assert_close(picture, drawn(pipe), **CLOSE)
+    assert not close(picture, before)
+    assert info["MoLE gates"] == "shared"
+    assert MIXED not in info
+    assert not said
+    torch.testing.assert_close(draw(tiny)[0], before, **CLOSE)
+
+
+def test_shared_gates_of_another_base_are_refused(tiny: World, tmp_path: Path) -> None:
+    parts = {"unet": {"gates": ["one"], "base": {"class": "Other", "matrices": "none"}}}
+    (tiny.folder / "mole").mkdir(exist_ok=True)
+    SharedGates(parts).save(tiny.folder / "mole" / "shared.safetensors")
+    p = tiny.processing([{**THREE, "gates": "shared"}], prompt=PROMPT)
+    with pytest.raises(Exception, match="other matrices"):
+        tiny.host.processing.process_images(p)
+    assert tiny.is_clean()
 
 
 def test_strengths_and_experts_that_are_switched_off(tiny: World, pipe: Any) -> None:

@@ -1,6 +1,7 @@
 """Without gates: whose words the texts are made of that transformers read, and what is drawn with them."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import comfy.text_encoders.qwen_image
@@ -11,6 +12,8 @@ from conftest import part
 from tiny_models import transformers
 from torch import Tensor, nn
 
+from mole_diffusion.core.errors import GateMismatchError
+from mole_diffusion.core.shared_gates import SharedGates
 from tools import encoded, hooks, sample
 
 PROMPT = "a red sks dog and (a sks cat:1.2), on the beach"
@@ -68,6 +71,33 @@ def test_the_only_one_that_is_named_draws_as_if_alone(tiny: Any, caplog: pytest.
     assert "cannot be read" not in caplog.text
     sample(model, encoded(clip, "the beach"), steps=1, size=64)
     assert hooks(model.model.diffusion_model) == 0
+
+
+def test_shared_gates_refine_it(tiny: Any, tmp_path: Path) -> None:
+    _, (model, clip, _), pair = tiny
+    apply, files = part("apply").apply_experts, part("experts")
+
+    def drawn(gates: Any, without: str = "auto") -> Tensor:
+        mixed, mixed_clip = apply(model, clip, pair, gates, without)
+        return sample(mixed, encoded(mixed_clip, PROMPT), steps=3, size=64, cfg=2.0)
+
+    mixtures = part("apply").applied_to(apply(model, clip, pair, None)[0]).ensemble.mixtures
+    shared = SharedGates.fresh(mixtures)
+    shared.save(tmp_path / "fresh.safetensors")
+    expected = drawn(None)
+    fresh = files.GatesFile(tmp_path / "fresh.safetensors")
+    assert torch.equal(drawn(fresh, "equal shares"), expected)
+    assert (fresh.expert_names, fresh.unfinished) == ({}, "")
+    with torch.no_grad():
+        shared.net[-1].bias.add_(0.5)
+    shared.save(tmp_path / "other.safetensors", {"iterations": "3", "training": '{"iterations": 9}'})
+    other = files.GatesFile(tmp_path / "other.safetensors")
+    assert (drawn(other) - expected).abs().max() > 1e-3
+    assert "3 of 9" in other.unfinished
+    strange = {part: {**own, "base": {"class": "X", "matrices": "y"}} for part, own in shared.parts.items()}
+    SharedGates(strange).save(tmp_path / "strange.safetensors")
+    with pytest.raises(GateMismatchError, match="other matrices"):
+        drawn(files.GatesFile(tmp_path / "strange.safetensors"))
 
 
 class _TinyQwenTexts(comfy.text_encoders.qwen_image.QwenImageTEModel):  # type: ignore[misc]
