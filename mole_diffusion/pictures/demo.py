@@ -237,7 +237,7 @@ def _rows_before(artist: _Artist, n_experts: int) -> list[GridRow]:
         artist.row("no expert", "the base model", seeds, mixture="none"),
         artist.row("added up (LA)", "every expert in full: are all there, and whole?", mixture="la"),
         artist.row("averaged (NLA)", f"each at 1/{n_experts}: is any as it is alone?", mixture="nla"),
-        artist.row("auto", "no training: words and places by the prompt", mixture="auto"),
+        artist.row("auto", "not trained on these: words and places by the prompt", mixture="auto"),
     ]
 
 
