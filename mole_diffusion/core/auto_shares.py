@@ -65,6 +65,7 @@ class TextShares:
         phrases = auto.phrases.get(part, {})
         self._phrases = {name: phrases.get(name, ()) for name in names}
         self._rows = Counting(auto, names, active)
+        self.by_place = auto.shared is not None
         self._weights = self._everywhere = torch.zeros(0)
         self._values: dict[str, GateValue] = {}
 
@@ -89,14 +90,13 @@ class TextShares:
     def value(self, context: ForwardContext, stream: str, tokens: int, place: str) -> GateValue:
         """Weights (B * L, N); one row per text where `stream` is "embedding"."""
         shared = self._rows.auto.shared
-        key = "" if shared is None else place
-        if key not in self._values:
+        if place not in self._values:
             weights = self._weights
             if shared is not None:
                 weights = shared.refine(context.part, place, weights * (self._everywhere == 0), 0.0)
             weights = with_everywhere(weights, self._everywhere)
-            self._values[key] = GateValue(weights.flatten(0, 1), len(weights), None, in_backward=False)
-        value = self._values[key]
+            self._values[place] = GateValue(weights.flatten(0, 1), len(weights), None, in_backward=False)
+        value = self._values[place]
         return value.pooled() if stream == EMBEDDING else value
 
     def remove(self) -> None:

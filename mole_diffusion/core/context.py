@@ -20,7 +20,13 @@ from .values import Expanded, GateValue, Voice
 
 
 class TokenShares(Protocol):
-    """Weights that replace the gates, token by token, made anew in every forward."""
+    """Weights that replace the gates, token by token, made anew in every forward.
+
+    Attributes:
+        by_place: whether it matters which gate's place they take.
+    """
+
+    by_place: bool
 
     def begin(self, context: ForwardContext, forward: Forward) -> None:
         """A forward of the whole network begins."""
@@ -32,7 +38,7 @@ class TokenShares(Protocol):
             context: state of the mixture.
             stream: "tokens", "context" or "embedding".
             tokens: L.
-            place: what it is called, see `Group.place`.
+            place: what it is called, see `Group.place`; "" where it does not matter.
         """
 
     def remove(self) -> None:

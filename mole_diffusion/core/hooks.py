@@ -215,7 +215,9 @@ class MatrixHook:
         if stream != EMBEDDING and self.slot.stream == JOINT:
             span = context.span(stream, rows)
             rows = span.stop - span.start
-        value = shares.value(context, stream, rows, self.group.place(stream))
+        # Where it does not matter, equal blocks that are compiled one by one have one graph.
+        place = self.group.place(stream) if shares.by_place else ""
+        value = shares.value(context, stream, rows, place)
         return value if voice.value is not None else context.store(voice, value)
 
     def _logits(

@@ -70,6 +70,7 @@ class PictureShares:
         rewrites: bool = False,
     ) -> None:
         self._auto, self._maps, self._regions, self._rewrites = auto, maps, regions, rewrites
+        self.by_place = auto.shared is not None
         self._blind = False
         self._rows = Counting(auto, names, active)
         self._known: tuple[Texts, Tensor, Tensor, Tensor] | None = None
@@ -229,7 +230,7 @@ class PictureShares:
         """Weights (B * T, N) of the tokens of a stream; one row per picture where it is "embedding"."""
         if is_compiling():  # a block that finds what an earlier one computed would not be like that one
             return self._value(context, stream, tokens, place)
-        key = stream, tokens, "" if self._auto.shared is None else place
+        key = stream, tokens, place
         if key not in self._values:
             self._values[key] = self._value(context, stream, tokens, place)
         return self._values[key]
