@@ -225,3 +225,11 @@ def test_tasks_keep_evaluation_apart() -> None:
         test = [one.source for one in task.examples(40, "evaluation", held_out=True)]
         assert not train & set(test)
         assert [one.source for one in task.examples(40, "evaluation", held_out=True)] == test
+
+
+def test_fewer_or_more_seeds_than_a_protocol_has_may_be_asked_for() -> None:
+    short, whole = load_text_protocol("text-table3-short"), load_text_protocol("text-table3")
+    assert (short.seeds, whole.seeds) == (1, 3)
+    assert short.restricted(None, None, 2).seeds == 2
+    assert whole.restricted(None, None, 2).seeds == 2
+    assert short.restricted(None, None, None).seeds == 1

@@ -139,7 +139,7 @@ class TextProtocol(Part):
     def restricted(
         self, tasks: tuple[str, ...] | None, methods: tuple[str, ...] | None, seeds: int | None
     ) -> TextProtocol:
-        """The same for some of its tasks, methods and seeds."""
+        """The same for some of its tasks and methods, and the first so many seeds."""
         names = self.names if tasks is None else tasks
         chosen("task", names, dict.fromkeys(self.names))
         kept = tuple(self.methods) if methods is None else methods
@@ -149,7 +149,7 @@ class TextProtocol(Part):
                 "tasks": tuple(name for name in self.tasks if name in names),
                 "files": {name: files for name, files in self.files.items() if name in names},
                 "methods": {name: self.methods[name] for name in kept},
-                "seeds": min(self.seeds, seeds or self.seeds),
+                "seeds": seeds or self.seeds,
             }
         )
 
