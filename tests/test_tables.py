@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from mole_diffusion.core.shared_gates import SharedGates
+from mole_diffusion.starter.location import STARTER, shared_gates_of
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "docs" / "tables.py"
 
@@ -86,8 +89,27 @@ def test_bars_that_the_pages_call_reached_are_reached() -> None:
     assert present["auto"] >= 0.95 * present["gates"]
     assert joint["auto"] >= 0.85
     # Those of others; the page says how near "auto" is.
-    others = [joint[name] for name in joint if name not in ("gates", "auto", "alone", "masked", "plain")]
+    ours = ("gates", "auto", "shared", "alone", "masked", "plain")
+    others = [joint[name] for name in joint if name not in ours]
     assert len(others) >= 4
     assert joint["gates"] >= max(0.85, max(others) + 0.2)
     for measure in (described, image):
         assert measure["gates"] > max(measure["la"], measure["nla"])
+
+
+@pytest.mark.skipif(not SCRIPT.is_file(), reason="the pages are not part of the source archive")
+@pytest.mark.parametrize("name", ["shared", "starter", "library"])
+def test_shared_gates_find_more_than_auto(name: str) -> None:
+    present, joint = means(name, "present", "joint")
+    assert present["shared"] > present["auto"]
+    assert joint["shared"] >= max(0.95, joint["auto"] + 0.03)
+
+
+@pytest.mark.skipif(not SCRIPT.is_file(), reason="the pages are not part of the source archive")
+def test_the_starters_shared_gates_have_never_seen_those_experts() -> None:
+    pytest.importorskip("pydantic")
+    from mole_diffusion.evaluation.pictures.protocol import load_protocol
+
+    seen = json.loads(SharedGates.load(shared_gates_of(STARTER)).metadata["trained_on"])
+    assert len(seen) == 10
+    assert not set(seen) & {name for one in load_protocol("shared").sets for name in one.experts}

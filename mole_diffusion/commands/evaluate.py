@@ -25,7 +25,9 @@ def evaluate(
         typer.Option(help="Only these sets, such as boot+monster+clock, or tasks; separated by commas."),
     ] = None,
     methods: Annotated[str | None, typer.Option(help="Only these methods, separated by commas.")] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="The first so many seeds, fewer or more than the protocol has.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="The first so many seeds; the protocol has its own.")
+    ] = None,
     rescore: Annotated[
         bool, typer.Option("--rescore", help="Measure the kept pictures anew; draw nothing.")
     ] = False,
