@@ -100,6 +100,8 @@ def _answers(pipe: Any) -> dict[str, torch.Tensor]:
     ):
         tensors["masked_noise"] = _noise(pipe, tensors, tensors["text"])
     tensors["picture"] = _draw(pipe)
+    tensors["shared_picture"] = _draw(pipe, mixture="auto")
+    pipe.unload_shared_gates()
     tensors["auto_picture"] = _draw(pipe, mixture="auto")
     tensors["auto_masked_picture"] = _draw(pipe, mixture="auto", active_experts=["boot", "clock"])
     return tensors

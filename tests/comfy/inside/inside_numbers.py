@@ -11,6 +11,7 @@ import torch
 from conftest import part
 from safetensors.torch import load_file
 
+from mole_diffusion.starter.location import STARTER, shared_gates_of
 from tools import draw
 
 TOLERANCE = 1e-4
@@ -100,6 +101,18 @@ def test_without_gates_it_draws_what_auto_draws_in_diffusers(
     draw(model, clip, PROMPT, steps=1)
     assert "encode_token_weights" not in vars(clip.cond_stage_model)
     assert not clip.cond_stage_model.clip_l._forward_pre_hooks
+
+
+def test_with_shared_gates_it_draws_what_auto_draws_with_them_in_diffusers(
+    starter: tuple[Any, Any, Any], experts: Any, oracle: Path
+) -> None:
+    model, clip, vae = starter
+    tensors = load_file(oracle / "starter.safetensors")
+    gates = part("experts").GatesFile(shared_gates_of(STARTER))
+    mixed = part("apply").apply_experts(model, clip, experts, gates)
+    picture = vae.decode(draw(*mixed, PROMPT, seed=1, steps=10)).movedim(-1, 1)
+    assert (picture - tensors["shared_picture"]).abs().max() < 1e-3
+    assert (picture - tensors["auto_picture"]).abs().max() > 1e-2
 
 
 def test_the_picture_is_seen_while_it_is_sampled(starter: tuple[Any, Any, Any]) -> None:
