@@ -26,6 +26,7 @@ from mole_diffusion.pictures.training.concepts import (
 from mole_diffusion.pictures.training.config import TrainingConfig
 from mole_diffusion.pictures.training.objectives import PictureObjective
 from mole_diffusion.pictures.training.shared_collages import SharedCollages
+from mole_diffusion.pictures.training.trainer import facts_of
 from mole_diffusion.training.loop import TrainingLoop
 from mole_diffusion.training.objective import Parameters
 from mole_diffusion.training.progress import HistoryRow, TrainingEvent
@@ -199,11 +200,7 @@ class SharedGatesTrainer:
         facts = self.config.facts()
         return {
             **{name: value for name, value in facts.items() if name not in IDLE},
-            "prompts": [prompt.text for prompt in self.prompts],
-            "concepts": [
-                [c.name, c.text, c.class_text, c.kind, len(c.references)] for c in self.concepts.values()
-            ],
-            "experts": [[name, expert.sha256, expert.scale] for name, expert in self._pipe.experts.items()],
+            **facts_of(self.prompts, self.concepts, self._pipe.experts),
             "shared": self.shared.parts,
         }
 

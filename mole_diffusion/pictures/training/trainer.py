@@ -19,6 +19,7 @@ from mole_diffusion.pictures.denoiser import Denoiser
 from mole_diffusion.pictures.denoisers import denoiser_of
 from mole_diffusion.pictures.training.concepts import (
     Concept,
+    TrainingPrompt,
     as_concepts,
     concepts_from_experts,
     read_prompts,
@@ -195,13 +196,20 @@ class GateTrainer:
         """What makes this training this training; equal facts and a checkpoint go on to equal gates."""
         return {
             **self.config.facts(),
-            "prompts": [prompt.text for prompt in self.prompts],
-            "concepts": [
-                [c.name, c.text, c.class_text, c.kind, len(c.references)] for c in self.concepts.values()
-            ],
-            "experts": [[name, expert.sha256, expert.scale] for name, expert in self._pipe.experts.items()],
+            **facts_of(self.prompts, self.concepts, self._pipe.experts),
             "gates": {part: mixture.config.to_json() for part, mixture in self._pipe.mixtures.items()},
         }
+
+
+def facts_of(
+    prompts: Sequence[TrainingPrompt], concepts: Mapping[str, Concept], experts: Mapping[str, Expert]
+) -> dict[str, Any]:
+    """What a training is of, whatever is trained."""
+    return {
+        "prompts": [prompt.text for prompt in prompts],
+        "concepts": [[c.name, c.text, c.class_text, c.kind, len(c.references)] for c in concepts.values()],
+        "experts": [[name, expert.sha256, expert.scale] for name, expert in experts.items()],
+    }
 
 
 def trained_parts(mixtures: Mapping[str, Mixture], config: TrainingConfig) -> list[str]:
