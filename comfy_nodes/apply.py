@@ -80,7 +80,10 @@ def apply_experts(
     if not ensemble.mixtures:
         raise NoExpertsError(f"None of the experts {', '.join(experts.names)} changes this MODEL or CLIP.")
     if gates is not None:
-        _take(ensemble, gates)
+        if gates.shared is None:
+            ensemble.load_gates(gates.path)
+        else:
+            ensemble.take_shared(gates.shared)
     for mixture in ensemble.mixtures.values():
         mixture.gates.requires_grad_(False)
     seeks = without == AUTO if gates is None else gates.shared is not None
@@ -99,19 +102,6 @@ def apply_experts(
         patcher.set_attachments(KEY, Applied(experts, ensemble))
         count(patcher, [ensemble.mixtures[part] for part in own if part in ensemble.mixtures])
     return new_model, new_clip
-
-
-def _take(ensemble: Ensemble, gates: GatesFile) -> None:
-    """Give the experts these gates.
-
-    Raises:
-        GateMismatchError: they do not fit.
-    """
-    if gates.shared is None:
-        ensemble.load_gates(gates.path)
-        return
-    gates.shared.check(ensemble.mixtures)
-    ensemble.shared = gates.shared
 
 
 def _check_bare(model: Any, clip: Any) -> None:

@@ -100,9 +100,7 @@ class Attachment:
             attached=False,
         )
         gates = library.gates_path(settings.gates)
-        shared = gates is not None and is_shared_gates(gates)
-        header = None if gates is None or shared else read_gates_header(gates)
-        self.ensemble.shared = SharedGates.load(gates) if gates is not None and shared else None
+        header = None if gates is None or is_shared_gates(gates) else read_gates_header(gates)
         self._experts = _load(settings, library, header, base_of_networks(networks))
         self._check_base = check_base
         self.hashes = {name: expert.sha256 for name, expert in self._experts.items()}
@@ -238,10 +236,10 @@ class Attachment:
         ensemble.set_experts(self._experts.values(), unchecked=() if self._check_base else names)
         if UNET not in ensemble.mixtures:
             raise SettingsError("none of the experts changes the UNet")
-        if gates is not None and header is not None:
+        if header is not None and gates is not None:
             self._load_gates(gates, header)
-        if ensemble.shared is not None:
-            ensemble.shared.check(ensemble.mixtures)
+        elif gates is not None:
+            ensemble.take_shared(SharedGates.load(gates))
         self._listen()
         ensemble.activate(self._choice())
         if self.settings.record:

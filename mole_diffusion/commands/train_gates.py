@@ -13,6 +13,7 @@ import typer
 
 from mole_diffusion.commands.common import (
     DeviceOption,
+    ExpertChoice,
     ExpertOption,
     JsonOption,
     ModelOption,
@@ -110,10 +111,7 @@ def train_gates(
     given = {"objective": objective.value, "iterations": iterations, "batch": batch, "seed": seed}
     shown = {"preview_every": preview_every, "checkpoint_every": checkpoint_every}
     config = TrainingConfig.from_dict({**given, **shown, **parse_settings(settings)})
-    check_writable(out)
-    say(f"Loading {model} ...")
-    pipe = open_pipeline(model, choices, None, device, training=True)
-    known = known_concepts(pipe.experts, texts, references, model)
+    pipe, known = open_to_train(model, choices, texts, references, device, out)
     result = trained(
         lambda **told: GateTrainer(pipe, prompts, known, config, checkpoint_dir=out, **told),
         out,
@@ -128,6 +126,26 @@ def train_gates(
     show({"gates": str(result.gates), "loss": f"{last['loss']:.4f}", "mean weights": shares(last["weights"])})
     again = "".join(f" -e {text}" for text in experts or ())
     say(f'Draw with them: mole generate "{prompts[0]}" --gates {result.gates}{model_flag(model)}{again}')
+
+
+def open_to_train(
+    model: str,
+    experts: Sequence[ExpertChoice],
+    texts: Mapping[str, tuple[str, str, str]],
+    references: Path | None,
+    device: str,
+    out: Path,
+) -> tuple[Any, dict[str, Concept]]:
+    """A pipeline with experts to train for, and what each of them knows; nothing is loaded for a folder that
+    cannot be written.
+
+    Raises:
+        MoLEError: see `open_pipeline` and `known_concepts`.
+    """
+    check_writable(out)
+    say(f"Loading {model} ...")
+    pipe = open_pipeline(model, experts, None, device, training=True)
+    return pipe, known_concepts(pipe.experts, texts, references, model)
 
 
 def trained(make: Callable[..., Any], out: Path, *, fresh: bool, shown: bool) -> Any:

@@ -13,7 +13,6 @@ from mole_diffusion.commands.common import (
     ExpertOption,
     JsonOption,
     ModelOption,
-    open_pipeline,
     parse_experts,
     say,
     show,
@@ -21,14 +20,13 @@ from mole_diffusion.commands.common import (
 from mole_diffusion.commands.train_gates import (
     ConceptOption,
     ReferencesOption,
-    known_concepts,
     model_flag,
+    open_to_train,
     parse_concepts,
     parse_settings,
     trained,
 )
 from mole_diffusion.core.errors import ConfigError
-from mole_diffusion.core.files import check_writable
 from mole_diffusion.starter.location import STARTER
 
 
@@ -77,10 +75,7 @@ def train_shared(
     if prompts and scenes:
         raise ConfigError("--scene stands behind prompts that are drawn at random, and prompts are given")
     config = shared_config(**{"iterations": iterations, "seed": seed, **parse_settings(settings)})
-    check_writable(out)
-    say(f"Loading {model} ...")
-    pipe = open_pipeline(model, choices, None, device, training=True)
-    known = known_concepts(pipe.experts, texts, references, model)
+    pipe, known = open_to_train(model, choices, texts, references, device, out)
     chosen = prompts or joined_prompts(known, sets, scenes or (), seed=seed)
     result = trained(
         lambda **told: SharedGatesTrainer(pipe, chosen, known, config, checkpoint_dir=out, **told),

@@ -138,15 +138,15 @@ def _not_of_parts(parts: Any) -> str | None:
         experts, groups, base = entry.get("experts"), entry.get("groups"), entry.get("base")
         if not isinstance(entry.get("config"), dict):
             return f"config of {part!r:.40}"
-        if not _texts(groups):
+        if not are_texts(groups):
             return f"list of groups of {part!r:.40}"
-        if not (isinstance(base, dict) and "class" in base and _texts([*base, *base.values()])):
+        if not (isinstance(base, dict) and "class" in base and are_texts([*base, *base.values()])):
             return f"base of {part!r:.40}"
         if not {"shapes", "matrices"} & set(base):
             return f"base of {part!r:.40}"
         known = [
             isinstance(one, dict)
-            and _texts([one.get("name"), one.get("sha256")])
+            and are_texts([one.get("name"), one.get("sha256")])
             and _numbers(one.get("ranks"))
             for one in (experts if isinstance(experts, list) else ())
         ]
@@ -155,7 +155,8 @@ def _not_of_parts(parts: Any) -> str | None:
     return None
 
 
-def _texts(values: Any) -> bool:
+def are_texts(values: Any) -> bool:
+    """Whether JSON has a list of texts here."""
     return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 

@@ -71,6 +71,16 @@ class Ensemble(Carrier):
         self._attached = attached
         self._base_weight = base_weight or own_weight
 
+    def take_shared(self, shared: SharedGates) -> None:
+        """Refine `mixture="auto"` by these from now on.
+
+        Raises:
+            GateMismatchError: they are for another base; those from before stay.
+        """
+        if self.mixtures:
+            shared.check(self.mixtures)
+        self.shared = shared
+
     @classmethod
     def carrying(cls, networks: Mapping[str, nn.Module]) -> Ensemble | None:
         """The ensemble whose experts are on these very networks, by whatever way they came here."""

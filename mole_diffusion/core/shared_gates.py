@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import SHARED_FORMAT as FORMAT
-from .checkpoint import write_safetensors
+from .checkpoint import are_texts, write_safetensors
 from .errors import GateMismatchError
 from .mixture import Mixture
-from .reading import BadFileError, is_finite, parse_json, read_header, read_safetensors
+from .reading import BadFileError, Header, is_finite, parse_json, read_header, read_safetensors
 
 logger = logging.getLogger(__name__)
 
@@ -172,24 +172,27 @@ class SharedGates(nn.Module):
             GateMismatchError: the file is missing, is something else, is damaged, or is of a newer format.
         """
         where = repr(str(path))
-        try:
-            header = read_header(Path(path)).metadata
-            if header.get("format") != FORMAT:
+
+        def check(header: Header) -> None:
+            version = header.metadata.get("format_version")
+            if header.metadata.get("format") != FORMAT:
                 raise GateMismatchError(
                     f"{where} is not a file of shared gates: its header has no format={FORMAT!r}."
                 )
-            if header.get("format_version") != FORMAT_VERSION:
+            if version != FORMAT_VERSION:
                 raise GateMismatchError(
-                    f"{where} has format_version {header.get('format_version')!r:.40}; this mole_diffusion "
-                    f"reads {FORMAT_VERSION}."
+                    f"{where} has format_version {version!r:.40}; this mole_diffusion reads {FORMAT_VERSION}."
                 )
-            tensors = read_safetensors(Path(path)).tensors
-            parts = parse_json(header.get("parts", ""))
+
+        try:
+            content = read_safetensors(Path(path), check)
+            parts = parse_json(content.metadata.get("parts", ""))
         except (BadFileError, OSError) as error:
             raise GateMismatchError(f"{where} cannot be read as shared gates: {error}.") from error
         if not _describes_parts(parts):
             raise GateMismatchError(f"{where} is damaged: its header's 'parts' says no gates and bases.")
-        made = cls(parts, {key: value for key, value in header.items() if key not in _OWN_KEYS})
+        rest = {key: value for key, value in content.metadata.items() if key not in _OWN_KEYS}
+        made, tensors = cls(parts, rest), content.tensors
         wanted = made.state_dict()
         differences = [
             f"{key}: {_shape(tensors.get(key))} in the file, {_shape(value)} expected"
@@ -215,17 +218,14 @@ def _places(mixture: Mixture) -> list[str]:
 
 
 def _describes_parts(parts: Any) -> bool:
-    def texts(values: Any) -> bool:
-        return isinstance(values, Sequence) and all(isinstance(value, str) for value in values)
-
     return (
         isinstance(parts, dict)
         and bool(parts)
         and all(
             isinstance(own, dict)
-            and texts(own.get("gates"))
+            and are_texts(own.get("gates"))
             and isinstance(own.get("base"), dict)
-            and texts([*own["base"].values()])
+            and are_texts([*own["base"].values()])
             for own in parts.values()
         )
     )

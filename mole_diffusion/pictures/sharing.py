@@ -36,9 +36,7 @@ class SharesGates(HoldsExperts):
                 it was.
         """
         shared = SharedGates.load(path)
-        if self.mixtures:
-            shared.check(self.mixtures)
-        self.ensemble.shared = shared
+        self.ensemble.take_shared(shared)
         return dict(shared.metadata)
 
     def unload_shared_gates(self) -> None:
