@@ -28,8 +28,8 @@ _SAME = 1e-2
 
 # Between these timesteps strength eases off: behind the first shapes stand, behind the second details come.
 _SHAPES, _DETAILS = 0.7, 0.3
-# Around this one a style gives way to the others, and so far from it no longer.
-_MIDDLE, _REACH = 0.5, 0.35
+# Between these a style comes to count as if it were alone.
+_STYLED, _STYLED_DETAILS = 0.5, 0.15
 
 _ALLOWED = {
     "words": number(0, math.inf, above=True),
@@ -39,8 +39,9 @@ _ALLOWED = {
     "until": number(0, 1),
     "floor": number(0, 1),
     "style": number(0, math.inf),
-    "style_middle": number(0, math.inf),
+    "style_inside": number(0, math.inf),
     "style_words": number(0, math.inf),
+    "style_text": number(0, math.inf),
 }
 
 
@@ -58,9 +59,11 @@ class AutoSettings:
         until: the timestep, from 1 (noise) to 0, down to which the denoiser is watched; at least one forward.
         floor: attention, of the highest, below which an image token belongs to nobody; it rises to full
             strength at twice that.
-        style, style_middle: where a prompt names an expert of the whole picture and others: its strength
-            while shapes form, and half-way; for details it is 1.
+        style: where a prompt names an expert of the whole picture and others: its strength until details
+            come, for which it is 1.
+        style_inside: what it counts in the places of others, as a share of that, until details come.
         style_words: its weight in the words there, in keys and values of cross-attention.
+        style_text: its weight in the words of others, in text encoders.
 
     Raises:
         ConfigError: a value is out of range.
@@ -72,9 +75,10 @@ class AutoSettings:
     detail: float = 1.0
     until: float = 0.9
     floor: float = 0.1
-    style: float = 1.5
-    style_middle: float = 0.5
-    style_words: float = 0.33
+    style: float = 1.3
+    style_inside: float = 0.6
+    style_words: float = 0.4
+    style_text: float = 0.5
 
     def __post_init__(self) -> None:
         for name, rule in _ALLOWED.items():
@@ -87,8 +91,16 @@ class AutoSettings:
 
     def style_at(self, timestep: float) -> float:
         """Of an expert of the whole picture beside others, likewise."""
-        end = self.style if timestep > _MIDDLE else 1.0
-        return self.style_middle + min(abs(timestep - _MIDDLE) / _REACH, 1.0) * (end - self.style_middle)
+        return 1.0 + _rest(timestep) * (self.style - 1.0)
+
+    def style_inside_at(self, timestep: float) -> float:
+        """Its share of that in the places of others, likewise."""
+        return 1.0 + _rest(timestep) * (self.style_inside - 1.0)
+
+
+def _rest(timestep: float) -> float:
+    """How far a style counts otherwise than alone."""
+    return min(max((timestep - _STYLED_DETAILS) / (_STYLED - _STYLED_DETAILS), 0.0), 1.0)
 
 
 class Refining(Protocol):
@@ -130,6 +142,8 @@ class Auto:
         single: whether a host knows that one picture is drawn at a time, by however many texts.
         continues: whether a host knows that the next steps go on with the picture that was drawn last, in
             another size or from more noise: what was seen of it holds.
+        by_row: where a host knows that each row of a text encoder is a text of its own, and they do not name
+            the same experts: those that count in the whole of the pictures whose texts name them; else None.
         shared: what refines the weights, trained once for the base; None for nothing.
     """
 
@@ -140,8 +154,17 @@ class Auto:
     ids: dict[str, Tensor] = field(default_factory=dict)
     single: bool = False
     continues: bool = False
+    by_row: frozenset[str] | None = None
     shared: Refining | None = None
     _recognised: tuple[Texts, list[KnownText | None]] | None = field(default=None, init=False, repr=False)
+
+    @property
+    def refining(self) -> Refining | None:
+        """What refines the weights of this picture: nothing where an expert counts in the whole of it.
+
+        Shared gates were trained on subjects among themselves, and beside a style they weigh them too little.
+        """
+        return None if self.everywhere else self.shared
 
     def meet(self, named: frozenset[str]) -> None:
         """A network begins to read texts that name these experts; hosts that know no more decide here."""

@@ -15,6 +15,9 @@ from .networks.base import EMBEDDING, Forward
 from .values import GateValue
 from .words import places_of
 
+# Attention, of the highest, from which on a place is held to be an expert's; entirely at twice that.
+_CLAIMED = 0.3
+
 
 @dataclass(frozen=True, eq=False)
 class Counting:
@@ -32,6 +35,19 @@ class Counting:
         """(N,) weight of experts in the whole picture, 0 for those that have places of their own."""
         weights = torch.tensor([self.auto.everywhere.get(name, 0.0) for name in self.names], device=device)
         return weights * self.counting(device)
+
+    def everywhere_of(self, named: Tensor, device: torch.device) -> Tensor:
+        """(B, 1, N) the same in the rows of a batch, from whom their texts name: (B, N), on the CPU."""
+        weights = self.everywhere(device)[None, None]
+        called = self.auto.by_row
+        if called is None:
+            return weights
+        always = torch.tensor([name not in called for name in self.names])
+        return weights * (named | always)[:, None].to(device)
+
+    def called_only(self) -> bool:
+        """Whether an expert counts in the whole of a picture only where its text says so."""
+        return set(self.auto.everywhere) <= (self.auto.by_row or frozenset())
 
     def in_words(self, places: Tensor) -> Tensor:
         """Weights (B, L, N) of the experts in their own words, from whose words tokens are."""
@@ -66,8 +82,9 @@ class TextShares:
         self._phrases = {name: phrases.get(name, ()) for name in names}
         self._rows = Counting(auto, names, active)
         self.by_place = auto.shared is not None
-        self._weights = self._everywhere = torch.zeros(0)
+        self._weights = self._everywhere = self._yielding = torch.zeros(0)
         self._values: dict[str, GateValue] = {}
+        self._named: Tensor | None = None
 
     def begin(self, context: ForwardContext, forward: Forward) -> None:
         """A forward begins: look for the phrases among its tokens.
@@ -83,21 +100,41 @@ class TextShares:
             )
         places = places_of(ids, self._phrases)
         self._rows.meet(places)
-        counting, self._everywhere = self._rows.counting(ids.device), self._rows.everywhere(ids.device)
-        self._weights = shared_rest(self._rows.in_words(places.to(ids.device) * counting))
+        named = self._named_by(places)
+        self._everywhere = self._rows.everywhere_of(named, ids.device)
+        own = places.to(ids.device) * self._rows.counting(ids.device)
+        self._weights = shared_rest(self._rows.in_words(own))
+        if self._rows.auto.by_row is not None and self._rows.called_only() and not bool(places.any()):
+            # Negative prompts of those that name one expert alone: it has everything, `Calling.everywhere`.
+            alone = named * (named.sum(1, keepdim=True) == 1)
+            self._weights = self._weights + alone[:, None].to(own) * self._rows.counting(ids.device)
+        taken = (own * (self._everywhere == 0)).any(-1, keepdim=True)
+        self._yielding = torch.where(taken, self._rows.auto.settings.style_text, own.new_ones(()))
         self._values.clear()
 
     def value(self, context: ForwardContext, stream: str, tokens: int, place: str) -> GateValue:
         """Weights (B * L, N); one row per text where `stream` is "embedding"."""
-        shared = self._rows.auto.shared
+        refining = self._rows.auto.refining
         if place not in self._values:
             weights = self._weights
-            if shared is not None:
-                weights = shared.refine(context.part, place, weights * (self._everywhere == 0), 0.0)
-            weights = with_everywhere(weights, self._everywhere)
+            if refining is not None:
+                weights = refining.refine(context.part, place, weights, 0.0)
+            weights = torch.where(self._everywhere != 0, self._everywhere * self._yielding, weights)
             self._values[place] = GateValue(weights.flatten(0, 1), len(weights), None, in_backward=False)
         value = self._values[place]
         return value.pooled() if stream == EMBEDDING else value
+
+    def _named_by(self, places: Tensor) -> Tensor:
+        """(B, N) whom the texts of a text encoder name, from places (B, L, N); on the CPU.
+
+        Negative prompts, which name nobody, go with the prompts that were read before them.
+        """
+        named = places.any(1).cpu()
+        if bool(named.any()):
+            self._named = named
+        elif (before := self._named) is not None:
+            named = before if len(before) == len(named) else before.any(0, keepdim=True).expand_as(named)
+        return named
 
     def remove(self) -> None:
         """Nothing to take away."""
@@ -117,6 +154,15 @@ def shared_rest(weights: Tensor) -> Tensor:
     named = (weights > 0).any(1, keepdim=True).to(weights)
     free = (weights == 0).all(-1, keepdim=True)
     return weights + free * named / named.sum(-1, keepdim=True).clamp_min(1)
+
+
+def claimed_places(maps: Tensor) -> Tensor:
+    """How far each place of a picture is some expert's, for styles: (B, 1, H, W) from maps (B, N, H, W).
+
+    Surer than the places of `shared_places`, which cover most of a picture.
+    """
+    seen = maps / maps.amax((-1, -2), keepdim=True).clamp_min(functional.EPS)
+    return ((seen.amax(1, keepdim=True) - _CLAIMED) / _CLAIMED).clamp(0.0, 1.0)
 
 
 def shared_places(

@@ -11,17 +11,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from . import functional
 from .attention import AttentionMaps
 from .auto import Auto, are_same
-from .auto_shares import Counting, TextShares, shared_places, shared_rest, with_everywhere
+from .auto_shares import (
+    Counting,
+    TextShares,
+    claimed_places,
+    shared_places,
+    shared_rest,
+    with_everywhere,
+)
 from .context import ForwardContext
 from .errors import ConfigError
+from .laid_out import LaidOut, lengthened
 from .networks.base import CONTEXT, DENOISER, EMBEDDING, TOKENS, Forward, NetworkMap, Texts
 from .regions import RegionMasks
 from .seen_attention import SeenAttention
 from .seen_places import SeenPlaces, pictures_of
-from .styled_shares import beside_others, factors_of
+from .styled_shares import StyledShares, beside_others
 from .torch_state import is_compiling
 from .values import GateValue
 
@@ -73,14 +80,13 @@ class PictureShares:
         self.by_place = auto.shared is not None
         self._blind = False
         self._rows = Counting(auto, names, active)
-        self._known: tuple[Texts, Tensor, Tensor, Tensor] | None = None
+        self._known: tuple[Texts, Tensor, Tensor, Tensor, Tensor] | None = None
         self._values: dict[tuple[str, int, str], GateValue] = {}
         self._words = self._everywhere = torch.zeros(0)
         self._seen: SeenPlaces | None = None
         self._reading: tuple[list[int | None], Tensor] | None = None
-        self._own: Tensor | None = None
-        self._order: Tensor | None = None
-        self._styles: tuple[Tensor, Tensor] | None = None
+        self._laid: LaidOut | None = None
+        self._styles: StyledShares | None = None
         self._alone: Tensor | None = None
         self._begun = False
         self._start = self._last = 0.0
@@ -107,26 +113,28 @@ class PictureShares:
             raise ConfigError(
                 f"mixture='auto' cannot tell where in the picture the {context.part}'s tokens lie."
             )
-        self._words, named, prompts = self._places(forward.text)
-        self._everywhere = self._rows.everywhere(self._words.device)
-        pictures = self._begin_step(time, named, prompts)
+        self._words, named, styled, prompts = self._places(forward.text)
+        pictures = self._begin_step(time, named, styled, prompts)
+        assert self._seen is not None
+        self._everywhere = self._rows.everywhere_of(self._seen.styled_in(pictures), self._words.device)
         lacking = self._lacking(pictures, named)
         watched = time > self._auto.settings.until
         reading = self._regions is None and bool(named.any()) and (watched or bool(lacking.any()))
         reading = reading and not self._blind
         self._maps.begin(self._words if reading else None, forward)
         self._reading = (pictures, named if watched else lacking) if reading else None
-        self._lay_out(pictures, named, prompts, watched)
+        self._laid = self._lay_out(pictures, named, prompts, watched)
         self._styles = self._weigh_styles(pictures)
         self._alone = self._find_alone(pictures)
         self._values.clear()
 
-    def _begin_step(self, time: float, named: Tensor, prompts: Tensor) -> list[int | None]:
+    def _begin_step(self, time: float, named: Tensor, styled: Tensor, prompts: Tensor) -> list[int | None]:
         """Which picture each row shows; forget the last ones if these are others.
 
         Args:
             time: the timestep, from 1 to 0.
-            named: (B, N) the experts that the prompts name.
+            named: (B, N) the experts that the prompts name, of those that have places.
+            styled: (B, N) the same of those that count in the whole picture.
             prompts: (B,) which rows are prompts.
         """
         anew = time > self._last + _ANEW or time >= self._start > self._last or not self._begun
@@ -142,14 +150,16 @@ class PictureShares:
         if bool(prompts.any()):
             if time != self._last:
                 self._seen.now.zero_()
+                self._seen.styled.zero_()
             for row, picture in enumerate(pictures):
                 if picture is not None:
                     self._seen.now[picture] |= named[row]
+                    self._seen.styled[picture] |= styled[row]
         self._last = time
         return pictures
 
-    def _weigh_styles(self, pictures: Sequence[int | None]) -> tuple[Tensor, Tensor] | None:
-        """Factors (B, 1, N) of weights in words and in the picture, for styles beside others.
+    def _weigh_styles(self, pictures: Sequence[int | None]) -> StyledShares | None:
+        """What styles count beside others; None for as ever.
 
         Not where the denoiser encodes the texts further: nobody has looked at styles there.
         """
@@ -157,21 +167,20 @@ class PictureShares:
         if self._rewrites or self._seen is None or not self._auto.everywhere:
             return None
         beside = beside_others(self._everywhere, pictures, self._seen.now)
-        if beside is None:
-            return None
-        settings = self._auto.settings
-        return factors_of(beside, settings.style_words), factors_of(beside, settings.style_at(self._last))
+        return None if beside is None else StyledShares(beside, self._auto.settings, self._last)
 
     def _find_alone(self, pictures: Sequence[int | None]) -> Tensor | None:
         """(B, 1, N) the expert of a picture that has one alone, beside others in the batch; None for none.
 
         A prompt that is drawn by itself gives that expert everything, see `Calling.everywhere`.
         """
-        if self._seen is None or self._auto.everywhere or len(self._seen.now) == 1:
+        if self._seen is None or len(self._seen.now) == 1 or not self._rows.called_only():
             return None
         rows = torch.zeros(len(pictures), self._seen.now.shape[1])
         for row, picture in enumerate(pictures):
-            if picture is not None and int(self._seen.now[picture].sum()) == 1:
+            if picture is None or bool(self._seen.styled[picture].any()):
+                continue
+            if int(self._seen.now[picture].sum()) == 1:
                 rows[row] = self._seen.now[picture].float()
         return rows.to(self._words.device)[:, None] if bool(rows.any()) else None
 
@@ -198,12 +207,13 @@ class PictureShares:
             )
         self._reading = None
 
-    def _places(self, text: Texts) -> tuple[Tensor, Tensor, Tensor]:
+    def _places(self, text: Texts) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What is known of the texts.
 
         Returns:
             (B, L, N) whose words their tokens are; on the CPU (B, N) the experts that each prompt names, none
-            for other texts, and (B,) which are prompts.
+            for other texts, of those that have places and of those of the whole picture, and (B,) which are
+            prompts.
         """
         if self._known is not None and are_same(self._known[0], text):
             return self._known[1:]
@@ -218,12 +228,15 @@ class PictureShares:
         places = pad_sequence([nothing if one is None else one.places for one in rows], batch_first=True)
         self._rows.meet(places)
         cpu = places.device
-        places = places * self._rows.counting(cpu) * (self._rows.everywhere(cpu) == 0)
+        apart = self._rows.everywhere(cpu) == 0
+        styled = (places * ~apart).any(1)
+        places = places * self._rows.counting(cpu) * apart
         named = places.any(1)
         kinds = [None if one is None else one.prompt for one in rows]
         decided = zip(kinds, named.any(1).tolist(), strict=True)
         prompts = torch.tensor([own if kind is None else kind for kind, own in decided])
-        self._known = text, places.to(text[0].device), named & prompts[:, None], prompts
+        named, styled = (own & prompts[:, None] for own in (named, styled))
+        self._known = text, places.to(text[0].device), named, styled, prompts
         return self._known[1:]
 
     def value(self, context: ForwardContext, stream: str, tokens: int, place: str) -> GateValue:
@@ -239,15 +252,17 @@ class PictureShares:
         if stream == CONTEXT:
             weights = self._text(context.forward, tokens)
         elif stream == EMBEDDING:
-            size = self._own.shape[-2:] if self._own is not None and self._regions is None else (1, 1)
-            weights = self._picture(int(size[0]), int(size[1])).mean(1, keepdim=True)
+            weights = self._nothing(1) if self._laid is None else self._laid.mean()
         else:
             weights = self._image(context, tokens)
-        if self._auto.shared is not None and stream != EMBEDDING:
-            weights = self._auto.shared.refine(context.part, place, weights, self._last)
+        refining = self._auto.refining
+        if refining is not None and stream != EMBEDDING:
+            weights = refining.refine(context.part, place, weights, self._last)
         weights = with_everywhere(weights, self._everywhere)
-        if self._styles is not None and stream != EMBEDDING:
-            weights = weights * self._styles[stream != CONTEXT]
+        if self._styles is not None and stream == CONTEXT:
+            weights = self._styles.in_words(weights)
+        elif self._styles is not None and stream != EMBEDDING:
+            weights = self._styles.in_picture(weights, self._claimed(context, tokens))
         if stream == TOKENS and self._regions is not None:
             weights = weights * context.region_masks(self._regions, tokens, weights.device)
         return GateValue(weights.flatten(0, 1), len(weights), None, in_backward=False)
@@ -270,15 +285,26 @@ class PictureShares:
 
     def _image(self, context: ForwardContext, tokens: int) -> Tensor:
         """(B, tokens, N) weights of image tokens; those of other pictures have the mean."""
-        drawn = tokens - context.references(tokens)
-        weights = self._picture(*context.token_grid(drawn))
-        if drawn == tokens:
-            return weights
-        rest = weights.mean(1, keepdim=True).expand(-1, tokens - drawn, -1)
-        return torch.cat([weights, rest], dim=1)
+        if self._laid is None:
+            return self._nothing(tokens)
+        grid = context.token_grid(tokens - context.references(tokens))
+        return lengthened(self._laid.weights(*grid), tokens)
 
-    def _lay_out(self, pictures: Sequence[int | None], named: Tensor, prompts: Tensor, watched: bool) -> None:
-        """Share out the places, once per forward: what depends on a layer's size is left to `_picture`.
+    def _claimed(self, context: ForwardContext, tokens: int) -> Tensor:
+        """(B, tokens, 1) how far image tokens are some expert's."""
+        if self._laid is None:
+            return self._nothing(tokens)[..., :1]
+        grid = context.token_grid(tokens - context.references(tokens))
+        return lengthened(self._laid.claimed(*grid), tokens)
+
+    def _nothing(self, tokens: int) -> Tensor:
+        """(B, tokens, N) where no prompt names an expert."""
+        return self._words.new_zeros(len(self._words), tokens, self._words.shape[-1])
+
+    def _lay_out(
+        self, pictures: Sequence[int | None], named: Tensor, prompts: Tensor, watched: bool
+    ) -> LaidOut | None:
+        """Share out the places, once per forward; None where no prompt names an expert.
 
         Args:
             pictures: which one each row shows.
@@ -287,9 +313,8 @@ class PictureShares:
             watched: whether the layout forms.
         """
         assert self._seen is not None
-        self._own = self._order = None
         if not bool(self._seen.now.any()):
-            return
+            return None
         wanted: dict[tuple[int, tuple[bool, ...]], int] = {}
         order = []
         for row, picture in enumerate(pictures):
@@ -301,11 +326,12 @@ class PictureShares:
         if -1 in order and not wanted:
             wanted = {(one, tuple(row.tolist())): one for one, row in enumerate(self._seen.now)}
         asked = torch.tensor([experts for _, experts in wanted])
-        own = self._shared([picture for picture, _ in wanted], asked, watched)
+        theirs = [picture for picture, _ in wanted]
+        own, claims = self._shared(theirs, asked, watched), self._claim(theirs, asked, watched)
         if -1 in order:
-            own = torch.cat([own, own.mean(0, keepdim=True)])
-        self._own = own
-        self._order = torch.tensor([len(own) - 1 if one < 0 else one for one in order], device=own.device)
+            own, claims = (torch.cat([maps, maps.mean(0, keepdim=True)]) for maps in (own, claims))
+        last = torch.tensor([len(own) - 1 if one < 0 else one for one in order], device=own.device)
+        return LaidOut(own, claims, last, self._regions)
 
     def _shared(self, pictures: list[int], experts: Tensor, watched: bool) -> Tensor:
         """(R, N, H, W) the places of some experts in some pictures.
@@ -330,16 +356,12 @@ class PictureShares:
         lacking = (experts & ~self._seen.met[pictures]).to(own)[..., None, None]
         return own * (1 - lacking) + lacking
 
-    def _picture(self, height: int, width: int) -> Tensor:
-        """(B, H * W, N) weights of the experts that the texts name; all in full while they are looked for."""
-        if self._own is None or self._order is None:
-            return self._words.new_zeros(len(self._words), height * width, self._words.shape[-1])
-        own = F.interpolate(self._own, size=(height, width), mode="bilinear", align_corners=False)
-        own = own.flatten(2).transpose(1, 2)
-        if self._regions is not None:
-            masks = self._regions.on_grid(height, width, own.device)
-            own = functional.region_weights(own, masks) * own.sum(-1, keepdim=True)
-        return own.index_select(0, self._order)
+    def _claim(self, pictures: list[int], experts: Tensor, watched: bool) -> Tensor:
+        """(R, 1, H, W) how far places are some expert's; none while they are looked for. See `_shared`."""
+        assert self._seen is not None
+        if watched or self._seen.maps is None:
+            return self._words.new_zeros(len(pictures), 1, 1, 1)
+        return claimed_places(self._seen.maps[pictures] * experts.to(self._words)[..., None, None])
 
 
 def shares_of(

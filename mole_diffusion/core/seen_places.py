@@ -17,13 +17,15 @@ class SeenPlaces:
 
     Attributes:
         met: (P, N) for which experts there is a map; on the CPU.
-        now: (P, N) which experts the texts name at this timestep; on the CPU.
+        now: (P, N) which experts the texts name at this timestep, of those that have places; on the CPU.
+        styled: (P, N) the same of those that count in the whole picture.
         maps: (P, N, H, W) how much each place looked at the experts' words, summed over forwards.
     """
 
     def __init__(self, pictures: int, names: int) -> None:
         self.met = torch.zeros(pictures, names, dtype=torch.bool)
         self.now = torch.zeros(pictures, names, dtype=torch.bool)
+        self.styled = torch.zeros(pictures, names, dtype=torch.bool)
         self.maps: Tensor | None = None
 
     def add(self, maps: Tensor, pictures: Sequence[int | None], named: Tensor) -> None:
@@ -46,6 +48,11 @@ class SeenPlaces:
             self.maps, self.met = found, counts > 0
         else:
             self.maps, self.met = self.maps + found, self.met | (counts > 0)
+
+    def styled_in(self, pictures: Sequence[int | None]) -> Tensor:
+        """(B, N) the rows of `styled` of each row's picture, see `pictures_of`; any, where nobody knows."""
+        anywhere = self.styled.any(0)
+        return torch.stack([anywhere if one is None else self.styled[one] for one in pictures])
 
 
 def pictures_of(prompts: Sequence[bool], count: int) -> list[int | None]:

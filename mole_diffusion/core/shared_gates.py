@@ -53,6 +53,7 @@ class SharedGates(nn.Module):
         self.metadata = dict(metadata or {})
         places = [(part, place) for part, own in self.parts.items() for place in own["gates"]]
         self._numbers = {place: number for number, place in enumerate(places)}
+        self._told: list[str] = []
         self.places = nn.Embedding(len(places), _PLACES)
         last = nn.Linear(_WIDTH, 1)
         nn.init.zeros_(last.weight)
@@ -136,13 +137,15 @@ class SharedGates(nn.Module):
             differences = [f"gate {place} was not trained" for place in strange[:3]]
         if differences:
             raise GateMismatchError("The shared gates do not fit:", differences)
-        if strange:
+        # Asked before every picture, told once.
+        if strange and strange != self._told:
             logger.warning(
                 "the shared gates were trained without %d gates of the experts that are loaded, which draw "
                 "as without them: %s",
                 len(strange),
                 ", ".join(strange[:3]),
             )
+        self._told = strange
 
     def save(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
         """Write it into a safetensors file, which appears whole or not at all.

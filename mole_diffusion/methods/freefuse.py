@@ -26,8 +26,9 @@ MIXTURE = AutoMixture(
         until=0.8,
         floor=0.0,
         style=1.0,
-        style_middle=1.0,
+        style_inside=1.0,
         style_words=1.0,
+        style_text=1.0,
     )
 )
 

@@ -162,22 +162,28 @@ class PromptReader(Auto):
         wanted, unwanted = text in prompts, text in negatives
         return None if wanted == unwanted else wanted
 
-    def read(self, prompts: Sequence[str]) -> None:
+    def read(self, prompts: Sequence[str], *, by_row: bool = False) -> None:
         """Find out which experts count, and which of them everywhere.
 
         An expert that the prompt does not name is left out, unless nobody says how to name it.
+
+        Args:
+            prompts: all that are about to be encoded.
+            by_row: whether each is of a picture of its own.
         """
-        named = [
-            name
-            for name, own in self.calls.items()
-            if any(names_phrase(text, phrase) for text in prompts for phrase in own)
-        ]
+        each = [self._named(text) for text in prompts]
+        differ = by_row and any(own != each[0] for own in each)
+        self.by_row = frozenset[str]().union(*each) if differ else None
+        named = [name for name in self.calls if any(name in own for own in each)]
         self.everywhere = self._calling.everywhere(named, self._experts)
         if not named and not self.everywhere:
             logger.warning(
                 "the prompt names none of the experts, which count for nothing: write %s",
                 ", ".join(repr(own[0]) for own in self.calls.values()),
             )
+
+    def _named(self, text: str) -> set[str]:
+        return {name for name, own in self.calls.items() if any(names_phrase(text, phrase) for phrase in own)}
 
     def note(
         self, pipe: Any, texts: Sequence[str], embeddings: Tensor, prompts: Sequence[bool | None]
@@ -239,7 +245,7 @@ def reading_prompts(pipe: Any, given: Mapping[str, Any]) -> Iterator[Callable[[A
     if apart and reader.prompts is not None:
         prompts = [one for one in prompts if one in reader.prompts]
     if prompts:
-        reader.read(prompts)
+        reader.read(prompts, by_row=prompts == texts[_PROMPTS[0]])
     if layout is None:
         yield lambda encoded: _note_prompts(pipe, reader, texts, given, encoded)
         return

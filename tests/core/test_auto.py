@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mole_diffusion.core.attention import AttentionMaps
 from mole_diffusion.core.auto import Auto, AutoSettings
-from mole_diffusion.core.auto_shares import Counting, shared_places, shared_rest
+from mole_diffusion.core.auto_shares import Counting, claimed_places, shared_places, shared_rest
 from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.mixture import Mixture, inject
@@ -225,31 +225,52 @@ def test_an_expert_of_the_whole_picture_has_every_token() -> None:
 
 
 @pytest.mark.parametrize("others", [True, False])
-def test_a_style_beside_others_gives_way_to_them_half_way(others: bool) -> None:
+def test_a_style_beside_others_counts_more_until_details_come(others: bool) -> None:
     unet, mixture = _injected()
     latent, _, text = drawn()
-    name, settings = mixture.expert_names[2], AutoSettings(style=1.5, style_middle=0.5, style_words=0.25)
+    name = mixture.expert_names[2]
+    settings = AutoSettings(style=1.4, style_inside=1, style_words=0.25)
     auto = Auto({}, {name: 1.0}, settings)
     places = torch.zeros(*text.shape[:2], 3)
     if others:
         places[:, 1, 0] = places[:, 2, 1] = 1.0
     auto.remember(text, places)
     mixture.activate(auto=auto)
-    for timestep, strength in (
-        (950, 1.5),
-        (850, 1.5),
-        (675, 1.0),
-        (500, 0.5),
-        (325, 0.75),
-        (150, 1.0),
-        (50, 1.0),
-    ):
+    for timestep, strength in ((950, 1.4), (500, 1.4), (325, 1.2), (150, 1.0), (50, 1.0)):
         with torch.no_grad():
             unet(latent, timestep, text)
         for gate, weights in mixture.live_weights().items():
             in_words = gate.endswith(".context")
             expected = (settings.style_words if in_words else strength) if others else 1.0
             torch.testing.assert_close(weights[:, 2], torch.full_like(weights[:, 2], expected))
+
+
+def test_a_style_gives_way_in_the_places_of_others() -> None:
+    unet, mixture = _injected()
+    latent, _, text = drawn()
+    style, other = mixture.expert_names[2], mixture.expert_names[0]
+    auto = Auto({}, {style: 1.0}, AutoSettings(style=1.4, style_inside=0.5))
+    places = torch.zeros(*text.shape[:2], 3)
+    places[:, 1, 0] = 1.0
+    auto.remember(text, places)
+    left = torch.zeros(LATENT, LATENT)
+    left[:, : LATENT // 2] = 1.0
+    mixture.activate(auto=auto, region_masks={other: left})
+    # All of it where nobody is; for details everywhere.
+    for timestep, outside, inside in ((850, 1.4, 0.7), (500, 1.4, 0.7), (325, 1.2, 0.9), (150, 1.0, 1.0)):
+        with torch.no_grad():
+            unet(latent, timestep, text)
+        for gate, weights in mixture.live_weights().items():
+            if not gate.endswith(".context"):
+                expected = torch.full_like(weights[:, 2], (outside + inside) / 2)
+                torch.testing.assert_close(weights[:, 2], expected)
+
+
+def test_places_are_claimed_by_those_whose_words_are_looked_at() -> None:
+    maps = torch.zeros(1, 2, 1, 4)
+    maps[0, 0] = torch.tensor([2.0, 0.6, 0.9, 0.0])  # .3 and .45 of its peak
+    maps[0, 1] = torch.tensor([0.0, 0.0, 0.0, 0.5])
+    torch.testing.assert_close(claimed_places(maps)[0, 0, 0], torch.tensor([1.0, 0.0, 0.5, 1.0]))
 
 
 def _known(text: Tensor) -> list[Any]:

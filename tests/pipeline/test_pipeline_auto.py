@@ -41,13 +41,31 @@ def test_experts_without_a_word_count_everywhere(loaded, plain, lora_files, draw
 
 def test_a_style_counts_everywhere_beside_the_subject(loaded, draw) -> None:
     words = {"boot": "boot", "cat": "cat", "clock": "red"}
-    settings = AutoSettings(strength=0.5, style=1.0, style_middle=1.0)
+    settings = AutoSettings(strength=0.5, style=1.0, style_inside=1.0)
     styled = AutoMixture(settings, phrases=words, styles=("clock",))
     draw(loaded, "a red boot and a cat", mixture=styled, guidance_scale=1.0)
     means = loaded.gate_weights().where(network="unet").mean("group", "expert")
     tokens = {key: value for key, value in means.items() if not key[0].endswith(".context")}
     for (_, expert), weight in tokens.items():
         assert weight == 1.0 if expert == "clock" else 0.0 < weight < 1.0
+
+
+def test_a_style_gives_way_in_the_words_of_others(loaded, draw) -> None:
+    """In the text encoder; the words of nobody, and its own, have it in full."""
+    words = {"boot": "boot", "cat": "cat", "clock": "red"}
+    means = {}
+    for share in (1.0, 0.0):
+        called = AutoMixture(AutoSettings(style_text=share), phrases=words, styles=("clock",))
+        draw(loaded, "a red boot and a cat", mixture=called, guidance_scale=1.0)
+        rows = loaded.gate_weights().where(network="text_encoder", branch="prompt")
+        means[share] = {name: weight for (name,), weight in rows.mean("expert").items()}
+    length = loaded.tokenizer.model_max_length
+    own = sum(len(loaded.tokenizer(one, add_special_tokens=False).input_ids) for one in ("boot", "cat"))
+    assert means[1.0]["clock"] == pytest.approx(1.0)
+    assert means[0.0]["clock"] == pytest.approx(1 - own / length)
+    assert {name: means[0.0][name] for name in ("boot", "cat")} == {
+        name: means[1.0][name] for name in ("boot", "cat")
+    }
 
 
 def test_a_masked_expert_is_an_expert_that_is_not_there(loaded, draw) -> None:
@@ -88,14 +106,17 @@ def test_a_prompt_of_a_batch_may_name_nobody(loaded, draw) -> None:
     torch.testing.assert_close(both[1:], named, **CLOSE)
 
 
-def test_a_prompt_of_a_batch_may_name_one_expert_alone(loaded, draw) -> None:
-    called = AutoMixture(phrases={name: name for name in loaded.experts})
-    prompts = ["a boot and a cat", "a cat on the beach"]
-    latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1))
-    # Without a negative prompt, which each of the two would encode in another way.
-    both = draw(loaded, prompts, latents=latents, mixture=called, guidance_scale=1.0)
+@pytest.mark.parametrize("guided", [True, False])
+def test_the_prompts_of_a_batch_may_name_whom_they_like(loaded, draw, guided: bool) -> None:
+    """Two and a style, two, one alone, the style alone, nobody: also with their negative prompts."""
+    words = {"boot": "boot", "cat": "cat", "clock": "red"}
+    called = AutoMixture(phrases=words, styles=("clock",))
+    prompts = ["a red boot and a cat", "a boot and a cat", "a cat on the beach", "a red house", "the beach"]
+    latents = torch.randn(len(prompts), 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    options = {"mixture": called} if guided else {"mixture": called, "guidance_scale": 1.0}
+    both = draw(loaded, prompts, latents=latents, **options)
     for row, prompt in enumerate(prompts):
-        one = draw(loaded, prompt, latents=latents[row : row + 1], mixture=called, guidance_scale=1.0)
+        one = draw(loaded, prompt, latents=latents[row : row + 1], **options)
         torch.testing.assert_close(both[row : row + 1], one, **CLOSE)
 
 
