@@ -103,6 +103,11 @@ def test_what_says_nothing_is_refused(
         SharedGatesTrainer(pipe, PROMPTS, concepts, settings(alpha=0.1))
     with pytest.raises(ConfigError, match="collages alone"):
         SharedGatesTrainer(pipe, PROMPTS, concepts, settings(objective="both", clip=clip_folder))
+    with pytest.raises(ConfigError, match="'a zorin boot' names one alone"):
+        SharedGatesTrainer(pipe, ["a zorin boot", *PROMPTS], concepts, settings())
+    styled = [concepts[0], Concept("cat", "in vim style", "", kind="style")]
+    with pytest.raises(ConfigError, match="names the style 'cat', beside which they do not act"):
+        SharedGatesTrainer(pipe, "a zorin boot in vim style", styled, settings())
     pipe.unload_expert("cat")
     with pytest.raises(TrainingError, match="only expert"):
         pipe.train_shared_gates("a zorin boot", concepts[:1], settings())

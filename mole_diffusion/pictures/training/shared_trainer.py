@@ -19,6 +19,7 @@ from mole_diffusion.pictures.auto import AutoMixture
 from mole_diffusion.pictures.denoisers import denoiser_of
 from mole_diffusion.pictures.training.concepts import (
     Concept,
+    TrainingPrompt,
     as_concepts,
     concepts_from_experts,
     read_prompts,
@@ -133,7 +134,7 @@ class SharedGatesTrainer:
         self.concepts = as_concepts(
             concepts_from_experts(pipe.experts) if concepts is None else concepts, list(pipe.experts)
         )
-        self.prompts = read_prompts(prompts, self.concepts)
+        self.prompts = _teaching(read_prompts(prompts, self.concepts))
         self.shared = SharedGates.fresh(pipe.mixtures, self.config.seed)
         self._pipe, self._callback = pipe, callback
         self._folder = Path(checkpoint_dir) if checkpoint_dir is not None else None
@@ -203,6 +204,25 @@ class SharedGatesTrainer:
             **facts_of(self.prompts, self.concepts, self._pipe.experts),
             "shared": self.shared.parts,
         }
+
+
+def _teaching(prompts: Sequence[TrainingPrompt]) -> Sequence[TrainingPrompt]:
+    """Refuse prompts in whose pictures shared gates do not act, see `Auto.refining`.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for prompt in prompts:
+        if prompt.styles:
+            raise ConfigError(
+                f"shared gates learn how subjects share a picture, and {prompt.text!r} names the style "
+                f"{prompt.styles[0]!r}, beside which they do not act"
+            )
+        if len(prompt.order) < 2:
+            raise ConfigError(
+                f"shared gates learn how subjects share a picture, and {prompt.text!r} names one alone"
+            )
+    return prompts
 
 
 def _checked(config: TrainingConfig) -> TrainingConfig:
