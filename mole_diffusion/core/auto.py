@@ -86,21 +86,20 @@ class AutoSettings:
 
     def strength_at(self, timestep: float) -> float:
         """Of an expert inside its place at a timestep, from 1 (noise) to 0."""
-        shapes = min(max((timestep - _DETAILS) / (_SHAPES - _DETAILS), 0.0), 1.0)
-        return self.detail + shapes * (self.strength - self.detail)
+        return self.detail + _rise(timestep, _DETAILS, _SHAPES) * (self.strength - self.detail)
 
     def style_at(self, timestep: float) -> float:
         """Of an expert of the whole picture beside others, likewise."""
-        return 1.0 + _rest(timestep) * (self.style - 1.0)
+        return 1.0 + _rise(timestep, _STYLED_DETAILS, _STYLED) * (self.style - 1.0)
 
     def style_inside_at(self, timestep: float) -> float:
         """Its share of that in the places of others, likewise."""
-        return 1.0 + _rest(timestep) * (self.style_inside - 1.0)
+        return 1.0 + _rise(timestep, _STYLED_DETAILS, _STYLED) * (self.style_inside - 1.0)
 
 
-def _rest(timestep: float) -> float:
-    """How far a style counts otherwise than alone."""
-    return min(max((timestep - _STYLED_DETAILS) / (_STYLED - _STYLED_DETAILS), 0.0), 1.0)
+def _rise(timestep: float, low: float, high: float) -> float:
+    """From 0 at one timestep, and below, to 1 at another."""
+    return min(max((timestep - low) / (high - low), 0.0), 1.0)
 
 
 class Refining(Protocol):

@@ -82,7 +82,7 @@ class TextShares:
         self._phrases = {name: phrases.get(name, ()) for name in names}
         self._rows = Counting(auto, names, active)
         self.by_place = auto.shared is not None
-        self._weights = self._everywhere = self._yielding = torch.zeros(0)
+        self._weights = self._everywhere = torch.zeros(0)
         self._values: dict[str, GateValue] = {}
         self._named: Tensor | None = None
 
@@ -101,15 +101,15 @@ class TextShares:
         places = places_of(ids, self._phrases)
         self._rows.meet(places)
         named = self._named_by(places)
-        self._everywhere = self._rows.everywhere_of(named, ids.device)
+        everywhere = self._rows.everywhere_of(named, ids.device)
         own = places.to(ids.device) * self._rows.counting(ids.device)
         self._weights = shared_rest(self._rows.in_words(own))
         if self._rows.auto.by_row is not None and self._rows.called_only() and not bool(places.any()):
             # Negative prompts of those that name one expert alone: it has everything, `Calling.everywhere`.
             alone = named * (named.sum(1, keepdim=True) == 1)
             self._weights = self._weights + alone[:, None].to(own) * self._rows.counting(ids.device)
-        taken = (own * (self._everywhere == 0)).any(-1, keepdim=True)
-        self._yielding = torch.where(taken, self._rows.auto.settings.style_text, own.new_ones(()))
+        taken = (own * (everywhere == 0)).any(-1, keepdim=True)
+        self._everywhere = torch.where(taken, everywhere * self._rows.auto.settings.style_text, everywhere)
         self._values.clear()
 
     def value(self, context: ForwardContext, stream: str, tokens: int, place: str) -> GateValue:
@@ -119,7 +119,7 @@ class TextShares:
             weights = self._weights
             if refining is not None:
                 weights = refining.refine(context.part, place, weights, 0.0)
-            weights = torch.where(self._everywhere != 0, self._everywhere * self._yielding, weights)
+            weights = with_everywhere(weights, self._everywhere)
             self._values[place] = GateValue(weights.flatten(0, 1), len(weights), None, in_backward=False)
         value = self._values[place]
         return value.pooled() if stream == EMBEDDING else value
@@ -161,8 +161,7 @@ def claimed_places(maps: Tensor) -> Tensor:
 
     Surer than the places of `shared_places`, which cover most of a picture.
     """
-    seen = maps / maps.amax((-1, -2), keepdim=True).clamp_min(functional.EPS)
-    return ((seen.amax(1, keepdim=True) - _CLAIMED) / _CLAIMED).clamp(0.0, 1.0)
+    return _held(maps / maps.amax((-1, -2), keepdim=True).clamp_min(functional.EPS), _CLAIMED)
 
 
 def shared_places(
@@ -184,9 +183,14 @@ def shared_places(
     logits = (settings.sharpness * seen).masked_fill(~named, float("-inf"))
     shares = torch.nan_to_num(torch.softmax(logits, dim=1))
     if inside is None:
-        rise = max(settings.floor, functional.EPS)
-        held = ((seen.amax(1, keepdim=True) - settings.floor) / rise).clamp(0.0, 1.0)
+        held = _held(seen, settings.floor)
     else:
         held = torch.full_like(seen[:, :1], inside)
     several = named.sum(1, keepdim=True) > 1
     return torch.where(several, shares * held * settings.strength_at(timestep), shares)
+
+
+def _held(seen: Tensor, floor: float) -> Tensor:
+    """(B, 1, H, W) how far places are anybody's, from attention (B, N, H, W) of 1 where it is highest."""
+    rise = max(floor, functional.EPS)
+    return ((seen.amax(1, keepdim=True) - floor) / rise).clamp(0.0, 1.0)

@@ -123,8 +123,8 @@ class PictureShares:
         reading = reading and not self._blind
         self._maps.begin(self._words if reading else None, forward)
         self._reading = (pictures, named if watched else lacking) if reading else None
-        self._laid = self._lay_out(pictures, named, prompts, watched)
         self._styles = self._weigh_styles(pictures)
+        self._laid = self._lay_out(pictures, named, prompts, watched)
         self._alone = self._find_alone(pictures)
         self._values.clear()
 
@@ -292,8 +292,7 @@ class PictureShares:
 
     def _claimed(self, context: ForwardContext, tokens: int) -> Tensor:
         """(B, tokens, 1) how far image tokens are some expert's."""
-        if self._laid is None:
-            return self._nothing(tokens)[..., :1]
+        assert self._laid is not None  # whom a style stands beside has a place
         grid = context.token_grid(tokens - context.references(tokens))
         return lengthened(self._laid.claimed(*grid), tokens)
 
@@ -359,7 +358,7 @@ class PictureShares:
     def _claim(self, pictures: list[int], experts: Tensor, watched: bool) -> Tensor:
         """(R, 1, H, W) how far places are some expert's; none while they are looked for. See `_shared`."""
         assert self._seen is not None
-        if watched or self._seen.maps is None:
+        if self._styles is None or watched or self._seen.maps is None:
             return self._words.new_zeros(len(pictures), 1, 1, 1)
         return claimed_places(self._seen.maps[pictures] * experts.to(self._words)[..., None, None])
 

@@ -96,9 +96,8 @@ def test_without_gates_it_draws_what_auto_draws_in_diffusers(tiny: World, pipe: 
 def test_shared_gates_refine_it_as_in_diffusers(tiny: World, pipe: Any) -> None:
     file = tiny.folder / "mole" / "shared.safetensors"
     randomised(SharedGates.fresh(pipe.mixtures)).save(file)
-    named = {
-        "experts": {"boot": 1.0, "cat": 1.0}
-    }  # beside the clock, which counts everywhere, nothing is refined
+    # Beside the clock, which counts everywhere, nothing is refined.
+    named = {"experts": {"boot": 1.0, "cat": 1.0}}
     before = drawn(pipe, active_experts=["boot", "cat"])
     pipe.load_shared_gates(file)
     picture, info, said = draw(tiny, {**named, "gates": "shared"})
