@@ -253,6 +253,7 @@ def train_gates(
     last = result.history[-1]
     facts = {
         "loss": last["loss"],
+        "begun": dict(result.begun),
         "weights": last["weights"],
         "iteration": last["iteration"],
         "best": result.best,
@@ -260,7 +261,14 @@ def train_gates(
     if as_json:
         typer.echo(json.dumps({"gates": str(result.gates), **facts}, indent=2))
         return
-    show({"gates": str(result.gates), "loss": f"{last['loss']:.4f}", "mean weights": shares(last["weights"])})
+    show(
+        {
+            "gates": str(result.gates),
+            "loss": f"{last['loss']:.4f}",
+            "begun with": shares(result.begun),
+            "mean weights": shares(last["weights"]),
+        }
+    )
 
 
 def _weights(path: Path) -> dict[str, float]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from .config import MoLEConfig
 from .errors import GateMismatchError
 from .files import replacing
+from .gates import Gate
 from .mixture import Mixture
 from .reading import BadFileError, is_finite, parse_json, read_header, read_safetensors
 
@@ -24,8 +25,11 @@ logger = logging.getLogger(__name__)
 FORMAT = "mole-gates"
 # Of `shared_gates`, which are for any experts.
 SHARED_FORMAT = "mole-shared-gates"
-# 1: the base's fingerprint ("shapes") knows the matrices of transformers only; 2: all of them ("matrices").
-FORMAT_VERSION = 2
+# 1: the base's fingerprint ("shapes") knows the matrices of transformers only; 2: all of them ("matrices");
+# 3: gates may have a prior, and files without any stay at 2.
+FORMAT_VERSION = 3
+_PLAIN_VERSION = 2
+_PRIOR = "prior"
 _OWN_KEYS = ("format", "format_version", "parts")
 # Settings that change what a gate's numbers mean; initial values and what is trained do not.
 _STRUCTURE = ("granularity", "gate_input", "pooling", "composition", "gate_function", "timestep")
@@ -78,7 +82,8 @@ def save_gates(
         for key, value in group.gate.state_dict().items()
     }
     parts = {part: _describe(mixture) for part, mixture in mixtures.items()}
-    header = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "parts": json.dumps(parts)}
+    version = FORMAT_VERSION if any(key.endswith(f"/{_PRIOR}") for key in tensors) else _PLAIN_VERSION
+    header = {"format": FORMAT, "format_version": str(version), "parts": json.dumps(parts)}
     write_safetensors(path, tensors, {**metadata, **header})
 
 
@@ -228,14 +233,16 @@ def _fill(path: str | Path, mixtures: Mapping[str, Mixture], orders: Mapping[str
         tensors = read_safetensors(Path(path)).tensors
     except (BadFileError, OSError) as error:
         raise GateMismatchError(f"{str(path)!r} cannot be read as a gates file: {error}.") from error
-    states: list[tuple[torch.nn.Module, dict[str, Tensor]]] = []
+    states: list[tuple[Gate, dict[str, Tensor]]] = []
     differences: list[str] = []
     for part, mixture in mixtures.items():
         order = list(orders[part])
         for group in mixture.groups:
             stem = f"{part}/{group.name}"
             differences += _compare_tensors(stem, tensors, group.gate)
-            state = {key: tensors.get(f"{stem}/{key}") for key in group.gate.state_dict()}
+            if differences:
+                continue
+            state = {key: tensors.get(f"{stem}/{key}") for key in _keys(group.gate)}
             moved = {k: _reorder(k, v, order, mixture.config) for k, v in state.items() if v is not None}
             states.append((group.gate, moved))
     if differences:
@@ -244,11 +251,13 @@ def _fill(path: str | Path, mixtures: Mapping[str, Mixture], orders: Mapping[str
         gate.load_state_dict(moved)
 
 
-def _compare_tensors(stem: str, tensors: Mapping[str, Tensor], gate: torch.nn.Module) -> list[str]:
+def _compare_tensors(stem: str, tensors: Mapping[str, Tensor], gate: Gate) -> list[str]:
     """Sentences on tensors of one gate that are missing, of another shape, or no finite numbers."""
     differences = []
-    for key, value in gate.state_dict().items():
+    for key, value in _keys(gate).items():
         found = tensors.get(f"{stem}/{key}")
+        if found is None and key == _PRIOR:
+            continue
         if found is None:
             differences.append(f"{stem}/{key}: missing in the file")
         elif found.shape != value.shape:
@@ -258,6 +267,11 @@ def _compare_tensors(stem: str, tensors: Mapping[str, Tensor], gate: torch.nn.Mo
         elif not found.is_floating_point() or not is_finite(found):
             differences.append(f"{stem}/{key}: holds what are no finite numbers")
     return differences
+
+
+def _keys(gate: Gate) -> dict[str, Tensor]:
+    """What may stand in a file for a gate, and tensors of the same shapes."""
+    return {**gate.state_dict(), _PRIOR: torch.zeros(gate.experts)}
 
 
 def _describe(mixture: Mixture) -> dict[str, Any]:
@@ -349,8 +363,9 @@ def _reorder(name: str, value: Tensor, order: list[int], config: MoLEConfig) -> 
     """Move the experts' rows (and, for gate_input "experts", their features) of a projection."""
     if value.dim() == 0 or order == list(range(len(order))):
         return value
-    if config.gate_input == "own" and not name.startswith("timestep"):
+    if config.gate_input == "own" and not name.startswith(("timestep", _PRIOR)):
         return value.index_select(-2, torch.tensor(order))
     value = value[..., order]
-    reads_experts = config.gate_input == "experts" and value.dim() > 2  # not so the timestep's projection
+    # Not so the timestep's projection and the prior.
+    reads_experts = config.gate_input == "experts" and value.dim() > 2
     return value.index_select(-3, torch.tensor(order)) if reads_experts else value

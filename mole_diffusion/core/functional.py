@@ -326,19 +326,24 @@ def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(mask[None, None].float(), size=size, mode="area")[0, 0].clamp(0.0, 1.0)
 
 
-def balance_loss(weights: Tensor, *, normalised: bool = False) -> Tensor:
-    """Gating balance loss -log prod_i q_i (Eq. 14-15).
+def balance_loss(weights: Tensor, prior: Tensor | None = None, *, normalised: bool = False) -> Tensor:
+    """Gating balance loss -log prod_i q_i (Eq. 14-15), or -N sum_i p_i log q_i with a prior p.
 
     Args:
         weights: (..., N) gate weights; q_i is the mean over all leading axes (gates and batch entries).
-        normalised: subtract the minimum N log N, so that uniform use of the experts gives 0.
+        prior: (N,) the use of the experts that has the smallest loss; None for 1/N each, as in the paper.
+        normalised: subtract the minimum (N log N without a prior), so that use as in the prior gives 0.
     Returns:
         scalar.
     """
     experts = weights.shape[-1]
-    usage = weights.reshape(-1, experts).mean(0)
-    loss = -torch.log(usage.clamp_min(EPS)).sum()
-    return loss - experts * math.log(experts) if normalised else loss
+    usage = torch.log(weights.reshape(-1, experts).mean(0).clamp_min(EPS))
+    if prior is None:
+        loss = -usage.sum()
+        return loss - experts * math.log(experts) if normalised else loss
+    wanted = prior.to(usage)
+    loss = -experts * (wanted * usage).sum()
+    return loss + experts * torch.special.xlogy(wanted, wanted).sum() if normalised else loss
 
 
 def entropy(weights: Tensor) -> Tensor:

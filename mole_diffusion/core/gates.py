@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ class Gate(nn.Module):
             "flatten".
         context_projection: the same for text tokens, or None.
         timestep_projection: (functional.TIMESTEP_FEATURES, N), or None.
+        prior: (N,) added to the logits over tau, see `begin_with`; None for zeros.
         log_temperature: log tau.
         strength: factor of the mixed delta.
     """
@@ -44,6 +46,7 @@ class Gate(nn.Module):
     projection: nn.Parameter
     context_projection: nn.Parameter | None
     timestep_projection: nn.Parameter | None
+    prior: Tensor | None
     log_temperature: Tensor
     strength: Tensor
 
@@ -70,6 +73,7 @@ class Gate(nn.Module):
         self.timestep_projection = None
         if config.timestep and role == DENOISER:
             self.timestep_projection = nn.Parameter(torch.zeros(functional.TIMESTEP_FEATURES, experts))
+        self.register_buffer("prior", None)
         self._scalar("log_temperature", math.log(config.temperature), learn=config.learn_temperature)
         strength = config.strength if role == DENOISER else config.text_strength
         # A word that has found its expert needs that expert's strength in a denoiser's text, and no more.
@@ -94,6 +98,20 @@ class Gate(nn.Module):
         else:
             self.register_buffer(name, torch.tensor(float(value)))
 
+    def begin_with(self, weights: Tensor) -> None:
+        """Weigh the experts so until the gate learns more: the log of N times these is added to its logits.
+
+        Args:
+            weights: (N,) above 0, summing to 1.
+        """
+        self.prior = torch.log(weights.detach().float() * self.experts).to(self.projection.device)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """As PyTorch's; a state without a prior is that of a gate without one."""
+        found = state_dict.get(f"{prefix}prior")
+        self.prior = None if found is None else torch.zeros_like(found, device=self.projection.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     @property
     def temperature(self) -> Tensor:
         """tau, above 0."""
@@ -107,6 +125,8 @@ class Gate(nn.Module):
         own = [self.projection, self.context_projection, self.timestep_projection, self.strength]
         read = [one for one in own if one is not None]
         if self.config.gate_function != "softmax" or self.config.strength != 1.0 or is_compiling():
+            return False
+        if self.prior is not None:
             return False
         if torch.is_grad_enabled() and any(one.requires_grad for one in read):
             return False

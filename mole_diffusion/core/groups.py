@@ -113,6 +113,8 @@ class Group:
         if gate.timestep_projection is not None:
             logits = logits.view(batch, -1, gate.experts) + self._timestep_logits(context, logits.device)
         rows = functional.rows_of(logits)
+        if gate.prior is not None:
+            rows = rows + on_device(gate.prior, rows.device)
         if gate.config.gate_function == "sigmoid":
             weights = functional.sigmoid_weights(rows, active=active)
             strength = strength * functional.sigmoid_total(rows, active=active)

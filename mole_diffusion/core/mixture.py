@@ -115,8 +115,15 @@ class Mixture:
 
     @property
     def is_trained(self) -> bool:
-        """Whether any gate has left the zero projection it starts with."""
-        return any(bool(group.gate.projection.any()) for group in self.groups)
+        """Whether any gate has left the zero projection it starts with, or has a prior."""
+        gates = [group.gate for group in self.groups]
+        return any(gate.prior is not None or bool(gate.projection.any()) for gate in gates)
+
+    @property
+    def prior(self) -> Tensor | None:
+        """(N,) the weights that the gates began with, see `Gate.begin_with`; None for equal ones."""
+        found = self.groups[0].gate.prior
+        return None if found is None else torch.exp(found) / len(self.experts)
 
     def parameters(self) -> list[nn.Parameter]:
         """The gates' parameters."""

@@ -21,6 +21,7 @@ from mole_diffusion.core.factors import LoraFactors
 from mole_diffusion.text.composed import Composed
 from mole_diffusion.text.examples import Pair, pairs_of
 from mole_diffusion.text.export import write_adapter
+from mole_diffusion.text.start import loss_with, losses_alone
 from mole_diffusion.text.training import CrossEntropy, TextTrainingConfig
 from mole_diffusion.training.search import l1_penalty, minimise, optimiser_maker
 
@@ -175,7 +176,7 @@ def tuned(composed: Composed, tokenizer: Any, examples: Any, *, sums: Sequence[f
 def alone(composed: Composed, tokenizer: Any, examples: Any) -> Merged:
     """The one expert whose loss is smallest by itself."""
     scorer = _Scorer(composed, tokenizer, pairs_of(examples))
-    scores = {name: scorer.of_weights({name: 1.0}) for name in composed.experts}
+    scores = scorer.alone()
     best = min(scores, key=lambda one: scores[one])
     return Merged("alone", {best: 1.0}, None, scores[best], len(scores))
 
@@ -198,15 +199,15 @@ class _Scorer:
         """With this one in place of all."""
         ensemble = self._composed.ensemble
         with ensemble.standing_in(ensemble.build([expert])):
-            return self._loss()
+            return self._objective.mean_loss(self.pairs, 64)
 
     def of_weights(self, weights: Mapping[str, float]) -> float:
         """With fixed weights of the deltas."""
-        with self._composed.active(mixture=weights):
-            return self._loss()
+        return loss_with(self._composed, self._objective, self.pairs, weights)
 
-    def _loss(self) -> float:
-        return self._objective.mean_loss(self.pairs, 64)
+    def alone(self) -> dict[str, float]:
+        """With each expert by itself."""
+        return losses_alone(self._composed, self._objective, self.pairs)
 
 
 def _plain(one: LoraFactors) -> LoraFactors:

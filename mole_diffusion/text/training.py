@@ -17,6 +17,7 @@ from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.text.composed import Composed
 from mole_diffusion.text.examples import Pair, pairs_of
+from mole_diffusion.text.start import begin, begun
 from mole_diffusion.training.gates import Balanced, Gates
 from mole_diffusion.training.loop import TrainingLoop
 from mole_diffusion.training.objective import Losses, LossTerms
@@ -35,6 +36,8 @@ class TextTrainingConfig(GateSettings):
         alpha: Weight of the balance loss.
         per_expert: Divide the balance loss by the number of experts: as a plain sum it grows with them, and
             forbids to choose few of many.
+        probe: Examples that gates which nobody has trained begin with, see `start.begin`; 0 lets them begin
+            with all experts equally, as in the paper.
         validate_every: Iterations between losses on the validation examples, where there are some.
         patience: How often that loss may fail to become smaller before the training ends; 0 never ends it.
             The gates are those of the smallest loss.
@@ -48,6 +51,7 @@ class TextTrainingConfig(GateSettings):
     iterations: int = whole(800)
     batch_size: int = whole(12)
     per_expert: bool = flag(True)
+    probe: int = whole(48, 0)
     validate_every: int = whole(50)
     patience: int = whole(0, 0)
     source_tokens: int = whole(512)
@@ -61,8 +65,9 @@ class TextTrainingConfig(GateSettings):
         token moves by 0.3 at most with this rate.
         """
         return cls(
-            schedule="constant", gate_lr=1e-5, flatten_lr=1e-5, scalar_lr=1e-5, alpha=0.5, per_expert=False
-        )
+            schedule="constant", gate_lr=1e-5, flatten_lr=1e-5, scalar_lr=1e-5, alpha=0.5, per_expert=False,
+            probe=0,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ class TextTrainingResult:
         stopped: whether it ended before its last iteration.
         validation: iteration -> loss on the validation examples.
         best: the iteration that the gates are of, where there was a validation; else None.
+        begun: expert -> its weight in the mixture that the gates began with.
         gates: the file with the gates, if there was a folder.
     """
 
@@ -81,6 +87,7 @@ class TextTrainingResult:
     stopped: bool
     validation: Mapping[int, float]
     best: int | None
+    begun: Mapping[str, float]
     gates: Path | None
 
 
@@ -201,12 +208,19 @@ class Validated:
         gates: the gates.
         pairs: the other examples; none asks for nothing.
         config: how often, and how patient.
+        begin: called before the first iteration.
     """
 
     def __init__(
-        self, objective: CrossEntropy, gates: Gates, pairs: Sequence[Pair], config: TextTrainingConfig
+        self,
+        objective: CrossEntropy,
+        gates: Gates,
+        pairs: Sequence[Pair],
+        config: TextTrainingConfig,
+        begin: Callable[[], None],
     ) -> None:
         self._objective, self._gates, self._pairs, self._config = objective, gates, pairs, config
+        self._begin = begin
         self.found: dict[int, float] = {}
         self._best: dict[str, Any] | None = None
 
@@ -224,6 +238,7 @@ class Validated:
     def prepare(self) -> None:
         """Begin anew."""
         self._objective.prepare()
+        self._begin()
         self.found, self._best = {}, None
 
     def losses(self, iteration: int) -> Losses:
@@ -298,7 +313,8 @@ def train_gates(
     objective = CrossEntropy(
         composed.model, tokenizer, pairs, config, padded if isinstance(padded, int) else None
     )
-    validated = Validated(objective, gates, others, config)
+    tried = pairs[: config.probe]
+    validated = Validated(objective, gates, others, config, lambda: begin(composed, objective, tried))
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     gates_file = None if folder is None else folder / GATES_FILE
 
@@ -316,7 +332,9 @@ def train_gates(
     validated.restore()
     if gates_file is not None:
         composed.save_gates(gates_file)
-    return TextTrainingResult(result.history, result.stopped, validated.found, validated.best, gates_file)
+    return TextTrainingResult(
+        result.history, result.stopped, validated.found, validated.best, begun(composed), gates_file
+    )
 
 
 @contextmanager

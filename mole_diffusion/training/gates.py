@@ -88,8 +88,9 @@ class Gates:
                 parameter.requires_grad_(flag)
 
     def balance(self) -> Tensor:
-        """The balance loss of the last forward, 0 where all experts are used equally."""
-        return balance_of(self._live_weights(), self.settings.balance)
+        """The balance loss of the last forward, 0 where all experts are used as the gates began."""
+        prior = next(iter(self.trained.values())).prior
+        return balance_of(self._live_weights(), self.settings.balance, prior)
 
     def row(self, parts: Mapping[str, float]) -> dict[str, Any]:
         """Parts, balance, mean entropy in nats, and mean weight of every expert, of the last forward."""

@@ -19,14 +19,15 @@ def mean_per_gate(weights: Sequence[Tensor]) -> Tensor:
     return torch.stack([gate.float().mean(dim=0) for gate in weights])
 
 
-def balance_of(weights: Sequence[Tensor], kind: str) -> Tensor:
-    """The balance loss of gates, 0 where all experts are used equally.
+def balance_of(weights: Sequence[Tensor], kind: str, prior: Tensor | None = None) -> Tensor:
+    """The balance loss of gates, 0 where all experts are used equally, or as in the prior.
 
     Args:
         weights: (batch, experts) of every gate, with gradient.
         kind: "average" for the weights averaged over all gates, "per_gate" for the mean over single gates.
+        prior: (experts,) weights that the gates began with; None for equal ones.
     """
     means = mean_per_gate(weights)
     if kind == "average":
-        return balance_loss(means, normalised=True)
-    return torch.stack([balance_loss(gate, normalised=True) for gate in means]).mean()
+        return balance_loss(means, prior, normalised=True)
+    return torch.stack([balance_loss(gate, prior, normalised=True) for gate in means]).mean()

@@ -270,8 +270,8 @@ def test_files_that_are_no_gate_files(tmp_path: Path, unet: nn.Module) -> None:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     tensors = load_file(path)
-    save_file(tensors, path, metadata={**metadata, "format_version": "3"})
-    with pytest.raises(GateMismatchError, match="has format_version '3'; this mole_diffusion reads 1 to 2"):
+    save_file(tensors, path, metadata={**metadata, "format_version": "4"})
+    with pytest.raises(GateMismatchError, match="has format_version '4'; this mole_diffusion reads 1 to 3"):
         load_gates(path, mixtures)
     removed = sorted(tensors)[0]
     save_file({k: v for k, v in tensors.items() if k != removed}, path, metadata=metadata)
@@ -317,11 +317,11 @@ def test_damaged_headers(tmp_path: Path, unet: nn.Module, parts: object, message
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("version", ["", "0", "3", "\u00b2", "9" * 5000, "1.0", "x"])
+@pytest.mark.parametrize("version", ["", "0", "4", "\u00b2", "9" * 5000, "1.0", "x"])
 def test_versions_that_are_none(tmp_path: Path, unet: nn.Module, version: str) -> None:
     path = tmp_path / "gates.safetensors"
     save_file({"x": torch.zeros(1)}, path, metadata={"format": "mole-gates", "format_version": version})
-    with pytest.raises(GateMismatchError, match=r"has format_version '.*; this mole_diffusion reads 1 to 2"):
+    with pytest.raises(GateMismatchError, match=r"has format_version '.*; this mole_diffusion reads 1 to 3"):
         read_gates_header(path)
 
 
@@ -365,7 +365,39 @@ def tiny_mixtures() -> tuple[nn.Module, dict[str, Mixture]]:
     return unet, {"unet": inject(unet, to_experts(loras, "unet"), MoLEConfig())}
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("gate_input", ["experts", "own", "hidden"])
+def test_gates_keep_what_they_began_with(gate_input: str, tmp_path: Path, unet: nn.Module) -> None:
+    experts = make_experts(3, unet)
+    config = MoLEConfig(gate_input=gate_input)
+    mixture = inject(unet, experts, config)
+    save_gates(tmp_path / "even.safetensors", {"unet": mixture})
+    assert read_gates_header(tmp_path / "even.safetensors").version == 2
+    even = run(unet)
+    for group in mixture.groups:
+        group.gate.begin_with(torch.tensor([0.7, 0.2, 0.1]))
+    assert mixture.is_trained
+    begun = run(unet)
+    assert differs(begun, even)
+    save_gates(tmp_path / "begun.safetensors", {"unet": mixture})
+    assert read_gates_header(tmp_path / "begun.safetensors").version == 3
+    load_gates(tmp_path / "even.safetensors", {"unet": mixture})
+    assert torch.equal(run(unet), even)
+    mixture.eject()
+    mixture = inject(unet, [experts[i] for i in (1, 2, 0)], config)
+    load_gates(tmp_path / "begun.safetensors", {"unet": mixture})
+    assert_close(mixture.prior, torch.tensor([0.2, 0.1, 0.7]))
+    assert_close(run(unet), begun)
+    tensors = load_file(tmp_path / "begun.safetensors")
+    with safe_open(tmp_path / "begun.safetensors", "pt") as file:
+        metadata = file.metadata()
+    name = next(key for key in tensors if key.endswith("/prior"))
+    save_file({**tensors, name: torch.zeros(2)}, tmp_path / "damaged.safetensors", metadata)
+    with pytest.raises(GateMismatchError, match=r"prior: shape \(2,\) in the file, \(3,\) here"):
+        load_gates(tmp_path / "damaged.safetensors", {"unet": mixture})
+    assert_close(run(unet), begun)
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_frozen_files_still_load(version: int, caplog: pytest.LogCaptureFixture) -> None:
     unet, mixtures = tiny_mixtures()
     fresh = run(unet)
@@ -375,10 +407,11 @@ def test_frozen_files_still_load(version: int, caplog: pytest.LogCaptureFixture)
     assert "base network" not in caplog.text
     header = read_gates_header(path)
     assert header.version == version
-    assert header.config("unet") == MoLEConfig(strength=1.5)
+    assert header.config("unet") == MoLEConfig(strength=1.6 if version == 3 else 1.5)
     group = mixtures["unet"].groups[0]
     assert group.gate.strength.item() == pytest.approx(1.75)
     assert group.gate.log_temperature.item() == pytest.approx(-0.25)
+    assert (mixtures["unet"].prior is not None) is (version == 3)
     assert group.gate.projection[1, 2, 0].item() == pytest.approx((1 * 32 + 2 * 2) / 64)
     assert not torch.equal(run(unet), fresh)
 
@@ -393,6 +426,7 @@ def freeze() -> None:
             shape = group.gate.projection.shape
             values = torch.arange(group.gate.projection.numel()).view(shape) / 64
             group.gate.projection.copy_(values)
+            group.gate.begin_with(torch.tensor([0.75, 0.25]))
     path = DATA / f"gates_v{FORMAT_VERSION}.safetensors"
     save_gates(path, mixtures, metadata={"prompt": "frozen"})
 

@@ -91,6 +91,18 @@ def test_balance_loss_is_n_log_n_at_uniform_and_larger_elsewhere(count: int) -> 
     assert torch.isfinite(functional.balance_loss(one_hot))
 
 
+def test_balance_loss_is_smallest_at_its_prior() -> None:
+    weights = torch.softmax(torch.randn(5, 2, 4), -1)
+    even = torch.full((4,), 0.25)
+    for normalised in (False, True):
+        paper = functional.balance_loss(weights, normalised=normalised)
+        torch.testing.assert_close(functional.balance_loss(weights, even, normalised=normalised), paper)
+    prior = torch.tensor([0.7, 0.1, 0.15, 0.05])
+    assert float(functional.balance_loss(prior[None], prior, normalised=True)) == pytest.approx(0, abs=1e-5)
+    divergence = 4 * (prior * (prior / even).log()).sum()
+    torch.testing.assert_close(functional.balance_loss(even[None], prior, normalised=True), divergence)
+
+
 def test_entropy() -> None:
     assert float(functional.entropy(torch.full((2, 4), 0.25))) == pytest.approx(math.log(4))
     assert float(functional.entropy(torch.tensor([[1.0, 0.0]]))) == 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from .conftest import Make
 from .test_model import TEXTS, logits
 
 SOURCES = ["the cat sees the dog", "a b c d", "the big dog finds a", "e f g", "the red cat", "h g f e d"]
-FAST = TextTrainingConfig(iterations=50, batch_size=6, alpha=0.0, gate_lr=0.2, progress=False)
+FAST = TextTrainingConfig(iterations=50, batch_size=6, alpha=0.0, gate_lr=0.2, probe=0, progress=False)
 
 
 def examples(model: MoLEForSeq2SeqLM, expert: str) -> list[tuple[str, str]]:
@@ -58,6 +59,29 @@ def test_gates_find_the_expert_that_answers(make: Make) -> None:
     assert abs(result.history[-1]["weights"]["two"] - 0.5) > 0.05
     assert all(torch.equal(a, b) for a, b in zip(before, model.model.parameters(), strict=True))
     assert not any(parameter.grad is not None for parameter in model.model.parameters())
+
+
+def test_gates_begin_with_what_fits_best(make: Make) -> None:
+    pairs = examples(make(3), "two")
+    none = dataclasses.replace(FAST, iterations=1, gate_lr=1e-9, scalar_lr=1e-9, probe=6)
+    model = make(3, trained=False)
+    result = model.train_gates(pairs, none)
+    assert max(result.begun, key=lambda name: result.begun[name]) == "two"
+    assert result.begun["two"] > 0.5
+    assert min(result.begun.values()) > 0.02
+    # Fixed weights of the same size are the same model.
+    assert loss(model, pairs) == pytest.approx(loss(model, pairs, weights=dict(result.begun)), rel=1e-3)
+    assert loss(model, pairs) < loss(make(3, trained=False), pairs)
+    assert result.history[0]["weights"] == pytest.approx(dict(result.begun), abs=1e-4)
+    assert result.history[0]["balance"] == pytest.approx(0, abs=1e-4)
+    even = make(3, trained=False)
+    begun = even.train_gates(pairs, dataclasses.replace(none, probe=0)).begun
+    assert begun == pytest.approx(dict.fromkeys(begun, 1 / 3))
+    assert all(mixture.prior is None for mixture in even.mixtures.values())
+    trained = make(3)
+    before = loss(trained, pairs)
+    trained.train_gates(pairs, none)
+    assert loss(trained, pairs) == pytest.approx(before, rel=1e-3)
 
 
 def test_the_balance_loss_is_per_expert(make: Make) -> None:
@@ -113,7 +137,7 @@ def test_early_stop_keeps_the_best_gates(make: Make) -> None:
 def test_the_papers_settings(make: Make) -> None:
     config = TextTrainingConfig.paper()
     assert (config.iterations, config.batch_size, config.alpha, config.gate_lr) == (800, 12, 0.5, 1e-5)
-    assert (config.schedule, config.per_expert) == ("constant", False)
+    assert (config.schedule, config.per_expert, config.probe) == ("constant", False, 0)
     model = make(2, MoLEConfig(pooling="flatten"), trained=False, flatten_tokens=10)
     few = TextTrainingConfig(iterations=2, batch_size=2, progress=False, flatten_lr=1e-5, schedule="constant")
     assert len(model.train_gates(examples(model, "two"), few).history) == 2
