@@ -65,7 +65,7 @@ class ClipReader(Auto):
     def meet(self, named: frozenset[str]) -> None:
         """See `Auto`: a text that names nobody, such as a negative prompt, leaves things as they are."""
         if named:
-            self.everywhere = self._calling.everywhere(named, self._experts)
+            self.count_everywhere(self._calling.everywhere(named, self._experts), named)
 
     def attach(self, clip_model: nn.Module) -> None:
         """Watch what ComfyUI's text encoders read; its object of all of them together."""

@@ -180,6 +180,11 @@ class Attachment:
         found = self._auto.counting_everywhere()
         return [name for name, expert in self._experts.items() if expert.name in found]
 
+    def unrefined(self) -> list[str]:
+        """Files of the experts of the whole picture for which shared gates refine nothing in it."""
+        found = () if self._auto is None else self._auto.unrefined
+        return [name for name, expert in self._experts.items() if expert.name in found]
+
     @property
     def _auto(self) -> TextReader | None:
         """What the experts find their words and places by; None where something else mixes them."""

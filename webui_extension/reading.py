@@ -125,7 +125,7 @@ class TextReader(Auto):
         texts = dict.fromkeys(text for prompts in passes for one in prompts for part in one for text in part)
         named = {text: self._named(text) for text in texts}
         everybody = frozenset[str]().union(*named.values())
-        self.everywhere = self._calling.everywhere(sorted(everybody), self._experts)
+        self.count_everywhere(self._calling.everywhere(sorted(everybody), self._experts), everybody)
         return self._twins() or self._styles(named) or _rows(passes)
 
     def forget(self) -> None:

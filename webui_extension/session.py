@@ -180,6 +180,10 @@ class Session:
             shares = f"{AUTO}, then {EQUAL}" if self.attachment.halfway else EQUAL
             p.extra_generation_params[MIXED] = f"{shares}, as {why}"
             self._say(p, f"MoLE: equal shares instead of auto: {why}")
+        elif beside := self.attachment.unrefined():
+            why = f"{' and '.join(map(repr, beside))} counts in the whole picture"
+            p.extra_generation_params[MIXED] = f"{AUTO}, as {why}"
+            self._say(p, f"MoLE: auto instead of shared gates: {why}")
 
     def _settings(self, p: Any, args: Sequence[Any]) -> Settings:
         settings = Settings.from_args(args)

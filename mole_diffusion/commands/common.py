@@ -185,7 +185,9 @@ def free_path(path: Path) -> Path:
     return found
 
 
-def say_composition(pipe: StableDiffusionMoLEPipeline, mixture: Any = "gates", names: Any = None) -> None:
+def say_composition(
+    pipe: StableDiffusionMoLEPipeline, mixture: Any = "gates", names: Any = None, prompt: str = ""
+) -> None:
     """Say what is drawn with: experts, scales, and what decides between them."""
     active = [name for name in pipe.experts if names is None or name in names]
     if not active or mixture == "none":
@@ -194,7 +196,7 @@ def say_composition(pipe: StableDiffusionMoLEPipeline, mixture: Any = "gates", n
     scales = {name: pipe.experts[name].scale for name in active}
     shown = listed([name if scale == 1 else f"{name} x {scale:g}" for name, scale in scales.items()])
     trained = any(one.is_trained for one in pipe.mixtures.values())
-    refined = "" if pipe.shared_gates is None else ", refined by shared gates"
+    refined = ", refined by shared gates" if _is_refined(pipe, prompt, active) else ""
     ways = {
         "auto": f"where the prompt puts them (auto{refined}, no training); `mole train-gates` trains gates",
         "la": "each in full (LA)",
@@ -214,6 +216,15 @@ def say_composition(pipe: StableDiffusionMoLEPipeline, mixture: Any = "gates", n
             " --gates FILE takes them"
         )
     say(f"Composing {shown}, {way}.")
+
+
+def _is_refined(pipe: StableDiffusionMoLEPipeline, prompt: str, names: Sequence[str]) -> bool:
+    """Whether shared gates refine what `auto` draws of a prompt; see `Auto.refining`."""
+    from mole_diffusion.core.calling import Calling
+
+    calling, experts = Calling(), {name: pipe.experts[name] for name in names}
+    everywhere = calling.everywhere(calling.named_in(prompt, experts), experts)
+    return pipe.shared_gates is not None and not everywhere
 
 
 def say_unnamed(pipe: StableDiffusionMoLEPipeline, prompt: str, names: Any = None) -> None:

@@ -106,7 +106,7 @@ def generate(
     pipe = open_pipeline(model, choices, gates, device)
     if chosen is None or mixture is None:
         chosen = mixture = pipe.usual_mixture
-    say_composition(pipe, chosen, names)
+    say_composition(pipe, chosen, names, prompt)
     say_unnamed(pipe, prompt, names)
     if begin is not None:
         pipe, pixels = _from_picture(pipe, begin, pixels, denoising)

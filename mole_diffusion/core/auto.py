@@ -9,7 +9,7 @@ expert. Experts of the whole picture (styles) have every token, beside the other
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -105,6 +105,9 @@ def _rise(timestep: float, low: float, high: float) -> float:
 class Refining(Protocol):
     """Refines the weights of experts, gate by gate; see `shared_gates.SharedGates`."""
 
+    def rest(self, beside: tuple[str, ...]) -> None:
+        """Told that these experts, which count in a whole picture, keep it from refining that one."""
+
     def refine(self, part: str, place: str, weights: Tensor, timestep: float) -> Tensor:
         """(B, T, N) from (B, T, N) of the experts that have places of their own."""
 
@@ -144,6 +147,7 @@ class Auto:
         by_row: where a host knows that each row of a text encoder is a text of its own, and they do not name
             the same experts: those that count in the whole of the pictures whose texts name them; else None.
         shared: what refines the weights, trained once for the base; None for nothing.
+        unrefined: the experts of the whole picture for which it refines nothing, see `count_everywhere`.
     """
 
     phrases: Mapping[str, TokenPhrases]
@@ -155,6 +159,7 @@ class Auto:
     continues: bool = False
     by_row: frozenset[str] | None = None
     shared: Refining | None = None
+    unrefined: tuple[str, ...] = field(default=(), init=False)
     _recognised: tuple[Texts, list[KnownText | None]] | None = field(default=None, init=False, repr=False)
 
     @property
@@ -164,6 +169,17 @@ class Auto:
         Shared gates were trained on subjects among themselves, and beside a style they weigh them too little.
         """
         return None if self.everywhere else self.shared
+
+    def count_everywhere(self, weights: Mapping[str, float], named: Collection[str]) -> None:
+        """Note who counts in the whole of the pictures whose texts name these experts.
+
+        Where shared gates would refine several of them and do not for that, they are told.
+        """
+        self.everywhere = weights
+        several = sum(name not in weights for name in named) > 1
+        self.unrefined = tuple(weights) if self.shared is not None and several else ()
+        if self.shared is not None and self.unrefined:
+            self.shared.rest(self.unrefined)
 
     def meet(self, named: frozenset[str]) -> None:
         """A network begins to read texts that name these experts; hosts that know no more decide here."""

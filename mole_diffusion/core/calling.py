@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .experts import Expert
-from .phrases import STYLE, kind_of, without_article
+from .phrases import STYLE, kind_of, names_phrase, without_article
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,14 @@ class Calling:
         given = self.phrases.get(expert.name)
         found = (given,) if given else expert.triggers or (expert.name,)
         return tuple(without_article(phrase.strip()) for phrase in found)
+
+    def named_in(self, text: str, experts: Mapping[str, Expert]) -> list[str]:
+        """The experts that a text names by one of their phrases, in their order."""
+        return [
+            name
+            for name, expert in experts.items()
+            if any(names_phrase(text, phrase) for phrase in self.of(expert))
+        ]
 
     def is_style(self, expert: Expert) -> bool:
         """Whether an expert changes the whole picture."""

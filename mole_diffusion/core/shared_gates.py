@@ -54,6 +54,7 @@ class SharedGates(nn.Module):
         places = [(part, place) for part, own in self.parts.items() for place in own["gates"]]
         self._numbers = {place: number for number, place in enumerate(places)}
         self._told: list[str] = []
+        self._rested: set[tuple[str, ...]] = set()
         self.places = nn.Embedding(len(places), _PLACES)
         last = nn.Linear(_WIDTH, 1)
         nn.init.zeros_(last.weight)
@@ -111,6 +112,16 @@ class SharedGates(nn.Module):
         own = self.places.weight[number].expand(*weights.shape, -1)
         answers = self.net(torch.cat([torch.stack(read, dim=-1), own], dim=-1)).squeeze(-1)
         return weights * torch.where(count > 1, torch.exp(_REACH * torch.tanh(answers)), 1.0)
+
+    def rest(self, beside: tuple[str, ...]) -> None:
+        """Say, once of the same experts, that nothing is refined where these count in the whole picture."""
+        if beside not in self._rested:
+            self._rested.add(beside)
+            logger.warning(
+                "shared gates refine nothing where %s counts in the whole picture: auto draws such pictures "
+                "as without them",
+                " and ".join(repr(name) for name in beside),
+            )
 
     def check(self, mixtures: Mapping[str, Mixture]) -> None:
         """See that these mixtures, by part, are of networks that it was trained for.

@@ -16,7 +16,6 @@ from mole_diffusion.core.ensemble import Ensemble
 from mole_diffusion.core.errors import UnknownExpertError
 from mole_diffusion.core.experts import Expert
 from mole_diffusion.core.mixture_set import Choice
-from mole_diffusion.core.phrases import names_phrase
 from mole_diffusion.core.shared_gates import SharedGates
 from mole_diffusion.core.words import places_of
 from mole_diffusion.pictures.choosing import Request, register
@@ -171,19 +170,16 @@ class PromptReader(Auto):
             prompts: all that are about to be encoded.
             by_row: whether each is of a picture of its own.
         """
-        each = [self._named(text) for text in prompts]
+        each = [set(self._calling.named_in(text, self._experts)) for text in prompts]
         differ = by_row and any(own != each[0] for own in each)
         self.by_row = frozenset[str]().union(*each) if differ else None
         named = [name for name in self.calls if any(name in own for own in each)]
-        self.everywhere = self._calling.everywhere(named, self._experts)
+        self.count_everywhere(self._calling.everywhere(named, self._experts), named)
         if not named and not self.everywhere:
             logger.warning(
                 "the prompt names none of the experts, which count for nothing: write %s",
                 ", ".join(repr(own[0]) for own in self.calls.values()),
             )
-
-    def _named(self, text: str) -> set[str]:
-        return {name for name, own in self.calls.items() if any(names_phrase(text, phrase) for phrase in own)}
 
     def note(
         self, pipe: Any, texts: Sequence[str], embeddings: Tensor, prompts: Sequence[bool | None]

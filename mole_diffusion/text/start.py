@@ -20,8 +20,8 @@ from mole_diffusion.text.examples import Pair
 _SHARPNESS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 # What all experts share in any of them: from nothing no gate comes back.
 _SHARED = 0.1
-# Of the loss with all equally, what the best has to be below: an expert of the task is at a sixth or less. Where
-# none is, gates come a little further from all equally (docs/TEXT.md).
+# Of the loss with all equally, what the best has to be below: an expert of the task is at a sixth or less.
+# Where none is of the task, gates come a little further from all equally (docs/TEXT.md).
 _KNOWN = 0.25
 # Examples at a time.
 _BATCH = 64

@@ -54,6 +54,21 @@ def test_loaded_they_refine_auto_and_nothing_else(loaded, file, draw) -> None:
     assert torch.equal(draw(loaded, mixture="auto"), before["auto"])
 
 
+def test_beside_an_expert_of_the_whole_picture_they_say_that_they_rest(loaded, file, draw, caplog) -> None:
+    before = draw(loaded)
+    loaded.load_shared_gates(file)
+    for _ in range(2):
+        assert torch.equal(draw(loaded), before)
+    told = [record.getMessage() for record in caplog.records if "refine nothing" in record.getMessage()]
+    assert len(told) == 1
+    assert "'clock' counts in the whole picture" in told[0]
+    draw(loaded, "a cat on the beach")
+    loaded.unload_expert("clock")
+    caplog.clear()
+    assert not torch.equal(draw(loaded), before)
+    assert not caplog.records
+
+
 def test_they_serve_whatever_experts_come(pipe, lora_files, file, draw) -> None:
     pipe.eject()
     pipe.load_shared_gates(file)

@@ -16,6 +16,7 @@ from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTraining
 
 from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.errors import ConfigError, NoExpertsError, TrainingError
+from mole_diffusion.starter.text.tasks import EXPERTS, UNSEEN
 from mole_diffusion.text import MoLEForSeq2SeqLM, TextTrainingConfig
 from mole_diffusion.text.examples import pairs_of
 from mole_diffusion.text.module import GatesModule
@@ -61,27 +62,33 @@ def test_gates_find_the_expert_that_answers(make: Make) -> None:
     assert not any(parameter.grad is not None for parameter in model.model.parameters())
 
 
-def test_gates_begin_with_what_fits_best(make: Make) -> None:
-    pairs = examples(make(3), "two")
-    none = dataclasses.replace(FAST, iterations=1, gate_lr=1e-9, scalar_lr=1e-9, probe=6)
-    model = make(3, trained=False)
+def task(name: str, count: int = 24) -> list[tuple[str, str]]:
+    """Examples of a task of the starter."""
+    return [one.pair for one in {**EXPERTS, **UNSEEN}[name].examples(count, "begin", held_out=False)]
+
+
+def test_gates_begin_with_the_experts_that_know_the_task() -> None:
+    names = ["plain-to-vel", "boolean", "date"]
+    none = dataclasses.replace(FAST, iterations=1, gate_lr=1e-9, scalar_lr=1e-9, probe=24)
+    model = MoLEForSeq2SeqLM.from_starter(names)
+    pairs = task("boolean")
+    even = loss(model, pairs)
     result = model.train_gates(pairs, none)
-    assert max(result.begun, key=lambda name: result.begun[name]) == "two"
-    assert result.begun["two"] > 0.5
+    assert result.begun["boolean"] > 0.8
     assert min(result.begun.values()) > 0.02
     # Fixed weights of the same size are the same model.
     assert loss(model, pairs) == pytest.approx(loss(model, pairs, weights=dict(result.begun)), rel=1e-3)
-    assert loss(model, pairs) < loss(make(3, trained=False), pairs)
+    assert loss(model, pairs) < 0.25 * even
     assert result.history[0]["weights"] == pytest.approx(dict(result.begun), abs=1e-4)
     assert result.history[0]["balance"] == pytest.approx(0, abs=1e-4)
-    even = make(3, trained=False)
-    begun = even.train_gates(pairs, dataclasses.replace(none, probe=0)).begun
-    assert begun == pytest.approx(dict.fromkeys(begun, 1 / 3))
-    assert all(mixture.prior is None for mixture in even.mixtures.values())
-    trained = make(3)
-    before = loss(trained, pairs)
-    trained.train_gates(pairs, none)
-    assert loss(trained, pairs) == pytest.approx(before, rel=1e-3)
+    # Who is trained goes on as it is.
+    again = model.train_gates(task("date"), none)
+    assert again.begun == pytest.approx(dict(result.begun))
+    for pairs, probe in ((task("counting"), 24), (task("boolean"), 0)):
+        fresh = MoLEForSeq2SeqLM.from_starter(names)
+        begun = fresh.train_gates(pairs, dataclasses.replace(none, probe=probe)).begun
+        assert begun == pytest.approx(dict.fromkeys(names, 1 / 3))
+        assert all(mixture.prior is None for mixture in fresh.mixtures.values())
 
 
 def test_the_balance_loss_is_per_expert(make: Make) -> None:

@@ -77,7 +77,7 @@ def draw(tiny: World, settings: dict[str, Any] = THREE, **options: Any) -> tuple
     assert not tiny.host.script_callbacks.failures
     assert tiny.is_clean()
     assert "get_learned_conditioning" not in vars(tiny.models["base"])
-    return torch.cat(processed.images), processed.infotexts[-1], [c for c in p.comments if "shares" in c]
+    return torch.cat(processed.images), processed.infotexts[-1], [c for c in p.comments if "share" in c]
 
 
 @pytest.mark.parametrize("negative", ["", "a dull red beach"])
@@ -107,6 +107,10 @@ def test_shared_gates_refine_it_as_in_diffusers(tiny: World, pipe: Any) -> None:
     assert MIXED not in info
     assert not said
     torch.testing.assert_close(draw(tiny, named)[0], before, **CLOSE)
+    picture, info, said = draw(tiny, {**THREE, "gates": "shared"})
+    assert info[MIXED] == "auto, as 'clock' counts in the whole picture"
+    assert "auto instead of shared gates: 'clock' counts in the whole picture" in str(said)
+    torch.testing.assert_close(picture, draw(tiny)[0], **CLOSE)
 
 
 def test_shared_gates_of_another_base_are_refused(tiny: World, tmp_path: Path) -> None:
