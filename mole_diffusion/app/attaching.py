@@ -40,14 +40,17 @@ class Shelf:
         Raises:
             MoLEError: an expert or the gates cannot be had.
         """
-        key = (id(pipe), _experts(setup, scales or {}), setup.gates and setup.gates.path)
+        files = [gates and gates.path for gates in (setup.gates, setup.shared)]
+        key = (id(pipe), _experts(setup, scales or {}), *files)
         state = self._states.pop(key, None)
         if state is not None:
             pipe.attach_experts(state)
-        whole = False
+        whole, own = False, pipe.shared_gates
         try:
             if state is None:
                 _load(pipe, setup, scales or {})
+            if setup.shared is not None:
+                pipe.load_shared_gates(setup.shared.path)
             yield pipe
             whole = True
         except Cancelled:
@@ -55,6 +58,7 @@ class Shelf:
             raise
         finally:
             state = pipe.detach_experts()
+            pipe.ensemble.shared = own
             # After an error nobody knows whether it is as it was.
             if whole and setup.cards:
                 self._states[key] = state

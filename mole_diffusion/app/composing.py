@@ -242,6 +242,7 @@ class _Drawing:
         setup = self.setup
         active = active_names(setup, request)
         used = setup.gates_state if mixture == "gates" and active else ""
+        file = setup.gates if used else setup.shared if mixture == "auto" else None
         settings = PictureSettings(
             prompt=request.prompt,
             negative=request.negative,
@@ -253,7 +254,7 @@ class _Drawing:
             mixture=mixture,
             model=setup.model,
             gates=used,
-            gates_sha256=setup.gates.sha256 if setup.gates and used else "",
+            gates_sha256="" if file is None else file.sha256,
             experts=tuple(
                 ExpertUse(
                     name=card.name,

@@ -31,6 +31,7 @@ class Kept:
         gates: by the files of their experts.
         page: what the controls of the page hold, as plain values.
         training: the last training, as plain values.
+        shared: shared gates that the visitor brought.
     """
 
     model: str
@@ -39,6 +40,7 @@ class Kept:
     gates: dict[tuple[Path, ...], Gates] = field(default_factory=dict)
     page: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] | None = None
+    shared: Gates | None = None
 
 
 def write(folder: Path, kept: Kept) -> None:
@@ -54,6 +56,7 @@ def write(folder: Path, kept: Kept) -> None:
         ],
         "page": kept.page,
         "training": _packed(kept.training, folder),
+        "shared": None if kept.shared is None else packed_path(kept.shared.path, folder),
     }
     with replacing(folder / FILE) as temporary:
         temporary.write_text(json.dumps(values, indent=1), encoding="utf-8")
@@ -69,6 +72,7 @@ def read(folder: Path) -> Kept | None:
         if values["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format_version is {values['format_version']!r}")
         cards = [_card(entry, folder) for entry in values["library"]]
+        shared = values.get("shared")  # a file may be older
         return Kept(
             str(values["model"]),
             {card.name: card for card in cards if card.path.exists()},
@@ -76,6 +80,7 @@ def read(folder: Path) -> Kept | None:
             dict(_gates(entry, folder) for entry in values["gates"]),
             dict(values["page"]),
             values["training"],
+            None if shared is None else Gates(unpacked_path(shared, folder)),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         logger.warning("%s cannot be read (%s): that visitor begins anew", path, error)

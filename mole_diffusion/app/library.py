@@ -17,6 +17,7 @@ from mole_diffusion.core.errors import ConfigError, ExpertLoadError, GateMismatc
 from mole_diffusion.core.experts import Expert, load_expert
 from mole_diffusion.core.peft_folder import expert_paths
 from mole_diffusion.core.phrases import STYLE, without_article
+from mole_diffusion.core.shared_gates import SharedGates, is_shared_gates
 from mole_diffusion.pictures.training.concepts import concepts_from_experts
 from mole_diffusion.sources import find_expert_file
 
@@ -93,10 +94,10 @@ def add_source(studio: Studio, session: Session, source: str, name: str = "") ->
 
 
 def add_gates(session: Session, path: Path) -> tuple[str, ...]:
-    """Trained gates for experts of the session, which are chosen then.
+    """Trained gates for experts of the session, which are chosen then; or shared gates, for any.
 
     Returns:
-        The experts' names.
+        The experts' names; none of shared gates.
 
     Raises:
         ConfigError: no safetensors file, or another base model is being opened.
@@ -105,6 +106,10 @@ def add_gates(session: Session, path: Path) -> tuple[str, ...]:
     session.check_settled()
     if check_upload(path) != "safetensors":
         raise ConfigError(f"{path.name!r} is no safetensors file")
+    if is_shared_gates(path):
+        SharedGates.load(path)
+        session.set_shared(Gates(session.keep_file(path, "gates")))
+        return ()
     header = read_gates_header(path)
     names = tuple(dict.fromkeys(name for part in header.parts for name in header.expert_names(part)))
     missing = [name for name in names if name not in session.library]

@@ -68,6 +68,7 @@ class Session:
         self.prepared: dict[tuple[str, Setup], Any] = {}
         self.used = time.monotonic()
         self.lock = threading.RLock()
+        self.shared: Gates | None = None
         self._gates: dict[tuple[Path, ...], Gates] = {}
         self._discarded: set[Path] = set()
         kept = read(folder)
@@ -80,7 +81,7 @@ class Session:
     def use_starter(self) -> None:
         """The starter's experts, with the three it opens with and their gates if it has them."""
         with self.lock:
-            self.model, self._gates = STARTER, {}
+            self.model, self._gates, self.shared = STARTER, {}, None
             self.library = {name: ExpertCard.of_starter(expert) for name, expert in starter_experts().items()}
             self.chosen = tuple(default_experts())
             gates = starter_dir() / "experts" / "gates.safetensors"
@@ -94,6 +95,7 @@ class Session:
                 self.use_starter()
             else:
                 self.model, self.library, self.chosen, self._gates = model, {}, (), {}
+                self.shared = None
             self.weights, self.maps = None, {}
             self.prepared.clear()
             # What suits one model suits no other.
@@ -105,7 +107,7 @@ class Session:
         """Write down what the session has, for the next start of the server."""
         with self.lock:
             training = None if self.training is None else self.training.to_dict()
-            kept = Kept(self.model, self.library, self.chosen, self._gates, self.page, training)
+            kept = Kept(self.model, self.library, self.chosen, self._gates, self.page, training, self.shared)
             write(self.folder, kept)
 
     def set_page(self, **values: Any) -> None:
@@ -123,6 +125,8 @@ class Session:
         self.chosen = self.ordered(name for name in kept.chosen if name in self.library)
         self._gates |= {key: gates for key, gates in kept.gates.items() if gates.path.is_file()}
         self.page = kept.page
+        if kept.shared is not None and kept.shared.path.is_file():
+            self.shared = kept.shared
         if kept.training is not None:
             with suppress(KeyError, TypeError, ValueError):
                 self.training = Training.from_dict(kept.training, self.folder, self.library)
@@ -160,7 +164,7 @@ class Session:
         with self.lock:
             wanted = self.chosen if names is None else self.ordered(names)
             cards = tuple(self.library[name] for name in wanted)
-            return Setup(self.model, cards, self._gates.get(self._key(cards)))
+            return Setup(self.model, cards, self._gates.get(self._key(cards)), self.shared)
 
     def enter(self, job: Job) -> None:
         """Note a job of this session's; finished ones are forgotten."""
@@ -279,6 +283,12 @@ class Session:
         """Gates for exactly these experts, in use from now on."""
         with self.lock:
             self._gates[self._key(cards)] = gates
+            self.note()
+
+    def set_shared(self, gates: Gates | None) -> None:
+        """Shared gates, for whatever experts are chosen, in use from now on; None for the base's own."""
+        with self.lock:
+            self.shared = gates
             self.note()
 
     def keep_file(self, path: Path, kind: str) -> Path:

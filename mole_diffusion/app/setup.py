@@ -55,7 +55,7 @@ class ExpertCard:
 
 @dataclass(frozen=True)
 class Gates:
-    """Trained gates in a file that nobody changes.
+    """Trained or shared gates in a file that nobody changes.
 
     Attributes:
         path: gates file.
@@ -100,11 +100,13 @@ class Setup:
         model: "starter", or what the user named.
         cards: the experts, in the order of the library.
         gates: None are fresh ones, which treat all experts alike.
+        shared: shared gates that refine auto; None for those that the base comes with, if it does with any.
     """
 
     model: str = STARTER
     cards: tuple[ExpertCard, ...] = ()
     gates: Gates | None = None
+    shared: Gates | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -115,7 +117,7 @@ class Setup:
     def files(self) -> frozenset[Path]:
         """The files that have to stay as long as something is done with this."""
         files = {card.path for card in self.cards} | {p for card in self.cards for p in card.references}
-        return frozenset(files | ({self.gates.path} if self.gates else set()))
+        return frozenset(files | {one.path for one in (self.gates, self.shared) if one is not None})
 
     @property
     def gates_state(self) -> str:

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mole_diffusion.app.metadata import read_settings
-from mole_diffusion.starter.location import starter_dir, starter_experts
+from mole_diffusion.starter.location import STARTER, shared_gates_of, starter_dir, starter_experts
 
 TABS = ("Compose", "Train", "Inspect", "Compare", "Export", "Models")
 # Controls whose name a screen reader would not find.
@@ -348,6 +348,10 @@ def test_wrong_files_are_refused_and_right_ones_taken(visit: Any, tmp_path: Path
     visitor.message("'car.safetensors' is not a gates file")
     page.click("#remove-lora")
     page.locator("#library-said", has_text="Removed: car 2.").wait_for()
+    page.locator("#gates-upload input[type=file]").set_input_files(shared_gates_of(STARTER))
+    page.locator("#library-said", has_text="These shared gates refine auto").wait_for()
+    page.click("#remove-lora")
+    page.locator("#library-said", has_text="Removed: (shared gates).").wait_for()
     page.locator("label", has_text="Another model").click()
     page.locator("#model-source textarea, #model-source input").fill(str(tmp_path))
     page.click("#open-model")

@@ -15,11 +15,14 @@ import pytest
 from app_tools import blocked
 from PIL import Image
 from safetensors import safe_open
+from tiny.shared import randomised
 
 from mole_diffusion.app.composing import ComposeRequest, compose
 from mole_diffusion.app.exporting import ExportRequest, export
 from mole_diffusion.app.jobs import Job, QueueFullError, Worker
-from mole_diffusion.app.library import add_file
+from mole_diffusion.app.keeping import read
+from mole_diffusion.app.library import add_file, add_gates
+from mole_diffusion.app.metadata import PictureSettings
 from mole_diffusion.app.session import Session
 from mole_diffusion.app.setup import Gates
 from mole_diffusion.app.studio import Studio
@@ -27,7 +30,9 @@ from mole_diffusion.app.tabs.train import what_now
 from mole_diffusion.app.train_request import TrainRequest
 from mole_diffusion.app.training import can_resume, resume_training, start_training
 from mole_diffusion.core.errors import MoLEError
-from mole_diffusion.starter.location import starter_experts
+from mole_diffusion.core.files import file_sha256
+from mole_diffusion.core.shared_gates import SharedGates
+from mole_diffusion.starter.location import STARTER, shared_gates_of, starter_experts
 
 PROMPT = "a zorin boot, a fenna cat, a nibo dog and a woxan robot"
 QUICK = {"backgrounds": False, "batch": 1, "preview_every": 0}
@@ -72,6 +77,35 @@ def test_waiting_requests_keep_their_experts_gates_regions_and_seed(studio: Stud
     assert again.settings == first.settings
     assert first.settings.gates_sha256
     assert again.path.read_bytes() == first.path.read_bytes()
+
+
+def test_shared_gates_that_were_brought_refine_auto(studio: Studio, tmp_path: Path) -> None:
+    session = studio.session("sharing")
+    request = ComposeRequest(prompt="a zorin boot and a fenna cat", steps=2, seed=5)
+
+    def draw() -> tuple[PictureSettings, bytes]:
+        job = studio.submit(session, "compose", compose(studio, session, request)).wait(300)
+        assert job.state == "done", job.error
+        picture = job.result[0]
+        return picture.settings, Image.open(picture.path).tobytes()
+
+    session.choose(["boot", "cat"])
+    before, pixels = draw()
+    file = tmp_path / "mine.safetensors"
+    randomised(SharedGates.load(shared_gates_of(STARTER))).save(file)
+    assert add_gates(session, file) == ()
+    other, refined = draw()
+    assert (before.mixture, other.mixture) == ("auto", "auto")
+    assert (before.gates_sha256, other.gates_sha256) == ("", file_sha256(file))
+    assert refined != pixels
+    kept = read(session.folder)
+    assert kept is not None
+    assert kept.shared == session.setup().shared
+    session.set_shared(None)
+    assert draw()[1] == pixels
+    add_gates(session, file)
+    session.use_model("another")
+    assert session.setup().shared is None
 
 
 def test_choosing_while_a_picture_is_drawn_changes_nothing_in_it(studio: Studio) -> None:

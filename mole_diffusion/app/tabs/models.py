@@ -27,6 +27,11 @@ _PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 #: Files of a folder whose pictures are shown.
 _PREVIEWS = 60
 _PREVIEW_SIDE = 256
+_SHARED = "(shared gates)"
+_SHARED_SAID = (
+    "These shared gates refine auto from now on, whichever experts are chosen; under What you brought they"
+    " can be removed."
+)
 _OWN, _OTHER = "The starter that ships with the project", "Another model"
 _WHOLE = (families.SD1, families.SD2, families.SDXL)
 _TRANSFORMERS = (
@@ -92,14 +97,14 @@ class ModelsTab:
             self.name = gr.Textbox(label="Name", placeholder="its own", scale=1, elem_id="lora-name")
         self.add = gr.Button("Add this LoRA", size="sm", elem_id="add-lora")
         with gr.Row(equal_height=True):
-            self.own = gr.Dropdown([], label="Experts you brought", elem_id="own-experts", scale=3)
+            self.own = gr.Dropdown([], label="What you brought", elem_id="own-experts", scale=3)
             self.remove = gr.Button(
                 "Remove", size="sm", elem_id="remove-lora", elem_classes="slim", scale=1, min_width=90
             )
         self._build_folder()
         self._build_teaching()
         self.gates = gr.File(
-            label="Load trained gates (safetensors)",
+            label="Load trained or shared gates (safetensors)",
             file_types=[".safetensors"],
             height=150,
             elem_id="gates-upload",
@@ -273,7 +278,7 @@ class ModelsTab:
         session = show.session_of(self.studio, request)
         if name is None:
             return _state(session)
-        session.remove(name)
+        session.set_shared(None) if name == _SHARED else session.remove(name)
         return _state(session, f"Removed: {name}.")
 
     @show.friendly
@@ -284,7 +289,8 @@ class ModelsTab:
             return [*_state(session), None]
         said = ""
         with show.warned():
-            said = f"Gates for {', '.join(add_gates(session, Path(path)))} are in use."
+            names = add_gates(session, Path(path))
+            said = f"Gates for {', '.join(names)} are in use." if names else _SHARED_SAID
         return [*_state(session, said), None]
 
 
@@ -308,6 +314,7 @@ def preview_of(lora: LoraFile) -> Image.Image | None:
 def _state(session: Session, said: str = "") -> list[Any]:
     model = "the starter" if session.model == STARTER else session.model
     own = [name for name, card in session.library.items() if card.own]
+    own += [_SHARED] if session.shared is not None else []
     count = f" · {len(session.library)} experts in the library, {len(session.chosen)} chosen"
     return [
         markup.notice(markup.html("<b>{}</b>{}", model, count)),
