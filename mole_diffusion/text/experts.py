@@ -215,6 +215,20 @@ class Seq2SeqExperts(HoldsExperts):
             validation=validation, callback=callback, checkpoint_dir=checkpoint_dir, resume=resume,
         )  # fmt: skip
 
+    def begin_gates(self, examples: Any, tokenizer: Any) -> Mapping[str, float]:
+        """Let gates that nobody has trained begin with the experts that know a task, for loops of others.
+
+        `train_gates` does it by itself. Args, result: see `mole_diffusion.text.training.begin_gates`.
+
+        Raises:
+            NoExpertsError: no experts are loaded.
+            ConfigError: the examples are none.
+        """
+        self.need_experts("begin_gates")
+        from mole_diffusion.text.training import begin_gates
+
+        return begin_gates(self, tokenizer, examples)
+
     @property
     def device(self) -> torch.device:
         """Where the model is."""

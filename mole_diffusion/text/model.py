@@ -243,6 +243,17 @@ class MoLEForSeq2SeqLM(Seq2SeqExperts):
             validation=validation, callback=callback, checkpoint_dir=checkpoint_dir, resume=resume,
         )  # fmt: skip
 
+    def begin_gates(self, examples: Any) -> Mapping[str, float]:  # type: ignore[override]
+        """Let gates that nobody has trained begin with the experts that know a task, for loops of others.
+
+        `train_gates` does it by itself. Args, result: see `mole_diffusion.text.training.begin_gates`.
+
+        Raises:
+            NoExpertsError: no experts are loaded.
+            ConfigError: the examples are none.
+        """
+        return super().begin_gates(examples, self.need_tokenizer("begin_gates"))
+
     def keep_best(self, examples: Any, count: int) -> tuple[str, ...]:
         """Unload all experts but the few that the gates weigh most on examples.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -309,10 +310,7 @@ def train_gates(
     experts = len(composed.experts)
     share = experts if config.per_expert else 1
     gates = Gates(composed.mixtures, dataclasses.replace(config, alpha=config.alpha / share))
-    padded = composed.ensemble.flatten_tokens.get("encoder")
-    objective = CrossEntropy(
-        composed.model, tokenizer, pairs, config, padded if isinstance(padded, int) else None
-    )
+    objective = _objective(composed, tokenizer, pairs, config)
     tried = pairs[: config.probe]
     validated = Validated(objective, gates, others, config, lambda: begin(composed, objective, tried))
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
@@ -330,11 +328,42 @@ def train_gates(
         result = loop.run(resume)
         validated.validate(len(result.history))
     validated.restore()
+    first = begun(composed)
     if gates_file is not None:
-        composed.save_gates(gates_file)
+        shown = {name: round(weight, 3) for name, weight in first.items()}
+        composed.save_gates(gates_file, {"begun": json.dumps(shown)})
     return TextTrainingResult(
-        result.history, result.stopped, validated.found, validated.best, begun(composed), gates_file
+        result.history, result.stopped, validated.found, validated.best, first, gates_file
     )
+
+
+def begin_gates(composed: Composed, tokenizer: Any, examples: Any) -> Mapping[str, float]:
+    """What `train_gates` begins with, for other loops; see `start.begin`.
+
+    Args:
+        composed: model and experts, with gates that nobody has trained.
+        tokenizer: of the model.
+        examples: all of them are tried; a few dozen will do.
+
+    Returns:
+        Expert -> its weight.
+
+    Raises:
+        ConfigError: the examples are none.
+    """
+    pairs = pairs_of(examples)
+    objective = _objective(composed, tokenizer, pairs, TextTrainingConfig())
+    with _still(composed):
+        begin(composed, objective, pairs)
+    return begun(composed)
+
+
+def _objective(
+    composed: Composed, tokenizer: Any, pairs: Sequence[Pair], config: TextTrainingConfig
+) -> CrossEntropy:
+    """The loss on examples, padded as the gates are made for."""
+    padded = composed.ensemble.flatten_tokens.get("encoder")
+    return CrossEntropy(composed.model, tokenizer, pairs, config, padded if isinstance(padded, int) else None)
 
 
 @contextmanager

@@ -81,6 +81,7 @@ def test_gates_begin_with_the_experts_that_know_the_task() -> None:
     assert loss(model, pairs) < 0.25 * even
     assert result.history[0]["weights"] == pytest.approx(dict(result.begun), abs=1e-4)
     assert result.history[0]["balance"] == pytest.approx(0, abs=1e-4)
+    assert MoLEForSeq2SeqLM.from_starter(names).begin_gates(pairs) == pytest.approx(dict(result.begun))
     # Who is trained goes on as it is.
     again = model.train_gates(task("date"), none)
     assert again.begun == pytest.approx(dict(result.begun))
