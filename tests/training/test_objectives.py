@@ -11,6 +11,7 @@ from learning import losses_before_and_after, promises_kept
 
 from mole_diffusion import MoLEConfig
 from mole_diffusion.core.errors import ConfigError, TrainingError
+from mole_diffusion.pictures.auto import AutoMixture
 from mole_diffusion.pictures.denoisers import denoiser_of
 from mole_diffusion.pictures.training import Concept, GateTrainer, TrainingConfig
 from mole_diffusion.pictures.training.rollout import Sampler
@@ -173,10 +174,16 @@ def test_subjects_of_a_styled_prompt_are_drawn_in_the_style(
         lambda texts, draws, **told: (drawn.append((texts, told)), draw(texts, draws, **told))[1]
     )
     trainer.objective.prepare()
+    phrases = {"boot": "a zorin boot", "cat": "in vim style"}
     assert drawn == [
         (
             [text] * 4,
-            {"mixture": {"boot": 0.8, "cat": 1.2}, "later": {"mixture": {"boot": 1.2, "cat": 0.8}}},
+            {
+                "mixture": AutoMixture(
+                    phrases={"boot": "a zorin boot", "cat": "in vim style"}, styles=["cat"]
+                ),
+                "active_experts": ["boot", "cat"],
+            },
         ),
         (["a boot at night in vim style"] * 4, {"mixture": {"cat": 1.0}}),
     ]
@@ -184,19 +191,6 @@ def test_subjects_of_a_styled_prompt_are_drawn_in_the_style(
     assert caption == text
     # One place for one subject, and none for the style.
     assert float(made.inside.mean()) < 0.5
-
-
-def test_other_experts_may_draw_the_second_half(pipe: Any, concepts: list[Concept], tiny: Tiny) -> None:
-    bench = GateTrainer(pipe, PROMPT, concepts, tiny()).objective.bench
-    boot, cat = {"mixture": {"boot": 1.0}}, {"mixture": {"cat": 1.0}}
-
-    def drawn(**composition: Any) -> torch.Tensor:
-        return bench.draw(["a zorin boot"], torch.Generator().manual_seed(0), **composition)
-
-    assert torch.equal(drawn(**boot), drawn(**boot, later=boot))
-    both = drawn(**boot, later=cat)
-    assert not torch.equal(both, drawn(**boot))
-    assert not torch.equal(both, drawn(**cat))
 
 
 def test_a_prompt_without_its_style_takes_the_references(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.phrases import STYLE
+from mole_diffusion.pictures.auto import AutoMixture
 from mole_diffusion.pictures.training.clip_guidance import ClipGuide
 from mole_diffusion.pictures.training.collage import Cutout, cut_out
 from mole_diffusion.pictures.training.concepts import Concept, TrainingPrompt
@@ -23,9 +24,6 @@ from mole_diffusion.training.state import Preparation
 
 #: Pictures drawn in one batch.
 _BATCH = 8
-#: Scales of a subject's expert and of the styles' where both draw a picture, in the first and in the second
-#: half of the steps: the style has to be there first, and the subject comes out in the details.
-_TOGETHER = ((0.8, 1.2), (1.2, 0.8))
 
 
 class ConceptPictures:
@@ -132,14 +130,11 @@ class ConceptPictures:
         if len(names) == 1:
             return {"active_experts": list(names)}
         styles = [name for name in names if self.concepts[name].kind == STYLE]
-        others = [name for name in names if name not in styles]
         if not styles:
             return {"mixture": dict.fromkeys(names, 1.0)}
-        early, late = (
-            {"mixture": dict.fromkeys(others, own) | dict.fromkeys(styles, style / len(styles))}
-            for own, style in _TOGETHER
-        )
-        return {**early, "later": late}
+        # Gates hold a subject in a style no better than the pictures that they learn from.
+        phrases = {name: self.concepts[name].text for name in names}
+        return {"mixture": AutoMixture(phrases=phrases, styles=styles), "active_experts": list(names)}
 
     def _background_batches(self) -> Iterator[_Batch]:
         for index, prompt in enumerate(self.prompts):

@@ -141,32 +141,20 @@ class Workbench:
             return self.denoiser.encode(pictures)
 
     @torch.no_grad()
-    def draw(
-        self,
-        texts: Sequence[str],
-        draws: torch.Generator,
-        later: Mapping[str, Any] | None = None,
-        **composition: Any,
-    ) -> Tensor:
+    def draw(self, texts: Sequence[str], draws: torch.Generator, **composition: Any) -> Tensor:
         """Draw one picture per text: (len(texts), 3, H, W) in 0..1, in steps of 1/255 so that it survives a
         file.
 
         Args:
             texts: The prompts.
             draws: Generator of the noise.
-            later: Which experts count in the second half of the steps; None is the same.
             composition: Which experts count, as for `composing`.
         """
-        steps = self.settings.sampling_steps
-        times = self.denoiser.schedule(steps)
+        times = self.denoiser.schedule(self.settings.sampling_steps)
         latents = self.sampler.noise(len(texts), draws)
-        parts = [(times, composition)]
-        if later is not None:
-            parts = [(times[: steps // 2], composition), (times[steps // 2 :], dict(later))]
         with self.autocast():
-            for own, counting in parts:
-                with self.composing(**counting):
-                    latents = self.sampler.run(latents, own, *self.encode_texts(texts))
+            with self.composing(**composition):
+                latents = self.sampler.run(latents, times, *self.encode_texts(texts))
             pictures = self.denoiser.decode(latents)
         return (pictures * 255).round().cpu() / 255
 
