@@ -13,13 +13,12 @@ from mole_diffusion.core.experts import Expert
 from mole_diffusion.core.mixture_set import Choice
 
 from .attention import let_attention_be_read
-from .auto import ClipReader
+from .auto import ClipReader, is_read
 from .binding import (
     KEY,
     Applied,
     Binding,
     LastRun,
-    adapts_text,
     bare_weights,
     facts_of,
     networks_of,
@@ -117,8 +116,7 @@ def _check_bare(model: Any, clip: Any) -> None:
 
 def _reader(clip: Any, ensemble: Ensemble, experts: ExpertSet) -> ClipReader | None:
     """What reads the prompts; None where nothing can be told by them."""
-    drawing = [one for one in ensemble.mixtures.values() if one.in_picture]
-    if not all(one.finds_places and not adapts_text(one.network) for one in drawing):
+    if not is_read(ensemble.mixtures.values()):
         logger.warning("the attention of this MODEL is not read here: without gates every expert counts 1/N")
         return None
     reader = ClipReader(clip, _active(experts), text_encoders_of(clip.patcher.model), experts.names)

@@ -13,8 +13,10 @@ from torch.utils.hooks import RemovableHandle
 from mole_diffusion.core.auto import Auto
 from mole_diffusion.core.calling import Calling
 from mole_diffusion.core.experts import Expert
+from mole_diffusion.core.mixture import Mixture
 from mole_diffusion.core.words import TokenPhrases, places_of, word_places
 
+from .binding import adapts_text
 from .texts import encoder_of, tokenizer_of
 
 #: No token has this number: an embedding stands in its place.
@@ -36,14 +38,20 @@ class ClipReader(Auto):
         experts: those that count.
         encoders: part -> ComfyUI's name of the text encoder.
         order: names of all experts of the mixture, as its rows have them.
+        calling: how prompts call them.
     """
 
     def __init__(
-        self, clip: Any, experts: Iterable[Expert], encoders: Mapping[str, str], order: Sequence[str]
+        self,
+        clip: Any,
+        experts: Iterable[Expert],
+        encoders: Mapping[str, str],
+        order: Sequence[str],
+        calling: Calling | None = None,
     ) -> None:
         self._experts = {expert.name: expert for expert in experts}
         self._order = tuple(order)
-        self._calling = Calling()
+        self._calling = calling or Calling()
         self._encoders = encoders
         self._tokenizers = clip.tokenizer
         self._language: list[str] = []
@@ -66,6 +74,11 @@ class ClipReader(Auto):
         """See `Auto`: a text that names nobody, such as a negative prompt, leaves things as they are."""
         if named:
             self.count_everywhere(self._calling.everywhere(named, self._experts), named)
+
+    def begin(self, tokens: Iterable[Mapping[str, Any]]) -> None:
+        """Texts are about to be encoded at once: each by itself, where none has more than one section."""
+        whole = all(len(sections) == 1 for own in tokens for sections in own.values())
+        self.by_row = frozenset(self._experts) if whole else None
 
     def attach(self, clip_model: nn.Module) -> None:
         """Watch what ComfyUI's text encoders read; its object of all of them together."""
@@ -140,6 +153,12 @@ class ClipReader(Auto):
         found[:start] = 0
         found[len(ids) - end :] = 0
         return found
+
+
+def is_read(mixtures: Iterable[Mixture]) -> bool:
+    """Whether the attention of the networks that draw is read here, so that places are found."""
+    drawing = [one for one in mixtures if one.in_picture]
+    return all(one.finds_places and not adapts_text(one.network) for one in drawing)
 
 
 def _plain(sections: Sequence[Sequence[Any]], other: int) -> list[int]:

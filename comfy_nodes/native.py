@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from mole_diffusion.core.calling import Calling
 from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.ensemble import Ensemble
 from mole_diffusion.core.errors import NoExpertsError
@@ -15,8 +16,10 @@ from mole_diffusion.core.fixed import fixed_mixture
 from mole_diffusion.core.mixture import Mixture
 from mole_diffusion.core.mixture_set import Choice
 from mole_diffusion.core.records import Recorder
+from mole_diffusion.pictures.auto import AutoMixture
 
-from .binding import networks_of
+from .auto import ClipReader, is_read
+from .binding import networks_of, text_encoders_of
 from .experts import ExpertSet
 from .native_diffusion import DiffusionDenoiser
 from .native_flow import FlowDenoiser, flows
@@ -86,11 +89,37 @@ class TrainingCopy:
         self,
         *,
         active_experts: Sequence[str] | None = None,
-        mixture: str | Mapping[str, float] = "gates",
+        mixture: str | Mapping[str, float] | AutoMixture = "gates",
     ) -> AbstractContextManager[None]:
         """Which experts count inside the block, and how; see `WithExperts.composing` of the pipelines."""
+        if isinstance(mixture, AutoMixture):
+            return self._seeking(mixture, list(self.experts if active_experts is None else active_experts))
         active, weights = fixed_mixture(mixture, list(self.experts), active_experts)
         return self.ensemble.choosing(Choice(active, weights=weights, base_only=mixture == "none"))
+
+    @contextmanager
+    def _seeking(self, mixture: AutoMixture, active: list[str]) -> Iterator[None]:
+        """Experts find their words and places by the texts of the block; all in full where nobody can."""
+        if not is_read(self.mixtures.values()):
+            with self.composing(mixture=dict.fromkeys(active, 1.0)):
+                yield
+            return
+        encoders = self.denoiser.text_encoders
+        reader = ClipReader(
+            self.denoiser.clip,
+            [self.experts[name] for name in active],
+            text_encoders_of(encoders),
+            list(self.experts),
+            Calling(mixture.phrases, mixture.styles),
+        )
+        reader.attach(encoders)
+        self.denoiser.reader = reader
+        try:
+            with self.ensemble.choosing(Choice(active, auto=reader)):
+                yield
+        finally:
+            self.denoiser.reader = None
+            reader.detach(encoders)
 
     def save_gates(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
         """Write the gates, with what they weighed in the last iteration."""

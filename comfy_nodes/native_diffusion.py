@@ -159,15 +159,20 @@ class DiffusionDenoiser(CopiedModel):
         """
         model = self.text_encoder
         model.reset_clip_options()
-        if self._clip.layer_idx is not None:
-            model.set_clip_options({"layer": self._clip.layer_idx})
-        tokens = [self._clip.tokenize(text, disable_weights=True) for text in texts]
+        if self.clip.layer_idx is not None:
+            model.set_clip_options({"layer": self.clip.layer_idx})
+        tokens = [self.clip.tokenize(text, disable_weights=True) for text in texts]
+        if self.reader is not None:
+            self.reader.begin(tokens)
         encoded = [
             _encode(encoder, [one[name] for one in tokens]) for name, encoder in _encoders(model).items()
         ]
         # As ComfyUI does it for SDXL: as many tokens as both have, and the last one's pooled text.
         length = min(rows.shape[1] for rows, _ in encoded)
         told = {_TEXT: torch.cat([rows[:, :length] for rows, _ in encoded], dim=-1)}
+        if self.reader is not None:
+            for own, text in zip(tokens, told[_TEXT], strict=True):
+                self.reader.note(own, text[None])
         if self._added is not None:
             height, width = self.picture_size
             told[_ADDED] = self._added(pooled_output=encoded[-1][1], height=height, width=width)

@@ -155,6 +155,9 @@ class FlowDenoiser(FlowMatching, CopiedModel):
     def encode_texts(self, texts: Sequence[str]) -> Condition:
         """Encode texts as ComfyUI does; padded behind their ends, with a mask, so that they are rows."""
         encoded = [self._encoded(text) for text in texts]
+        if self.reader is not None:
+            for text, one in zip(texts, encoded, strict=True):
+                self.reader.note(self.clip.tokenize(text), one.tokens[None])
         longest = max(len(one.tokens) for one in encoded)
         rows = [nn.functional.pad(one.tokens, (0, 0, 0, longest - len(one.tokens))) for one in encoded]
         # -1 is behind the end, which the network does not see at all.
@@ -167,11 +170,11 @@ class FlowDenoiser(FlowMatching, CopiedModel):
             return self._texts[text]
         model = self.text_encoders
         model.reset_clip_options()
-        if self._clip.layer_idx is not None:
-            model.set_clip_options({"layer": self._clip.layer_idx})
-        self._clip.load_model()
+        if self.clip.layer_idx is not None:
+            model.set_clip_options({"layer": self.clip.layer_idx})
+        self.clip.load_model()
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.texts_change):
-            tokens, pooled, *more = model.encode_token_weights(self._clip.tokenize(text))
+            tokens, pooled, *more = model.encode_token_weights(self.clip.tokenize(text))
         entries: dict[str, Any] = dict(*more)
         tokens, mask = tokens[0], entries.get("attention_mask")
         real = torch.ones(len(tokens)) if mask is None else mask[0]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mole_diffusion.core.errors import TrainingError
 
+from .auto import ClipReader
 from .binding import slot_of
 from .memory import is_dynamic
 
@@ -38,11 +39,14 @@ class CopiedModel:
     Attributes:
         network: the copy of the network that predicts.
         text_encoder: the copy of the CLIP's model, whole or in part.
+        clip: ComfyUI's own CLIP.
+        reader: reads the texts that are encoded; None for nobody.
         device: where everything runs.
     """
 
     dtype = torch.float32
     text_encoder: nn.Module
+    reader: ClipReader | None = None
 
     def __init__(
         self, model: Any, clip: Any, vae: Any, size: int | None, usual: int, dtype: torch.dtype | None
@@ -50,7 +54,7 @@ class CopiedModel:
         self.device: torch.device = model.load_device
         self.network: Any = copied(model, model.model.diffusion_model, self.device, dtype)
         self._autoencoder = copied(vae.patcher, vae.first_stage_model, self.device, torch.float32)
-        self._clip, self._format = clip, model.model.latent_format
+        self.clip, self._format = clip, model.model.latent_format
         self._encoded_channels = int(vae.latent_channels)
         configured: int = getattr(model.model.model_config, "mole_picture_size", usual)
         self._size = configured if size is None else size

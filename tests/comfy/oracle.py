@@ -12,9 +12,12 @@ from refusals import write_refusals
 from safetensors.torch import save_file
 
 from mole_diffusion import StableDiffusionMoLEPipeline, TrainingConfig
+from mole_diffusion.pictures.auto import AutoMixture
+from mole_diffusion.pictures.training.trainer import GateTrainer
 from mole_diffusion.starter.location import starter_dir, starter_experts
 
 PROMPT = "a zorin boot, a vekka monster and a kipra clock on the beach"
+STYLED = "a vekka monster on the beach in zaphel style"
 #: A training that ends in seconds and moves the gates away from uniform.
 QUICK = TrainingConfig(
     iterations=10,
@@ -45,6 +48,7 @@ def write_starter(folder: Path) -> None:
         tensors = _answers(pipe)
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "starter.safetensors")
     _write_static(pipe, folder)
+    _write_styled(folder)
     known = starter_experts()
     write_refusals(pipe, {name: known[name].path for name in pipe.experts}, folder)
 
@@ -58,6 +62,17 @@ def _write_static(pipe: Any, folder: Path) -> None:
     pictures = {"base_picture": _draw(plain)}
     plain.load_lora_weights(folder / "static.safetensors")
     save_file({**pictures, "picture": _draw(plain)}, folder / "static_picture.safetensors")
+
+
+def _write_styled(folder: Path) -> None:
+    """`styled.safetensors`: what gates of a subject in a style learn from."""
+    pipe = StableDiffusionMoLEPipeline.from_starter(experts=["monster", "sketch"])
+    bench = GateTrainer(pipe, STYLED, config=QUICK).objective.bench
+    pictures = {
+        name: bench.draw([STYLED] * 2, torch.Generator().manual_seed(4), mixture=mixture).contiguous()
+        for name, mixture in (("auto", AutoMixture()), ("la", "la"))
+    }
+    save_file(pictures, folder / "styled.safetensors")
 
 
 def _draw(pipe: Any, **mixed: Any) -> torch.Tensor:

@@ -175,16 +175,9 @@ def test_subjects_of_a_styled_prompt_are_drawn_in_the_style(
     )
     trainer.objective.prepare()
     phrases = {"boot": "a zorin boot", "cat": "in vim style"}
+    auto = AutoMixture(phrases=phrases, styles=["cat"])
     assert drawn == [
-        (
-            [text] * 4,
-            {
-                "mixture": AutoMixture(
-                    phrases={"boot": "a zorin boot", "cat": "in vim style"}, styles=["cat"]
-                ),
-                "active_experts": ["boot", "cat"],
-            },
-        ),
+        ([text] * 4, {"mixture": auto, "active_experts": ["boot", "cat"]}),
         (["a boot at night in vim style"] * 4, {"mixture": {"cat": 1.0}}),
     ]
     made, caption = trainer.objective.task.make_collage(0)  # type: ignore[attr-defined]

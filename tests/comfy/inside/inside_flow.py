@@ -14,7 +14,9 @@ from tiny_models import transformers
 
 from mole_diffusion import MoLEConfig, TrainingConfig, read_gates_header
 from mole_diffusion.core.errors import TrainingError
+from mole_diffusion.pictures.auto import AutoMixture
 from mole_diffusion.pictures.denoiser import Condition
+from mole_diffusion.pictures.training.trainer import GateTrainer
 from tools import encoded, hooks, sample
 
 PROMPT = "a sks dog and a sks cat"
@@ -126,6 +128,28 @@ def test_the_node_trains_saves_and_applies(tiny: Any, tmp_path: Path) -> None:
     mixed, clip = part("apply").apply_experts(*model[:2], pair, gates)
     plain = sample(model[0], encoded(model[1], PROMPT), size=64, cfg=1.0)
     assert (sample(mixed, encoded(clip, PROMPT), size=64, cfg=1.0) - plain).abs().max() > 1e-3
+
+
+def test_subjects_in_a_style_are_drawn_by_the_words_of_their_prompt(
+    tiny: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, model, pair = tiny
+    config = TrainingConfig(iterations=2, sampling_steps=3, autocast=False, progress=False)
+    with torch.inference_mode(False), torch.no_grad():
+        copy = part("native").TrainingCopy(*model, pair, MoLEConfig())
+        bench = GateTrainer(copy, PROMPT, config=config, denoiser=copy.denoiser).objective.bench
+
+        def drawn(text: str, mixture: Any) -> torch.Tensor:
+            return bench.draw([text], torch.Generator().manual_seed(4), mixture=mixture)
+
+        auto = AutoMixture(styles=["cat"])
+        assert not torch.equal(drawn(PROMPT, auto), drawn(PROMPT, AutoMixture()))
+        assert torch.equal(drawn("the beach", auto), drawn("the beach", "none"))
+        # Nearly as if it were alone: the empty prompt, which guidance leads away from, does without it.
+        cat, alone, base = (drawn("a sks cat", one) for one in (auto, {"cat": 1.0}, "none"))
+        assert (cat - alone).abs().mean() < 0.6 * (cat - base).abs().mean()
+        assert copy.denoiser.reader is None
+    assert "cannot be read" not in caplog.text
 
 
 def test_models_that_read_another_picture_and_other_codecs_are_refused(

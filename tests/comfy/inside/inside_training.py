@@ -16,6 +16,9 @@ from safetensors.torch import load_file
 
 from mole_diffusion import TrainingConfig
 from mole_diffusion.core.errors import ConfigError, TrainingError
+from mole_diffusion.core.experts import load_expert
+from mole_diffusion.pictures.auto import AutoMixture
+from mole_diffusion.pictures.training.trainer import GateTrainer
 from mole_diffusion.starter import starter_experts
 from tools import draw, hooks
 
@@ -95,6 +98,29 @@ def test_gates_are_those_that_diffusers_trains(
     names, weights = part("weights").weights_of_gates(part("experts").GatesFile(folder / "gates.safetensors"))
     assert names == ("boot", "monster", "clock")
     assert {len(row) for gates in weights.values() for row in gates.values()} == {3}
+
+
+def test_a_subject_in_a_style_is_drawn_as_diffusers_draws_it_with_auto(
+    starter: Any, settings: TrainingConfig, oracle: Path
+) -> None:
+    known, files, native = starter_experts(), part("experts"), part("native")
+    names = ["monster", "sketch"]
+    text = "a vekka monster on the beach in zaphel style"
+    pair = files.ExpertSet(tuple(load_expert(known[name].path, name=name) for name in names))
+    with torch.inference_mode(False):
+        copy = native.TrainingCopy(*starter, pair, part("nodes_train").MoLEConfig())
+        bench = GateTrainer(copy, text, config=settings, denoiser=copy.denoiser).objective.bench
+        before = hooks(copy.denoiser.text_encoders)
+
+        def far(mixture: Any, name: str) -> float:
+            drawn = bench.draw([text] * 2, torch.Generator().manual_seed(4), mixture=mixture)
+            return float((drawn - expected[name]).abs().mean())
+
+        expected = load_file(oracle / "styled.safetensors")
+        assert far(AutoMixture(), "auto") < 1e-3
+        assert far("la", "auto") > 1e-2
+        assert copy.denoiser.reader is None
+        assert hooks(copy.denoiser.text_encoders) == before
 
 
 def test_interrupt_keeps_what_there_is_and_the_same_training_goes_on(
