@@ -1,6 +1,7 @@
-"""What gates learn from six kinds of pictures of subjects in a style: `python bench/styled_sources.py`.
+"""What gates learn from seven kinds of pictures of subjects in a style: `python bench/styled_sources.py`.
 
-together            by the subject's expert and the style's, as training does it
+by auto             as `auto` draws the subject in the style, which is how training does it
+together            by the subject's expert and the style's with fixed weights, as training did it before
 plain               the subject's reference pictures as they are, on the style's backgrounds
 plain and together  both
 recoloured          reference pictures, six tenths of the way to the colours of the style's pictures
@@ -14,6 +15,7 @@ the artwork of the repository.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,8 @@ from tools.starter import world
 KEPT, KEPT_REDRAWN = 0.4, 0.25
 #: How far the noise goes from which they are redrawn, and the scale of the subject's expert then.
 STRENGTH, OWN = 0.58, 0.8
+#: Scales of the subject's expert and of the style's, in the first and in the second half of the steps.
+HALVES = ((0.8, 1.2), (1.2, 0.8))
 #: Rendered pictures of each subject for each prompt.
 RENDERED = 6
 
@@ -86,7 +90,34 @@ class Recoloured(Plain):
     kept = KEPT
 
 
-class Both(ConceptPictures):
+class Together(ConceptPictures):
+    """Both experts at fixed weights, more of the style in the first half of the steps."""
+
+    @torch.no_grad()
+    def prepare(self, *, backgrounds: bool) -> None:
+        """Draw anew what is drawn by auto."""
+        super().prepare(backgrounds=backgrounds)
+        draws = torch.Generator().manual_seed(self._bench.seed + 1)
+        for index, prompt in enumerate(self.prompts):
+            for name in prompt.subjects if prompt.styles else ():
+                texts = [prompt.only([name, *prompt.styles])] * len(self._drawn[name, index])
+                self._drawn[name, index] = self._in_halves(texts, name, prompt.styles, draws)
+
+    def _in_halves(
+        self, texts: list[str], name: str, styles: Sequence[str], draws: torch.Generator
+    ) -> Tensor:
+        bench = self._bench
+        times = bench.denoiser.schedule(bench.settings.sampling_steps)
+        latents, half = bench.sampler.noise(len(texts), draws), len(times) // 2
+        with bench.autocast():
+            for part, (own, style) in zip((times[:half], times[half:]), HALVES, strict=True):
+                with bench.composing(mixture={name: own, **dict.fromkeys(styles, style / len(styles))}):
+                    latents = bench.sampler.run(latents, part, *bench.encode_texts(texts))
+            pictures = bench.denoiser.decode(latents)
+        return (pictures.float().clamp(0, 1) * 255).round().cpu() / 255
+
+
+class Both(Together):
     """Reference pictures, and as many that the experts draw together."""
 
     def prepare(self, *, backgrounds: bool) -> None:
@@ -155,7 +186,8 @@ class Rendered(ConceptPictures):
 
 
 KINDS: dict[str, type[ConceptPictures]] = {
-    "together": ConceptPictures,
+    "by auto": ConceptPictures,
+    "together": Together,
     "plain": Plain,
     "plain and together": Both,
     "recoloured": Recoloured,
