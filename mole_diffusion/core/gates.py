@@ -99,12 +99,24 @@ class Gate(nn.Module):
             self.register_buffer(name, torch.tensor(float(value)))
 
     def begin_with(self, weights: Tensor) -> None:
-        """Weigh the experts so until the gate learns more: the log of N times these is added to its logits.
+        """Weigh the experts so until the gate learns more, by what is added to its logits.
 
         Args:
-            weights: (N,) above 0, summing to 1.
+            weights: (N,) above 0, below 1, summing to 1.
         """
-        self.prior = torch.log(weights.detach().float() * self.experts).to(self.projection.device)
+        wanted = weights.detach().float().to(self.projection.device)
+        if self.config.gate_function == "sigmoid":
+            wanted = wanted / (1 - wanted) * (self.experts - 1) / self.experts
+        self.prior = torch.log(wanted * self.experts)
+
+    @property
+    def begun_with(self) -> Tensor | None:
+        """(N,) the weights of `begin_with`; None where there were none."""
+        if self.prior is None:
+            return None
+        odds = torch.exp(self.prior)
+        sigmoid = self.config.gate_function == "sigmoid"
+        return odds / (odds + self.experts - 1) if sigmoid else odds / self.experts
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """As PyTorch's; a state without a prior is that of a gate without one."""

@@ -122,8 +122,7 @@ class Mixture:
     @property
     def prior(self) -> Tensor | None:
         """(N,) the weights that the gates began with, see `Gate.begin_with`; None for equal ones."""
-        found = self.groups[0].gate.prior
-        return None if found is None else torch.exp(found) / len(self.experts)
+        return self.groups[0].gate.begun_with
 
     def parameters(self) -> list[nn.Parameter]:
         """The gates' parameters."""

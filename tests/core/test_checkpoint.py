@@ -365,10 +365,13 @@ def tiny_mixtures() -> tuple[nn.Module, dict[str, Mixture]]:
     return unet, {"unet": inject(unet, to_experts(loras, "unet"), MoLEConfig())}
 
 
+@pytest.mark.parametrize("function", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("gate_input", ["experts", "own", "hidden"])
-def test_gates_keep_what_they_began_with(gate_input: str, tmp_path: Path, unet: nn.Module) -> None:
+def test_gates_keep_what_they_began_with(
+    gate_input: str, function: str, tmp_path: Path, unet: nn.Module
+) -> None:
     experts = make_experts(3, unet)
-    config = MoLEConfig(gate_input=gate_input)
+    config = MoLEConfig(gate_input=gate_input, gate_function=function)
     mixture = inject(unet, experts, config)
     save_gates(tmp_path / "even.safetensors", {"unet": mixture})
     assert read_gates_header(tmp_path / "even.safetensors").version == 2
@@ -377,6 +380,8 @@ def test_gates_keep_what_they_began_with(gate_input: str, tmp_path: Path, unet: 
         group.gate.begin_with(torch.tensor([0.7, 0.2, 0.1]))
     assert mixture.is_trained
     begun = run(unet)
+    for weights in mixture.live_weights().values():
+        assert_close(weights.mean(0), torch.tensor([0.7, 0.2, 0.1]))
     assert differs(begun, even)
     save_gates(tmp_path / "begun.safetensors", {"unet": mixture})
     assert read_gates_header(tmp_path / "begun.safetensors").version == 3

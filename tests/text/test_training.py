@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from torch.testing import assert_close
 from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
@@ -67,7 +68,7 @@ def task(name: str, count: int = 24) -> list[tuple[str, str]]:
     return [one.pair for one in {**EXPERTS, **UNSEEN}[name].examples(count, "begin", held_out=False)]
 
 
-def test_gates_begin_with_the_experts_that_know_the_task() -> None:
+def test_gates_begin_with_the_experts_that_know_the_task(tmp_path: Path) -> None:
     names = ["plain-to-vel", "boolean", "date"]
     none = dataclasses.replace(FAST, iterations=1, gate_lr=1e-9, scalar_lr=1e-9, probe=24)
     model = MoLEForSeq2SeqLM.from_starter(names)
@@ -82,6 +83,14 @@ def test_gates_begin_with_the_experts_that_know_the_task() -> None:
     assert result.history[0]["weights"] == pytest.approx(dict(result.begun), abs=1e-4)
     assert result.history[0]["balance"] == pytest.approx(0, abs=1e-4)
     assert MoLEForSeq2SeqLM.from_starter(names).begin_gates(pairs) == pytest.approx(dict(result.begun))
+    for iterations in (1, 2):  # a training that goes on has begun already
+        fresh = MoLEForSeq2SeqLM.from_starter(names)
+        config = dataclasses.replace(none, iterations=iterations)
+        gone = fresh.train_gates(pairs, config, checkpoint_dir=tmp_path)
+        assert gone.begun == pytest.approx(dict(result.begun))
+        assert len(gone.history) == iterations
+    with safe_open(tmp_path / "gates.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["begun"])["boolean"] > 0.8
     # Who is trained goes on as it is.
     again = model.train_gates(task("date"), none)
     assert again.begun == pytest.approx(dict(result.begun))
