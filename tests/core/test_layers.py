@@ -26,6 +26,7 @@ HOSTS = {
         "starter",
         "training",
         "pictures.training",
+        "pictures.auto",
         "pictures.denoiser",
         "pictures.flow_matching",
         "pictures.files",
