@@ -13,10 +13,10 @@ import torch
 
 from mole_diffusion.commands.evaluate import is_of_texts
 from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.evaluation.layers import in_blocks
 from mole_diffusion.evaluation.results import check_settings
 from mole_diffusion.evaluation.text import domain
 from mole_diffusion.evaluation.text.domain import evaluate_texts
-from mole_diffusion.evaluation.text.layers import in_blocks
 from mole_diffusion.evaluation.text.protocol import Variant, load_text_protocol, text_protocols
 from mole_diffusion.evaluation.text.scorers import is_exact, scores_of
 from mole_diffusion.starter.text import identity
@@ -211,8 +211,9 @@ def test_bleu_and_rouge() -> None:
 
 
 def test_some_blocks_of_an_expert(make: Make) -> None:
-    expert = make(1).experts["one"]
-    low, high = in_blocks(expert, 0.0, 0.5), in_blocks(expert, 0.5, 1.0)
+    model = make(1)
+    expert, mixtures = model.experts["one"], model.mixtures
+    low, high = in_blocks(expert, mixtures, 0.0, 0.5), in_blocks(expert, mixtures, 0.5, 1.0)
     for part, own in expert.factors.items():
         assert {*low.factors[part], *high.factors[part]} == set(own)
         assert all(name.startswith(f"{part}.block.0.") for name in low.factors[part])

@@ -13,6 +13,7 @@ from mole_diffusion.core.auto import AutoSettings
 from mole_diffusion.core.config import MoLEConfig
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.shared_gates import SharedGates
+from mole_diffusion.evaluation.pictures.layers import InLayers
 from mole_diffusion.evaluation.protocol import Part, chosen, find_protocol, read_protocol, shipped
 from mole_diffusion.pictures.auto import AUTO, AutoMixture
 from mole_diffusion.pictures.training.config import TrainingConfig
@@ -114,6 +115,7 @@ class Variant(Part):
         guidance: in place of the protocol's.
         auto: settings of `AutoSettings` that differ, with "auto".
         shared: with "auto", the shared gates that refine it: "starter", or a file.
+        layers: with "la", from which to which share of their blocks the experts are there.
     """
 
     name: str = Field(min_length=1, pattern=r"^[^/\\]+$")
@@ -127,6 +129,7 @@ class Variant(Part):
     guidance: float | None = Field(default=None, ge=0)
     auto: dict[str, float] = Field(default_factory=dict)
     shared: str = ""
+    layers: tuple[float, float] | None = None
 
     @property
     def shared_file(self) -> Path | None:
@@ -139,10 +142,14 @@ class Variant(Part):
         """What `pipe(mixture=...)` takes, where nothing is prepared.
 
         Raises:
-            ConfigError: `auto` names no setting, or one out of range, or this is something else.
+            ConfigError: `auto` names no setting, or one out of range, or it or `layers` is with another base.
             GateMismatchError: `shared` is no file of shared gates.
         """
         file = self.shared_file
+        if self.layers is not None:
+            if self.kind != "la":
+                raise ConfigError(f"{self.name}: layers go with 'la' alone, and this is {self.kind!r}")
+            return InLayers(*self.layers)
         if not self.auto and file is None:
             return self.kind
         if file is not None and self.kind != AUTO:

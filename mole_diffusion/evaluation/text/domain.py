@@ -21,11 +21,11 @@ from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.files import replacing
 from mole_diffusion.core.records import in_order
 from mole_diffusion.evaluation import run
+from mole_diffusion.evaluation.layers import in_blocks
 from mole_diffusion.evaluation.results import write_text
 from mole_diffusion.evaluation.run import Say
 from mole_diffusion.evaluation.schema import Heading, Row, Schema
 from mole_diffusion.evaluation.table import ALL, Table, make_table, to_csv, to_grid
-from mole_diffusion.evaluation.text.layers import in_blocks
 from mole_diffusion.evaluation.text.protocol import TextProtocol, TextTask, Variant, plain
 from mole_diffusion.evaluation.text.scorers import scores_of
 from mole_diffusion.starter.location import STARTER
@@ -314,9 +314,9 @@ class Texts:
         elif kind == "oracle":
             model.load_expert(self._kept(batch).parent)
         elif kind == "layers":
-            own = next(iter(model.experts.values()))
+            own = in_blocks(next(iter(model.experts.values())), model.mixtures, *variant.layers)
             model.eject()
-            model.add_expert(in_blocks(own, *variant.layers))
+            model.add_expert(own)
         # These leave one expert, or ask for all in full.
         full = ("both", "own", "lorahub", "pems", "oracle", "layers")
         if kind in ("alone", "tuned", "searched"):
