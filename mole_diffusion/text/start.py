@@ -6,6 +6,7 @@ there are eight, of which one is right, it may never find that one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -23,6 +24,7 @@ _SHARED = 0.1
 # Of the loss with all equally, what the best has to be below: an expert of the task is at a sixth or less.
 # Where none is of the task, gates come a little further from all equally (docs/TEXT.md).
 _KNOWN = 0.25
+_WORST = 1e4
 # Examples at a time.
 _BATCH = 64
 
@@ -59,14 +61,16 @@ def begin(composed: Composed, objective: Measuring, pairs: Sequence[Pair]) -> No
     if not pairs or any(mixture.is_trained for mixture in composed.mixtures.values()):
         return
     names = list(composed.experts)
-    losses = torch.tensor([*losses_alone(composed, objective, pairs).values()])
+    alone = torch.tensor([*losses_alone(composed, objective, pairs).values()])
+    # One that overflows by itself is the worst.
+    losses = torch.nan_to_num(alone, nan=_WORST, posinf=_WORST)
     tried = {one: _weights(losses, one) for one in _SHARPNESS}
     found = {
         one: loss_with(composed, objective, pairs, dict(zip(names, weights.tolist(), strict=True)))
         for one, weights in tried.items()
     }
-    best = min(found, key=lambda one: found[one])
-    if found[best] > _KNOWN * found[0.0]:
+    best = min(found, key=lambda one: found[one] if math.isfinite(found[one]) else math.inf)
+    if not found[best] <= _KNOWN * found[0.0]:
         return
     for mixture in composed.mixtures.values():
         order = [names.index(name) for name in mixture.expert_names]

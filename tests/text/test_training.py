@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from mole_diffusion.text.examples import pairs_of
 from mole_diffusion.text.module import GatesModule
 from mole_diffusion.text.training import CrossEntropy
 
-from .conftest import Make
+from .conftest import Make, save_adapter
 from .test_model import TEXTS, logits
 
 SOURCES = ["the cat sees the dog", "a b c d", "the big dog finds a", "e f g", "the red cat", "h g f e d"]
@@ -99,6 +100,17 @@ def test_gates_begin_with_the_experts_that_know_the_task(tmp_path: Path) -> None
         begun = fresh.train_gates(pairs, dataclasses.replace(none, probe=probe)).begun
         assert begun == pytest.approx(dict.fromkeys(names, 1 / 3))
         assert all(mixture.prior is None for mixture in fresh.mixtures.values())
+
+
+def test_an_expert_that_overflows_is_no_beginning(base: Any, tokenizer: Any, tmp_path: Path) -> None:
+    model = MoLEForSeq2SeqLM(copy.deepcopy(base), tokenizer)
+    model.load_experts([save_adapter(base, tmp_path / "sane", 1)])
+    pairs = examples(model, "sane")
+    model.load_expert(save_adapter(base, tmp_path / "mad", 2, loudest=1e38))
+    assert not math.isfinite(loss(model, pairs, weights={"mad": 1.0}))
+    begun = model.begin_gates(pairs)
+    assert sum(begun.values()) == pytest.approx(1)
+    assert begun["mad"] <= 0.5
 
 
 def test_the_balance_loss_is_per_expert(make: Make) -> None:
