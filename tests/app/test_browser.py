@@ -174,6 +174,7 @@ def test_what_the_server_could_not_be_told_any_more_is_in_the_browser(visit: Any
     visitor.number("#seed", 11)
     page.locator("#mix input[data-tile=clock]").uncheck(force=True)
     page.wait_for_function("() => (localStorage.getItem('mole-tiles') || '').includes('\"on\":false')")
+    page.wait_for_function("() => (localStorage.getItem('mole-regions') || '').includes('boot')")
     assert waiting
     page.unroute("**/queue/join**")
     visitor.reload()
