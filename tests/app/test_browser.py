@@ -79,24 +79,6 @@ def test_compose_draws_keeps_settings_and_takes_a_picture_back(visit: Any, tmp_p
     assert not page.locator("#mix input[data-tile=clock]").is_checked()
 
 
-def sheet(visitor: Any) -> None:
-    """Open the sheet for regions, with the experts' colours on it.
-
-    On a loaded machine it may be opened in the middle of what fills the page, and stays without them until
-    the page is loaded again.
-    """
-    from playwright.sync_api import TimeoutError as PlaywrightTimeout
-
-    for _ in range(2):
-        visitor.unfold("#regions-box")
-        try:
-            visitor.page.locator("#canvas .painter-chip").first.wait_for(timeout=20_000)
-            return
-        except PlaywrightTimeout:
-            visitor.reload()
-    visitor.unfold("#regions-box")
-
-
 def stroke(page: Any, begin: tuple[float, float], end: tuple[float, float]) -> None:
     """Paint on the sheet for regions, from one place to another (shares of its sides)."""
     sheet = page.locator("#canvas canvas")
@@ -132,7 +114,7 @@ def test_other_experts_start_without_gates_and_regions_are_kept(visit: Any) -> N
     page.locator("#library input[data-tile=teapot]").check(force=True)
     page.locator("#mix [data-tile=teapot]").wait_for(state="attached")
     page.locator("#gates-notice", has_text="no trained gates yet").wait_for()
-    sheet(visitor)
+    visitor.unfold("#regions-box")
     stroke(page, (0.4, 0.4), (0.55, 0.6))
     draw(visitor, steps=2)
     page.locator("#details dt", has_text="Regions").wait_for()
@@ -154,7 +136,7 @@ def test_what_is_painted_outlives_a_reload_before_anything_is_drawn(visit: Any) 
     visitor = visit()
     page = visitor.page
     no_notice(page)
-    sheet(visitor)
+    visitor.unfold("#regions-box")
     stroke(page, (0.2, 0.3), (0.3, 0.6))
     page.locator("#canvas .painter-chip", has_text="clock").click()
     stroke(page, (0.7, 0.3), (0.8, 0.6))
@@ -172,16 +154,30 @@ def test_what_is_painted_outlives_a_reload_before_anything_is_drawn(visit: Any) 
     page.locator("#regions-box > button", has_text="on for clock").wait_for()
     page.locator("#library input[data-tile=boot]").check(force=True)
     page.locator("#regions-box > button", has_text="on for boot, clock").wait_for()
-    sheet(visitor)
+    visitor.unfold("#regions-box")
     painted(page, 0.25, 0.5)
     assert (paint(page, 0.25, 0.5), paint(page, 0.75, 0.5)) == (left, right)
+
+
+def test_the_sheet_has_its_experts_and_its_paint_however_early_it_is_opened(visit: Any) -> None:
+    visitor = visit()
+    page = visitor.page
+    no_notice(page)
+    visitor.unfold("#regions-box")
+    stroke(page, (0.2, 0.3), (0.3, 0.6))
+    page.locator("#regions-box > button", has_text="on for boot").wait_for()
+    for _ in range(6):
+        visitor.reload()  # the tiles stand before what fills the page is at its end
+        page.locator("#regions-box > button").first.click()
+        page.locator("#canvas .painter-chip", has_text="clock").wait_for(timeout=20_000)
+        painted(page, 0.25, 0.45)
 
 
 def test_what_the_server_could_not_be_told_any_more_is_in_the_browser(visit: Any) -> None:
     visitor = visit()
     page = visitor.page
     no_notice(page)
-    sheet(visitor)
+    visitor.unfold("#regions-box")
     visitor.unfold("#settings-box")
     waiting: list[Any] = []
     page.route(

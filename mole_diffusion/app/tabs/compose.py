@@ -59,6 +59,8 @@ class ComposeTab(ComposeLayout):
         self.library.select(
             self.choose, [self.library, self.mix, self.prompt], [*shown, self.prompt, *named], **_QUIET
         )
+        # What a load brings is lost where the box is opened in the middle of it.
+        self.regions_box.expand(self.open_regions, self.canvas, self.canvas, **_QUIET)
         self.over.click(self.paint_over, None, self.canvas, **_QUIET)
         self.clear.click(self.clear_regions, None, [self.canvas, self.regions_box], **_QUIET)
         viewed = [self.picture, self.nla, self.details, self.reuse]
@@ -162,6 +164,13 @@ class ComposeTab(ComposeLayout):
         texts = regions.kept(painted, session.page.get("regions"))
         session.set_page(regions=texts, stamps=browser.stamps(session, "regions", stamp))
         return _heading(session)
+
+    @show.friendly
+    def open_regions(self, painted: Any, request: gr.Request) -> Any:
+        """The sheet with its experts, and with what is kept where nothing is on it."""
+        session = show.session_of(self.studio, request)
+        found = regions.around(session, page.ground(session))
+        return found if painted else {**found, "value": regions.painted(session.page.get("regions"))}
 
     @show.friendly
     def begin_from(self, image: Any, request: gr.Request) -> None:
