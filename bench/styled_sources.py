@@ -90,31 +90,50 @@ class Recoloured(Plain):
     kept = KEPT
 
 
-class Together(ConceptPictures):
-    """Both experts at fixed weights, more of the style in the first half of the steps."""
+class Anew(ConceptPictures):
+    """Subjects in a style, drawn in another way than training draws them."""
+
+    #: Added to the training's seed.
+    seed = 1
 
     @torch.no_grad()
     def prepare(self, *, backgrounds: bool) -> None:
-        """Draw anew what is drawn by auto."""
+        """Draw as training does, and each subject in a style anew."""
         super().prepare(backgrounds=backgrounds)
-        draws = torch.Generator().manual_seed(self._bench.seed + 1)
+        draws = torch.Generator().manual_seed(self._bench.seed + self.seed)
         for index, prompt in enumerate(self.prompts):
             for name in prompt.subjects if prompt.styles else ():
-                texts = [prompt.only([name, *prompt.styles])] * len(self._drawn[name, index])
-                self._drawn[name, index] = self._in_halves(texts, name, prompt.styles, draws)
+                count = len(self._drawn[name, index])
+                self._drawn[name, index] = self._anew(name, index, count, draws)
 
-    def _in_halves(
-        self, texts: list[str], name: str, styles: Sequence[str], draws: torch.Generator
+    def _anew(self, name: str, index: int, count: int, draws: torch.Generator) -> Tensor:
+        """(count, 3, H, W) of a subject for the prompt of this index."""
+        raise NotImplementedError
+
+    def _to_the_end(
+        self, latents: Tensor, texts: list[str], parts: Sequence[tuple[Tensor, dict[str, float]]]
     ) -> Tensor:
+        """Pictures of latents, from the times and scales of the experts of each part of the way."""
         bench = self._bench
-        times = bench.denoiser.schedule(bench.settings.sampling_steps)
-        latents, half = bench.sampler.noise(len(texts), draws), len(times) // 2
         with bench.autocast():
-            for part, (own, style) in zip((times[:half], times[half:]), HALVES, strict=True):
-                with bench.composing(mixture={name: own, **dict.fromkeys(styles, style / len(styles))}):
-                    latents = bench.sampler.run(latents, part, *bench.encode_texts(texts))
+            for times, mixture in parts:
+                with bench.composing(mixture=mixture):
+                    latents = bench.sampler.run(latents, times, *bench.encode_texts(texts))
             pictures = bench.denoiser.decode(latents)
         return (pictures.float().clamp(0, 1) * 255).round().cpu() / 255
+
+
+class Together(Anew):
+    """Both experts at fixed weights, more of the style in the first half of the steps."""
+
+    def _anew(self, name: str, index: int, count: int, draws: torch.Generator) -> Tensor:
+        bench, prompt = self._bench, self.prompts[index]
+        times, styles = bench.denoiser.schedule(bench.settings.sampling_steps), prompt.styles
+        half = len(times) // 2
+        mixtures = [{name: own, **dict.fromkeys(styles, style / len(styles))} for own, style in HALVES]
+        parts = list(zip((times[:half], times[half:]), mixtures, strict=True))
+        texts = [prompt.only([name, *styles])] * count
+        return self._to_the_end(bench.sampler.noise(count, draws), texts, parts)
 
 
 class Both(Together):
@@ -129,37 +148,23 @@ class Both(Together):
                 self._drawn[name, index] = torch.cat([self._references[name][: len(drawn)], drawn])
 
 
-class Redrawn(ConceptPictures):
+class Redrawn(Anew):
     """Subjects alone, recoloured, noised and drawn to the end by both experts."""
 
-    @torch.no_grad()
-    def prepare(self, *, backgrounds: bool) -> None:
-        """Draw alone, recolour, and draw anew."""
-        super().prepare(backgrounds=backgrounds)
-        draws = torch.Generator().manual_seed(self._bench.seed + 3)
-        for index, prompt in enumerate(self.prompts):
-            for name in prompt.subjects if prompt.styles else ():
-                count = len(self._drawn[name, index])
-                alone = self._bench.draw([prompt.only([name])] * count, draws, active_experts=[name])
-                start = recoloured(alone, self._drawn["", index], KEPT_REDRAWN)
-                texts = [prompt.only([name, *prompt.styles])] * count
-                mixture = {name: OWN, **dict.fromkeys(prompt.styles, 1.0)}
-                self._drawn[name, index] = self._again(start, texts, mixture, draws)
+    seed = 3
 
-    def _again(
-        self, start: Tensor, texts: list[str], mixture: dict[str, float], draws: torch.Generator
-    ) -> Tensor:
-        """Pictures noised part of the way and drawn to the end."""
-        bench, denoiser = self._bench, self._bench.denoiser
+    def _anew(self, name: str, index: int, count: int, draws: torch.Generator) -> Tensor:
+        bench, denoiser, prompt = self._bench, self._bench.denoiser, self.prompts[index]
+        alone = bench.draw([prompt.only([name])] * count, draws, active_experts=[name])
+        start = recoloured(alone, self._drawn["", index], KEPT_REDRAWN)
         times = denoiser.schedule(bench.settings.sampling_steps)
         first = len(times) - round(len(times) * STRENGTH)
         latents = bench.encode_pictures(start).float()
         noise = torch.randn(latents.shape, generator=draws).to(latents)
-        latents = denoiser.noisy(latents, noise, times[first].expand(len(texts)).to(latents.device))
-        with bench.autocast(), bench.composing(mixture=mixture):
-            latents = bench.sampler.run(latents, times[first:], *bench.encode_texts(texts))
-            pictures = denoiser.decode(latents)
-        return (pictures.float().clamp(0, 1) * 255).round().cpu() / 255
+        latents = denoiser.noisy(latents, noise, times[first].expand(count).to(latents.device))
+        texts = [prompt.only([name, *prompt.styles])] * count
+        mixture = {name: OWN, **dict.fromkeys(prompt.styles, 1.0)}
+        return self._to_the_end(latents, texts, [(times[first:], mixture)])
 
 
 class Rendered(ConceptPictures):

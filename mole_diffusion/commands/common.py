@@ -222,9 +222,10 @@ def _is_refined(pipe: StableDiffusionMoLEPipeline, prompt: str, names: Sequence[
     """Whether shared gates refine what `auto` draws of a prompt; see `Auto.refining`."""
     from mole_diffusion.core.calling import Calling
 
+    if pipe.shared_gates is None:
+        return False
     calling, experts = Calling(), {name: pipe.experts[name] for name in names}
-    everywhere = calling.everywhere(calling.named_in(prompt, experts), experts)
-    return pipe.shared_gates is not None and not everywhere
+    return not calling.everywhere(calling.named_in(prompt, experts), experts)
 
 
 def say_unnamed(pipe: StableDiffusionMoLEPipeline, prompt: str, names: Any = None) -> None:

@@ -25,9 +25,4 @@ def in_blocks(expert: Expert, mixtures: Mapping[str, Mixture], low: float, high:
         own = expert.factors.get(part, {})
         if found := {name: pair for name, pair in own.items() if name in names}:
             factors[part] = found
-    return dataclasses.replace(
-        expert,
-        factors=factors,
-        sha256=f"{expert.sha256} {low} {high}",
-        name=f"{expert.name} {low:g}-{high:g}",
-    )
+    return dataclasses.replace(expert, factors=factors, sha256=f"{expert.sha256} {low} {high}")

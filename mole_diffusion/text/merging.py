@@ -21,7 +21,7 @@ from mole_diffusion.core.factors import LoraFactors
 from mole_diffusion.text.composed import Composed
 from mole_diffusion.text.examples import Pair, pairs_of
 from mole_diffusion.text.export import write_adapter
-from mole_diffusion.text.start import loss_with, losses_alone
+from mole_diffusion.text.start import BATCH, loss_with, losses_alone
 from mole_diffusion.text.training import CrossEntropy, TextTrainingConfig
 from mole_diffusion.training.search import l1_penalty, minimise, optimiser_maker
 
@@ -199,7 +199,7 @@ class _Scorer:
         """With this one in place of all."""
         ensemble = self._composed.ensemble
         with ensemble.standing_in(ensemble.build([expert])):
-            return self._objective.mean_loss(self.pairs, 64)
+            return self._objective.mean_loss(self.pairs, BATCH)
 
     def of_weights(self, weights: Mapping[str, float]) -> float:
         """With fixed weights of the deltas."""

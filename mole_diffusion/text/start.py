@@ -25,8 +25,8 @@ _SHARED = 0.1
 # Where none is of the task, gates come a little further from all equally (docs/TEXT.md).
 _KNOWN = 0.25
 _WORST = 1e4
-# Examples at a time.
-_BATCH = 64
+#: Examples at a time.
+BATCH = 64
 
 
 class Measuring(Protocol):
@@ -39,7 +39,7 @@ class Measuring(Protocol):
 def loss_with(composed: Composed, objective: Measuring, pairs: Sequence[Pair], mixture: MixtureWord) -> float:
     """The mean loss on these pairs with such a mixture."""
     with composed.active(mixture=mixture):
-        return objective.mean_loss(pairs, _BATCH)
+        return objective.mean_loss(pairs, BATCH)
 
 
 def losses_alone(composed: Composed, objective: Measuring, pairs: Sequence[Pair]) -> dict[str, float]:

@@ -278,7 +278,10 @@ class ModelsTab:
         session = show.session_of(self.studio, request)
         if name is None:
             return _state(session)
-        session.set_shared(None) if name == _SHARED else session.remove(name)
+        if name == _SHARED:
+            session.set_shared(None)
+        else:
+            session.remove(name)
         return _state(session, f"Removed: {name}.")
 
     @show.friendly

@@ -27,5 +27,5 @@ class InLayers:
         """Let the pipeline's networks compute so inside the `with` block."""
         ensemble = pipe.ensemble
         parts = [in_blocks(one, ensemble.mixtures, self.low, self.high) for one in ensemble.experts.values()]
-        with ensemble.standing_in(ensemble.build(parts)), pipe.composing(mixture="la"):
+        with ensemble.standing_in(ensemble.build(parts)), pipe.composing(mixture="la", **request.arguments()):
             yield
