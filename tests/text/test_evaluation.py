@@ -22,6 +22,7 @@ from mole_diffusion.evaluation.text.scorers import is_exact, scores_of
 from mole_diffusion.starter.text import identity
 from mole_diffusion.starter.text.location import text_experts
 from mole_diffusion.starter.text.tasks import EXPERTS, UNSEEN
+from mole_diffusion.text import MoLEForSeq2SeqLM
 from mole_diffusion.text.phatgoose import KeyConfig
 
 from .conftest import Make
@@ -102,6 +103,22 @@ def test_gates_of_all_choose_the_experts_that_are_kept(
         evaluate_texts(alone, tmp_path / "other", device=cpu, say=lambda _: None, shown=False)
 
 
+def test_two_experts_by_hand_and_one_that_was_trained_for_their_task(tmp_path: Path) -> None:
+    name, cpu = "liked-in-vel", torch.device("cpu")
+    found = load_text_protocol("text-two-skills").restricted((name,), ("nla", "both", "oracle"), 1)
+    settings = {"iterations": 2, "batch_size": 2}
+    found = found.model_copy(update={"items": 6, "train": 8, "trained_experts": settings})
+    evaluate_texts(found, tmp_path, device=cpu, say=lambda _: None, shown=False)
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    answers = {method: [r["answer"] for r in rows if r["method"] == method] for method in found.methods}
+    model = MoLEForSeq2SeqLM.from_starter(UNSEEN[name].skills)
+    texts = [one.source for one in found.task(name).test]
+    assert answers["both"] == model.answer(texts, mixture="la", max_new_tokens=24) != answers["nla"]
+    model.eject()
+    model.load_expert(tmp_path / "made" / name / "oracle-0")
+    assert answers["oracle"] == model.answer(texts, mixture="la", max_new_tokens=24)
+
+
 def test_answers_of_another_starter_are_not_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +180,14 @@ def test_protocols_that_ship_name_what_there_is() -> None:
         load_text_protocol_from({"title": "x", "methods": {"a": {"kind": "nla", "top_k": 2}}})
     with pytest.raises(ConfigError, match="kept goes by gates, and kind is 'alone'"):
         load_text_protocol_from({"title": "x", "methods": {"a": {"kind": "alone", "kept": 2}}})
+    two = load_text_protocol("text-two-skills")
+    for task in two.tasks:
+        chosen_for = two.experts_for(task, two.methods["gates"])
+        assert (len(set(chosen_for)), chosen_for[:2]) == (8, UNSEEN[task].skills)
+    with pytest.raises(
+        ConfigError, match="no experts know the parts of 'boolean'; skills are of vel-to-ron, "
+    ):
+        table3.experts_for("boolean", two.methods["both"])
     with pytest.raises(ConfigError, match="kind 'magic' is none of"):
         load_text_protocol_from({"title": "x", "methods": {"a": {"kind": "magic"}}})
 

@@ -49,7 +49,7 @@ ROUNDS: dict[str, Round] = {
     "disambiguation": Round(reasoning.disambiguation, 300),
     "boolean": Round(reasoning.boolean, 600),
     "numbers": Round(inference.numbers, 600, rate=1e-3, start="numbers"),
-    "two-steps": Round(inference.two_steps, 600, rate=1e-3, start="two-steps"),
-    "one-step": Round(inference.one_step, 600, rate=1e-3, start="one-step"),
-    "three-inferences": Round(EXPERTS["three-inferences"].make, 900, rate=2e-3, start="pronoun"),
+    "two-steps": Round(inference.two_steps, 4000, rate=1e-3, start="two-steps"),
+    "one-step": Round(inference.one_step, 4000, rate=1e-3, start="one-step"),
+    "three-inferences": Round(EXPERTS["three-inferences"].make, 4000, rate=1e-3, start="one-step"),
 }

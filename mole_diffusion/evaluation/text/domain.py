@@ -33,6 +33,7 @@ from mole_diffusion.starter.text.identity import starter_identity
 from mole_diffusion.starter.text.location import text_experts
 from mole_diffusion.starter.text.more import MORE
 from mole_diffusion.starter.text.tasks import EXPERTS
+from mole_diffusion.starter.text.words import Example
 from mole_diffusion.text import MoLEForSeq2SeqLM, TextTrainingConfig
 from mole_diffusion.text.merging import Merged, alone, lorahub, mix_factors, pems, searched, tuned
 from mole_diffusion.text.phatgoose import ExpertKeys, KeyConfig, phatgoose, train_keys
@@ -286,13 +287,8 @@ class Texts:
             return name
         folder = self._out / "experts" / name
         if name in MORE and not (folder / "adapter_config.json").is_file():
-            from mole_diffusion.text.expert_training import TextExpertConfig, train_expert
-
-            settings = {"rank": _RANK, **self._protocol.trained_experts, "progress": False}
-            config = TextExpertConfig(**settings)
             examples = MORE[name].examples(self._protocol.train, "expert", held_out=False)
-            pairs = [one.pair for one in examples]
-            train_expert(self._model.model, self._model.tokenizer, pairs, folder, config)
+            self._train_expert(examples, folder)
         return folder if name in MORE else text_experts().get(name, name)
 
     @contextmanager
@@ -318,9 +314,11 @@ class Texts:
             model.eject()
             model.add_expert(own)
         # These leave one expert, or ask for all in full.
-        full = ("both", "own", "lorahub", "pems", "oracle", "layers")
+        full = ("own", "lorahub", "pems", "oracle", "layers")
         if kind in ("alone", "tuned", "searched"):
             yield self._weights(batch)
+        elif kind == "both":
+            yield dict.fromkeys(self._protocol.skills_of(batch.place), 1.0)
         elif kind == "phatgoose":
             yield phatgoose(model, {name: self._keys(name) for name in model.experts})
         else:
@@ -360,11 +358,14 @@ class Texts:
         self._model.save_gates(self._kept(batch))
 
     def _train_oracle(self, batch: TextBatch) -> None:
+        self._train_expert(self._task(batch.place).train, self._kept(batch).parent, seed=batch.seed)
+
+    def _train_expert(self, examples: Sequence[Example], folder: Path, **settings: Any) -> None:
         from mole_diffusion.text.expert_training import TextExpertConfig, train_expert
 
-        examples = [one.pair for one in self._task(batch.place).train]
-        config = TextExpertConfig(rank=_RANK, seed=batch.seed, progress=False)
-        train_expert(self._model.model, self._model.tokenizer, examples, self._kept(batch).parent, config)
+        settings = {"rank": _RANK, **self._protocol.trained_experts, **settings, "progress": False}
+        pairs = [one.pair for one in examples]
+        train_expert(self._model.model, self._model.tokenizer, pairs, folder, TextExpertConfig(**settings))
 
     def _search(self, batch: TextBatch, variant: Variant) -> Merged:
         model, shots = self._model, [one.pair for one in self._task(batch.place).shots]

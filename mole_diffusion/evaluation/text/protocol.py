@@ -45,7 +45,7 @@ class Variant(Part):
 
     Attributes:
         kind: one of `KINDS`: "own" is the task's own expert, "layers" the same in some blocks alone, "both"
-            all experts at 1 as "la", "oracle" a LoRA trained for the task.
+            those that know the parts of the task at 1, "oracle" a LoRA trained for the task.
         gates, training: changes of the form of gates, and of their training.
         drawn: another number of experts.
         trained_on: another task that gates are trained on.
@@ -102,10 +102,11 @@ class TextProtocol(Part):
         files: name -> a task in files.
         experts: names or sources that are always there.
         own: whether each task's own expert is there too.
+        skills: whether those are there that know the parts of each task; see `starter.text.two_skills`.
         drawn: how many experts there are in all: those missing are drawn from the starter and then from
             `starter.text.more`, always the same ones, and fewer are among more.
         trained_experts: settings of `TextExpertConfig` for experts that do not come with the starter, which
-            are trained where they are asked for.
+            are trained where they are asked for, and for oracles.
         methods: name in the table -> what it is.
         seeds: trainings of everything that is trained.
         items: held-out items of each task.
@@ -123,6 +124,7 @@ class TextProtocol(Part):
     files: dict[str, TaskFiles] = Field(default_factory=dict)
     experts: tuple[str, ...] = ()
     own: bool = False
+    skills: bool = False
     drawn: int = 0
     trained_experts: dict[str, Any] = Field(default_factory=dict)
     methods: dict[str, Variant]
@@ -201,20 +203,34 @@ class TextProtocol(Part):
         wanted = self.methods[method].model_copy(update={field: None})
         return next((name for name, one in self.methods.items() if one == wanted), None)
 
+    def skills_of(self, task: str) -> tuple[str, ...]:
+        """The experts that know the parts of a task.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        found = UNSEEN[task].skills if task in UNSEEN else ()
+        if not found:
+            known = [name for name, one in UNSEEN.items() if one.skills]
+            raise ConfigError(f"no experts know the parts of {task!r}; skills are of {', '.join(known)}")
+        return found
+
     def experts_for(self, task: str, variant: Variant) -> tuple[str, ...]:
         """The experts of a task, in the order of the gates' rows.
 
         Raises:
-            ConfigError: more are to be drawn than there are.
+            ConfigError: more are to be drawn than there are, or no experts know the task's parts.
         """
         found = list(self.experts)
         if self.own and task in EXPERTS and task not in found:
             found.append(task)
+        if self.skills or variant.kind == "both":
+            found += [name for name in self.skills_of(task) if name not in found]
         wanted = self.drawn if variant.drawn is None else variant.drawn
         pool = [name for name in EXPERTS if name not in found and name != JOINT.name]
         if not self.own and task in pool:
             pool.remove(task)
-        Random(f"experts beside {task if self.own else 'all'}").shuffle(pool)
+        Random(f"experts beside {task if self.own or self.skills else 'all'}").shuffle(pool)
         more = list(MORE)
         Random("more experts").shuffle(more)
         pool += more

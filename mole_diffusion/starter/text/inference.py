@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import permutations
 from random import Random
 
 from .facts import RELATIONS, some_question
@@ -20,6 +21,12 @@ TEMPLATES = (
     "premise: {p} hypothesis: {h}. yes, no or maybe?",
     "{p} can we say that {h}? yes, no or maybe?",
 )
+#: What the other one does of two, for each verb.
+OTHER_SIDE = {
+    one: other
+    for pair in ("push pull", "find lose", "bring take", "see hide", "want hold", "wash paint")
+    for one, other in permutations(pair.split())
+}
 # Share of claims of more among those of more and less.
 _MORE = 0.9
 #: Verbs whose reason lies in what they are done to.
@@ -35,46 +42,46 @@ def _claim(one: str, relation: str, two: str) -> str:
     return f"the {one} {relation} the {two}"
 
 
-def one_step(rng: Random) -> Example:
-    """Inverse relations: a claim holds the other way round of the inverse, and not of the relation itself.
+def _does(one: str, verb: str, two: str) -> str:
+    return _claim(one, third(verb), two)
 
-    A relation says nothing of what the two do. Premises have the first relation of a pair, and a hypothesis
-    turns round the nouns, or both them and the relation. With premises and hypotheses either way, and strange
-    nouns and relations, the answer turns on four comparisons at once; an expert of this size was at 52 %
-    after 200,000 examples.
+
+def one_step(rng: Random) -> Example:
+    """Verbs that come in pairs: who pushes another is pulled by it, and does not get pushed by it.
+
+    The other verbs say nothing of this one. Relations and their inverses (`PAIRS`) were too much for an
+    expert of this size: in the base's lessons they are there to be repeated, so that most of their words look
+    alike to it (their embeddings have a cosine of 0.95), and of claims with the inverse it knew a third.
     """
     one, two = rng.sample(NOUNS, 2)
-    relation, inverse = rng.choice(PAIRS)
+    verb = rng.choice(VERBS)
     answer = rng.choice(("yes", "no", "maybe"))
+    first, second = rng.sample((one, two), 2)
+    unsaid = others(rng, VERBS, (verb, OTHER_SIDE[verb]), 1)[0]
     claims = {
-        "yes": rng.choice((_claim(one, relation, two), _claim(two, inverse, one))),
-        "no": _claim(two, relation, one),
-        "maybe": _untold(rng, one, two),
+        "yes": rng.choice((_does(one, verb, two), _does(two, OTHER_SIDE[verb], one))),
+        "no": _does(two, verb, one),
+        "maybe": _does(first, unsaid, second),
     }
-    return asked(rng, f"{_claim(one, relation, two)}.", claims[answer], answer)
+    return asked(rng, f"{_does(one, verb, two)}.", claims[answer], answer)
 
 
 def two_steps(rng: Random) -> Example:
     """Chains of two claims of one relation, in any order: of the ends it does not hold the other way round.
 
-    Inverse relations are left to `one_step`: with them too an expert of this size was at 44 %.
+    Of things that no claim names nothing is known. Inverse relations with them were too much for an expert
+    of this size: 44 %.
     """
-    one, two, three = rng.sample(NOUNS, 3)
+    one, two, three, four, five = rng.sample(NOUNS, 5)
     relation, answer = rng.choice(PAIRS)[0], rng.choice(("yes", "no", "maybe"))
     premises = [f"{_claim(one, relation, two)}.", f"{_claim(two, relation, three)}."]
     rng.shuffle(premises)
     claims = {
         "yes": _claim(one, relation, three),
         "no": _claim(three, relation, one),
-        "maybe": _untold(rng, one, three),
+        "maybe": _claim(four, relation, five),
     }
     return asked(rng, " ".join(premises), claims[answer], answer)
-
-
-def _untold(rng: Random, one: str, two: str) -> str:
-    """A claim about two nouns that no relation decides."""
-    first, second = rng.sample((one, two), 2)
-    return f"the {first} {third(rng.choice(VERBS))} the {second}"
 
 
 def numbers(rng: Random) -> Example:
@@ -120,7 +127,12 @@ def pronoun(rng: Random) -> Example:
     """Whom "it" means: by the verb, the one that acts or the other."""
     one, two = rng.sample(NOUNS, 2)
     verb, colour = rng.choice(VERBS), rng.choice(COLOURS)
-    meant = two if verb in OF_OBJECT else one
     claimed = rng.choice((one, two))
     premise = f"the {one} {third(verb)} the {two} because it is {colour}."
-    return asked(rng, premise, f"the {claimed} is {colour}", "yes" if claimed == meant else "no")
+    answer = "yes" if is_meant(claimed, one, verb, two) else "no"
+    return asked(rng, premise, f"the {claimed} is {colour}", answer)
+
+
+def is_meant(noun: str, subject: str, verb: str, target: str) -> bool:
+    """Whether "it" means this noun where the subject does this to the target."""
+    return noun == (target if verb in OF_OBJECT else subject)

@@ -8,7 +8,7 @@ from functools import partial
 from random import Random
 from typing import Literal
 
-from . import inference, questions, reasoning, writing
+from . import inference, questions, reasoning, two_skills, writing
 from .facts import facts
 from .languages import language
 from .words import Example, is_held_out
@@ -26,12 +26,14 @@ class Task:
         family: its row group in Table 3 of the paper.
         metric: how answers are scored.
         make: an example from a random generator.
+        skills: names of the experts that know its parts, of one that no expert knows (`two_skills`).
     """
 
     name: str
     family: str
     metric: Metric
     make: Callable[[Random], Example]
+    skills: tuple[str, ...] = ()
 
     def examples(self, count: int, seed: str, *, held_out: bool) -> list[Example]:
         """Examples in random order; those for evaluation are never among those for training.
@@ -112,15 +114,56 @@ JOINT = Task("three-inferences", INFERENCE, "exact", _joint)
 EXPERTS: dict[str, Task] = {task.name: task for task in (*_experts(), JOINT)}
 
 
-def _pivot(rng: Random) -> Example:
-    return writing.between(rng, language("vel"), language("ron"))
+def _two_skills() -> Iterator[Task]:
+    vel, ron, dak = (language(name) for name in ("vel", "ron", "dak"))
+    yield Task(
+        "vel-to-ron",
+        TRANSLATION,
+        "bleu",
+        partial(writing.between, source=vel, target=ron),
+        ("vel-to-plain", "plain-to-ron"),
+    )
+    yield Task(
+        "words-to-dak",
+        WRITING,
+        "bleu",
+        partial(two_skills.words_in, language=dak),
+        ("words-to-text", "plain-to-dak"),
+    )
+    yield Task(
+        "liked-in-vel",
+        QUESTIONS,
+        "exact",
+        partial(two_skills.liked_in, world=facts("main"), language=vel),
+        ("free-answer", "plain-to-vel"),
+    )
+    yield Task(
+        "colour-in-ron",
+        RULES,
+        "exact",
+        partial(two_skills.colour_in, language=ron),
+        ("coloured-objects", "plain-to-ron"),
+    )
+    yield Task(
+        "meant-in-dak",
+        RULES,
+        "exact",
+        partial(two_skills.meant_in, language=dak),
+        ("disambiguation", "plain-to-dak"),
+    )
+    yield Task(
+        "pronoun-from-vel",
+        INFERENCE,
+        "exact",
+        partial(two_skills.pronoun_from, language=vel),
+        ("pronoun", "vel-to-plain"),
+    )
 
 
 #: Tasks that no expert was trained for.
 UNSEEN: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("vel-to-ron", TRANSLATION, "bleu", _pivot),
         Task("counting", RULES, "exact", reasoning.counting),
         Task("navigate", RULES, "exact", reasoning.navigate),
         Task("sorting", RULES, "exact", reasoning.sorting),
@@ -129,5 +172,6 @@ UNSEEN: dict[str, Task] = {
         Task("dyck", RULES, "exact", reasoning.dyck),
         Task("arithmetic", RULES, "exact", reasoning.arithmetic),
         Task("lies", RULES, "exact", reasoning.lies),
+        *_two_skills(),
     )
 }
