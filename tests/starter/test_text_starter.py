@@ -311,9 +311,9 @@ def test_every_expert_of_the_starter_that_comes_along_reaches_the_bar() -> None:
     figures = json.loads((text_starter() / PUBLISHED).read_text())["experts"]
     assert set(figures) == set(EXPERTS)
     assert {name: one["expert"] for name, one in figures.items() if one["expert"] < 0.8} == {}
-    # The base's lessons have claims that are repeated, and others that nothing is known of.
-    known = {name for name, one in figures.items() if one["base"] > 0.4}
-    assert known == {"boolean", "one-step", "two-steps", "three-inferences"}
+    # The base is near chance: half of what is true or not, a third of three answers, and less elsewhere.
+    assert {name for name, one in figures.items() if one["base"] > 0.4} == {"boolean"}
+    assert figures["boolean"]["base"] < 0.55
 
 
 def test_every_expert_of_the_starter_that_comes_along_opens() -> None:
