@@ -15,7 +15,7 @@ from mole_diffusion.commands.evaluate import is_of_texts
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.evaluation.layers import in_blocks
 from mole_diffusion.evaluation.results import check_settings
-from mole_diffusion.evaluation.text import domain
+from mole_diffusion.evaluation.text import domain, methods
 from mole_diffusion.evaluation.text.domain import evaluate_texts
 from mole_diffusion.evaluation.text.protocol import Variant, load_text_protocol, text_protocols
 from mole_diffusion.evaluation.text.scorers import is_exact, scores_of
@@ -148,8 +148,8 @@ def test_keys_are_learned_on_the_experts_own_tasks(
     with pytest.raises(ConfigError, match="phatgoose trains on experts' own tasks; that of 'one' is not"):
         evaluate_texts(found, tmp_path / "none", device=cpu, say=lambda _: None, shown=False)
     for name in ("one", "two"):
-        monkeypatch.setitem(domain.EXPERTS, name, EXPERTS["boolean"])
-    monkeypatch.setattr(domain, "KeyConfig", partial(KeyConfig, iterations=2))
+        monkeypatch.setitem(methods.EXPERTS, name, EXPERTS["boolean"])
+    monkeypatch.setattr(methods, "KeyConfig", partial(KeyConfig, iterations=2))
     table = evaluate_texts(found, tmp_path / "out", device=cpu, say=lambda _: None, shown=False)
     assert set(table["all"]) == {"phatgoose"}
     assert {path.stem for path in (tmp_path / "out" / "keys").iterdir()} == {"one", "two"}
