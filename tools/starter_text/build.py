@@ -2,8 +2,8 @@
 
 Needs torch, numpy, safetensors and tokenizers, and no network. Every step has a fixed seed; one that was cut
 goes on from its checkpoint in the work folder, and a finished one is skipped. Weights and figures are written
-while it goes, so that a build that is cut leaves what it had. `publish.py` makes the folders of
-`assets/starter/text` of what this writes.
+while it goes, so that a build that is cut leaves what it had. `--publish assets/starter/text` makes the
+starter's folder of it at the end (`publish.py`, which needs transformers too).
 """
 
 from __future__ import annotations
@@ -349,6 +349,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--layers", type=int, nargs=2, default=(4, 3), help="of encoder and decoder")
     parser.add_argument("--machine", default="", help="what the card is to say about where it ran")
+    parser.add_argument("--publish", type=Path, default=None, help="folder of the starter to make of it")
     parser.add_argument("--starter", type=Path, default=None, help="begin with a starter that was published")
     parser.add_argument(
         "--again", nargs="+", default=(), choices=list(ROUNDS), help="only these second rounds"
@@ -373,6 +374,10 @@ def main() -> None:
         recipe, shape, given.out, work, given.device, given.minutes * 60, given.processes,
         compiled=given.compile, machine=given.machine,
     ).run(given.again)  # fmt: skip
+    if given.publish is not None:
+        from .publish import publish
+
+        publish(given.out, given.publish)
 
 
 if __name__ == "__main__":
