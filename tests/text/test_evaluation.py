@@ -122,7 +122,7 @@ def test_two_experts_by_hand_and_one_that_was_trained_for_their_task(tmp_path: P
 def test_answers_of_another_starter_are_not_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = load_text_protocol("text-table3-short").restricted(("date", "numbers"), ("none", "own"), 1)
+    whole = load_text_protocol("text-table3-short").restricted(("date", "numbers"), ("nla", "own"), 1)
     dates = whole.restricted(("date",), None, 1)
     folder = domain.Texts(whole, tmp_path, torch.device("cpu"))
     check_settings(tmp_path, folder.settings(), domain.TEXTS)
@@ -132,7 +132,7 @@ def test_answers_of_another_starter_are_not_gone_on_with(
         check_settings(tmp_path, folder.settings(), domain.TEXTS)
     # A task that is what it was, with its own experts, may go on.
     check_settings(tmp_path, domain.Texts(dates, tmp_path, torch.device("cpu")).settings(), domain.TEXTS)
-    beside = dates.experts_for("date", dates.methods["own"])[-1]
+    beside = dates.experts_for("date", dates.methods["nla"])[-1]
     monkeypatch.setattr(identity, "text_experts", lambda: {**text_experts(), beside: text_experts()["date"]})
     with pytest.raises(ConfigError, match=rf"starter\.experts\.{beside}"):
         check_settings(tmp_path, folder.settings(), domain.TEXTS)
@@ -188,6 +188,13 @@ def test_protocols_that_ship_name_what_there_is() -> None:
         ConfigError, match="no experts know the parts of 'boolean'; skills are of vel-to-ron, "
     ):
         table3.experts_for("boolean", two.methods["both"])
+    table5 = load_text_protocol("text-table5")
+    ranges = [way for way in table5.methods.values() if way.kind == "layers"]
+    assert {table5.experts_for("pronoun", way) for way in ranges} == {("three-inferences",)}
+    assert [way.layers for way in ranges] == [(n / 4, (n + 1) / 4) for n in range(4)]
+    assert table3.experts_for("pronoun", table3.methods["own"]) == ("pronoun",)
+    with pytest.raises(ConfigError, match="expert goes by own and layers, and kind is 'nla'"):
+        load_text_protocol_from({"title": "x", "methods": {"a": {"kind": "nla", "expert": "date"}}})
     with pytest.raises(ConfigError, match="kind 'magic' is none of"):
         load_text_protocol_from({"title": "x", "methods": {"a": {"kind": "magic"}}})
 

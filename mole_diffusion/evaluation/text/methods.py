@@ -138,12 +138,9 @@ class Methods:
     @contextmanager
     def _experts(self, batch: TextBatch, variant: Variant) -> Iterator[None]:
         """The task's experts are on the model, with fresh gates of the variant's form."""
-        names: tuple[str, ...] = ()
-        if variant.kind in ("own", "layers"):
-            names = (batch.place,)
-        elif variant.kept is not None:
+        if variant.kept is not None:
             names = self._best(batch, variant.kept)
-        elif variant.kind not in ("none", "oracle"):
+        else:
             names = self._protocol.experts_for(batch.place, variant)
         form = MoLEConfig.from_dict({**self._protocol.gates, **variant.gates})
         self.model.eject()

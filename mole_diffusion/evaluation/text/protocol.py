@@ -19,24 +19,14 @@ from mole_diffusion.starter.text.tasks import EXPERTS, JOINT, UNSEEN
 from mole_diffusion.starter.text.words import Example
 
 FOLDER = Path(__file__).parent / "protocols"
-#: Methods that every protocol may name.
+#: Kinds of methods that have one expert alone, the task's own if no other is named.
+LONE = ("own", "layers")
+#: Kinds that have no expert of the protocol's.
+BARE = ("none", "oracle")
+#: Kinds of methods that every protocol may name.
 KINDS = (
-    *(
-        "none",
-        "la",
-        "nla",
-        "gates",
-        "arrow",
-        "energy",
-        "phatgoose",
-        "alone",
-        "tuned",
-        "searched",
-        "lorahub",
-        "pems",
-        "layers",
-    ),
-    *("own", "both", "oracle"),
+    *("la", "nla", "gates", "arrow", "energy", "phatgoose", "alone", "tuned", "searched"),
+    *("lorahub", "pems", "both", *LONE, *BARE),
 )
 
 
@@ -53,6 +43,7 @@ class Variant(Part):
         kept: for "gates": how many experts are kept of all, those that gates of all of them weigh most; see
             `MoLEForSeq2SeqLM.keep_best`. The protocol has a method that differs in this alone.
         layers: for "layers", from which to which share of the blocks.
+        expert: for "own" and "layers": another expert than the task's own.
         same_budget: for "lorahub" and "searched": as many passes as the gates' training.
     """
 
@@ -64,6 +55,7 @@ class Variant(Part):
     top_k: int | None = Field(None, ge=1)
     kept: int | None = Field(None, ge=2)
     layers: tuple[float, float] = (0.0, 1.0)
+    expert: str | None = None
     same_budget: bool = False
 
     @model_validator(mode="after")
@@ -73,6 +65,8 @@ class Variant(Part):
         for name in ("top_k", "kept"):
             if getattr(self, name) is not None and self.kind != "gates":
                 raise ValueError(f"{name} goes by gates, and kind is {self.kind!r}")
+        if self.expert is not None and self.kind not in LONE:
+            raise ValueError(f"expert goes by {' and '.join(LONE)}, and kind is {self.kind!r}")
         return self
 
 
@@ -221,6 +215,10 @@ class TextProtocol(Part):
         Raises:
             ConfigError: more are to be drawn than there are, or no experts know the task's parts.
         """
+        if variant.kind in BARE:
+            return ()
+        if variant.kind in LONE:
+            return (variant.expert or task,)
         found = list(self.experts)
         if self.own and task in EXPERTS and task not in found:
             found.append(task)
