@@ -38,6 +38,14 @@ def test_gates_are_above_other_mixtures_in_table_3(other: str) -> None:
     assert len(below) <= 1, below
 
 
+def test_gates_know_what_no_fixed_weights_know_in_tasks_of_two_skills() -> None:
+    found = scores("two-skills")
+    mean, low, _ = found["all", "gates"]
+    for method in ("none", "alone", "both", "la", "nla", "tuned", "pems", "lorahub", "lorahub-same-budget"):
+        assert low > found["all", method][0]
+        assert mean > 2 * found["all", method][0]
+
+
 def test_128_experts_are_no_worse_than_48_in_table_6() -> None:
     found = scores("table6")
     assert found["all", "own gates of 128"][0] >= found["all", "own gates of 48"][1]
