@@ -419,6 +419,31 @@ def test_reference_pictures_and_phrases_of_a_concept(visit: Any) -> None:
     assert page.locator("#concept-class textarea, #concept-class input").input_value() == "a red boot"
 
 
+def test_the_concept_that_is_chosen_last_is_shown_however_late_the_one_before_comes(visit: Any) -> None:
+    visitor = visit()
+    page = visitor.tab("Train")
+    visitor.unfold("#concepts-box")
+    phrase = page.locator("#concept-text textarea, #concept-text input")
+    page.locator("#concept label", has_text="boot").click()
+    page.wait_for_function("() => document.querySelectorAll('#references .thumbnail-item').length === 5")
+    kept, held = phrase.input_value(), []
+
+    def hold(route: Any) -> None:
+        is_shown = route.request.post_data_json["data"] == ["boot"]
+        held.append(route) if is_shown and not held else route.continue_()
+
+    page.route("**/queue/join*", hold)
+    page.click("#save-concept")
+    while not held:
+        page.wait_for_timeout(20)
+    page.locator("#concept label", has_text="clock").click()
+    page.wait_for_timeout(500)
+    held[0].continue_()
+    page.wait_for_timeout(1500)
+    assert "clock" in phrase.input_value() != kept
+    assert page.locator("#concept input:checked").input_value() == "clock"
+
+
 def test_two_visitors_do_not_see_each_others_experts(visit: Any) -> None:
     first, second = visit(), visit()
     first.tab("Models")

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import gradio as gr
 from markupsafe import Markup
@@ -129,6 +130,8 @@ class TrainTab:
                 height=130,
                 elem_id="reference-upload",
             )
+            #: Another value whenever a concept is another than before.
+            self.changes = gr.State("")
             with gr.Row():
                 self.keep = gr.Button("Save phrases", size="sm", elem_id="save-concept")
                 self.clear = gr.Button("Remove pictures", size="sm", elem_id="clear-references")
@@ -164,14 +167,21 @@ class TrainTab:
         concept = [self.text, self.class_text, self.pictures]
         shown = [self.experts, self.prompt, self.concept, *concept]
         self.experts.select(self.choose, [self.experts, self.prompt, self.concept], shown, **quick)
-        self.concept.change(self.show_concept, self.concept, concept, **quick)
-        # What is shown afterwards is the concept that is chosen by then, which may be another one.
-        for changed in (
-            self.keep.click(self.save_phrases, [self.concept, self.text, self.class_text], None, **quick),
-            self.upload.upload(self.add_pictures, [self.concept, self.upload], self.upload, **quick),
-            self.clear.click(self.remove_pictures, self.concept, None, **quick),
-        ):
-            changed.success(self.show_concept, self.concept, concept, **quick)
+        phrases = [self.concept, self.text, self.class_text]
+        self.keep.click(self.save_phrases, phrases, self.changes, **quick)
+        self.upload.upload(
+            self.add_pictures, [self.concept, self.upload], [self.upload, self.changes], **quick
+        )
+        self.clear.click(self.remove_pictures, self.concept, self.changes, **quick)
+        # One listener for all: of two, the answer about the concept before might come last.
+        gr.on(
+            [self.concept.change, self.changes.change],
+            self.show_concept,
+            self.concept,
+            concept,
+            trigger_mode="always_last",
+            **quick,
+        )
         self.refreshed = (self.refresh, [self.experts, self.prompt, self.concept], shown)
         demo.load(self.refresh, [self.experts, self.prompt, self.concept], shown, **quick)
 
@@ -196,16 +206,19 @@ class TrainTab:
         return _concept(show.session_of(self.studio, request), name)
 
     @show.friendly
-    def save_phrases(self, name: str | None, text: str, class_text: str, request: gr.Request) -> None:
-        """Keep what the user wrote."""
+    def save_phrases(self, name: str | None, text: str, class_text: str, request: gr.Request) -> str:
+        """Keep what the user wrote; as all that change a concept, returns what no other change has."""
         session = show.session_of(self.studio, request)
         if name is None or not text.strip():
             raise ConfigError("choose a concept and write its phrase first")
         session.describe(name, text=text.strip(), class_text=class_text.strip())
         gr.Info(markup.html("Saved for {}.", name))
+        return uuid4().hex
 
     @show.friendly
-    def add_pictures(self, name: str | None, files: list[str] | None, request: gr.Request) -> None:
+    def add_pictures(
+        self, name: str | None, files: list[str] | None, request: gr.Request
+    ) -> tuple[None, str]:
         """Put uploaded pictures to an expert's references; the place for uploads is empty then."""
         session = show.session_of(self.studio, request)
         if name is None:
@@ -224,13 +237,15 @@ class TrainTab:
         if added:
             references = (*card.references, *added)
             session.describe(name, references=references, picture=card.picture or references[0])
+        return None, uuid4().hex
 
     @show.friendly
-    def remove_pictures(self, name: str | None, request: gr.Request) -> None:
+    def remove_pictures(self, name: str | None, request: gr.Request) -> str:
         """No references: the expert then draws its own."""
         session = show.session_of(self.studio, request)
         if name is not None:
             session.describe(name, references=())
+        return uuid4().hex
 
     @show.friendly
     async def train(self, request: gr.Request, *values: Any) -> AsyncIterator[Any]:
