@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,19 @@ from torch.utils.hooks import RemovableHandle
 from .modules import base_layer
 from .networks.base import Forward, Site
 from .torch_state import without_autocast
+
+
+class Watcher(Protocol):
+    """Reads how a denoiser's image tokens look at words."""
+
+    def begin(self, words: Tensor | None, forward: Forward) -> None:
+        """A forward begins; see `AttentionMaps` and `SeenAttention`."""
+
+    def taken(self) -> Tensor | None:
+        """(B, N, H, W) of the last forward; None if nothing was seen."""
+
+    def remove(self) -> None:
+        """Take what watches off the network."""
 
 
 @dataclass(eq=False)

@@ -42,6 +42,7 @@ _ALLOWED = {
     "style_inside": number(0, math.inf),
     "style_words": number(0, math.inf),
     "style_text": number(0, math.inf),
+    "balance": number(0, math.inf),
 }
 
 
@@ -64,6 +65,8 @@ class AutoSettings:
         style_inside: what it counts in the places of others, as a share of that, until details come.
         style_words: its weight in the words there, in keys and values of cross-attention.
         style_text: its weight in the words of others, in text encoders.
+        balance: by how much another expert is to change the prediction in its places, of what the style
+            changes there: the one that falls behind is led on, see `balancing`; 0 leaves them alone.
 
     Raises:
         ConfigError: a value is out of range.
@@ -76,9 +79,10 @@ class AutoSettings:
     until: float = 0.9
     floor: float = 0.1
     style: float = 1.3
-    style_inside: float = 0.6
+    style_inside: float = 0.5
     style_words: float = 0.4
     style_text: float = 0.5
+    balance: float = 1.1
 
     def __post_init__(self) -> None:
         for name, rule in _ALLOWED.items():
@@ -146,6 +150,7 @@ class Auto:
             another size or from more noise: what was seen of it holds.
         by_row: where a host knows that each row of a text encoder is a text of its own, and they do not name
             the same experts: those that count in the whole of the pictures whose texts name them; else None.
+        rows_apart: whether a host's denoiser may be run for some rows of a batch alone.
         shared: what refines the weights, trained once for the base; None for nothing.
         unrefined: the experts of the whole picture for which it refines nothing, see `count_everywhere`.
     """
@@ -158,6 +163,7 @@ class Auto:
     single: bool = False
     continues: bool = False
     by_row: frozenset[str] | None = None
+    rows_apart: bool = False
     shared: Refining | None = None
     unrefined: tuple[str, ...] = field(default=(), init=False)
     _recognised: tuple[Texts, list[KnownText | None]] | None = field(default=None, init=False, repr=False)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -170,6 +172,18 @@ class ForwardContext:
         self.forget()
         if self.activation.shares is not None:
             self.activation.shares.begin(self, forward)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Let forwards inside the `with` block leave what the last one before it left."""
+        forward, time, real, tracked = self.forward, self._time, self._real, self._tracked
+        said = [(voice, voice.value, voice.live) for voice in self.voices]
+        try:
+            yield
+        finally:
+            self.forward, self._time, self._real, self._tracked = forward, time, real, tracked
+            for voice, value, live in said:
+                voice.value, voice.live = value, live
 
     def forget(self) -> None:
         """Drop what earlier gates said."""

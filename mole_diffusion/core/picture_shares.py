@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from .attention import AttentionMaps
+from .attention import AttentionMaps, Watcher
 from .auto import Auto, are_same
 from .auto_shares import (
     Counting,
@@ -21,6 +20,7 @@ from .auto_shares import (
     shared_rest,
     with_everywhere,
 )
+from .balancing import Balance
 from .context import ForwardContext
 from .errors import ConfigError
 from .laid_out import LaidOut, lengthened
@@ -38,19 +38,6 @@ logger = logging.getLogger(__name__)
 _ANEW = 0.1
 
 
-class Watcher(Protocol):
-    """Reads how a denoiser's image tokens look at words."""
-
-    def begin(self, words: Tensor | None, forward: Forward) -> None:
-        """A forward begins; see `AttentionMaps` and `SeenAttention`."""
-
-    def taken(self) -> Tensor | None:
-        """(B, N, H, W) of the last forward; None if nothing was seen."""
-
-    def remove(self) -> None:
-        """Take what watches off the network."""
-
-
 class PictureShares:
     """Weights of a denoiser's tokens, in the forwards of one picture or batch.
 
@@ -60,6 +47,7 @@ class PictureShares:
     Args:
         auto: what the host knows.
         maps: watches the denoiser.
+        balance: keeps styles and subjects in balance.
         names: of the experts, in the order of the rows.
         active: indices of those that count.
         regions: where experts count; None for everywhere.
@@ -70,13 +58,15 @@ class PictureShares:
         self,
         auto: Auto,
         maps: Watcher,
+        balance: Balance,
         names: tuple[str, ...],
         active: tuple[int, ...],
         regions: RegionMasks | None,
         *,
         rewrites: bool = False,
     ) -> None:
-        self._auto, self._maps, self._regions, self._rewrites = auto, maps, regions, rewrites
+        self._auto, self._maps, self._balance = auto, maps, balance
+        self._regions, self._rewrites = regions, rewrites
         self.by_place = auto.shared is not None
         self._blind = False
         self._rows = Counting(auto, names, active)
@@ -94,6 +84,7 @@ class PictureShares:
     def remove(self) -> None:
         """Stop watching."""
         self._maps.remove()
+        self._balance.remove()
 
     def begin(self, context: ForwardContext, forward: Forward) -> None:
         """A forward begins: take what the last one was seen to look at; find out whose the words are.
@@ -120,13 +111,21 @@ class PictureShares:
         lacking = self._lacking(pictures, named)
         watched = time > self._auto.settings.until
         reading = self._regions is None and bool(named.any()) and (watched or bool(lacking.any()))
-        reading = reading and not self._blind
+        reading = reading and not self._blind and self._balance.left is None
         self._maps.begin(self._words if reading else None, forward)
         self._reading = (pictures, named if watched else lacking) if reading else None
         self._styles = self._weigh_styles(pictures)
         self._laid = self._lay_out(pictures, named, prompts, watched)
         self._alone = self._find_alone(pictures)
+        self._begin_balance(context, prompts, watched)
         self._values.clear()
+
+    def _begin_balance(self, context: ForwardContext, prompts: Tensor, watched: bool) -> None:
+        """A style is kept in balance with what it stands beside, where places are known."""
+        if self._styles is None or self._laid is None or watched:
+            return self._balance.rest()
+        beside, share = self._styles.beside.flatten(1).any(1).cpu(), self._auto.settings.balance
+        self._balance.begin(context, prompts, beside, self._laid.weights, time=self._last, balance=share)
 
     def _begin_step(self, time: float, named: Tensor, styled: Tensor, prompts: Tensor) -> list[int | None]:
         """Which picture each row shows; forget the last ones if these are others.
@@ -263,6 +262,7 @@ class PictureShares:
             weights = self._styles.in_words(weights)
         elif self._styles is not None and stream != EMBEDDING:
             weights = self._styles.in_picture(weights, self._claimed(context, tokens))
+        weights = self._balance.kept(weights, self._everywhere != 0)
         if stream == TOKENS and self._regions is not None:
             weights = weights * context.region_masks(self._regions, tokens, weights.device)
         return GateValue(weights.flatten(0, 1), len(weights), None, in_backward=False)
@@ -386,9 +386,10 @@ def shares_of(
     """
     if layout.architecture.role != DENOISER:
         return TextShares(auto, layout.part, names, active)
+    balance = Balance(network, layout.architecture, rows_apart=auto.rows_apart)
     layers = layout.architecture.text_readers(layout.sites)
     if layers:
-        return PictureShares(auto, AttentionMaps(network, layers), names, active, regions)
+        return PictureShares(auto, AttentionMaps(network, layers), balance, names, active, regions)
     looking = layout.architecture.looking(layout.sites)
     if looking is None:
         raise ConfigError(
@@ -396,4 +397,4 @@ def shares_of(
             "have it is not known: train gates, or use mixture='nla'."
         )
     seen = SeenAttention(network, looking)
-    return PictureShares(auto, seen, names, active, regions, rewrites=looking.rewrites)
+    return PictureShares(auto, seen, balance, names, active, regions, rewrites=looking.rewrites)

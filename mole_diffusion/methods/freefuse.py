@@ -29,6 +29,7 @@ MIXTURE = AutoMixture(
         style_inside=1.0,
         style_words=1.0,
         style_text=1.0,
+        balance=0.0,
     )
 )
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.mixture import Mixture
-from mole_diffusion.methods.routing import prediction_of, with_prediction
+from mole_diffusion.core.predictions import prediction_of, with_prediction
 from mole_diffusion.pictures.choosing import Request, register
 from mole_diffusion.pictures.components import networks_of
 

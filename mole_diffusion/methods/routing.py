@@ -18,6 +18,7 @@ import torch
 from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.core.mixture import Mixture
 from mole_diffusion.core.networks.unet import UNET
+from mole_diffusion.core.predictions import prediction_of, with_prediction
 from mole_diffusion.pictures.choosing import Request, register
 from mole_diffusion.pictures.components import networks_of
 
@@ -138,19 +139,6 @@ def _averaging(network: torch.nn.Module, choose: Callable[[int], None], experts:
         network.register_forward_pre_hook(before, prepend=True),
         network.register_forward_hook(after, with_kwargs=True),
     ]
-
-
-def prediction_of(output: Any) -> torch.Tensor:
-    """The prediction in what a UNet returns."""
-    found: torch.Tensor = output[0] if isinstance(output, tuple) else output.sample
-    return found
-
-
-def with_prediction(output: Any, prediction: torch.Tensor) -> Any:
-    """The same with another prediction."""
-    if isinstance(output, tuple):
-        return (prediction, *output[1:])
-    return type(output)(sample=prediction)
 
 
 for _word in ROUTED:

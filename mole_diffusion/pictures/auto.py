@@ -130,6 +130,7 @@ class PromptReader(Auto):
                 for part, tokenizer in tokenizers.items()
             },
             settings=settings,
+            rows_apart=True,
             shared=shared,
         )
 
