@@ -82,7 +82,7 @@ class AutoSettings:
     style_inside: float = 0.5
     style_words: float = 0.4
     style_text: float = 0.5
-    balance: float = 1.1
+    balance: float = 1.2
 
     def __post_init__(self) -> None:
         for name, rule in _ALLOWED.items():

@@ -29,7 +29,7 @@ Left = Literal["subjects", "styles"]
 # Between these timesteps, from 1 (noise) to 0: before, nobody knows the places; afterwards details come.
 _UNTIL, _FROM = 0.4, 0.8
 # How far what is behind is led on, by how much it is behind, and at most: subjects and styles.
-_GAIN, _SUBJECT, _STYLE = 4.5, 2.25, 1.0
+_GAIN, _SUBJECT, _STYLE = 4.5, 2.25, 0.7
 
 
 def balanced(all_: Tensor, without: Callable[[Left], Tensor], weights: Tensor, balance: float) -> Tensor:

@@ -33,7 +33,7 @@ def _led(subject: float, style: float, weights: Tensor, balance: float = 1.0) ->
         (1.0, math.exp(0.2), 4.5 * 0.2),  # the subject is behind
         (1.0, 50.0, 2.25),  # at most
         (math.exp(0.1), 1.0, 4.5 * 0.1),  # the style is
-        (50.0, 1.0, 1.0),
+        (50.0, 1.0, 0.7),
     ],
 )
 def test_what_is_behind_is_led_on_by_how_much_it_is(subject: float, style: float, expected: float) -> None:
@@ -52,7 +52,7 @@ def test_each_place_is_led_by_whose_it_is() -> None:
     weights[0, 0, 0] = weights[0, 1, 0] = weights[0, 2, 1] = 1.5  # the last place is nobody's
     moved = balanced(torch.zeros(1, 1, 2, 2), lambda left: -without[left].view(1, 1, 2, 2), weights, 1.0)
     behind = 4.5 * math.log(2.0)
-    expected = torch.tensor([min(behind, 2.25), min(behind, 2.25), min(behind, 1.0) * 2.0, 0.0])
+    expected = torch.tensor([min(behind, 2.25), min(behind, 2.25), min(behind, 0.7) * 2.0, 0.0])
     torch.testing.assert_close(moved.flatten(), expected)
 
 
