@@ -12,6 +12,7 @@ from refusals import write_refusals
 from safetensors.torch import save_file
 
 from mole_diffusion import StableDiffusionMoLEPipeline, TrainingConfig
+from mole_diffusion.core.auto import AutoSettings
 from mole_diffusion.pictures.auto import AutoMixture
 from mole_diffusion.pictures.training.trainer import GateTrainer
 from mole_diffusion.starter.location import starter_dir, starter_experts
@@ -65,17 +66,19 @@ def _write_static(pipe: Any, folder: Path) -> None:
 
 
 def _write_styled(folder: Path) -> None:
-    """`styled.safetensors`: what gates of a subject in a style learn from."""
+    """`styled.safetensors`: a subject in a style, drawn as trainings draw it and as a picture."""
     pipe = StableDiffusionMoLEPipeline.from_starter(experts=["monster", "sketch"])
     bench = GateTrainer(pipe, STYLED, config=QUICK).objective.bench
     pictures = {
         name: bench.draw([STYLED] * 2, torch.Generator().manual_seed(4), mixture=mixture).contiguous()
         for name, mixture in (("auto", AutoMixture()), ("la", "la"))
     }
+    pictures["picture"] = _draw(pipe, STYLED, mixture="auto")
+    pictures["unbalanced"] = _draw(pipe, STYLED, mixture=AutoMixture(AutoSettings(balance=0.0)))
     save_file(pictures, folder / "styled.safetensors")
 
 
-def _draw(pipe: Any, **mixed: Any) -> torch.Tensor:
+def _draw(pipe: Any, prompt: str = PROMPT, **mixed: Any) -> torch.Tensor:
     """A picture of the noise that ComfyUI makes of seed 1."""
     channels = pipe.unet.config.in_channels
     noise = torch.randn(1, channels, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -83,7 +86,7 @@ def _draw(pipe: Any, **mixed: Any) -> torch.Tensor:
     pipe.scheduler.alphas_cumprod[-1] = 4.8973451890853435e-08
     # ComfyUI's sampler does not rescale guidance.
     chosen = {**mixed, "num_inference_steps": 10, "guidance_scale": 5.0, "guidance_rescale": 0.0}
-    drawn = pipe(PROMPT, latents=noise, **chosen, output_type="pt")
+    drawn = pipe(prompt, latents=noise, **chosen, output_type="pt")
     images: torch.Tensor = drawn.images.contiguous()
     return images
 

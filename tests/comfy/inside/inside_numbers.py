@@ -11,6 +11,8 @@ import torch
 from conftest import part
 from safetensors.torch import load_file
 
+from mole_diffusion.core.experts import load_expert
+from mole_diffusion.starter import starter_experts
 from mole_diffusion.starter.location import STARTER, shared_gates_of
 from tools import draw
 
@@ -101,6 +103,19 @@ def test_without_gates_it_draws_what_auto_draws_in_diffusers(
     draw(model, clip, PROMPT, steps=1)
     assert "encode_token_weights" not in vars(clip.cond_stage_model)
     assert not clip.cond_stage_model.clip_l._forward_pre_hooks
+
+
+def test_a_subject_and_a_style_are_kept_in_balance_as_in_diffusers(
+    starter: tuple[Any, Any, Any], oracle: Path
+) -> None:
+    model, clip, vae = starter
+    tensors, known = load_file(oracle / "styled.safetensors"), starter_experts()
+    pair = tuple(load_expert(known[name].path, name=name) for name in ("monster", "sketch"))
+    mixed = part("apply").apply_experts(model, clip, part("experts").ExpertSet(pair), None, "auto")
+    text = "a vekka monster on the beach in zaphel style"
+    picture = vae.decode(draw(*mixed, text, seed=1, steps=10)).movedim(-1, 1)
+    assert (picture - tensors["picture"]).abs().max() < 1e-3
+    assert (picture - tensors["unbalanced"]).abs().max() > 1e-2
 
 
 def test_with_shared_gates_it_draws_what_auto_draws_with_them_in_diffusers(
