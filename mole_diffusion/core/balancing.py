@@ -97,16 +97,16 @@ class Balance:
         self._handles.clear()
         self._given = self._wanted = None
 
-    def kept(self, weights: Tensor, styles: Tensor) -> Tensor:
+    def kept(self, weights: Tensor, everywhere: Tensor) -> Tensor:
         """Weights of experts, 0 for those whom the current forward leaves out.
 
         Args:
-            weights: (..., N).
-            styles: which experts count in the whole picture; (B, 1, N).
+            weights: (B, T, N).
+            everywhere: (B or 1, 1, N) 0 for the experts that do not count in the whole picture.
         """
         if self.left is None:
             return weights
-        return weights * (styles if self.left == "subjects" else ~styles)
+        return weights * (everywhere != 0 if self.left == "subjects" else everywhere == 0)
 
     def rest(self) -> None:
         """A forward begins that is left as it is."""
@@ -127,13 +127,13 @@ class Balance:
         Args:
             context: state of the mixture.
             prompts: (B,) which rows are prompts; on the CPU.
-            beside: (B,) which rows' pictures have a style beside subjects; on the CPU.
+            beside: (B,) which rows' pictures have a style beside subjects.
             weights: (height, width) -> (B, height * width, N) of the places, see `balanced`.
             time: from 1 (noise) to 0.
             balance: see `balanced`; 0 for nothing.
         """
         self.rest()
-        if self.left is not None or is_compiling() or balance == 0 or not bool((prompts & beside).any()):
+        if self.left is not None or is_compiling() or balance == 0 or not bool(prompts.any()):
             return
         if not self._handles:
             self._handles = [
@@ -146,12 +146,13 @@ class Balance:
         if time != self._time:
             # Every second step is enough, and costs half.
             self._time, self._turn = time, not self._turn
-        if self._turn:
+        # What is on a GPU has to be waited for: not in every forward.
+        if self._turn and bool((prompts & beside.cpu()).any()):
             self._wanted = _Wanted(context, prompts, beside, weights, balance)
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Networks take things out of the lists that they are given.
-        self._given = _copied((args, kwargs))
+        self._given = None if self._wanted is None else _copied((args, kwargs))
 
     def _after(self, module: nn.Module, _: tuple[Any, ...], output: Any) -> Any:
         given, wanted = self._given, self._wanted
@@ -175,7 +176,7 @@ class Balance:
 
         own = wanted.weights(prediction.shape[-2], prediction.shape[-1])[rows]
         changed = balanced(prediction[rows].float(), without, own, wanted.balance).to(prediction)
-        styled = wanted.beside[prompts].to(rows.device)[:, None, None, None]
+        styled = wanted.beside[rows][:, None, None, None]
         changed = torch.where(styled, changed, prediction[rows])
         return with_prediction(output, prediction.index_copy(0, rows, changed))
 

@@ -124,7 +124,7 @@ class PictureShares:
         """A style is kept in balance with what it stands beside, where places are known."""
         if self._styles is None or self._laid is None or watched:
             return self._balance.rest()
-        beside, share = self._styles.beside.flatten(1).any(1).cpu(), self._auto.settings.balance
+        beside, share = self._styles.beside.flatten(1).any(1), self._auto.settings.balance
         self._balance.begin(context, prompts, beside, self._laid.weights, time=self._last, balance=share)
 
     def _begin_step(self, time: float, named: Tensor, styled: Tensor, prompts: Tensor) -> list[int | None]:
@@ -262,7 +262,7 @@ class PictureShares:
             weights = self._styles.in_words(weights)
         elif self._styles is not None and stream != EMBEDDING:
             weights = self._styles.in_picture(weights, self._claimed(context, tokens))
-        weights = self._balance.kept(weights, self._everywhere != 0)
+        weights = self._balance.kept(weights, self._everywhere)
         if stream == TOKENS and self._regions is not None:
             weights = weights * context.region_masks(self._regions, tokens, weights.device)
         return GateValue(weights.flatten(0, 1), len(weights), None, in_backward=False)

@@ -24,6 +24,7 @@ from mole_diffusion.core.export import (
     write_lora,
 )
 from mole_diffusion.core.networks.unet import UNET
+from mole_diffusion.core.predictions import prediction_of
 from mole_diffusion.core.records import GateRecord, GateWeights
 from mole_diffusion.pictures.components import guidance_arguments, networks_of
 from mole_diffusion.pictures.denoisers import denoiser_of
@@ -216,7 +217,7 @@ def _copied(value: Any) -> Any:
 
 def _noise(output: Any) -> Tensor:
     """The prediction among what a denoiser returns, float32 on the CPU."""
-    found: Any = output[0] if isinstance(output, tuple) else output.sample
+    found: Any = prediction_of(output)
     whole: Tensor = torch.stack(found) if isinstance(found, list) else found
     return whole.detach().float().cpu()
 

@@ -66,7 +66,7 @@ def _write_static(pipe: Any, folder: Path) -> None:
 
 
 def _write_styled(folder: Path) -> None:
-    """`styled.safetensors`: a subject in a style, drawn as trainings draw it and as a picture."""
+    """`styled.safetensors`: a subject in a style, drawn by a training's workbench and by a call."""
     pipe = StableDiffusionMoLEPipeline.from_starter(experts=["monster", "sketch"])
     bench = GateTrainer(pipe, STYLED, config=QUICK).objective.bench
     pictures = {

@@ -62,10 +62,9 @@ class _Scene:
     Args:
         named: by prompt, whom it names: indices of experts.
         apart: whether rows may be run apart.
-        settings: of `auto`.
     """
 
-    def __init__(self, named: list[tuple[int, ...]], *, apart: bool = True, **settings: Any) -> None:
+    def __init__(self, named: list[tuple[int, ...]], *, apart: bool = True) -> None:
         self.unet = make_unet()
         self.mixture: Mixture = inject(self.unet, make_experts(3, self.unet), MoLEConfig())
         names, count = self.mixture.expert_names, len(named)
@@ -76,7 +75,7 @@ class _Scene:
         for row, own in enumerate(named, start=count):
             for expert in own:
                 places[row, 1 + expert, expert] = 1.0
-        self.auto = Auto({}, {names[2]: 1.0}, AutoSettings(**settings), rows_apart=apart)
+        self.auto = Auto({}, {names[2]: 1.0}, AutoSettings(), rows_apart=apart)
         self.auto.by_row = frozenset(names)
         self.auto.remember(self.text, places, [False] * count + [True] * count)
         self.activate()
