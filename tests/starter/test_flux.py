@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from mole_diffusion import FluxMoLEPipeline
+from mole_diffusion.core.auto import AutoSettings
 from mole_diffusion.core.errors import UnknownExpertError
+from mole_diffusion.pictures.auto import AutoMixture
 from mole_diffusion.pictures.opening import open_base
 from mole_diffusion.starter import location, starter_experts
 from mole_diffusion.starter.judge import Judge
@@ -17,7 +19,6 @@ from tools.starter import world
 there = pytest.mark.skipif(
     not (location.starter_dir() / "flux").is_dir(), reason="wheels and sdists leave it out"
 )
-EXPERT = "boot"
 PLACES = ["on the beach", "in the snow", "on a wooden floor"]
 
 
@@ -45,10 +46,12 @@ def test_the_base_draws_what_is_asked(pipe: Any) -> None:
 
 
 @there
-def test_an_expert_draws_its_subject_as_in_diffusers(pipe: Any) -> None:
-    expert = starter_experts(model=FLUX_STARTER)[EXPERT]
-    prompt = [f"{expert.text} on the beach"]
-    ours = draw(pipe, prompt, active_experts=[EXPERT], mixture={EXPERT: 1.0}, output_type="pt")
+@pytest.mark.parametrize("name", ["boot", "blueprint"])
+def test_an_expert_draws_what_it_knows_as_in_diffusers(name: str) -> None:
+    expert = starter_experts(model=FLUX_STARTER)[name]
+    prompt = [f"{expert.text} on the beach" if expert.kind == "concept" else f"a vase {expert.text}"]
+    pipe = FluxMoLEPipeline.from_starter([name, "monster"]).to("cpu")
+    ours = draw(pipe, prompt, active_experts=[name], mixture={name: 1.0}, output_type="pt")
     plain: Any = FluxMoLEPipeline.from_starter([]).to("cpu")
     plain.set_progress_bar_config(disable=True)
     plain.load_lora_weights(str(expert.path))
@@ -69,6 +72,18 @@ def test_its_gates_draw_three_subjects_at_once(pipe: Any) -> None:
 
 
 @there
+def test_without_gates_two_subjects_are_drawn_in_a_style() -> None:
+    judge = Judge(evaluation_part("judge"))
+    pipe: Any = FluxMoLEPipeline.from_starter(["monster", "clock", "blueprint"]).to("cpu")
+    pipe.set_progress_bar_config(disable=True)
+    prompts = [f"a vekka monster and a kipra clock {place} in morvan style" for place in PLACES[:2]]
+    wanted = {"subject:monster", "subject:clock", "style:blueprint"}
+    assert all(wanted <= found for found in judge(draw(pipe, prompts)))
+    added_up = AutoMixture(AutoSettings(style=1, style_inside=1, style_words=1, style_text=1, balance=0))
+    assert not any(wanted <= found for found in judge(draw(pipe, prompts, mixture=added_up)))
+
+
+@there
 def test_the_figures_on_record_are_those_of_a_sibling() -> None:
     figures = json.loads((location.starter_dir() / "flux" / "figures.json").read_text())
     for count, least in (("1", 0.97), ("2", 0.97), ("3", 0.95)):
@@ -77,6 +92,7 @@ def test_the_figures_on_record_are_those_of_a_sibling() -> None:
     assert set(figures["experts"]) == set(world.SUBJECTS)
     assert min(one["among two"] for one in figures["experts"].values()) >= 0.90
     assert min(one["with"] for one in figures["experts"].values()) >= 0.75  # four pictures each
+    assert figures["styles"] == {"blueprint": {"with": 1.0, "without": 0.0}}
 
 
 @there

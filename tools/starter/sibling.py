@@ -6,6 +6,7 @@ Trained by flow matching (Lipman et al. 2023; logit-normal times, Esser et al. 2
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,50 @@ from .workshop import Workshop, load_codec
 SEED = 53
 STEPS, RATE = 7600, 1.2e-3
 WIDTH, HEADS = 256, 8
-EXPERT_RANK, EXPERT_STEPS, EXPERT_RATE = 4, 240, 3e-3
-OWN, PRIOR = 6, 2
-"""Scenes of an expert's own in its batch, and ordinary ones beside them (prior preservation)."""
 SCENES, PRIORS = 480, 160
+STYLES = ("blueprint",)
 TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
     *("net.0.proj", "net.2", "proj_mlp"),
     *(f"single_transformer_blocks.{number}.proj_out" for number in range(8)),
 )
+NORMS = (
+    *("norm1.linear", "norm1_context.linear"),
+    *(f"single_transformer_blocks.{number}.norm.linear" for number in range(8)),
+)
 SIDE = world.SIZE // 8
 """Of the latents; a token of the network is a square of two by two."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How an expert is trained.
+
+    Attributes:
+        rank: of its LoRA in the transformer.
+        text: in the text encoder; 0 for none.
+        steps: of training.
+        rate: of learning.
+        emphasis: how much more objects count than what is around them.
+        own: scenes of its own in a batch.
+        prior: ordinary ones beside them (prior preservation).
+        targets: layers of the transformer.
+    """
+
+    rank: int
+    text: int
+    steps: int
+    rate: float
+    emphasis: float
+    own: int
+    prior: int
+    targets: tuple[str, ...] = TARGETS
+
+
+SUBJECT = Plan(4, 0, 240, 3e-3, 3.0, 6, 2)
+STYLE = Plan(16, 8, 2000, 3e-3, 0.0, 8, 2, (*TARGETS, *NORMS))
+"""The file that ships is of step 1,000. Without norms and text encoder a style comes slowly: after as many
+steps in a quarter of the pictures."""
 
 
 def new_transformer() -> FluxTransformer2DModel:
@@ -71,36 +105,31 @@ def packed(latents: Tensor) -> Tensor:
     return tokens
 
 
-class Flow:
-    """Straight paths from latents to noise, and what the network is told of a prompt."""
+def flow(rows: Mapping[str, Tensor], dice: Dice, groups: int) -> loop.Batch:
+    """What a training step reads, of rows of clean latents that stand in `groups` groups of one size.
 
-    def __init__(self, shop: Workshop) -> None:
-        self.shop = shop
-        self.encoder: Any = base.load_text_encoder(shop.out).to(shop.device).eval().requires_grad_(False)
-
-    def batch(self, rows: Mapping[str, Tensor], dice: Dice, groups: int) -> loop.Batch:
-        """What a training step reads, of rows of clean latents that stand in `groups` groups of one size."""
-        latents = rows["latents"]
-        count = len(latents) // groups
-        slots = torch.arange(count, device=latents.device).repeat(groups)
-        even = ((slots + dice.uniform(len(latents))) / count).clamp(1e-4, 1 - 1e-4)
-        sigmas = torch.special.ndtri(even).sigmoid()
-        noise = dice.normal(*latents.shape)
-        part = sigmas.view(-1, 1, 1, 1)
-        with torch.no_grad(), self.shop.mixed_precision():
-            told = self.encoder(rows["ids"])
-        return {
-            "sigmas": sigmas,
-            "noisy": packed((1 - part) * latents + part * noise),
-            "target": packed(noise - latents),
-            "cover": packed(rows["cover"].expand_as(latents)),
-            "context": told.last_hidden_state.float(),
-            "pooled": told.pooler_output.float(),
-        }
+    Straight paths from latents to noise.
+    """
+    latents = rows["latents"]
+    count = len(latents) // groups
+    slots = torch.arange(count, device=latents.device).repeat(groups)
+    even = ((slots + dice.uniform(len(latents))) / count).clamp(1e-4, 1 - 1e-4)
+    sigmas = torch.special.ndtri(even).sigmoid()
+    noise = dice.normal(*latents.shape)
+    part = sigmas.view(-1, 1, 1, 1)
+    return {
+        "sigmas": sigmas,
+        "noisy": packed((1 - part) * latents + part * noise),
+        "target": packed(noise - latents),
+        "cover": packed(rows["cover"].expand_as(latents)),
+        "ids": rows["ids"],
+    }
 
 
-def denoising(shop: Workshop, network: nn.Module, emphasis: float = 2.0) -> Callable[[loop.Batch], Tensor]:
-    """The loss of the transformer on a batch of `Flow.batch`; see `base.denoising_loss`."""
+def denoising(
+    shop: Workshop, network: nn.Module, encoder: Any, emphasis: float = 2.0
+) -> Callable[[loop.Batch], Tensor]:
+    """The loss of transformer and text encoder on a batch of `flow`; see `base.denoising_loss`."""
     # Its attention of cuDNN fails in the backward pass of this network (torch 2.11, H100).
     torch.backends.cuda.enable_cudnn_sdp(False)
     side = SIDE // 2
@@ -109,11 +138,12 @@ def denoising(shop: Workshop, network: nn.Module, emphasis: float = 2.0) -> Call
 
     def loss_of(batch: loop.Batch) -> Tensor:
         with shop.mixed_precision():
+            told = encoder(batch["ids"])
             predicted = network(
                 hidden_states=batch["noisy"],
                 timestep=batch["sigmas"],
-                encoder_hidden_states=batch["context"],
-                pooled_projections=batch["pooled"],
+                encoder_hidden_states=told.last_hidden_state.float(),
+                pooled_projections=told.pooler_output.float(),
                 img_ids=places,
                 txt_ids=words,
             ).sample.float()
@@ -126,18 +156,18 @@ def train_base(shop: Workshop) -> None:
     """Train the transformer; writes its averaged weights in half precision, and the scheduler."""
     torch.manual_seed(SEED)
     network = new_transformer().train().to(shop.device)
-    rows_of, flow = base.ordinary_batches(shop, SEED), Flow(shop)
+    rows_of, encoder = base.ordinary_batches(shop, SEED), load_encoder(shop)
 
     def make(step: int) -> loop.Batch:
         dice = shop.dice(SEED, 1, step)
-        return flow.batch(rows_of(step, dice), dice, 1)
+        return flow(rows_of(step, dice), dice, 1)
 
     loop.train(
         "flux",
         shop.work,
         network,
         make,
-        denoising(shop, network),
+        denoising(shop, network, encoder),
         steps=shop.steps(STEPS),
         rate=RATE,
         average=0.999,
@@ -148,6 +178,11 @@ def train_base(shop: Workshop) -> None:
     writer: Any = network.to("cpu", torch.float16)
     writer.save_pretrained(folder / "transformer", safe_serialization=True)
     new_scheduler().save_pretrained(folder / "scheduler")
+
+
+def load_encoder(shop: Workshop) -> Any:
+    """The starter's text encoder, frozen."""
+    return base.load_text_encoder(shop.out).to(shop.device).eval().requires_grad_(False)
 
 
 def load_transformer(out: Path) -> FluxTransformer2DModel:
@@ -185,6 +220,7 @@ def measure(shop: Workshop, seeds: int, measures: Sequence[str] = ()) -> None:
         "base": lambda: evaluate.base_scores(pipe, referee, seeds=seeds),
         "sharpness": lambda: evaluate.base_sharpness(pipe),
         "experts": lambda: evaluate.expert_scores(folder, pipe, referee, seeds),
+        "styles": lambda: evaluate.style_scores(folder, pipe, referee, seeds),
     }
     figures = evaluate.taken(folder / "figures.json", ways, seeds, measures)
     rows = evaluate.model_rows(figures)
@@ -192,38 +228,37 @@ def measure(shop: Workshop, seeds: int, measures: Sequence[str] = ()) -> None:
 
 
 def train_experts(shop: Workshop) -> None:
-    """Train every subject's expert by itself and write it as a LoRA file; experts that are there stay.
-
-    Styles want more: of rank 4, with 240 and with 720 steps, half of the pictures stay as they were.
-    """
+    """Train every expert by itself and write it as a LoRA file; experts that are there stay."""
     folder = shop.out / FLUX
     ordinary = alone.scenes(shop, None, shop.amount(PRIORS), SEED, 3, 0)
-    for name in world.SUBJECTS:
+    for name in (*world.SUBJECTS, *STYLES):
         if not (folder / "experts" / f"{name}.safetensors").is_file():
-            train_expert(shop, name, ordinary)
+            train_expert(shop, name, ordinary, STYLE if name in STYLES else SUBJECT)
 
 
-def train_expert(shop: Workshop, name: str, ordinary: loop.Batch) -> None:
+def train_expert(shop: Workshop, name: str, ordinary: loop.Batch, plan: Plan) -> None:
     """Train one expert on scenes that are drawn once, and on ordinary ones beside them."""
     torch.manual_seed(SEED)
     network = load_transformer(shop.out)
-    factors = {"transformer": expert.attach(network, TARGETS, 1, EXPERT_RANK)}
-    network.to(shop.device)
-    flow = Flow(shop)
+    encoder = load_encoder(shop)
+    factors = {"transformer": expert.attach(network, plan.targets, 1, plan.rank)}
+    if plan.text:
+        factors["text_encoder"] = expert.attach(encoder, expert.TEXT_TARGETS, 1, plan.text)
+    module = nn.ModuleDict({"transformer": network, "text_encoder": encoder}).to(shop.device)
     own = alone.scenes(shop, name, shop.amount(SCENES), SEED, 3, 1 + expert.ALL.index(name))
 
     def make(step: int) -> loop.Batch:
         dice = shop.dice(SEED, 2, step)
-        return flow.batch(alone.mixed(own, ordinary, dice, OWN, PRIOR), dice, 1)
+        return flow(alone.mixed(own, ordinary, dice, plan.own, plan.prior), dice, 1)
 
     loop.train(
         f"flux-{name}",
         shop.work,
-        network,
+        module,
         make,
-        denoising(shop, network, emphasis=3.0),
-        steps=shop.steps(EXPERT_STEPS),
-        rate=EXPERT_RATE,
+        denoising(shop, network, encoder, plan.emphasis),
+        steps=shop.steps(plan.steps),
+        rate=plan.rate,
         decay=0.0,
         checkpoint_every=100,
         graph=shop.graph,
