@@ -78,22 +78,16 @@ def apply_experts(
     ensemble.set_experts(experts.experts, unchecked=experts.unchecked)
     if not ensemble.mixtures:
         raise NoExpertsError(f"None of the experts {', '.join(experts.names)} changes this MODEL or CLIP.")
-    if gates is not None:
-        if gates.shared is None:
-            ensemble.load_gates(gates.path)
-        else:
-            ensemble.take_shared(gates.shared)
-    for mixture in ensemble.mixtures.values():
-        mixture.gates.requires_grad_(False)
-    seeks = without == AUTO if gates is None else gates.shared is not None
-    auto = _reader(new_clip, ensemble, experts) if seeks else None
-    ensemble.activate(Choice(experts.active, experts.scales, experts.regions or None, auto=auto))
+    _take_gates(ensemble, gates)
+    choice = _choice(new_clip, ensemble, experts, gates, without)
+    ensemble.activate(choice)
     ensemble.record(LastRun())
     check = PromptCheck(clip, _active(experts), tell)
-    listeners: list[TextListener] = [check] if auto is None else [auto, check]
+    reader = choice.texts
+    listeners: list[TextListener] = [reader, check] if isinstance(reader, ClipReader) else [check]
     on_model = Binding(ensemble, list(networks[0]))
     on_model.install(new_model)
-    if auto is not None:
+    if choice.auto is not None:
         let_attention_be_read(new_model)
     on_model.check_prompts(new_model, check)
     Binding(ensemble, list(networks[1]), listeners).install(new_clip.patcher)
@@ -114,14 +108,37 @@ def _check_bare(model: Any, clip: Any) -> None:
             )
 
 
+def _take_gates(ensemble: Ensemble, gates: GatesFile | None) -> None:
+    if gates is not None and gates.shared is None:
+        ensemble.load_gates(gates.path)
+    elif gates is not None and gates.shared is not None:
+        ensemble.take_shared(gates.shared)
+    for mixture in ensemble.mixtures.values():
+        mixture.gates.requires_grad_(False)
+
+
+def _choice(
+    clip: Any, ensemble: Ensemble, experts: ExpertSet, gates: GatesFile | None, without: str
+) -> Choice:
+    """Which experts count, and what of the prompts is read for that; see `apply_experts`."""
+    seeks = without == AUTO if gates is None else gates.shared is not None
+    auto = _reader(clip, ensemble, experts) if seeks else None
+    choice = Choice(experts.active, experts.scales, experts.regions or None, auto=auto)
+    return choice if seeks else ensemble.balanced(choice, lambda: _clip_reader(clip, experts))
+
+
 def _reader(clip: Any, ensemble: Ensemble, experts: ExpertSet) -> ClipReader | None:
     """What reads the prompts; None where nothing can be told by them."""
     if not is_read(ensemble.mixtures.values()):
         logger.warning("the attention of this MODEL is not read here: without gates every expert counts 1/N")
         return None
-    reader = ClipReader(clip, _active(experts), text_encoders_of(clip.patcher.model), experts.names)
+    reader = _clip_reader(clip, experts)
     reader.shared = ensemble.shared
     return reader
+
+
+def _clip_reader(clip: Any, experts: ExpertSet) -> ClipReader:
+    return ClipReader(clip, _active(experts), text_encoders_of(clip.patcher.model), experts.names)
 
 
 def _active(experts: ExpertSet) -> list[Expert]:

@@ -196,15 +196,15 @@ class Attachment:
 
     def _choice(self) -> Choice:
         """What counts in the forwards to come; regions once the latent's size is known."""
-        active = self._names(self.settings.active)
-        if not self._has_regions or self._latent is None:
-            return Choice(active, auto=self._auto)
-        masks = {
-            self._experts[expert.name].name: rectangle(expert.region, *self._latent)
-            for expert in self.settings.experts
-            if expert.active and expert.region is not None
-        }
-        return Choice(active, regions=masks, latent_size=self._latent, auto=self._auto)
+        choice = Choice(self._names(self.settings.active), auto=self._auto)
+        if self._has_regions and self._latent is not None:
+            masks = {
+                self._experts[expert.name].name: rectangle(expert.region, *self._latent)
+                for expert in self.settings.experts
+                if expert.active and expert.region is not None
+            }
+            choice = dataclasses.replace(choice, regions=masks, latent_size=self._latent)
+        return choice if self.seeks else self.ensemble.balanced(choice, lambda: self._reader)
 
     def fall_back(self, why: str) -> None:
         """Give the experts equal shares from now on."""
@@ -254,13 +254,14 @@ class Attachment:
             self._watch(ensemble.networks[part])
         if self._has_regions:
             self._handles.append(RegionHook(self).register(ensemble.networks[UNET]))
-        if self._reader is not None:
+        if self._reader is not None and self.seeks:
             self._handles.append(TextHook(self, self._reader).register(ensemble.networks[UNET]))
 
     def _listen(self) -> None:
-        """Have the host's texts read, if experts are to find their places by them."""
+        """Have the host's texts read, if experts are to find their places by them, or gates keep styles."""
         processors = text_processors_of(self._sd_model)
-        if self.seeks and processors and hasattr(self._sd_model, "get_learned_conditioning"):
+        wanted = self.seeks or self._choice().styled is not None
+        if wanted and processors and hasattr(self._sd_model, "get_learned_conditioning"):
             active = self._names(self.settings.active)
             self._reader = TextReader(processors, self._experts.values(), active)
             self._reader.shared = self.ensemble.shared

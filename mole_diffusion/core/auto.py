@@ -31,6 +31,9 @@ _SHAPES, _DETAILS = 0.7, 0.3
 # Between these a style comes to count as if it were alone.
 _STYLED, _STYLED_DETAILS = 0.5, 0.15
 
+# See `AutoSettings.balance`.
+_BALANCE, _JOINT_BALANCE = 1.2, 2.0
+
 _ALLOWED = {
     "words": number(0, math.inf, above=True),
     "sharpness": number(0, math.inf, above=True),
@@ -66,7 +69,8 @@ class AutoSettings:
         style_words: its weight in the words there, in keys and values of cross-attention.
         style_text: its weight in the words of others, in text encoders.
         balance: by how much another expert is to change the prediction in its places, of what the style
-            changes there: the one that falls behind is led on, see `balancing`; 0 leaves them alone.
+            changes there: the one that falls behind is led on, see `balancing`; 0 leaves them alone. None is
+            what was found best, see `balance_in`.
 
     Raises:
         ConfigError: a value is out of range.
@@ -82,11 +86,18 @@ class AutoSettings:
     style_inside: float = 0.5
     style_words: float = 0.4
     style_text: float = 0.5
-    balance: float = 1.2
+    balance: float | None = None
 
     def __post_init__(self) -> None:
         for name, rule in _ALLOWED.items():
-            rule.demand(name, getattr(self, name))
+            value = getattr(self, name)
+            if value is not None or name != "balance":
+                rule.demand(name, value)
+
+    def balance_in(self, *, joint: bool) -> float:
+        """`balance`, in a network that has text and image in one sequence or in another one."""
+        usual = _JOINT_BALANCE if joint else _BALANCE
+        return usual if self.balance is None else self.balance
 
     def strength_at(self, timestep: float) -> float:
         """Of an expert inside its place at a timestep, from 1 (noise) to 0."""

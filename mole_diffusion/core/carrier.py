@@ -53,6 +53,11 @@ class Carrier:
         return self._held.choice
 
     @property
+    def styles(self) -> list[str]:
+        """The experts that change the whole picture, in their order."""
+        return self._held.styles
+
+    @property
     def companions(self) -> list[Companion]:
         """What the experts bring along beside their matrices."""
         return self._held.companions

@@ -21,7 +21,20 @@ from .torch_state import in_backward, is_compiling, on_device
 from .values import Expanded, GateValue, Voice
 
 
-class TokenShares(Protocol):
+class Following(Protocol):
+    """What is told of every forward of a network, and has hooks of its own on it."""
+
+    def begin(self, context: ForwardContext, forward: Forward) -> None:
+        """A forward of the whole network begins."""
+
+    def attach(self) -> None:
+        """It counts again: put on the network what `remove` took away."""
+
+    def remove(self) -> None:
+        """It counts no longer: take away what was put on the network."""
+
+
+class TokenShares(Following, Protocol):
     """Weights that replace the gates, token by token, made anew in every forward.
 
     Attributes:
@@ -29,9 +42,6 @@ class TokenShares(Protocol):
     """
 
     by_place: bool
-
-    def begin(self, context: ForwardContext, forward: Forward) -> None:
-        """A forward of the whole network begins."""
 
     def value(self, context: ForwardContext, stream: str, tokens: int, place: str) -> GateValue:
         """Weights of the tokens of a stream.
@@ -42,9 +52,6 @@ class TokenShares(Protocol):
             tokens: L.
             place: what it is called, see `Group.place`; "" where it does not matter.
         """
-
-    def remove(self) -> None:
-        """They count no longer: take away what was put on the network."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +69,7 @@ class Activation:
         mask: (N,) True for active experts; None where all are.
         route: how each matrix weighs the experts by itself, in place of the gates; None to use the gates.
         shares: weights of single tokens that replace the gates; None to use the gates.
+        balance: looks after what is predicted with the gates; None for nothing.
     """
 
     active: tuple[int, ...]
@@ -71,11 +79,24 @@ class Activation:
     mask: Tensor | None = None
     route: Route | None = None
     shares: TokenShares | None = None
+    balance: Following | None = None
 
     @property
     def gated(self) -> bool:
         """Whether gates have a say."""
         return self.fixed is None and self.shares is None
+
+    def attach(self) -> None:
+        """It counts again: put on the network what `remove` took away."""
+        for one in (self.shares, self.balance):
+            if one is not None:
+                one.attach()
+
+    def remove(self) -> None:
+        """It counts no longer: take away what was put on the network."""
+        for one in (self.shares, self.balance):
+            if one is not None:
+                one.remove()
 
     def to(self, device: torch.device) -> Activation:
         """The same with its tensors on a device."""
@@ -170,8 +191,9 @@ class ForwardContext:
         self._time = None
         self._real = {stream: self._shares_of_mean(mask) for stream, mask in forward.masks.items()}
         self.forget()
-        if self.activation.shares is not None:
-            self.activation.shares.begin(self, forward)
+        for one in (self.activation.shares, self.activation.balance):
+            if one is not None:
+                one.begin(self, forward)
 
     @contextmanager
     def aside(self) -> Iterator[None]:

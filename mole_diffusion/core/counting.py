@@ -10,6 +10,7 @@ from .auto import Auto
 from .config import MoLEConfig
 from .errors import AllExpertsMaskedError, ConfigError, RegionMaskError, UnknownExpertError
 from .experts import Expert
+from .gated_balance import Styled
 from .routing import Route
 from .scaling import check_scale
 
@@ -34,6 +35,7 @@ def check_together(
     route: Route | None,
     region_masks: Mapping[str, Tensor] | None,
     config: MoLEConfig,
+    styled: Styled | None = None,
 ) -> None:
     """Refuse what excludes each other; see `Mixture.activate`.
 
@@ -42,6 +44,8 @@ def check_together(
     """
     if auto is not None and (weights is not None or route is not None):
         raise ConfigError("auto finds weights by the prompt: it goes with neither weights nor a route.")
+    if styled is not None and not (auto is None and weights is None and route is None):
+        raise ConfigError("styled looks after gates: it goes with neither auto, nor weights, nor a route.")
     if route is not None and (weights is not None or region_masks or config.composition == "output"):
         raise ConfigError(
             "A route is how matrices weigh the experts by themselves: it goes with neither fixed "

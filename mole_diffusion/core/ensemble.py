@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .auto import Auto
 from .bases import check_prediction
 from .carrier import Carrier
 from .checkpoint import load_gates, read_gates_header, save_gates
@@ -20,6 +22,7 @@ from .counting import by_name
 from .dora import BaseWeight, own_weight
 from .errors import InjectionError
 from .experts import Expert
+from .gated_balance import Styled
 from .mixture import Mixture, mixture_on
 from .mixture_set import Choice, Companions, MixtureSet
 from .modules import unwrapped
@@ -30,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 #: The fact of a base that experts and gates must agree with.
 PREDICTION_TYPE = "prediction_type"
+# What gates files note of their experts: a JSON list of names.
+_STYLES = "styles"
 
 
 class Ensemble(Carrier):
@@ -51,6 +56,7 @@ class Ensemble(Carrier):
     Attributes:
         networks, facts, flatten_tokens: as given.
         shared: what refines `mixture="auto"`, whichever experts come; None for nothing.
+        style_balance: how trained gates keep styles in balance with others, see `gated_balance.Styled`.
     """
 
     def __init__(
@@ -68,6 +74,7 @@ class Ensemble(Carrier):
         self.facts = dict(facts)
         self.flatten_tokens = dict(flatten_tokens or {})
         self.shared: SharedGates | None = None
+        self.style_balance: float | None = None
         self._attached = attached
         self._base_weight = base_weight or own_weight
 
@@ -303,11 +310,13 @@ class Ensemble(Carrier):
         with self.in_use():
             forms = self._forms(path)
             if all(self.mixtures[part].config == form for part, form in forms.items()):
-                return load_gates(path, self.mixtures, strict, parts=parts, facts=self.facts)
-            fresh = self.build(self.experts.values(), configs=forms)
-            found = load_gates(path, fresh.mixtures, strict, parts=parts, facts=self.facts)
-            fresh.config = next(iter(forms.values()))
-            self._regate(fresh)
+                found = load_gates(path, self.mixtures, strict, parts=parts, facts=self.facts)
+            else:
+                fresh = self.build(self.experts.values(), configs=forms)
+                found = load_gates(path, fresh.mixtures, strict, parts=parts, facts=self.facts)
+                fresh.config = next(iter(forms.values()))
+                self._regate(fresh)
+            self._held.said = _said(found)
             return found
 
     def build_gated(self, path: str | Path) -> MixtureSet:
@@ -317,8 +326,26 @@ class Ensemble(Carrier):
             GateMismatchError: see `load_gates`.
         """
         fresh = self.build(self.experts.values(), configs=self._forms(path))
-        load_gates(path, fresh.mixtures, facts=self.facts)
+        fresh.said = _said(load_gates(path, fresh.mixtures, facts=self.facts))
         return fresh
+
+    def balanced(self, choice: Choice, texts: Callable[[], Auto | None]) -> Choice:
+        """The same choice; where trained gates mix styles with other experts, these are kept in balance.
+
+        Args:
+            choice: what is to count.
+            texts: makes what knows which texts are prompts; None for nobody.
+        """
+        counting = [name for name in self.experts if choice.active is None or name in choice.active]
+        styles = [name for name in self.styles if name in counting]
+        trained = any(mixture.is_trained for mixture in self.mixtures.values())
+        if self.style_balance == 0 or not choice.gated or not trained or not 0 < len(styles) < len(counting):
+            return choice
+        return replace(choice, styled=Styled(styles, self.style_balance, texts()))
+
+    def say_styles(self, names: Iterable[str]) -> None:
+        """Note which experts change the whole picture, for gates that are trained or saved from now on."""
+        self._held.said = frozenset(names)
 
     def _forms(self, path: str | Path) -> dict[str, MoLEConfig]:
         """Part -> form of its gates in a file, of the parts that are here."""
@@ -332,7 +359,13 @@ class Ensemble(Carrier):
             path: file to write or replace.
             metadata: more to note in the header.
         """
-        save_gates(path, self.mixtures, metadata={**self.facts, **(metadata or {})})
+        said = {_STYLES: json.dumps(sorted(self._held.said))} if self._held.said else {}
+        save_gates(path, self.mixtures, metadata={**self.facts, **said, **(metadata or {})})
+
+
+def _said(metadata: Mapping[str, str]) -> frozenset[str]:
+    """The experts that a gates file says to change the whole picture."""
+    return frozenset(json.loads(metadata.get(_STYLES, "[]")))
 
 
 def _warn_of_lost_gates(old: Mapping[str, Mixture]) -> None:

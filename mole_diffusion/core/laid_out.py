@@ -30,7 +30,7 @@ class LaidOut:
 
     def weights(self, height: int, width: int) -> Tensor:
         """(B, height * width, N) of the experts."""
-        own = _on_grid(self.own, height, width)
+        own = on_grid(self.own, height, width)
         if self.regions is not None:
             masks = self.regions.on_grid(height, width, own.device)
             own = functional.region_weights(own, masks) * own.sum(-1, keepdim=True)
@@ -46,7 +46,7 @@ class LaidOut:
         if self.regions is not None:
             own = self.weights(height, width)
             return (own != 0).any(-1, keepdim=True).to(own)
-        return _on_grid(self.claims, height, width).index_select(0, self.order)
+        return on_grid(self.claims, height, width).index_select(0, self.order)
 
 
 def lengthened(found: Tensor, tokens: int) -> Tensor:
@@ -57,6 +57,7 @@ def lengthened(found: Tensor, tokens: int) -> Tensor:
     return torch.cat([found, rest], dim=1)
 
 
-def _on_grid(maps: Tensor, height: int, width: int) -> Tensor:
+def on_grid(maps: Tensor, height: int, width: int) -> Tensor:
+    """(B, height * width, N) of maps (B, N, H, W)."""
     sized = F.interpolate(maps, size=(height, width), mode="bilinear", align_corners=False)
     return sized.flatten(2).transpose(1, 2)

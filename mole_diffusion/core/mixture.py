@@ -23,6 +23,7 @@ from .dora_slots import DoraSlots
 from .errors import InjectionError, NoExpertsError, RegionMaskError
 from .experts import Expert
 from .fitting import build_slots, fingerprint
+from .gated_balance import GateBalance, Styled
 from .groups import build_groups
 from .hooks import MatrixHook, NetworkHook
 from .maps import mean_map
@@ -30,9 +31,9 @@ from .matrices import build_bundles
 from .modules import Arrangement, base_layer, network_device, unwrapped
 from .networks import map_network
 from .networks.base import DENOISER, Architecture, NetworkMap, Role
-from .picture_shares import shares_of
 from .regions import RegionMasks
 from .routing import Route
+from .token_shares import shares_of
 from .torch_state import is_compiling
 
 # Network -> the mixture whose hooks are on it; a hook keeps the mixture alive.
@@ -163,8 +164,7 @@ class Mixture:
             handle.remove()
         self._handles.clear()
         self._on_matrices.clear()
-        if self._context.activation.shares is not None:
-            self._context.activation.shares.remove()
+        self._context.activation.remove()
         if mixture_on(self.network) is self:
             del _carried[self.network]
 
@@ -178,6 +178,7 @@ class Mixture:
         weights: Mapping[str, float] | None = None,
         route: Route | None = None,
         auto: Auto | None = None,
+        styled: Styled | None = None,
     ) -> None:
         """Choose experts, scales, regions and weights for the following forwards, in place of earlier ones.
 
@@ -195,6 +196,7 @@ class Mixture:
             route: lets each matrix weigh the experts token by token, without gates and without training.
             auto: lets words and image tokens find their experts by the prompt, without training. A single
                 expert is that LoRA alone, whatever the prompt says.
+            styled: where gates mix the experts, keeps styles in balance with the others; else nothing.
         Raises:
             UnknownExpertError: a name is not among the experts.
             AllExpertsMaskedError: `active_experts` is empty.
@@ -202,16 +204,17 @@ class Mixture:
             RegionMaskError: a mask has wrong axes, values or proportions, or this is a text encoder.
             ConfigError: a route is asked for beside fixed weights or regions, or block outputs are mixed.
         """
-        check_together(auto, weights, route, region_masks, self.config)
+        check_together(auto, weights, route, region_masks, self.config, styled)
         active, scales = counting(self.experts, active_experts, expert_scales or {})
         active, fixed = fixed_weights(self.experts, active, weights)
         regions = self._regions(region_masks, active, latent_size) if region_masks else None
-        shares = None
-        if auto is not None and len(active) > 1:
-            layout = map_network(self.network, self.part)
-            shares = shares_of(auto, self.network, layout, self.expert_names, active, regions)
-        if self._context.activation.shares is not None:
-            self._context.activation.shares.remove()
+        shares, balance, names = None, None, self.expert_names
+        layout = map_network(self.network, self.part) if auto or styled else None
+        if auto and layout and len(active) > 1:
+            shares = shares_of(auto, self.network, layout, names, active, regions)
+        if styled and layout and self.in_picture and self.config.composition == "delta":
+            balance = GateBalance(styled, self.network, layout, self.groups, names, active)
+        self._context.activation.remove()
         self._context.forget()
         self._context.given_size = latent_size
         everybody = len(active) == len(self.experts)
@@ -224,6 +227,7 @@ class Mixture:
                 None if everybody else functional.active_mask(active, len(self.experts)),
                 route if len(active) > 1 else None,
                 shares,
+                balance,
             )
         self.to(network_device(self.network) or self._device)
         self._renew_doras()
@@ -315,6 +319,7 @@ class Mixture:
                 after = group.block.register_forward_hook(block.after, with_kwargs=True, prepend=True)
                 self._handles.append(after)
         self._hook_matrices()
+        self._context.activation.attach()
         _carried[self.network] = weakref.ref(self)
         self.to(network_device(self.network) or self._device)
         self._renew_doras()

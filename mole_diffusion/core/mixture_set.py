@@ -9,8 +9,10 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from .auto import Auto
+from .calling import Calling
 from .config import MoLEConfig
 from .experts import Expert
+from .gated_balance import Styled
 from .mixture import Mixture
 from .routing import Route
 
@@ -28,6 +30,7 @@ class Choice:
         base_only: no expert counts, and nothing else of them either (their trigger words).
         route: how each matrix weighs the experts by itself, in place of the gates.
         auto: what the prompts say of the experts, in place of the gates.
+        styled: where gates mix the experts, keeps styles in balance with the others.
     """
 
     active: Sequence[str] | None = None
@@ -38,6 +41,18 @@ class Choice:
     base_only: bool = False
     route: Route | None = None
     auto: Auto | None = None
+    styled: Styled | None = None
+
+    @property
+    def gated(self) -> bool:
+        """Whether gates mix the experts."""
+        others = self.weights, self.route, self.auto
+        return not self.base_only and all(one is None for one in others)
+
+    @property
+    def texts(self) -> Auto | None:
+        """What wants to know the texts that a host encodes."""
+        return self.auto or (self.styled.texts if self.styled is not None else None)
 
     def apply(self, mixtures: Iterable[Mixture]) -> None:
         """Set mixtures to this.
@@ -58,6 +73,7 @@ class Choice:
                 weights=self.weights,
                 route=self.route,
                 auto=self.auto,
+                styled=self.styled,
             )
 
 
@@ -92,6 +108,7 @@ class MixtureSet:
         mixtures: by part.
         companions: what the experts bring along.
         choice: what counts in the forwards to come.
+        said: names of experts that change the whole picture, as the gates' training was told.
     """
 
     experts: dict[str, Expert] = field(default_factory=dict)
@@ -101,6 +118,13 @@ class MixtureSet:
     mixtures: dict[str, Mixture] = field(default_factory=dict)
     companions: list[Companion] = field(default_factory=list)
     choice: Choice = field(default_factory=Choice)
+    said: frozenset[str] = frozenset()
+
+    @property
+    def styles(self) -> list[str]:
+        """The experts that change the whole picture: by their files, their phrases, or as was said."""
+        calling = Calling(styles=tuple(self.said))
+        return [name for name, expert in self.experts.items() if calling.is_style(expert)]
 
     @property
     def attached(self) -> list[str]:

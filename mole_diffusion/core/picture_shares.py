@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .attention import AttentionMaps, Watcher
+from .attention import Watcher
 from .auto import Auto, are_same
 from .auto_shares import (
     Counting,
-    TextShares,
     claimed_places,
     shared_places,
     shared_rest,
     with_everywhere,
 )
-from .balancing import Balance
+from .balancing import Balance, Lead, Wanted
 from .context import ForwardContext
 from .errors import ConfigError
 from .laid_out import LaidOut, lengthened
-from .networks.base import CONTEXT, DENOISER, EMBEDDING, TOKENS, Forward, NetworkMap, Texts
+from .networks.base import CONTEXT, EMBEDDING, TOKENS, Forward, Texts
 from .regions import RegionMasks
-from .seen_attention import SeenAttention
 from .seen_places import SeenPlaces, pictures_of
 from .styled_shares import StyledShares, beside_others
 from .torch_state import is_compiling
@@ -81,6 +80,10 @@ class PictureShares:
         self._begun = False
         self._start = self._last = 0.0
 
+    def attach(self) -> None:
+        """Watch again; attention is watched where it is read."""
+        self._balance.attach()
+
     def remove(self) -> None:
         """Stop watching."""
         self._maps.remove()
@@ -124,8 +127,22 @@ class PictureShares:
         """A style is kept in balance with what it stands beside, where places are known."""
         if self._styles is None or self._laid is None or watched:
             return self._balance.rest()
-        beside, share = self._styles.beside.flatten(1).any(1), self._auto.settings.balance
-        self._balance.begin(context, prompts, beside, self._laid.weights, time=self._last, balance=share)
+        wanted = Wanted(
+            prompts,
+            self._styles.beside.flatten(1).any(1),
+            (self._everywhere != 0).flatten(0, 1).any(0),
+            partial(self._in_prediction, context),
+            self._last,
+            Lead(self._auto.settings.balance_in(joint=self._rewrites)),
+        )
+        self._balance.begin(context, wanted)
+
+    def _in_prediction(self, context: ForwardContext, prediction: Tensor) -> Tensor:
+        """(B, T, N) whose the places of a prediction are."""
+        assert self._laid is not None
+        if prediction.dim() > 3:
+            return self._laid.weights(prediction.shape[-2], prediction.shape[-1])
+        return self._image(context, prediction.shape[1])
 
     def _begin_step(self, time: float, named: Tensor, styled: Tensor, prompts: Tensor) -> list[int | None]:
         """Which picture each row shows; forget the last ones if these are others.
@@ -158,12 +175,9 @@ class PictureShares:
         return pictures
 
     def _weigh_styles(self, pictures: Sequence[int | None]) -> StyledShares | None:
-        """What styles count beside others; None for as ever.
-
-        Not where the denoiser encodes the texts further: nobody has looked at styles there.
-        """
+        """What styles count beside others; None for as ever."""
         # Asked of what the host says: what is on a GPU would have to be waited for, in every forward.
-        if self._rewrites or self._seen is None or not self._auto.everywhere:
+        if self._seen is None or not self._auto.everywhere:
             return None
         beside = beside_others(self._everywhere, pictures, self._seen.now)
         return None if beside is None else StyledShares(beside, self._auto.settings, self._last)
@@ -262,7 +276,6 @@ class PictureShares:
             weights = self._styles.in_words(weights)
         elif self._styles is not None and stream != EMBEDDING:
             weights = self._styles.in_picture(weights, self._claimed(context, tokens))
-        weights = self._balance.kept(weights, self._everywhere)
         if stream == TOKENS and self._regions is not None:
             weights = weights * context.region_masks(self._regions, tokens, weights.device)
         return GateValue(weights.flatten(0, 1), len(weights), None, in_backward=False)
@@ -361,40 +374,3 @@ class PictureShares:
         if self._styles is None or watched or self._seen.maps is None:
             return self._words.new_zeros(len(pictures), 1, 1, 1)
         return claimed_places(self._seen.maps[pictures] * experts.to(self._words)[..., None, None])
-
-
-def shares_of(
-    auto: Auto,
-    network: nn.Module,
-    layout: NetworkMap,
-    names: tuple[str, ...],
-    active: tuple[int, ...],
-    regions: RegionMasks | None,
-) -> TextShares | PictureShares:
-    """Weights of a network's tokens by the prompt.
-
-    Args:
-        auto: what the host knows.
-        network: a denoiser or a text encoder.
-        layout: what it is.
-        names: of the experts, in the order of the rows.
-        active: indices of those that count.
-        regions: where experts count; None for everywhere.
-
-    Raises:
-        ConfigError: it is a denoiser whose attention to its texts nobody knows.
-    """
-    if layout.architecture.role != DENOISER:
-        return TextShares(auto, layout.part, names, active)
-    balance = Balance(network, layout.architecture, rows_apart=auto.rows_apart)
-    layers = layout.architecture.text_readers(layout.sites)
-    if layers:
-        return PictureShares(auto, AttentionMaps(network, layers), balance, names, active, regions)
-    looking = layout.architecture.looking(layout.sites)
-    if looking is None:
-        raise ConfigError(
-            f"Attention to words tells which place is whose, and where {layout.architecture.name} networks "
-            "have it is not known: train gates, or use mixture='nla'."
-        )
-    seen = SeenAttention(network, looking)
-    return PictureShares(auto, seen, balance, names, active, regions, rewrites=looking.rewrites)

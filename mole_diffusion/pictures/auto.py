@@ -213,16 +213,30 @@ class PromptReader(Auto):
         )
 
 
+class PromptKinds(PromptReader):
+    """Which texts of a call are prompts, where gates mix the experts.
+
+    Args:
+        pipe: a pipeline with experts.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        super().__init__(Calling(), AutoSettings(), pipe.experts, tokenizers_of(pipe))
+
+    def read(self, prompts: Sequence[str], *, by_row: bool = False) -> None:
+        """Nothing: gates say who counts."""
+
+
 def expect_prompts(pipe: Any, given: Mapping[str, Any]) -> None:
-    """Let `mixture="auto"`, where it counts, know a call's arguments."""
-    reader = pipe.ensemble.choice.auto
+    """Let whatever reads the prompts know a call's arguments."""
+    reader = pipe.ensemble.choice.texts
     if isinstance(reader, PromptReader):
         reader.expect(given)
 
 
 @contextmanager
 def reading_prompts(pipe: Any, given: Mapping[str, Any]) -> Iterator[Callable[[Any], None]]:
-    """Let `mixture="auto"`, where it counts, read the texts that a pipeline encodes inside the `with` block.
+    """Let whatever reads the prompts read the texts that a pipeline encodes inside the `with` block.
 
     Args:
         pipe: the pipeline.
@@ -230,7 +244,7 @@ def reading_prompts(pipe: Any, given: Mapping[str, Any]) -> Iterator[Callable[[A
     Yields:
         To be called with what that returned.
     """
-    reader = pipe.ensemble.choice.auto
+    reader = pipe.ensemble.choice.texts
     if not isinstance(reader, PromptReader):
         yield lambda encoded: None
         return

@@ -33,6 +33,7 @@ from mole_diffusion.pictures.placing import placing_of
 from mole_diffusion.pictures.regions import region_tensors
 from mole_diffusion.pictures.sharing import SharesGates
 from mole_diffusion.pictures.single_file import check_safetensors, configuration_of
+from mole_diffusion.pictures.style_balance import keeping_styles
 from mole_diffusion.pictures.transformer_file import ONLY_FOR_FILES, transformer_in
 
 if TYPE_CHECKING:
@@ -155,13 +156,14 @@ class WithExperts(SharesGates):
         given = signature.bind_partial(*args, **kwargs).arguments
         kwargs = completed(self, given, kwargs)
         height, width = picture_size(self, given)
-        with self.composing(
+        composing = self.composing(
             active_experts=active_experts,
             expert_scales=expert_scales,
             region_masks=None if region_masks is None else region_tensors(region_masks, height, width),
             latent_size=latent_size(pipe, height, width),
             mixture=usual_for(self.ensemble, given) if mixture is None else mixture,
-        ):
+        )
+        with composing, keeping_styles(self):
             expect_prompts(self, given)
             self._recorder = (MapRecorder if record_maps else Recorder)(placing_of(self, given))
             with self._recorder.watching(self.ensemble.mixtures, networks_of(self)):
@@ -169,10 +171,9 @@ class WithExperts(SharesGates):
 
     @property
     def usual_mixture(self) -> str:
-        """What a call without `mixture` is drawn with.
+        """What a call without `mixture` is drawn with; see `auto.usual_mixture`.
 
-        "gates" where any are trained or there is nothing to share out, and where attention to words is not
-        known; else "auto".
+        "gates" where any are trained, nothing is to be shared out or attention to words unknown; else "auto".
         """
         return usual_mixture(self.ensemble)
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from mole_diffusion import StableDiffusionMoLEPipeline, TrainingConfig
 from mole_diffusion.core.auto import AutoSettings
 from mole_diffusion.pictures.auto import AutoMixture
+from mole_diffusion.pictures.style_balance import InBalance
 from mole_diffusion.pictures.training.trainer import GateTrainer
 from mole_diffusion.starter.location import starter_dir, starter_experts
 
@@ -66,7 +67,10 @@ def _write_static(pipe: Any, folder: Path) -> None:
 
 
 def _write_styled(folder: Path) -> None:
-    """`styled.safetensors`: a subject in a style, drawn by a training's workbench and by a call."""
+    """A subject in a style, drawn by a training's workbench and by calls, also with gates.
+
+    `styled_gates.safetensors` and `styled.safetensors`.
+    """
     pipe = StableDiffusionMoLEPipeline.from_starter(experts=["monster", "sketch"])
     bench = GateTrainer(pipe, STYLED, config=QUICK).objective.bench
     pictures = {
@@ -75,6 +79,13 @@ def _write_styled(folder: Path) -> None:
     }
     pictures["picture"] = _draw(pipe, STYLED, mixture="auto")
     pictures["unbalanced"] = _draw(pipe, STYLED, mixture=AutoMixture(AutoSettings(balance=0.0)))
+    draws = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in (one for mixture in pipe.mixtures.values() for one in mixture.parameters()):
+            parameter.add_(torch.randn(parameter.shape, generator=draws) * (parameter.dim() > 1))
+    pipe.save_gates(folder / "styled_gates.safetensors")
+    pictures["gated"] = _draw(pipe, STYLED)
+    pictures["gated_unbalanced"] = _draw(pipe, STYLED, mixture=InBalance("gates", 0.0))
     save_file(pictures, folder / "styled.safetensors")
 
 

@@ -12,18 +12,22 @@ from tiny.networks import LATENT, TEXT, WIDTH, make_experts, make_unet
 from torch import Tensor
 
 from mole_diffusion.core.auto import Auto, AutoSettings
-from mole_diffusion.core.balancing import balanced
+from mole_diffusion.core.balancing import Lead, balanced
 from mole_diffusion.core.config import MoLEConfig
+from mole_diffusion.core.errors import ConfigError
+from mole_diffusion.core.gated_balance import GATED_BALANCE, Styled
 from mole_diffusion.core.mixture import Mixture, inject
+from mole_diffusion.core.predictions import by_place, like_prediction
 
 # Of scale 0 an expert would be left out, and the others would have its share.
 NOTHING = 1e-30
 
 
 def _led(subject: float, style: float, weights: Tensor, balance: float = 1.0) -> Tensor:
-    """(R, 1, 1, T) by how much a prediction moves, where subject and style change it by so much."""
-    all_ = torch.zeros(len(weights), 1, 1, weights.shape[1])
-    return balanced(all_, lambda left: all_ - (subject if left == "subjects" else style), weights, balance)
+    """(R, T, 1) by how much a prediction moves, where subject and style change it by so much."""
+    all_ = torch.zeros(len(weights), weights.shape[1], 1)
+    changes = {"subjects": subject, "styles": style}
+    return balanced(all_, lambda left: all_ - changes[left], weights, Lead(balance))
 
 
 @pytest.mark.parametrize(
@@ -38,11 +42,11 @@ def _led(subject: float, style: float, weights: Tensor, balance: float = 1.0) ->
 )
 def test_what_is_behind_is_led_on_by_how_much_it_is(subject: float, style: float, expected: float) -> None:
     weights = torch.ones(1, 4, 1)
-    torch.testing.assert_close(_led(subject, style, weights), torch.full((1, 1, 1, 4), expected))
+    torch.testing.assert_close(_led(subject, style, weights), torch.full((1, 4, 1), expected))
     # Where a subject shall change more, it is behind earlier.
     torch.testing.assert_close(
         _led(2.0 * subject, style, weights, balance=2.0),
-        torch.full((1, 1, 1, 4), expected * (2.0 if subject < style else 1.0)),
+        torch.full((1, 4, 1), expected * (2.0 if subject < style else 1.0)),
     )
 
 
@@ -50,7 +54,7 @@ def test_each_place_is_led_by_whose_it_is() -> None:
     without = {"subjects": torch.tensor([1.0, 1.0, 4.0, 4.0]), "styles": torch.tensor([2.0, 2.0, 2.0, 2.0])}
     weights = torch.zeros(1, 4, 3)
     weights[0, 0, 0] = weights[0, 1, 0] = weights[0, 2, 1] = 1.5  # the last place is nobody's
-    moved = balanced(torch.zeros(1, 1, 2, 2), lambda left: -without[left].view(1, 1, 2, 2), weights, 1.0)
+    moved = balanced(torch.zeros(1, 4, 1), lambda left: -without[left].view(1, 4, 1), weights, Lead(1.0))
     behind = 4.5 * math.log(2.0)
     expected = torch.tensor([min(behind, 2.25), min(behind, 2.25), min(behind, 0.7) * 2.0, 0.0])
     torch.testing.assert_close(moved.flatten(), expected)
@@ -121,7 +125,9 @@ def test_what_is_changed_is_what_subjects_and_style_change(apart: bool) -> None:
         context.activation = replace(context.activation, scales=torch.tensor(scales))
         without[left] = scene.run(TIMES[2])[0][1:]
     weights = context.activation.shares._laid.weights(LATENT, LATENT)[1:]  # type: ignore[union-attr]
-    expected = balanced(without["nobody"], lambda left: without[left], weights, AutoSettings().balance)
+    lead = Lead(AutoSettings().balance_in(joint=False))
+    led = balanced(by_place(without["nobody"]), lambda left: by_place(without[left]), weights, lead)
+    expected = like_prediction(led, found)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(found, without["nobody"], atol=1e-3)
 
@@ -171,8 +177,124 @@ def test_a_list_that_the_network_empties_is_there_again() -> None:
 
 def test_hooks_go_with_the_mixture() -> None:
     scene = _Scene([(0, 1, 2)])
-    before = len(scene.unet._forward_hooks), len(scene.unet._forward_pre_hooks)
-    scene.run(*TIMES[:3])
-    assert len(scene.unet._forward_hooks) == before[0] + 1
+    with_balance = len(scene.unet._forward_hooks), len(scene.unet._forward_pre_hooks)
     scene.mixture.activate()
-    assert (len(scene.unet._forward_hooks), len(scene.unet._forward_pre_hooks)) == before
+    without = len(scene.unet._forward_hooks), len(scene.unet._forward_pre_hooks)
+    assert without == (with_balance[0] - 1, with_balance[1] - 1)
+    for options in ({"auto": scene.auto}, {"styled": Styled(STYLES)}):
+        scene.mixture.activate(**options)
+        assert len(scene.unet._forward_hooks) == with_balance[0]
+    found = _Gated(2, Styled(STYLES))
+    expected = found.run(749)
+    found.mixture.eject()
+    assert not found.unet._forward_hooks
+    assert not found.unet._forward_pre_hooks
+    found.mixture.attach()
+    assert torch.equal(found.run(749)[0], expected[0])
+
+
+@pytest.mark.parametrize("times", [(749,), (999, 749, 499, 249)])
+def test_the_first_steps_are_balanced_too(times: tuple[int, ...]) -> None:
+    """As in a picture that is drawn over another one, or in few steps."""
+    plain, found = (_Gated(2, styled).run(*times) for styled in (None, Styled(STYLES)))
+    index = times.index(749)
+    assert not torch.equal(found[index], plain[index])
+    drawn = []
+    for balance in (0.0, None):
+        scene = _Scene([(0, 1, 2)])
+        scene.auto.settings = AutoSettings(balance=balance)
+        scene.activate()
+        drawn.append(scene.run(*times)[index])
+    assert not torch.equal(*drawn)
+
+
+class _Gated:
+    """A UNet with two subjects and a style, mixed by gates that tell the places apart.
+
+    Args:
+        rows: of the batch.
+        styled: what is to be kept in balance.
+    """
+
+    def __init__(self, rows: int, styled: Styled | None) -> None:
+        self.unet = make_unet()
+        self.mixture: Mixture = inject(self.unet, make_experts(3, self.unet), MoLEConfig())
+        generator = torch.Generator().manual_seed(4)
+        with torch.no_grad():
+            for parameter in self.mixture.parameters():
+                if parameter.dim() > 1:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        self.latent = torch.randn(rows, 4, LATENT, LATENT, generator=generator)
+        self.text = torch.randn(rows, TEXT, WIDTH, generator=generator)
+        self.mixture.activate(styled=styled)
+
+    @torch.no_grad()
+    def run(self, *times: int) -> list[Tensor]:
+        """Predictions at timesteps of 0 to 999."""
+        return [self.unet(self.latent, time, self.text).sample for time in times]
+
+
+def _reader(text: Tensor, prompts: list[bool]) -> Auto:
+    """What knows texts, and which of them are prompts."""
+    auto = Auto({}, rows_apart=True)
+    auto.remember(text, torch.zeros(*text.shape[:2], 3), prompts)
+    return auto
+
+
+STYLES = (make_experts(3, make_unet())[2].name,)
+
+
+def test_gates_are_balanced_in_every_second_step_while_shapes_form() -> None:
+    plain, found = (_Gated(2, styled).run(*TIMES) for styled in (None, Styled(STYLES)))
+    changed = [not torch.equal(one, other) for one, other in zip(found, plain, strict=True)]
+    assert changed == [time in (749, 582, 416) for time in TIMES]
+    # Where nobody knows which are prompts, all are led on.
+    assert all(not torch.equal(one, other) for one, other in zip(found[2], plain[2], strict=True))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_gates_lead_on_what_subjects_and_style_change(known: bool) -> None:
+    scene = _Gated(2, None)
+    prompts = [False, True] if known else [True, True]
+    styled = Styled(STYLES, texts=_reader(scene.text, prompts) if known else None)
+    scene.mixture.activate(styled=styled)
+    found = scene.run(*TIMES[:3])[-1]
+    scene.mixture.activate()
+    context, without = scene.mixture._context, {}
+    without["nobody"] = scene.run(TIMES[2])[0]
+    places = scene.mixture.live_map()
+    assert places is not None
+    # Who is left out takes nobody's share with him: a scale of 0, and gates that still count him.
+    for left, scales in (("subjects", [0.0, 0.0, 1.0]), ("styles", [1.0, 1.0, 0.0])):
+        context.activation = replace(context.activation, scales=torch.tensor(scales))
+        without[left] = scene.run(TIMES[2])[0]
+    weights = (places * torch.tensor([1.0, 1.0, 0.0])[:, None, None]).flatten(2).transpose(1, 2)
+    lead = Lead(GATED_BALANCE, style=2.25)
+    led = balanced(by_place(without["nobody"]), lambda left: by_place(without[left]), weights, lead)
+    for row, prompt in enumerate(prompts):
+        expected = like_prediction(led, found)[row] if prompt else without["nobody"][row]
+        torch.testing.assert_close(found[row], expected, atol=1e-4, rtol=1e-3)
+
+
+def test_gates_without_a_style_beside_subjects_are_left_alone() -> None:
+    scene = _Gated(1, None)
+    names = scene.mixture.expert_names
+    for active, styles in ((names, names), (names[2:], STYLES), (names[:2], STYLES), (names, STYLES[:0])):
+        scene.mixture.activate(active)
+        plain = scene.run(*TIMES)
+        scene.mixture.activate(active, styled=Styled(styles))
+        assert all(torch.equal(one, other) for one, other in zip(scene.run(*TIMES), plain, strict=True))
+
+
+def test_gates_in_training_are_left_alone() -> None:
+    scene = _Gated(1, Styled(STYLES))
+    scene.run(*TIMES[:2])
+    found = scene.unet(scene.latent, TIMES[2], scene.text).sample
+    scene.mixture.activate()
+    torch.testing.assert_close(found, scene.unet(scene.latent, TIMES[2], scene.text).sample)
+
+
+def test_what_looks_after_gates_goes_with_nothing_else() -> None:
+    mixture = _Gated(1, None).mixture
+    with pytest.raises(ConfigError, match="styled looks after gates"):
+        mixture.activate(styled=Styled(STYLES), weights=dict.fromkeys(mixture.expert_names, 1.0))

@@ -287,6 +287,29 @@ def test_gates_of_each_network_have_the_form_that_their_file_says(
     assert {mixture.config for mixture in ensemble.mixtures.values()} == {MoLEConfig()}
 
 
+def test_a_gates_file_says_which_experts_are_styles(ensemble, networks, experts, tmp_path) -> None:
+    name, *others = ensemble.experts
+    assert ensemble.styles == []
+    ensemble.say_styles([name])
+    for mixture in ensemble.mixtures.values():
+        randomise(mixture)
+    ensemble.save_gates(tmp_path / "gates.safetensors")
+    other = Ensemble(ensemble.networks, facts=EPSILON, attached=False)
+    other.set_experts(ensemble.experts.values())
+    nobody = Choice()
+    assert other.balanced(nobody, lambda: None) is nobody
+    other.load_gates(tmp_path / "gates.safetensors")
+    assert other.styles == [name]
+    styled = other.balanced(nobody, lambda: None).styled
+    assert styled is not None
+    assert list(styled.styles) == [name]
+    # Not alone, not in place of something else, and not where nobody wants it.
+    for choice in (Choice([name]), Choice(others), Choice(base_only=True), Choice(weights={name: 1.0})):
+        assert other.balanced(choice, lambda: None) is choice
+    other.style_balance = 0.0
+    assert other.balanced(nobody, lambda: None) is nobody
+
+
 @pytest.mark.parametrize(
     "form", [MoLEConfig(), MoLEConfig(granularity="layer")], ids=["same form", "other form"]
 )

@@ -1,12 +1,14 @@
 """Shared gates that do something."""
 
+from typing import TypeVar
+
 import torch
 
-from mole_diffusion.core.shared_gates import SharedGates
+M = TypeVar("M", bound=torch.nn.Module)
 
 
-def randomised(shared: SharedGates) -> SharedGates:
-    """The same with other numbers, as if it had been trained."""
+def randomised(shared: M) -> M:
+    """The same gates with other numbers, as if they had been trained."""
     draws = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in shared.parameters():

@@ -14,7 +14,10 @@ from tiny.shared import randomised
 from torch import Tensor
 
 from mole_diffusion import StableDiffusionMoLEPipeline
+from mole_diffusion.core.auto import AutoSettings
 from mole_diffusion.core.shared_gates import SharedGates
+from mole_diffusion.pictures.auto import AutoMixture
+from mole_diffusion.pictures.style_balance import InBalance, keeping_styles
 
 from .conftest import World, make_world
 from .host_models import TINY
@@ -55,10 +58,12 @@ def pipe(made: Any) -> StableDiffusionMoLEPipeline:
     return with_experts(build(StableDiffusionMoLEPipeline, components), files)
 
 
-def drawn(pipe: Any, prompt: str = PROMPT, negative: str = "", **choice: Any) -> Tensor:
+def drawn(
+    pipe: Any, prompt: str = PROMPT, negative: str = "", *, mixture: Any = "auto", **choice: Any
+) -> Tensor:
     """What the host's sampler makes of the pipeline's own predictions."""
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), pipe.composing(mixture="auto", **choice):
+    with torch.no_grad(), pipe.composing(mixture=mixture, **choice), keeping_styles(pipe):
         cond, uncond = pipe.encode_prompt(prompt, "cpu", 1, True, negative_prompt=negative or None)
         for time in (960.0, 660.0, 360.0):
             found = pipe.unet(x.repeat(2, 1, 1, 1), time, torch.cat([uncond, cond])).sample
@@ -279,6 +284,34 @@ def test_a_style_that_some_texts_name_has_equal_shares(tiny: World) -> None:
         {"prompt": ["a dull boot", "a cat"], "batch_size": 2},
     ):
         shares_instead(tiny, why, settings=settings, **options)
+
+
+@pytest.mark.parametrize("gates", ["auto", "trained"])
+def test_a_style_and_a_subject_are_kept_in_balance_as_in_diffusers(
+    tiny: World, made: Any, gates: str
+) -> None:
+    pipe = build(StableDiffusionMoLEPipeline, made[0])
+    for name, file in ink_and_boot(tiny).items():
+        pipe.load_expert(file, name=name)
+    prompt, two = "a dull boot on the beach", {"experts": ["boot", "ink"]}
+    left_alone: Any = AutoMixture(AutoSettings(balance=0.0))
+    if gates == "trained":
+        randomised(torch.nn.ModuleList(mixture.gates for mixture in pipe.mixtures.values()))
+        pipe.save_gates(tiny.folder / "mole" / "trained.safetensors")
+        two, left_alone = {**two, "gates": "trained"}, InBalance("gates", 0.0)
+    usual = "gates" if gates == "trained" else "auto"
+    picture = draw(tiny, two, prompt=prompt)[0]
+    torch.testing.assert_close(picture, drawn(pipe, prompt, mixture=usual), **CLOSE)
+    assert not close(picture, drawn(pipe, prompt, mixture=left_alone))
+
+
+def ink_and_boot(tiny: World) -> dict[str, Path]:
+    """A style beside a subject, in the host's folder."""
+    folder = tiny.folder / "Lora"
+    state = load_file(folder / "cat.safetensors")
+    save_file(state, folder / "ink.safetensors", {"mole.trigger": "dull", "mole.kind": "style"})
+    (tiny.folder / "mole").mkdir(exist_ok=True)
+    return {name: folder / f"{name}.safetensors" for name in ("boot", "ink")}
 
 
 def test_texts_of_others_have_equal_shares_from_then_on(tiny: World) -> None:

@@ -116,6 +116,7 @@ class Variant(Part):
         auto: settings of `AutoSettings` that differ, with "auto".
         shared: with "auto", the shared gates that refine it: "starter", or a file.
         layers: with "la", from which to which share of their blocks the experts are there.
+        balance: with "gates", in place of how they keep styles in balance, see `gated_balance.Styled`.
     """
 
     name: str = Field(min_length=1, pattern=r"^[^/\\]+$")
@@ -130,6 +131,7 @@ class Variant(Part):
     auto: dict[str, float] = Field(default_factory=dict)
     shared: str = ""
     layers: tuple[float, float] | None = None
+    balance: float | None = Field(default=None, ge=0)
 
     @property
     def shared_file(self) -> Path | None:
@@ -142,7 +144,8 @@ class Variant(Part):
         """What `pipe(mixture=...)` takes, where nothing is prepared.
 
         Raises:
-            ConfigError: `auto` names no setting, or one out of range, or it or `layers` is with another base.
+            ConfigError: `auto` names no setting, or one out of range, or something is with another base than
+                it goes with.
             GateMismatchError: `shared` is no file of shared gates.
         """
         file = self.shared_file
@@ -150,6 +153,8 @@ class Variant(Part):
             if self.kind != "la":
                 raise ConfigError(f"{self.name}: layers go with 'la' alone, and this is {self.kind!r}")
             return InLayers(*self.layers)
+        if self.balance is not None and self.kind != "gates":
+            raise ConfigError(f"{self.name}: balance goes with 'gates' alone, and this is {self.kind!r}")
         if not self.auto and file is None:
             return self.kind
         if file is not None and self.kind != AUTO:

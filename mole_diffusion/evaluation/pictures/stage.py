@@ -19,6 +19,7 @@ from mole_diffusion.methods import METHODS, PrepareOptions, prepare
 from mole_diffusion.pictures.components import call_arguments, guidance_arguments, size_arguments
 from mole_diffusion.pictures.drawing import draw
 from mole_diffusion.pictures.opening import open_base
+from mole_diffusion.pictures.style_balance import InBalance
 
 #: Folder of the preparations, and what `baselines.prepare` writes last.
 PREPARED, RECORD = "prepared", "prepared.json"
@@ -168,7 +169,10 @@ class Stage:
     def _artist(self, method: Variant, alone: str | None) -> tuple[Any, dict[str, Any]]:
         """The pipeline that draws, and what it is called with beside prompt and sampler."""
         if alone is None:
-            return self.pipe, {"mixture": self.prepare(method)}
+            mixture = self.prepare(method)
+            if method.balance is not None:
+                mixture = InBalance(mixture, method.balance)
+            return self.pipe, {"mixture": mixture}
         if method.kind == ALONE:
             return self.pipe, {"mixture": {alone: 1.0}}
         if method.kind == MASKED:

@@ -10,11 +10,13 @@ from typing import Any, Protocol
 import torch
 from PIL.Image import Image
 
+from mole_diffusion.core.ensemble import Ensemble
 from mole_diffusion.core.errors import NoExpertsError, TrainingError
 from mole_diffusion.core.experts import Expert
 from mole_diffusion.core.files import replacing
 from mole_diffusion.core.mixture import Mixture
 from mole_diffusion.core.networks.base import DENOISER
+from mole_diffusion.core.phrases import STYLE
 from mole_diffusion.pictures.denoiser import Denoiser
 from mole_diffusion.pictures.denoisers import denoiser_of
 from mole_diffusion.pictures.training.concepts import (
@@ -52,6 +54,10 @@ class TrainingResult:
 
 class WithExperts(Protocol):
     """What experts are attached to, as far as the trainer needs to know it."""
+
+    @property
+    def ensemble(self) -> Ensemble:
+        """What carries experts and gates."""
 
     @property
     def experts(self) -> Mapping[str, Expert]:
@@ -155,6 +161,7 @@ class GateTrainer:
             WriteError: nothing can be written into `checkpoint_dir`.
             KeyboardInterrupt: after Ctrl-C; the checkpoint holds everything up to there.
         """
+        self._pipe.ensemble.say_styles(one.name for one in self.concepts.values() if one.kind == STYLE)
         gates = Gates(self._pipe.mixtures, self.config, trained_parts(self._pipe.mixtures, self.config))
         self._loop = TrainingLoop(
             Balanced(self.objective, gates),

@@ -118,6 +118,20 @@ def test_a_subject_and_a_style_are_kept_in_balance_as_in_diffusers(
     assert (picture - tensors["unbalanced"]).abs().max() > 1e-2
 
 
+def test_gates_keep_a_subject_and_a_style_in_balance_as_in_diffusers(
+    starter: tuple[Any, Any, Any], oracle: Path
+) -> None:
+    model, clip, vae = starter
+    tensors, known = load_file(oracle / "styled.safetensors"), starter_experts()
+    pair = tuple(load_expert(known[name].path, name=name) for name in ("monster", "sketch"))
+    gates = part("experts").GatesFile(oracle / "styled_gates.safetensors")
+    mixed = part("apply").apply_experts(model, clip, part("experts").ExpertSet(pair), gates)
+    text = "a vekka monster on the beach in zaphel style"
+    picture = vae.decode(draw(*mixed, text, seed=1, steps=10)).movedim(-1, 1)
+    assert (picture - tensors["gated"]).abs().max() < 1e-3
+    assert (picture - tensors["gated_unbalanced"]).abs().max() > 1e-2
+
+
 def test_with_shared_gates_it_draws_what_auto_draws_with_them_in_diffusers(
     starter: tuple[Any, Any, Any], experts: Any, oracle: Path
 ) -> None:
