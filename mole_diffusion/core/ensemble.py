@@ -20,13 +20,14 @@ from .checkpoint import load_gates, read_gates_header, save_gates
 from .config import MoLEConfig
 from .counting import by_name
 from .dora import BaseWeight, own_weight
-from .errors import InjectionError
+from .errors import GateMismatchError, InjectionError
 from .experts import Expert
 from .gated_balance import Styled
 from .mixture import Mixture, mixture_on
 from .mixture_set import Choice, Companions, MixtureSet
 from .modules import unwrapped
 from .networks import map_network
+from .reading import BadFileError, parse_json
 from .shared_gates import SharedGates
 
 logger = logging.getLogger(__name__)
@@ -308,7 +309,7 @@ class Ensemble(Carrier):
             GateMismatchError: the gates do not fit; `differences` lists why.
         """
         with self.in_use():
-            forms = self._forms(path)
+            forms, said = self._forms(path), _said(path)
             if all(self.mixtures[part].config == form for part, form in forms.items()):
                 found = load_gates(path, self.mixtures, strict, parts=parts, facts=self.facts)
             else:
@@ -316,7 +317,7 @@ class Ensemble(Carrier):
                 found = load_gates(path, fresh.mixtures, strict, parts=parts, facts=self.facts)
                 fresh.config = next(iter(forms.values()))
                 self._regate(fresh)
-            self._held.said = _said(found)
+            self._held.said = said
             return found
 
     def build_gated(self, path: str | Path) -> MixtureSet:
@@ -326,7 +327,8 @@ class Ensemble(Carrier):
             GateMismatchError: see `load_gates`.
         """
         fresh = self.build(self.experts.values(), configs=self._forms(path))
-        fresh.said = _said(load_gates(path, fresh.mixtures, facts=self.facts))
+        fresh.said = _said(path)
+        load_gates(path, fresh.mixtures, facts=self.facts)
         return fresh
 
     def balanced(self, choice: Choice, texts: Callable[[], Auto | None]) -> Choice:
@@ -363,9 +365,20 @@ class Ensemble(Carrier):
         save_gates(path, self.mixtures, metadata={**self.facts, **said, **(metadata or {})})
 
 
-def _said(metadata: Mapping[str, str]) -> frozenset[str]:
-    """The experts that a gates file says to change the whole picture."""
-    return frozenset(json.loads(metadata.get(_STYLES, "[]")))
+def _said(path: str | Path) -> frozenset[str]:
+    """The experts that a gates file says to change the whole picture.
+
+    Raises:
+        GateMismatchError: what it says is no list of names.
+    """
+    said = read_gates_header(path).metadata.get(_STYLES, "[]")
+    try:
+        names = parse_json(said)
+    except BadFileError as error:
+        raise GateMismatchError(f"{str(path)!r} is damaged: its header's {_STYLES!r}: {error}.") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise GateMismatchError(f"{str(path)!r} is damaged: its header's {_STYLES!r} is {said!r:.60}.")
+    return frozenset(names)
 
 
 def _warn_of_lost_gates(old: Mapping[str, Mixture]) -> None:

@@ -310,6 +310,23 @@ def test_a_gates_file_says_which_experts_are_styles(ensemble, networks, experts,
     assert other.balanced(nobody, lambda: None) is nobody
 
 
+@pytest.mark.parametrize("said", ["[1]", "{}", "sketch", "["])
+def test_a_gates_file_whose_styles_are_no_names_is_refused(ensemble, tmp_path, said) -> None:
+    ensemble.save_gates(tmp_path / "gates.safetensors", {"styles": said})
+    before = [
+        parameter.clone() for mixture in ensemble.mixtures.values() for parameter in mixture.parameters()
+    ]
+    for mixture in ensemble.mixtures.values():
+        randomise(mixture, seed=9)
+    now = [parameter.clone() for mixture in ensemble.mixtures.values() for parameter in mixture.parameters()]
+    assert not same(before, now)
+    with pytest.raises(GateMismatchError, match="damaged: its header's 'styles'"):
+        ensemble.load_gates(tmp_path / "gates.safetensors")
+    assert same(
+        now, [parameter for mixture in ensemble.mixtures.values() for parameter in mixture.parameters()]
+    )
+
+
 @pytest.mark.parametrize(
     "form", [MoLEConfig(), MoLEConfig(granularity="layer")], ids=["same form", "other form"]
 )
