@@ -5,6 +5,7 @@ Gates that were trained on both give one of them too little in some pictures, as
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from .groups import Group
 from .laid_out import lengthened, on_grid
 from .maps import mean_map
 from .networks.base import Forward, NetworkMap, Texts
+from .rules import number
 
 #: By how much a subject is to change its places, of what styles change there: trained gates lose styles
 #: sooner than subjects.
@@ -35,11 +37,17 @@ class Styled:
         balance: in place of `GATED_BALANCE`; 0 leaves gates alone. None leaves them alone in networks that
             have text and image in one sequence, where nobody has looked at styles yet.
         texts: what knows which texts are prompts; None, or a text that it does not know, for all.
+
+    Raises:
+        ConfigError: the balance is no number from 0 on.
     """
 
     styles: Collection[str]
     balance: float | None = None
     texts: Auto | None = None
+
+    def __post_init__(self) -> None:
+        number(0, math.inf).check("balance", self.balance)
 
 
 class GateBalance:

@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.pictures.auto import PromptKinds
 from mole_diffusion.pictures.choosing import Engaging, Request, chosen_by
 
@@ -34,11 +35,17 @@ class InBalance:
 
     @contextmanager
     def engaged(self, pipe: Any, request: Request) -> Iterator[None]:
-        """Let the pipeline's networks compute so inside the `with` block."""
+        """Let the pipeline's networks compute so inside the `with` block.
+
+        Raises:
+            ConfigError: no gates mix the experts.
+        """
         ensemble = pipe.ensemble
         before, ensemble.style_balance = ensemble.style_balance, self.balance
         try:
             with chosen_by(pipe, self.mixture, request):
+                if not ensemble.choice.gated:
+                    raise ConfigError(f"a balance goes with gates alone, and mixture is {self.mixture!r:.60}")
                 yield
         finally:
             ensemble.style_balance = before

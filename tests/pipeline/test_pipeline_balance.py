@@ -9,6 +9,7 @@ import torch
 from pipeline_helpers import CLOSE
 from tiny.networks import randomise
 
+from mole_diffusion.core.errors import ConfigError
 from mole_diffusion.pictures.style_balance import InBalance
 
 ALONE = InBalance("gates", 0.0)
@@ -70,3 +71,11 @@ def test_prompts_as_embeddings_are_led_on_in_all_rows(styled: Any, draw: Any) ->
     styled.unet.conv_in.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
     draw(styled, None, prompt_embeds=own, negative_prompt_embeds=other)
     assert rows == [2, 2, 2, 2, 2]
+
+
+def test_a_balance_that_cannot_be_is_refused(styled: Any, draw: Any) -> None:
+    with pytest.raises(ConfigError, match="balance goes with gates alone, and mixture is 'la'"):
+        draw(styled, mixture=InBalance("la", 1.0))
+    with pytest.raises(ConfigError, match=r"balance is -1\.0"):
+        draw(styled, mixture=InBalance("gates", -1.0))
+    assert styled.ensemble.style_balance is None
