@@ -136,9 +136,6 @@ class TextShares:
             named = before if len(before) == len(named) else before.any(0, keepdim=True).expand_as(named)
         return named
 
-    def attach(self) -> None:
-        """Nothing to put on."""
-
     def remove(self) -> None:
         """Nothing to take away."""
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -92,49 +93,59 @@ class Wanted:
     lead: Lead
 
 
+#: What a network was called with: positional arguments and those by name.
+Given = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class ChangeHook:
+    """Hooks of a denoiser through which what it predicts is changed, where `ForwardContext.change` says how.
+
+    They stay on as long as the mixture's own: none may come or go in the middle of a forward, where hosts
+    choose experts too.
+
+    Args:
+        context: state of the mixture.
+    """
+
+    def __init__(self, context: ForwardContext) -> None:
+        self._context = context
+        self._given: Given | None = None
+
+    def register(self, network: nn.Module) -> list[RemovableHandle]:
+        """Put them on."""
+        return [
+            network.register_forward_pre_hook(self._before, with_kwargs=True),
+            network.register_forward_hook(self._after),
+        ]
+
+    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Networks take things out of the lists that they are given. The mixture may be told of the forward
+        # after this hook.
+        activation = self._context.activation
+        wanted = not is_compiling() and (activation.shares is not None or activation.balance is not None)
+        self._given = _copied((args, kwargs)) if wanted else None
+
+    def _after(self, module: nn.Module, _: tuple[Any, ...], output: Any) -> Any:
+        given, change = self._given, self._context.change
+        self._given = self._context.change = None
+        return None if given is None or change is None else change(module, given, output)
+
+
 class Balance:
     """Predicts again, without subjects and without styles, in some forwards, and changes what is predicted.
 
     Args:
-        network: the denoiser.
-        architecture: what it is.
+        architecture: what the denoiser is.
         rows_apart: whether it may be run for some rows of a batch alone; else it is run for all.
 
     Attributes:
         left: whom the current forward leaves out; None for nobody.
     """
 
-    def __init__(self, network: nn.Module, architecture: Architecture, *, rows_apart: bool) -> None:
+    def __init__(self, architecture: Architecture, *, rows_apart: bool) -> None:
         self.left: Left | None = None
         self._architecture, self._apart = architecture, rows_apart
-        self._network = network
-        self._handles: list[RemovableHandle] = []
-        self._given: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        self._wanted: tuple[ForwardContext, Wanted] | None = None
         self._time, self._turn = 0.0, False
-        self.attach()
-
-    def attach(self) -> None:
-        """Put the hooks on the network, again after `remove`.
-
-        Not in the middle of a forward: then nobody knows what it began with.
-        """
-        if not self._handles:
-            self._handles = [
-                self._network.register_forward_pre_hook(self._before, with_kwargs=True),
-                self._network.register_forward_hook(self._after),
-            ]
-
-    def remove(self) -> None:
-        """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._given = self._wanted = None
-
-    def rest(self) -> None:
-        """A forward begins that is left as it is."""
-        self._wanted = None
 
     def begin(self, context: ForwardContext, wanted: Wanted) -> None:
         """A forward begins that may be changed.
@@ -143,7 +154,6 @@ class Balance:
             context: state of the mixture.
             wanted: how.
         """
-        self.rest()
         if self.left is not None or is_compiling() or wanted.lead.balance == 0:
             return
         if not bool(wanted.prompts.any()):
@@ -156,25 +166,19 @@ class Balance:
             self._time, self._turn = wanted.time, not self._turn
         # What is on a GPU has to be waited for: not in every forward.
         if self._turn and bool((wanted.prompts & wanted.beside.cpu()).any()):
-            self._wanted = context, wanted
+            context.change = partial(self._changed, context, wanted)
 
-    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # Networks take things out of the lists that they are given. The mixture may be told of the forward
-        # after this hook.
-        self._given = _copied((args, kwargs))
-
-    def _after(self, module: nn.Module, _: tuple[Any, ...], output: Any) -> Any:
-        given, found = self._given, self._wanted
-        self._given = self._wanted = None
-        if found is None or given is None:
-            return None
-        context, wanted = found
+    def _changed(
+        self, context: ForwardContext, wanted: Wanted, module: nn.Module, given: Given, output: Any
+    ) -> Any:
         prediction, prompts = prediction_of(output), wanted.prompts
         if len(prediction) != len(prompts):
             return None
         # All prompts together: places are remembered by the pictures of a batch.
         rows = prompts.nonzero().flatten().to(prediction.device)
-        apart = self._apart and len(rows) < len(prompts)
+        # Some networks are given lists of pictures.
+        first = next(iter((*given[0], *given[1].values())), None)
+        apart = self._apart and len(rows) < len(prompts) and isinstance(first, Tensor)
 
         def without(left: Left) -> Tensor:
             args, kwargs = _rows(given, rows, len(prompts)) if apart else _copied(given)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,16 +22,10 @@ from .values import Expanded, GateValue, Voice
 
 
 class Following(Protocol):
-    """What is told of every forward of a network, and has hooks of its own on it."""
+    """What is told of every forward of a network."""
 
     def begin(self, context: ForwardContext, forward: Forward) -> None:
         """A forward of the whole network begins."""
-
-    def attach(self) -> None:
-        """It counts again: put on the network what `remove` took away."""
-
-    def remove(self) -> None:
-        """It counts no longer: take away what was put on the network."""
 
 
 class TokenShares(Following, Protocol):
@@ -52,6 +46,9 @@ class TokenShares(Following, Protocol):
             tokens: L.
             place: what it is called, see `Group.place`; "" where it does not matter.
         """
+
+    def remove(self) -> None:
+        """They count no longer: take away what was put on the network."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,17 +83,10 @@ class Activation:
         """Whether gates have a say."""
         return self.fixed is None and self.shares is None
 
-    def attach(self) -> None:
-        """It counts again: put on the network what `remove` took away."""
-        for one in (self.shares, self.balance):
-            if one is not None:
-                one.attach()
-
     def remove(self) -> None:
         """It counts no longer: take away what was put on the network."""
-        for one in (self.shares, self.balance):
-            if one is not None:
-                one.remove()
+        if self.shares is not None:
+            self.shares.remove()
 
     def to(self, device: torch.device) -> Activation:
         """The same with its tensors on a device."""
@@ -127,6 +117,8 @@ class ForwardContext:
     Attributes:
         chosen: whether the experts were chosen anew since the last forward.
         voices: of all gates, in execution order.
+        change: what changes the prediction of the current forward, from the network, what it was called with
+            and what it returned; None for nothing.
     """
 
     def __init__(self, part: str, experts: int) -> None:
@@ -139,6 +131,7 @@ class ForwardContext:
         self.given_size: tuple[int, int] | None = None
         self.forward = Forward()
         self.voices: list[Voice] = []
+        self.change: Callable[[Any, Any, Any], Any] | None = None
         self._time: Tensor | None = None
         self._pooled: tuple[Tensor | None, dict[str, tuple[list[int], GateValue]]] = (None, {})
         self._real: dict[str, Tensor] = {}
@@ -211,7 +204,7 @@ class ForwardContext:
         """Drop what earlier gates said."""
         for voice in self.voices:
             voice.value = voice.live = None
-        self._tracked = False
+        self._tracked, self.change = False, None
 
     def fixed(self, device: torch.device) -> GateValue:
         """The weights that replace the gates, the same in every forward."""

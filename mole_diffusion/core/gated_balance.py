@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .auto import Auto, KnownText
 from .balancing import Balance, Lead, Wanted
@@ -55,8 +55,7 @@ class GateBalance:
 
     Args:
         styled: what is to be done.
-        network: the denoiser.
-        layout: what it is.
+        layout: what the denoiser is.
         groups: its gates.
         names: of the experts, in the order of the rows.
         active: indices of those that count.
@@ -65,7 +64,6 @@ class GateBalance:
     def __init__(
         self,
         styled: Styled,
-        network: nn.Module,
         layout: NetworkMap,
         groups: Sequence[Group],
         names: tuple[str, ...],
@@ -73,7 +71,7 @@ class GateBalance:
     ) -> None:
         self._texts, self._groups = styled.texts, groups
         apart = styled.texts is not None and styled.texts.rows_apart
-        self._balance = Balance(network, layout.architecture, rows_apart=apart)
+        self._balance = Balance(layout.architecture, rows_apart=apart)
         looking = layout.architecture.looking(layout.sites)
         usual = 0.0 if looking is not None and looking.rewrites else GATED_BALANCE
         self._lead = Lead(usual if styled.balance is None else styled.balance, style=_STYLE)
@@ -82,21 +80,13 @@ class GateBalance:
         self._subjects = torch.tensor(counting) & ~self._styles
         self._beside = bool(self._subjects.any()) and bool((torch.tensor(counting) & self._styles).any())
 
-    def attach(self) -> None:
-        """Put the hooks on again."""
-        self._balance.attach()
-
-    def remove(self) -> None:
-        """Take the hooks off."""
-        self._balance.remove()
-
     def begin(self, context: ForwardContext, forward: Forward) -> None:
         """A forward begins; in training it is left alone."""
         if not self._beside or torch.is_grad_enabled() or forward.timestep is None or forward.size is None:
-            return self._balance.rest()
+            return
         prompts = self._prompts(forward.text)
         if prompts is None:
-            return self._balance.rest()
+            return
         time = float(torch.as_tensor(forward.timestep).max())
         places = partial(self._places, context)
         wanted = Wanted(prompts, torch.ones_like(prompts), self._styles, places, time, self._lead)

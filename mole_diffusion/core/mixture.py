@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import functional
 from .auto import Auto
+from .balancing import ChangeHook
 from .block_hook import BlockHook
 from .config import MoLEConfig
 from .context import Activation, ForwardContext
@@ -86,7 +87,8 @@ class Mixture:
         self._context.voices = [voice for group in self.groups for voice in group.voices.values()]
         self._bundles = build_bundles(slots, layout)
         self._doras = DoraSlots([slot for slot in slots.values() if slot.doras], base_weight)
-        self.gates = nn.ModuleDict({_module_key(group.name): group.gate for group in self.groups})
+        # Names of modules have no dots.
+        self.gates = nn.ModuleDict({group.name.replace(".", "__"): group.gate for group in self.groups})
         self.copies = Copies(self.groups, self._bundles, self._context.layouts, len(experts))
 
     @property
@@ -213,7 +215,7 @@ class Mixture:
         if auto and layout and len(active) > 1:
             shares = shares_of(auto, self.network, layout, names, active, regions)
         if styled and layout and self.in_picture and self.config.composition == "delta":
-            balance = GateBalance(styled, self.network, layout, self.groups, names, active)
+            balance = GateBalance(styled, layout, self.groups, names, active)
         self._context.activation.remove()
         self._context.forget()
         self._context.given_size = latent_size
@@ -311,6 +313,8 @@ class Mixture:
         for hook in (start, self._move) if first else (self._move, start):
             handle = self.network.register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
             self._handles.append(handle)
+        if self.in_picture:
+            self._handles += ChangeHook(self._context).register(self.network)
         for group in self.groups:
             if group.block is not None:
                 block = BlockHook(group, self._context)
@@ -319,7 +323,6 @@ class Mixture:
                 after = group.block.register_forward_hook(block.after, with_kwargs=True, prepend=True)
                 self._handles.append(after)
         self._hook_matrices()
-        self._context.activation.attach()
         _carried[self.network] = weakref.ref(self)
         self.to(network_device(self.network) or self._device)
         self._renew_doras()
@@ -393,8 +396,3 @@ def mixture_on(network: nn.Module) -> Mixture | None:
     """The mixture whose hooks are on a network, or None."""
     found = _carried.get(unwrapped(network))
     return None if found is None else found()
-
-
-def _module_key(name: str) -> str:
-    """A group's name as a ModuleDict key, which may not contain dots."""
-    return name.replace(".", "__")

@@ -80,14 +80,9 @@ class PictureShares:
         self._begun = False
         self._start = self._last = 0.0
 
-    def attach(self) -> None:
-        """Watch again; attention is watched where it is read."""
-        self._balance.attach()
-
     def remove(self) -> None:
         """Stop watching."""
         self._maps.remove()
-        self._balance.remove()
 
     def begin(self, context: ForwardContext, forward: Forward) -> None:
         """A forward begins: take what the last one was seen to look at; find out whose the words are.
@@ -126,7 +121,7 @@ class PictureShares:
     def _begin_balance(self, context: ForwardContext, prompts: Tensor, watched: bool) -> None:
         """A style is kept in balance with what it stands beside, where places are known."""
         if self._styles is None or self._laid is None or watched:
-            return self._balance.rest()
+            return
         wanted = Wanted(
             prompts,
             self._styles.beside.flatten(1).any(1),

@@ -38,7 +38,7 @@ def shares_of(
     """
     if layout.architecture.role != DENOISER:
         return TextShares(auto, layout.part, names, active)
-    balance = Balance(network, layout.architecture, rows_apart=auto.rows_apart)
+    balance = Balance(layout.architecture, rows_apart=auto.rows_apart)
     layers = layout.architecture.text_readers(layout.sites)
     if layers:
         return PictureShares(auto, AttentionMaps(network, layers), balance, names, active, regions)

@@ -175,17 +175,20 @@ def test_a_list_that_the_network_empties_is_there_again() -> None:
     assert given == [True] * 5
 
 
-def test_hooks_go_with_the_mixture() -> None:
+def test_hooks_stay_on_in_the_middle_of_a_forward() -> None:
+    """Some hosts choose experts there, when they know the size of the picture."""
     scene = _Scene([(0, 1, 2)])
-    with_balance = len(scene.unet._forward_hooks), len(scene.unet._forward_pre_hooks)
-    scene.mixture.activate()
-    without = len(scene.unet._forward_hooks), len(scene.unet._forward_pre_hooks)
-    assert without == (with_balance[0] - 1, with_balance[1] - 1)
-    for options in ({"auto": scene.auto}, {"styled": Styled(STYLES)}):
-        scene.mixture.activate(**options)
-        assert len(scene.unet._forward_hooks) == with_balance[0]
+    before = len(scene.unet._forward_hooks), len(scene.unet._forward_pre_hooks)
     found = _Gated(2, Styled(STYLES))
     expected = found.run(749)
+    handle = found.unet.register_forward_pre_hook(lambda *_: found.mixture.activate())
+    plain = found.run(749)
+    handle.remove()
+    assert not torch.equal(plain[0], expected[0])
+    for options in ({}, {"auto": scene.auto}, {"styled": Styled(STYLES)}):
+        scene.mixture.activate(**options)
+        assert (len(scene.unet._forward_hooks), len(scene.unet._forward_pre_hooks)) == before
+    found.mixture.activate(styled=Styled(STYLES))
     found.mixture.eject()
     assert not found.unet._forward_hooks
     assert not found.unet._forward_pre_hooks

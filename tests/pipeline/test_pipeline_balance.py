@@ -60,7 +60,6 @@ def test_afterwards_it_is_as_it_was(styled: Any, draw: Any) -> None:
     assert styled.ensemble.style_balance is None
     draw(styled, mixture=ALONE)
     assert styled.ensemble.style_balance is None
-    assert not styled.unet._forward_hooks
 
 
 def test_prompts_as_embeddings_are_led_on_in_all_rows(styled: Any, draw: Any) -> None:
