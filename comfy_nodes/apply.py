@@ -124,7 +124,7 @@ def _choice(
     seeks = without == AUTO if gates is None else gates.shared is not None
     auto = _reader(clip, ensemble, experts) if seeks else None
     choice = Choice(experts.active, experts.scales, experts.regions or None, auto=auto)
-    return choice if seeks else ensemble.balanced(choice, lambda: _clip_reader(clip, experts))
+    return ensemble.balanced(choice, lambda: _clip_reader(clip, experts))
 
 
 def _reader(clip: Any, ensemble: Ensemble, experts: ExpertSet) -> ClipReader | None:

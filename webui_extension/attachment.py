@@ -204,7 +204,7 @@ class Attachment:
                 if expert.active and expert.region is not None
             }
             choice = dataclasses.replace(choice, regions=masks, latent_size=self._latent)
-        return choice if self.seeks else self.ensemble.balanced(choice, lambda: self._reader)
+        return self.ensemble.balanced(choice, lambda: self._reader)
 
     def fall_back(self, why: str) -> None:
         """Give the experts equal shares from now on."""

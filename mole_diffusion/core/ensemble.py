@@ -16,7 +16,7 @@ from torch import nn
 from .auto import Auto
 from .bases import check_prediction
 from .carrier import Carrier
-from .checkpoint import load_gates, read_gates_header, save_gates
+from .checkpoint import GatesHeader, load_gates, read_gates_header, save_gates
 from .config import MoLEConfig
 from .counting import by_name
 from .dora import BaseWeight, own_weight
@@ -309,7 +309,8 @@ class Ensemble(Carrier):
             GateMismatchError: the gates do not fit; `differences` lists why.
         """
         with self.in_use():
-            forms, said = self._forms(path), _said(path)
+            header = read_gates_header(path)
+            forms, said = self._forms(header), _said(header, path)
             if all(self.mixtures[part].config == form for part, form in forms.items()):
                 found = load_gates(path, self.mixtures, strict, parts=parts, facts=self.facts)
             else:
@@ -326,8 +327,9 @@ class Ensemble(Carrier):
         Raises:
             GateMismatchError: see `load_gates`.
         """
-        fresh = self.build(self.experts.values(), configs=self._forms(path))
-        fresh.said = _said(path)
+        header = read_gates_header(path)
+        fresh = self.build(self.experts.values(), configs=self._forms(header))
+        fresh.said = _said(header, path)
         load_gates(path, fresh.mixtures, facts=self.facts)
         return fresh
 
@@ -349,9 +351,8 @@ class Ensemble(Carrier):
         """Note which experts change the whole picture, for gates that are trained or saved from now on."""
         self._held.said = frozenset(names)
 
-    def _forms(self, path: str | Path) -> dict[str, MoLEConfig]:
+    def _forms(self, header: GatesHeader) -> dict[str, MoLEConfig]:
         """Part -> form of its gates in a file, of the parts that are here."""
-        header = read_gates_header(path)
         return {part: header.config(part) for part in self.mixtures if part in header.parts}
 
     def save_gates(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -365,13 +366,13 @@ class Ensemble(Carrier):
         save_gates(path, self.mixtures, metadata={**self.facts, **said, **(metadata or {})})
 
 
-def _said(path: str | Path) -> frozenset[str]:
+def _said(header: GatesHeader, path: str | Path) -> frozenset[str]:
     """The experts that a gates file says to change the whole picture.
 
     Raises:
         GateMismatchError: what it says is no list of names.
     """
-    said = read_gates_header(path).metadata.get(_STYLES, "[]")
+    said = header.metadata.get(_STYLES, "[]")
     try:
         names = parse_json(said)
     except BadFileError as error:

@@ -19,7 +19,7 @@ from .context import ForwardContext
 from .groups import Group
 from .laid_out import lengthened, on_grid
 from .maps import mean_map
-from .networks.base import Forward, NetworkMap, Texts
+from .networks.base import Architecture, Forward, Texts
 from .rules import number
 
 #: By how much a subject is to change its places, of what styles change there: trained gates lose styles
@@ -55,7 +55,8 @@ class GateBalance:
 
     Args:
         styled: what is to be done.
-        layout: what the denoiser is.
+        architecture: what the denoiser is.
+        joint: whether it has text and image in one sequence.
         groups: its gates.
         names: of the experts, in the order of the rows.
         active: indices of those that count.
@@ -64,16 +65,16 @@ class GateBalance:
     def __init__(
         self,
         styled: Styled,
-        layout: NetworkMap,
+        architecture: Architecture,
+        joint: bool,
         groups: Sequence[Group],
         names: tuple[str, ...],
         active: tuple[int, ...],
     ) -> None:
         self._texts, self._groups = styled.texts, groups
         apart = styled.texts is not None and styled.texts.rows_apart
-        self._balance = Balance(layout.architecture, rows_apart=apart)
-        looking = layout.architecture.looking(layout.sites)
-        usual = 0.0 if looking is not None and looking.rewrites else GATED_BALANCE
+        self._balance = Balance(architecture, rows_apart=apart)
+        usual = 0.0 if joint else GATED_BALANCE
         self._lead = Lead(usual if styled.balance is None else styled.balance, style=_STYLE)
         counting = [index in active for index in range(len(names))]
         self._styles = torch.tensor([name in styled.styles for name in names])

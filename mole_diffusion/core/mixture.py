@@ -74,8 +74,9 @@ class Mixture:
         self.part = layout.part
         self.architecture: Architecture = layout.architecture
         self.base = fingerprint(network, layout)
-        looks = layout.architecture.text_readers(layout.sites) or layout.architecture.looking(layout.sites)
-        self.finds_places = bool(looks)
+        looking = layout.architecture.looking(layout.sites)
+        self.finds_places = bool(layout.architecture.text_readers(layout.sites) or looking)
+        self._joint = looking is not None and looking.rewrites
         self.owner: weakref.ref[Any] | None = None
         self._context = ForwardContext(self.part, len(self.experts))
         self._handles: list[RemovableHandle] = []
@@ -211,11 +212,11 @@ class Mixture:
         active, fixed = fixed_weights(self.experts, active, weights)
         regions = self._regions(region_masks, active, latent_size) if region_masks else None
         shares, balance, names = None, None, self.expert_names
-        layout = map_network(self.network, self.part) if auto or styled else None
-        if auto and layout and len(active) > 1:
+        if auto is not None and len(active) > 1:
+            layout = map_network(self.network, self.part)
             shares = shares_of(auto, self.network, layout, names, active, regions)
-        if styled and layout and self.in_picture and self.config.composition == "delta":
-            balance = GateBalance(styled, layout, self.groups, names, active)
+        if styled is not None and self.in_picture and self.config.composition == "delta":
+            balance = GateBalance(styled, self.architecture, self._joint, self.groups, names, active)
         self._context.activation.remove()
         self._context.forget()
         self._context.given_size = latent_size

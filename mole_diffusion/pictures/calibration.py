@@ -217,9 +217,7 @@ def _copied(value: Any) -> Any:
 
 def _noise(output: Any) -> Tensor:
     """The prediction among what a denoiser returns, float32 on the CPU."""
-    found: Any = prediction_of(output)
-    whole: Tensor = torch.stack(found) if isinstance(found, list) else found
-    return whole.detach().float().cpu()
+    return prediction_of(output).detach().float().cpu()
 
 
 def _ratio(part: float, whole: float) -> float:

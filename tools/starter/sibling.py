@@ -105,15 +105,11 @@ def packed(latents: Tensor) -> Tensor:
     return tokens
 
 
-def flow(rows: Mapping[str, Tensor], dice: Dice, groups: int) -> loop.Batch:
-    """What a training step reads, of rows of clean latents that stand in `groups` groups of one size.
-
-    Straight paths from latents to noise.
-    """
+def flow(rows: Mapping[str, Tensor], dice: Dice) -> loop.Batch:
+    """What a training step reads, of rows of clean latents: straight paths from them to noise."""
     latents = rows["latents"]
-    count = len(latents) // groups
-    slots = torch.arange(count, device=latents.device).repeat(groups)
-    even = ((slots + dice.uniform(len(latents))) / count).clamp(1e-4, 1 - 1e-4)
+    slots = torch.arange(len(latents), device=latents.device)
+    even = ((slots + dice.uniform(len(latents))) / len(latents)).clamp(1e-4, 1 - 1e-4)
     sigmas = torch.special.ndtri(even).sigmoid()
     noise = dice.normal(*latents.shape)
     part = sigmas.view(-1, 1, 1, 1)
@@ -160,7 +156,7 @@ def train_base(shop: Workshop) -> None:
 
     def make(step: int) -> loop.Batch:
         dice = shop.dice(SEED, 1, step)
-        return flow(rows_of(step, dice), dice, 1)
+        return flow(rows_of(step, dice), dice)
 
     loop.train(
         "flux",
@@ -249,7 +245,7 @@ def train_expert(shop: Workshop, name: str, ordinary: loop.Batch, plan: Plan) ->
 
     def make(step: int) -> loop.Batch:
         dice = shop.dice(SEED, 2, step)
-        return flow(alone.mixed(own, ordinary, dice, plan.own, plan.prior), dice, 1)
+        return flow(alone.mixed(own, ordinary, dice, plan.own, plan.prior), dice)
 
     loop.train(
         f"flux-{name}",

@@ -7,6 +7,7 @@ import comfy.cli_args
 import comfy.model_management
 import latent_preview
 import numpy as np
+import pytest
 import torch
 from conftest import part
 from safetensors.torch import load_file
@@ -105,31 +106,22 @@ def test_without_gates_it_draws_what_auto_draws_in_diffusers(
     assert not clip.cond_stage_model.clip_l._forward_pre_hooks
 
 
+@pytest.mark.parametrize(
+    ("file", "drawn", "unbalanced"),
+    [(None, "picture", "unbalanced"), ("styled_gates.safetensors", "gated", "gated_unbalanced")],
+)
 def test_a_subject_and_a_style_are_kept_in_balance_as_in_diffusers(
-    starter: tuple[Any, Any, Any], oracle: Path
+    starter: tuple[Any, Any, Any], oracle: Path, file: str | None, drawn: str, unbalanced: str
 ) -> None:
     model, clip, vae = starter
     tensors, known = load_file(oracle / "styled.safetensors"), starter_experts()
     pair = tuple(load_expert(known[name].path, name=name) for name in ("monster", "sketch"))
-    mixed = part("apply").apply_experts(model, clip, part("experts").ExpertSet(pair), None, "auto")
+    gates = None if file is None else part("experts").GatesFile(oracle / file)
+    mixed = part("apply").apply_experts(model, clip, part("experts").ExpertSet(pair), gates, "auto")
     text = "a vekka monster on the beach in zaphel style"
     picture = vae.decode(draw(*mixed, text, seed=1, steps=10)).movedim(-1, 1)
-    assert (picture - tensors["picture"]).abs().max() < 1e-3
-    assert (picture - tensors["unbalanced"]).abs().max() > 1e-2
-
-
-def test_gates_keep_a_subject_and_a_style_in_balance_as_in_diffusers(
-    starter: tuple[Any, Any, Any], oracle: Path
-) -> None:
-    model, clip, vae = starter
-    tensors, known = load_file(oracle / "styled.safetensors"), starter_experts()
-    pair = tuple(load_expert(known[name].path, name=name) for name in ("monster", "sketch"))
-    gates = part("experts").GatesFile(oracle / "styled_gates.safetensors")
-    mixed = part("apply").apply_experts(model, clip, part("experts").ExpertSet(pair), gates)
-    text = "a vekka monster on the beach in zaphel style"
-    picture = vae.decode(draw(*mixed, text, seed=1, steps=10)).movedim(-1, 1)
-    assert (picture - tensors["gated"]).abs().max() < 1e-3
-    assert (picture - tensors["gated_unbalanced"]).abs().max() > 1e-2
+    assert (picture - tensors[drawn]).abs().max() < 1e-3
+    assert (picture - tensors[unbalanced]).abs().max() > 1e-2
 
 
 def test_with_shared_gates_it_draws_what_auto_draws_with_them_in_diffusers(
